@@ -1,0 +1,166 @@
+"""`FFNBlock`: reads and installs the weights of one FFN; nothing else in the package assigns to a model's weights."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from optimum_otprune.architectures.spec import FFNSpec, find_blocks, find_spec, submodule
+from optimum_otprune.devices import execution_device, read_parameter, replace_parameter
+from optimum_otprune.errors import UnsupportedModelError
+from optimum_otprune.functional.ffn import FFNWeights
+
+
+class FFNBlock:
+    """One block of a model, and the FFN in it.
+
+    Attributes:
+        layer: Index of the block.
+        module: The block.
+        spec: Where its FFN is.
+    """
+
+    def __init__(self, module: nn.Module, spec: FFNSpec, layer: int):
+        self.module, self.spec, self.layer = module, spec, layer
+
+    def projection(self, name: str) -> nn.Module | None:
+        """The module of `"gate"`, `"up"` or `"down"`; None for the gate of an FFN without one."""
+        path = getattr(self.spec, name)
+        return None if path is None else submodule(self.module, path)
+
+    @property
+    def up(self) -> nn.Module:
+        """The up projection; its input is the FFN's input."""
+        module = self.projection("up")
+        assert module is not None
+        return module
+
+    @property
+    def device(self) -> torch.device:
+        """Where the FFN computes."""
+        return execution_device(self.up)
+
+    @property
+    def intermediate_size(self) -> int:
+        """Channels now."""
+        weight = self.up.weight
+        return weight.shape[1] if self.spec.transposed else weight.shape[0]  # type: ignore[index, union-attr]
+
+    def activation(self, inputs: Tensor) -> Tensor:
+        """The elementwise activation function."""
+        return submodule(self.module, self.spec.activation)(inputs)  # type: ignore[misc]
+
+    def read(self) -> FFNWeights:
+        """Copies of the weights, channel-first, on the device that the FFN computes on."""
+        tensors: dict[str, Tensor | None] = {}
+        for name in ("gate", "up", "down"):
+            module = self.projection(name)
+            weight = None if module is None else read_parameter(module, "weight")
+            tensors[name] = weight.T if weight is not None and self.spec.transposed else weight
+            tensors[f"{name}_bias"] = None if module is None else read_parameter(module, "bias")
+        return FFNWeights(**tensors)  # type: ignore[arg-type]
+
+    def install(self, weights: FFNWeights) -> None:
+        """Put weights, of any width, into the model; dtype and device stay the model's.
+
+        Args:
+            weights: Channel-first; a bias that is None where the model has one stays as it is.
+        """
+        for name in ("gate", "up", "down"):
+            module, weight, bias = self.projection(name), getattr(weights, name), getattr(weights, f"{name}_bias")
+            if module is None:
+                continue
+            replace_parameter(module, "weight", weight.T if self.spec.transposed else weight)
+            if bias is not None:
+                replace_parameter(module, "bias", bias)
+            _set_features(module, weight.shape[1], weight.shape[0])
+        for path in self.spec.size_attributes:
+            owner_path, _, attribute = path.rpartition(".")
+            owner = submodule(self.module, owner_path)
+            if hasattr(owner, attribute):
+                setattr(owner, attribute, weights.intermediate_size)
+
+
+def _set_features(module: nn.Module, in_features: int, out_features: int) -> None:
+    """Keep a linear module's own record of its shape true (`nn.Linear`, transformers' `Conv1D`)."""
+    for attribute, value in (
+        ("in_features", in_features),
+        ("out_features", out_features),
+        ("nx", in_features),
+        ("nf", out_features),
+    ):
+        if hasattr(module, attribute):
+            setattr(module, attribute, value)
+
+
+def ffn_blocks(model: PreTrainedModel) -> list[FFNBlock]:
+    """Return the FFN blocks of a model, in the order of its forward pass.
+
+    Raises:
+        UnsupportedModelError: If the model has no known FFN, is quantized, or its layers differ in width.
+    """
+    if getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None) is not None:
+        raise UnsupportedModelError(
+            "This model is quantized already; its packed weights cannot be pruned. Prune the original model first, save "
+            "it, and quantize the pruned one."
+        )
+    _, spec = find_spec(model)
+    blocks = [FFNBlock(module, spec, layer) for layer, module in enumerate(find_blocks(model, spec))]
+    for block in blocks:
+        if not block.up.weight.is_floating_point():  # type: ignore[union-attr, operator]
+            raise UnsupportedModelError(
+                f"The FFN weights of layer {block.layer} are {block.up.weight.dtype}. Prune the model before it is "
+                "quantized."
+            )
+    return blocks
+
+
+def add_biases(blocks: list[FFNBlock]) -> bool:
+    """Give zero biases to the FFNs that lack them if any FFN has gained one: a configuration knows all or none.
+
+    Returns:
+        Whether the FFNs have biases now.
+    """
+    weights = [block.read() for block in blocks]
+    if all(weight.down_bias is None for weight in weights):
+        return False
+    for block, weight in zip(blocks, weights):
+        gate_bias = None if weight.gate is None else _bias_or_zeros(weight.gate_bias, weight.gate)
+        block.install(
+            weight._replace(
+                up_bias=_bias_or_zeros(weight.up_bias, weight.up),
+                gate_bias=gate_bias,
+                down_bias=_bias_or_zeros(weight.down_bias, weight.down),
+            )
+        )
+    return True
+
+
+def _bias_or_zeros(bias: Tensor | None, weight: Tensor) -> Tensor:
+    return weight.new_zeros(weight.shape[0]) if bias is None else bias
+
+
+def resize_config(model: PreTrainedModel, spec: FFNSpec, intermediate_size: int, has_bias: bool) -> None:
+    """Write the new width, and the biases if there are any, into the model's configuration."""
+    setattr(model.config, spec.size_key, intermediate_size)
+    if has_bias and spec.bias_key is not None:
+        setattr(model.config, spec.bias_key, True)
+
+
+def native_intercept(model: PreTrainedModel, spec: FFNSpec) -> bool:
+    """Return whether the architecture can hold a bias on the down projection, so that plain loading finds it.
+
+    Found out by building the model from its configuration, with biases switched on, on the meta device.
+    """
+    down = FFNBlock(find_blocks(model, spec)[0], spec, 0).projection("down")
+    if getattr(down, "bias", None) is not None:
+        return True
+    if spec.bias_key is None or not hasattr(model.config, spec.bias_key):
+        return False
+    config = copy.deepcopy(model.config)
+    setattr(config, spec.bias_key, True)
+    with torch.device("meta"):
+        probe = type(model)(config)
+    down = FFNBlock(find_blocks(probe, spec)[0], spec, 0).projection("down")
+    return getattr(down, "bias", None) is not None

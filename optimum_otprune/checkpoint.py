@@ -1,0 +1,282 @@
+"""Load and save: a model with its tokenizer, configuration, report and card; a folder is complete or not there."""
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from optimum_otprune.card import model_card
+from optimum_otprune.configuration import CONFIG_FILE, OTPruningConfig
+from optimum_otprune.errors import ModelLoadError, OutputError
+from optimum_otprune.report import REPORT_FILE, PruningReport
+
+_HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
+_SPACE_MARGIN = 1.1
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+
+class Checkpoint(NamedTuple):
+    """What a folder or repository holds.
+
+    Attributes:
+        model: The model.
+        tokenizer: Its tokenizer, or None.
+        config: The pruning configuration, if it was pruned by this package.
+        report: The report, if it was pruned by this package.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    config: OTPruningConfig | None
+    report: PruningReport | None
+
+
+def load_checkpoint(name: str, options: Mapping[str, Any]) -> Checkpoint:
+    """Load a model, and what pruning left beside it.
+
+    Args:
+        name: Hub id or local folder.
+        options: Of loading, as `OTPruner.from_pretrained` has them.
+
+    Raises:
+        ModelLoadError: If it cannot be found or read, or tensors are missing.
+    """
+    _check_source(name)
+    hub = {option: options[option] for option in _HUB_OPTIONS if options[option] is not None}
+    remote = {"trust_remote_code": bool(options["trust_remote_code"])}
+    placement = {
+        option: options[option]
+        for option in ("dtype", "device_map", "max_memory", "offload_folder")
+        if options[option] is not None
+    }
+    with _loading(name):
+        AutoConfig.from_pretrained(name, **hub, **remote)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name, **hub, **remote, **placement, output_loading_info=True
+        )
+    _check_complete(name, info)
+    # The tied head of a checkpoint is not among the missing keys, so what is missing is really missing.
+    config_file, report_file = (_optional_file(name, file, hub) for file in (CONFIG_FILE, REPORT_FILE))
+    return Checkpoint(
+        model,
+        _load_tokenizer(name, hub, remote),
+        None if config_file is None else OTPruningConfig.from_pretrained(config_file),
+        None if report_file is None else PruningReport.load(report_file),
+    )
+
+
+def hub_id(name: str | None) -> str | None:
+    """Return the name if it is a Hub id rather than a path of this machine."""
+    if not name or os.path.exists(name):
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
+
+
+def _check_source(name: str) -> None:
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelLoadError(
+                f"The folder {path.name!r} has no config.json, so it holds no model. Give the folder that "
+                "`save_pretrained` wrote."
+            )
+    elif path.is_file():
+        raise ModelLoadError(f"{path.name!r} is a file. Give the folder that holds it, with its config.json.")
+    elif hub_id(name) is None:
+        raise ModelLoadError(f"{path.name!r} is neither a folder nor a valid Hub id of the form 'user/name'.")
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    try:
+        yield
+    except SafetensorError as error:
+        raise ModelLoadError(
+            f"The weights of {_shown(name)} are damaged ({error}). Download or copy them again; a file of a few hundred "
+            "bytes is a git-lfs pointer."
+        ) from error
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        local = Path(name).is_dir()
+        why = (
+            "check the files in it"
+            if local
+            else "either it does not exist (or is private and needs `token`), or the Hub cannot be reached. Offline, give a "
+            "local folder, or set HF_HUB_OFFLINE=1 to use what was downloaded before"
+        )
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelLoadError(f"{_shown(name)} could not be loaded: {why}. ({first_line})") from error
+
+
+def _shown(name: str) -> str:
+    return f"The folder {Path(name).name!r}" if Path(name).is_dir() else f"The model {name!r}"
+
+
+def _check_complete(name: str, info: Mapping[str, Any]) -> None:
+    for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
+        found = sorted(str(key) for key in info.get(kind) or ())
+        if found:
+            raise ModelLoadError(
+                f"{_shown(name)} lacks weights that fit its configuration: {kind.replace('_', ' ')} {', '.join(found[:3])}"
+                f"{' …' if len(found) > 3 else ''}. They would have been filled with random numbers. Download it again."
+            )
+
+
+def _load_tokenizer(name: str, hub: dict[str, Any], remote: dict[str, Any]) -> PreTrainedTokenizerBase | None:
+    """None only where there is no tokenizer; one that cannot be read is an error."""
+    if all(_optional_file(name, file, hub) is None for file in _TOKENIZER_FILES):
+        return None
+    with _loading(name):
+        return AutoTokenizer.from_pretrained(name, **hub, **remote)
+
+
+def _optional_file(name: str, file: str, hub: dict[str, Any]) -> str | None:
+    if Path(name).is_dir():
+        path = Path(name) / file
+        return str(path) if path.is_file() else None
+    try:
+        return hf_hub_download(name, file, **hub)
+    except (EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled):
+        return None
+
+
+def check_output_folder(folder: Path, overwrite: bool, needed_bytes: int = 0) -> None:
+    """Raise when `save_checkpoint` could not write there; called before hours of work, too.
+
+    Args:
+        folder: Where the result shall be.
+        overwrite: Whether a folder that is not empty is replaced.
+        needed_bytes: Expected size.
+
+    Raises:
+        OutputError: If the folder is a file, not empty, not writable, or on a disk without room.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"The output {folder.name!r} is a file. Choose the name of a folder.")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise OutputError(
+            f"The output folder {folder.name!r} is not empty. Choose another, or set `overwrite` to replace it."
+        )
+    parent = folder.absolute().parent
+    existing = next(path for path in (parent, *parent.parents) if path.exists())
+    if not os.access(existing, os.W_OK | os.X_OK) or not existing.is_dir():
+        raise OutputError(f"The folder {existing.name!r}, where {folder.name!r} shall be written, is not writable.")
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes * _SPACE_MARGIN:
+        raise OutputError(
+            f"The disk has {free / 1e9:.1f} GB free, but the result needs about {needed_bytes / 1e9:.1f} GB. Make room, or "
+            "choose another output folder."
+        )
+
+
+def save_checkpoint(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    config: OTPruningConfig,
+    report: PruningReport | None,
+    overwrite: bool,
+    max_shard_size: int | str,
+) -> Path:
+    """Write everything into a hidden sibling folder, then rename it.
+
+    Raises:
+        OutputError: See `check_output_folder`; or if writing fails, in which case nothing of it stays.
+    """
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    check_output_folder(folder, overwrite, size)
+    with _writing(folder) as partial:
+        _make_generation_config_valid(model)
+        model.save_pretrained(partial, max_shard_size=max_shard_size)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        config.save_pretrained(partial)
+        if report is not None:
+            report.save(partial / REPORT_FILE)
+        card = model_card(config, report, folder.name, has_tokenizer=tokenizer is not None)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        _make_durable(partial)
+    return folder
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[Path]:
+    """A folder beside the wanted one that takes its name when everything is written, and is gone otherwise."""
+    target = folder.absolute()
+    partial: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+        yield partial
+        _move_into_place(partial, target)
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OutputError):
+            raise
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        reason = "the disk is full" if full else str(error)
+        raise OutputError(
+            f"The output folder {folder.name!r} could not be written: {reason}. Nothing was left there; the model in memory "
+            "is unharmed, so save it again elsewhere."
+        ) from error
+    finally:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _move_into_place(partial: Path, target: Path) -> None:
+    old: Path | None = None
+    if target.is_dir():
+        if any(target.iterdir()):
+            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
+            old.rmdir()
+            os.rename(target, old)
+        else:
+            target.rmdir()
+    os.rename(partial, target)
+    _sync(target.parent)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _make_durable(folder: Path) -> None:
+    """Flush files to the disk, and give them the permissions that the user's umask allows (safetensors writes 0600)."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(0o666 & ~umask)
+            _sync(file)
+    folder.chmod(0o777 & ~umask)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _make_generation_config_valid(model: PreTrainedModel) -> None:
+    """Sampling parameters without sampling load with a warning, but are refused when saved."""
+    generation = getattr(model, "generation_config", None)
+    if generation is None or generation.do_sample:
+        return
+    try:
+        generation.validate(strict=True)
+    except ValueError:
+        generation.do_sample = True

@@ -1,0 +1,318 @@
+"""Compress one FFN: select, transport, fuse, refit. Tensors and a configuration in, a smaller FFN out."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from scipy.cluster.vq import kmeans2
+from torch import Tensor
+
+from optimum_otprune.configuration import OTPruningConfig
+from optimum_otprune.errors import ConfigurationError
+from optimum_otprune.functional.compensation import Refit, constant_bias, refit_down
+from optimum_otprune.functional.costs import CostInputs, TransportCost, channel_vectors, costs, transport_cost
+from optimum_otprune.functional.ffn import FFNWeights
+from optimum_otprune.functional.fusion import FusionMaps, fuse, fusion_maps, selection_map, with_identity
+from optimum_otprune.functional.gram import GramStatistics
+from optimum_otprune.functional.importance import (
+    ChannelStatistics,
+    WeightScores,
+    channel_importance,
+    combined_statistics,
+    importances,
+)
+from optimum_otprune.functional.marginals import MarginalInputs, distributions, marginal, mixtures
+from optimum_otprune.functional.rescue import self_share, transported_mass
+from optimum_otprune.functional.selection import obs_channels, top_channels
+from optimum_otprune.functional.solvers import SolverSettings, solve_transport, solvers
+from optimum_otprune.registry import GRADIENTS, Entry
+
+_REGISTRIES = {
+    "importance": importances,
+    "cost": costs,
+    "source_distribution": distributions,
+    "target_distribution": distributions,
+    "statistics": mixtures,
+    "solver": solvers,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A configuration with its names looked up, or replaced by functions of the user's own.
+
+    Attributes:
+        config: Names and numbers.
+        functions: By field, what is called; fields that the method does not use are absent.
+    """
+
+    config: OTPruningConfig
+    functions: Mapping[str, Entry]
+
+    @classmethod
+    def resolve(cls, config: OTPruningConfig, custom: Mapping[str, Any]) -> "Recipe":
+        """Look up every name of the configuration.
+
+        Args:
+            config: The configuration.
+            custom: Functions (or registered names) by field, in place of the configuration's.
+
+        Raises:
+            ConfigurationError: If a field takes no function, or nothing would call it.
+            RegistryError: If a name is unknown.
+        """
+        functions = {
+            field: registry.entry(name)
+            for field, registry in _REGISTRIES.items()
+            if (name := getattr(config, field)) is not None
+        }
+        for field, function in custom.items():
+            if function is None:
+                continue
+            if field not in _REGISTRIES:
+                raise ConfigurationError(f"`{field}` takes no function; {', '.join(_REGISTRIES)} do.")
+            if field not in functions and not (field == "statistics" and "cost" in functions):
+                raise ConfigurationError(f"`{field}` would be ignored: the method {config.method!r} does not use it.")
+            functions[field] = _REGISTRIES[field].entry(function)
+        return cls(config, functions)
+
+    @property
+    def transports(self) -> bool:
+        """Whether a transport problem is solved."""
+        return "cost" in self.functions
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether any function reads weight × gradient scores."""
+        return any(GRADIENTS in entry.requires for entry in self.functions.values())
+
+
+class LayerInputs(NamedTuple):
+    """What compression is given of one layer.
+
+    Attributes:
+        weights: The dense FFN.
+        fit: Second moments of the calibration tokens that are fitted.
+        heldout: The same of the held-out tokens.
+        snip: Weight scores, or None when the recipe needs no gradients.
+        fo: Weight scores, or None.
+        seed: Of this layer.
+        can_hold_intercept: Whether the architecture has an output bias.
+        remeasure: Second moments, fitted and held-out, of the channels of another FFN with the same targets.
+    """
+
+    weights: FFNWeights
+    fit: GramStatistics
+    heldout: GramStatistics
+    snip: WeightScores | None
+    fo: WeightScores | None
+    seed: int
+    can_hold_intercept: bool
+    remeasure: Callable[[FFNWeights], tuple[GramStatistics, GramStatistics]]
+
+    @property
+    def total(self) -> GramStatistics:
+        """Second moments of all tokens."""
+        return self.fit + self.heldout
+
+
+class Compression(NamedTuple):
+    """A compressed FFN and how it came about.
+
+    Attributes:
+        weights: Refitted to all calibration tokens: what is saved.
+        judged: The same, refitted without the held-out tokens: what is measured on them.
+        fused: Before the refit.
+        kept_channels: LongTensor `(kept_size,)`, sorted.
+        transported_mass: Share of the pruned channels' mass that the plan moved; 0 without transport.
+        self_share: Mean share of a kept channel's gate and up weights that comes from itself.
+        ridge: λ of the refit, or None.
+        intercept: Whether an output bias was added.
+    """
+
+    weights: FFNWeights
+    judged: FFNWeights
+    fused: FFNWeights
+    kept_channels: Tensor
+    transported_mass: float
+    self_share: float
+    ridge: float | None
+    intercept: bool
+
+
+def compress(inputs: LayerInputs, recipe: Recipe, kept_size: int) -> Compression:
+    """Compress one FFN to `kept_size` channels.
+
+    Args:
+        inputs: Of the layer.
+        recipe: What to do.
+        kept_size: Channels to keep, at most as many as there are.
+
+    Returns:
+        The compressed FFN in the dtype of `inputs.weights`.
+    """
+    statistics = _channel_statistics(inputs, recipe.config)
+    importance = None
+    if "importance" in recipe.functions:
+        importance = channel_importance(recipe.functions["importance"].function, statistics)
+    kept = select_channels(inputs, recipe.config, importance, kept_size)
+    maps, moved, kept = _transport(inputs, recipe, importance, kept)
+    fused = fuse(inputs.weights, maps, kept, recipe.config.fuse)
+    effective = maps.inward if {"gate", "up"} & set(recipe.config.fuse) else selection_map(kept, maps.inward.shape[1])
+    share = self_share(effective.cpu(), kept.cpu())
+    return _compensate(inputs, recipe.config, fused, Compression(fused, fused, fused, kept, moved, share, None, False))
+
+
+def _channel_statistics(inputs: LayerInputs, config: OTPruningConfig) -> ChannelStatistics:
+    total = inputs.total
+    return ChannelStatistics(
+        weights=inputs.weights,
+        hidden_mean=total.hidden_sum / total.num_tokens,
+        hidden_second_moment=total.gram.diagonal() / total.num_tokens,
+        num_tokens=total.num_tokens,
+        snip=inputs.snip,
+        fo=inputs.fo,
+        aggregation=config.aggregation or "absolute",
+        generator=torch.Generator().manual_seed(inputs.seed),
+    )
+
+
+def select_channels(
+    inputs: LayerInputs, config: OTPruningConfig, importance: Tensor | None, kept_size: int
+) -> Tensor:
+    """Return the kept channels, LongTensor `(kept_size,)`, sorted, on the device of the weights."""
+    if config.selection == "obs":
+        return obs_channels(inputs.total.gram, inputs.weights.down, kept_size, importance)
+    assert importance is not None
+    return top_channels(importance, kept_size).to(inputs.weights.up.device)
+
+
+def _transport(
+    inputs: LayerInputs, recipe: Recipe, importance: Tensor | None, kept: Tensor
+) -> tuple[FusionMaps, float, Tensor]:
+    """Fusion maps, the share of pruned mass that was moved, and the kept channels (new ones for centroids)."""
+    n = inputs.weights.intermediate_size
+    if not recipe.transports or len(kept) == n:
+        selected = selection_map(kept, n)
+        return FusionMaps(selected, selected), 0.0, kept
+    if recipe.config.target == "cluster_centroid":
+        cost, kept = centroid_cost(inputs.weights, len(kept), inputs.seed, recipe.config.cost)
+    else:
+        total = inputs.total
+        cost_inputs = CostInputs(inputs.weights, total.gram, total.num_tokens)
+        cost = transport_cost(recipe.functions["cost"].function, cost_inputs, kept)
+    marginal_inputs = _marginal_inputs(inputs, recipe, importance, kept)
+    channels = torch.arange(n, device=kept.device)
+    pruned = channels[~marginal_inputs.is_kept.to(kept.device)]
+    sources = pruned if recipe.config.normalization == "identity" else channels
+    source = marginal(recipe.functions["source_distribution"].function, marginal_inputs.select(sources.cpu()))
+    target = torch.full((len(kept),), 1 / len(kept), dtype=torch.float64)
+    if "target_distribution" in recipe.functions:
+        target = marginal(recipe.functions["target_distribution"].function, marginal_inputs.select(kept.cpu()))
+    settings = SolverSettings(recipe.config.epsilon, recipe.config.mass_share, recipe.config.marginal_penalty)
+    plan = solve_transport(recipe.functions["solver"].function, cost.matrix[sources], source, target, settings).matrix
+    if recipe.config.normalization == "identity":
+        shares = (len(kept) / n, len(pruned) / n)
+        plan = with_identity(plan, kept.cpu(), pruned.cpu(), shares)
+        full = torch.full((n,), shares[0] / len(kept), dtype=torch.float64)
+        full[pruned.cpu()] = source * shares[1]
+        source = full
+    gain = None if cost.gain is None else _own_gain_one(cost.gain.cpu(), kept.cpu())
+    leaves_behind = recipe.config.solver in ("partial", "unbalanced")
+    maps = fusion_maps(plan, recipe.config.normalization, gain, source if leaves_behind else None)
+    return maps, transported_mass(plan, source, pruned.cpu()), kept
+
+
+def _own_gain_one(gain: Tensor, kept: Tensor) -> Tensor:
+    """A kept channel stands in for itself as it is, also where it was never active or shrunk by chance."""
+    gain = gain.clone()
+    gain[kept, torch.arange(len(kept))] = 1.0
+    return gain
+
+
+def _marginal_inputs(inputs: LayerInputs, recipe: Recipe, importance: Tensor | None, kept: Tensor) -> MarginalInputs:
+    n = inputs.weights.intermediate_size
+    is_kept = torch.zeros(n, dtype=torch.bool)
+    is_kept[kept.cpu()] = True
+    statistics: dict[str, Tensor] = {}
+    if inputs.snip is not None and inputs.fo is not None:
+        statistics = combined_statistics(inputs.snip, inputs.fo)
+    score = torch.zeros(n) if importance is None else importance.cpu()
+    if "statistics" in recipe.functions:
+        score = recipe.functions["statistics"].function(statistics)
+    return MarginalInputs(score, is_kept, statistics)
+
+
+def centroid_cost(weights: FFNWeights, kept_size: int, seed: int, cost: str | None) -> tuple[TransportCost, Tensor]:
+    """Cluster the channels' unit weight vectors; centroids are what channels are transported to.
+
+    Args:
+        weights: The FFN.
+        kept_size: Clusters.
+        seed: Of k-means++.
+        cost: `"weight"` (p = 1) or `"weight_l2"`.
+
+    Returns:
+        Cost `(intermediate_size, kept_size)`, and for each centroid the nearest channel that no other centroid has, sorted:
+        LongTensor `(kept_size,)`; columns are in that order.
+    """
+    vectors = channel_vectors(weights).cpu()
+    generator = torch.Generator().manual_seed(seed)
+    start = vectors[torch.randperm(len(vectors), generator=generator)[:kept_size]]
+    centroids, _ = kmeans2(vectors.numpy(), start.numpy(), minit="matrix", iter=20, missing="warn")
+    distance = torch.cdist(vectors, torch.from_numpy(centroids), p=1.0 if cost == "weight" else 2.0)
+    taken = torch.zeros(len(vectors), dtype=torch.bool)
+    representatives = torch.empty(kept_size, dtype=torch.long)
+    for column in range(kept_size):
+        nearest = torch.where(taken, torch.inf, distance[:, column]).argmin()
+        representatives[column], taken[nearest] = nearest, True
+    order = torch.argsort(representatives)
+    return TransportCost(distance[:, order]), representatives[order].to(weights.up.device)
+
+
+def _compensate(inputs: LayerInputs, config: OTPruningConfig, fused: FFNWeights, result: Compression) -> Compression:
+    kept = result.kept_channels
+    if config.compensation == "none" or fused.intermediate_size == inputs.weights.intermediate_size:
+        return result
+    fit, heldout = inputs.fit.select(kept), inputs.heldout.select(kept)
+    if {"gate", "up"} & set(config.fuse):
+        fit, heldout = inputs.remeasure(fused)  # the kept channels are no longer what they were
+    if config.compensation == "bias":
+        if not inputs.can_hold_intercept:
+            raise ConfigurationError(
+                "`compensation='bias'` needs an output bias, which this architecture cannot hold so that plain loading "
+                "finds it. Use compensation='ridge' with intercept='never'."
+            )
+        weights, judged = (
+            _with_bias(fused, fused.down, constant_bias(statistics, fused.down)) for statistics in (fit + heldout, fit)
+        )
+        return result._replace(weights=weights, judged=judged, intercept=True)
+    prior = {
+        "zero": torch.zeros_like(fused.down),
+        "identity": inputs.weights.down[:, kept],
+        "transport": fused.down,
+    }[config.ridge_prior]
+    intercept = config.intercept if inputs.can_hold_intercept else "never"
+    refit, judged_refit = refit_down(fit, heldout, prior, intercept)
+    return result._replace(
+        weights=_refitted(fused, refit),
+        judged=_refitted(fused, judged_refit),
+        ridge=refit.ridge,
+        intercept=refit.bias is not None,
+    )
+
+
+def _refitted(fused: FFNWeights, refit: Refit) -> FFNWeights:
+    return _with_bias(fused, refit.down, refit.bias)
+
+
+def _with_bias(fused: FFNWeights, down: Tensor, bias: Tensor | None) -> FFNWeights:
+    like = fused.down
+    if bias is not None and fused.down_bias is not None:
+        bias = bias.to(like.device) + fused.down_bias
+    elif bias is None:
+        bias = fused.down_bias
+    return fused._replace(
+        down=down.to(like.device, like.dtype), down_bias=None if bias is None else bias.to(like.device, like.dtype)
+    )

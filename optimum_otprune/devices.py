@@ -1,0 +1,70 @@
+"""Where tensors live: reading and replacing parameters that accelerate may have offloaded. The only door to accelerate."""
+
+import torch
+from accelerate.utils import align_module_device, has_offloaded_params
+from accelerate.utils.offload import OffloadedWeightsLoader, PrefixedDataset, offload_weight
+from torch import Tensor, nn
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """Return the device that a module computes on, whether or not its weights are there now."""
+    for submodule in module.modules():
+        hook = getattr(submodule, "_hf_hook", None)
+        device = getattr(hook, "execution_device", None)
+        if device is not None and next(submodule.parameters(), None) is not None:
+            return torch.device(device if not isinstance(device, int) else f"cuda:{device}")
+        for parameter in submodule.parameters(recurse=False):
+            if parameter.device.type != "meta":
+                return parameter.device
+    return torch.device("cpu")
+
+
+def read_parameter(module: nn.Module, name: str) -> Tensor | None:
+    """Return a copy of a parameter on the module's execution device, or None if the module has none of that name.
+
+    Args:
+        module: The module that holds it directly.
+        name: Such as `"weight"`.
+    """
+    if module._parameters.get(name) is None:
+        return None
+    with align_module_device(module, execution_device=execution_device(module)):
+        return module._parameters[name].detach().clone()  # type: ignore[union-attr]
+
+
+def replace_parameter(module: nn.Module, name: str, value: Tensor) -> None:
+    """Replace a parameter by one that may have another shape, in memory or in the store it is offloaded to.
+
+    A plain assignment to an offloaded module is undone by its hook without a word.
+
+    Args:
+        module: The module that holds it directly.
+        name: Such as `"weight"`; made if it was not there.
+        value: Cast to the dtype, and moved to the device, of the old one, or of the module's weight.
+    """
+    like = module._parameters.get(name)
+    like = module._parameters["weight"] if like is None else like
+    assert like is not None
+    value = value.detach().to(like.dtype)
+    if has_offloaded_params(module):
+        _store(module._hf_hook.weights_map, name, value.cpu().contiguous())  # type: ignore[union-attr, arg-type]
+        value = torch.empty_like(value, device="meta")
+    else:
+        value = value.to(like.device).contiguous()
+    module._parameters[name] = nn.Parameter(value, requires_grad=like.requires_grad)
+
+
+def _store(store: object, key: str, value: Tensor) -> None:
+    """Write into accelerate's map of offloaded weights; files of the original checkpoint are never touched."""
+    while isinstance(store, PrefixedDataset):
+        key, store = store.prefix + key, store.dataset
+    if not isinstance(store, OffloadedWeightsLoader):
+        store[key] = value  # type: ignore[index]
+        return
+    if store.save_folder is not None and key not in store.state_dict:
+        store.index.pop(key, None)
+        offload_weight(value, key, store.save_folder, index=store.index)
+    else:
+        store.state_dict[key] = value
+    if key not in store.all_keys:
+        store.all_keys.append(key)

@@ -1,0 +1,45 @@
+"""Every error of this package: `OTPruneError` and the fitting builtin, so both can be caught."""
+
+
+class OTPruneError(Exception):
+    """Base class of all errors that this package raises on purpose."""
+
+
+class ConfigurationError(OTPruneError, ValueError):
+    """A field of the configuration is unknown, has a wrong type, is out of range or contradicts another one."""
+
+
+class RegistryError(OTPruneError, ValueError):
+    """A name is not registered, or is taken already."""
+
+
+class CalibrationDataError(OTPruneError, ValueError):
+    """Calibration or evaluation data cannot be used as they are."""
+
+
+class UnsupportedModelError(OTPruneError, ValueError):
+    """The model's architecture or state cannot be pruned."""
+
+
+class ModelLoadError(OTPruneError, OSError):
+    """A model, tokenizer or configuration could not be found, downloaded or read."""
+
+
+class NumericalError(OTPruneError, ArithmeticError):
+    """NaN, infinity or a failed factorization where finite numbers are needed."""
+
+
+class TransportError(OTPruneError, ArithmeticError):
+    """A transport problem is infeasible, or its solver did not reach a usable plan."""
+
+
+class ShapeError(OTPruneError, ValueError):
+    """Tensors whose shapes do not fit together."""
+
+
+class OutputError(OTPruneError, OSError):
+    """The output folder cannot be written: not empty, read-only, or the disk is full."""
+
+
+class ReportError(OTPruneError, ValueError):
+    """A report file is damaged or was written by something else."""

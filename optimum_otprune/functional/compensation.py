@@ -1,0 +1,157 @@
+"""Refit of the down projection after channels went: ridge towards a prior, λ on held-out tokens, intercept.
+
+`W' = (C_K + P Λ)(G_KK + Λ)⁻¹` with `C = Σ y hᵀ`, `G = Σ h hᵀ`, prior P and `Λ = λ · diag(G_KK)`: λ = 0 is the linear
+conditional expectation of the targets given the kept channels, λ → ∞ is the prior.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from optimum_otprune.errors import ShapeError
+from optimum_otprune.functional.gram import GramStatistics, damped_cholesky
+
+RIDGE_GRID = (*(10.0**exponent for exponent in [x / 2 for x in range(-14, 5)]), math.inf)
+
+
+class Refit(NamedTuple):
+    """A refitted down projection and how it was chosen.
+
+    Attributes:
+        down: `(hidden_size, kept_size)`.
+        bias: `(hidden_size,)` to add to the layer's output, or None.
+        ridge: λ, chosen on held-out tokens; infinity means that the prior was best.
+        heldout_error: Σ ‖y − ŷ‖² on the held-out tokens of the fit to the others.
+    """
+
+    down: Tensor
+    bias: Tensor | None
+    ridge: float
+    heldout_error: float
+
+
+def ridge_refit(statistics: GramStatistics, prior: Tensor, ridge: float) -> Tensor:
+    """Fit the targets by the channels, shrinking towards a prior; the fit's own error is never above the prior's.
+
+    Args:
+        statistics: Of the kept channels only.
+        prior: `(hidden_size, kept_size)`.
+        ridge: λ ≥ 0; infinity returns the prior.
+
+    Returns:
+        `(hidden_size, kept_size)`, float64.
+
+    Raises:
+        ShapeError: If `prior` does not fit the statistics.
+        NumericalError: If the Gram matrix cannot be factored.
+    """
+    if prior.shape != statistics.cross.shape:
+        raise ShapeError(
+            f"The prior has shape {tuple(prior.shape)}, the statistics want {tuple(statistics.cross.shape)}. "
+            "Select the kept channels in both."
+        )
+    prior = prior.double()
+    if math.isinf(ridge):
+        return prior
+    gram, cross = statistics.gram.double(), statistics.cross.double()
+    scale = _scale(gram)
+    correlation = gram / torch.outer(scale, scale)
+    correlation.diagonal().add_(ridge)
+    factor = damped_cholesky(correlation, 1e-12 if ridge == 0 else 0.0, "the Gram matrix of the kept channels")
+    residual = (cross - prior @ gram) / scale  # (hidden_size, kept_size)
+    return prior + torch.cholesky_solve(residual.T, factor).T / scale
+
+
+def _scale(gram: Tensor) -> Tensor:
+    """Root of the diagonal `(kept_size,)`; 1 for channels that are never active."""
+    scale = gram.diagonal().clamp_min(0).sqrt()
+    return torch.where(scale > 0, scale, 1.0)
+
+
+def choose_ridge(
+    fit: GramStatistics, heldout: GramStatistics, prior: Tensor, grid: tuple[float, ...] = RIDGE_GRID
+) -> tuple[float, float]:
+    """Return the λ of the grid with the least held-out error, and that error.
+
+    One eigendecomposition serves the whole grid.
+
+    Args:
+        fit: Statistics of the tokens that are fitted, kept channels only.
+        heldout: Statistics of the other tokens, kept channels only.
+        prior: `(hidden_size, kept_size)`.
+        grid: Values of λ to try.
+    """
+    fit, heldout, prior = fit.double(), heldout.double(), prior.double()
+    scale = _scale(fit.gram)
+    values, vectors = torch.linalg.eigh(fit.gram / torch.outer(scale, scale))
+    values = values.clamp_min(0)
+    basis = vectors / scale[:, None]  # (kept_size, kept_size), whitens the channels
+    step = (fit.cross - prior @ fit.gram) @ basis  # (hidden_size, kept_size)
+    slope = (heldout.cross - prior @ heldout.gram) @ basis
+    linear = (step * slope).sum(dim=0)  # (kept_size,)
+    quadratic = (step.T @ step) * (basis.T @ heldout.gram @ basis)  # (kept_size, kept_size)
+    base = heldout.error(prior)
+    floor = torch.finfo(torch.float64).eps * values.max().clamp_min(1.0) * len(values)
+    best = (math.inf, float(base))
+    for ridge in grid:
+        if math.isinf(ridge):
+            continue
+        shrink = torch.where(values + ridge > floor, 1 / (values + ridge).clamp_min(floor), 0.0)
+        error = float(base - 2 * shrink @ linear + shrink @ quadratic @ shrink)
+        if error < best[1]:
+            best = (ridge, error)
+    return best
+
+
+def refit_down(
+    fit: GramStatistics, heldout: GramStatistics, prior: Tensor, intercept: str = "never"
+) -> tuple[Refit, Refit]:
+    """Choose λ, and whether an intercept pays, on held-out tokens; refit to all tokens, and to the others alone.
+
+    Args:
+        fit: Statistics of the tokens that λ is not judged on, kept channels only.
+        heldout: Statistics of the held-out tokens, kept channels only.
+        prior: `(hidden_size, kept_size)` to shrink towards.
+        intercept: `"never"`, `"always"`, or `"auto"`: where it lowers the held-out error.
+
+    Returns:
+        The refit to all tokens, and the refit without the held-out ones, which can be judged on them; both float64.
+    """
+    candidates = []
+    if intercept != "always":
+        ridge, error = choose_ridge(fit, heldout, prior)
+        candidates.append((error, ridge, False))
+    if intercept != "never":
+        means = _means(fit)
+        ridge, error = choose_ridge(fit.double().shifted(*means), heldout.double().shifted(*means), prior)
+        candidates.append((error, ridge, True))
+    error, ridge, centred = min(candidates)
+    total, alone = (_refit(part.double(), prior, ridge, centred, error) for part in (fit + heldout, fit))
+    return total, alone
+
+
+def _means(statistics: GramStatistics) -> tuple[Tensor, Tensor]:
+    count = statistics.num_tokens
+    return statistics.hidden_sum.double() / count, statistics.target_sum.double() / count
+
+
+def _refit(statistics: GramStatistics, prior: Tensor, ridge: float, centred: bool, error: float) -> Refit:
+    if not centred:
+        return Refit(ridge_refit(statistics, prior, ridge), None, ridge, error)
+    hidden_mean, target_mean = _means(statistics)
+    down = ridge_refit(statistics.shifted(hidden_mean, target_mean), prior, ridge)
+    return Refit(down, target_mean - down @ hidden_mean, ridge, error)
+
+
+def constant_bias(statistics: GramStatistics, down: Tensor) -> Tensor:
+    """Return the mean output that a down projection misses, `(hidden_size,)`: FLAP's bias compensation.
+
+    Args:
+        statistics: Of the kept channels, with the dense layer's outputs as targets.
+        down: `(hidden_size, kept_size)`.
+
+    Source: An et al., "Fluctuation-based Adaptive Structured Pruning for Large Language Models", AAAI 2024, section 3.
+    """
+    return (statistics.target_sum - down.to(statistics.hidden_sum.dtype) @ statistics.hidden_sum) / statistics.num_tokens

@@ -1,0 +1,121 @@
+"""What it costs to let a kept channel stand in for another: transport costs, and gains where there are any."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from optimum_otprune.errors import NumericalError, ShapeError
+from optimum_otprune.functional.ffn import FFNWeights
+from optimum_otprune.registry import ACTIVATIONS, Registry
+
+_CHANCE_LEVEL = 6.0  # gains below about this many times ln(n) / T in squared correlation are taken for chance
+
+
+class CostInputs(NamedTuple):
+    """What a cost function is given of one layer.
+
+    Attributes:
+        weights: The FFN before pruning.
+        gram: Σ h hᵀ `(intermediate_size, intermediate_size)` of the channel activations, or None.
+        num_tokens: Tokens summed in `gram`.
+    """
+
+    weights: FFNWeights
+    gram: Tensor | None = None
+    num_tokens: int = 0
+
+
+class TransportCost(NamedTuple):
+    """A transport cost and what a channel is multiplied by when it stands in for another.
+
+    Attributes:
+        matrix: `(intermediate_size, kept_size)`, non-negative.
+        gain: The same shape, or None for gain 1.
+    """
+
+    matrix: Tensor
+    gain: Tensor | None = None
+
+
+CostFunction = Callable[[CostInputs, Tensor], TransportCost]
+
+costs: Registry[CostFunction] = Registry("cost")
+"""Functions `(inputs, kept_channels) -> TransportCost` by name; `kept_channels` is a LongTensor `(kept_size,)`."""
+
+
+@costs.register("activation", requires=(ACTIVATIONS,))
+def activation_cost(inputs: CostInputs, kept_channels: Tensor) -> TransportCost:
+    """Output energy of channel j that kept channel k cannot explain with its best gain.
+
+    `C_jk = ‖w_j‖² (G_jj − G_jk² / G_kk)`, gain `G_jk / G_kk` with its sign. Gains that chance would produce are shrunk by
+    `max(0, 1 − 6 ln n / (T ρ²))`, ρ the channels' correlation over T tokens. A channel that is never active explains
+    nothing.
+    """
+    if inputs.gram is None:
+        raise ShapeError("The cost 'activation' needs the Gram matrix of the channel activations; give `gram`.")
+    gram = inputs.gram.double()
+    n = gram.shape[0]
+    energy = gram.diagonal()
+    cross = gram[:, kept_channels]  # (intermediate_size, kept_size)
+    kept_energy = energy[kept_channels]
+    gain = torch.where(kept_energy > 0, cross / kept_energy.clamp_min(torch.finfo(gram.dtype).tiny), 0.0)
+    explained = gain * cross
+    correlation = explained / energy.clamp_min(torch.finfo(gram.dtype).tiny)[:, None]  # squared
+    chance = _CHANCE_LEVEL * math.log(max(n, 2)) / max(inputs.num_tokens, 1)
+    shrink = (1 - chance / correlation.clamp_min(torch.finfo(gram.dtype).tiny)).clamp_min(0)
+    norms = inputs.weights.down.double().square().sum(dim=0)  # (intermediate_size,)
+    matrix = norms[:, None] * (energy[:, None] - explained).clamp_min(0)
+    return TransportCost(matrix, gain * shrink)
+
+
+def channel_vectors(weights: FFNWeights) -> Tensor:
+    """Return one unit vector per channel: gate row, up row and down column, concatenated.
+
+    Returns:
+        `(intermediate_size, 3 · hidden_size)`, or 2 · without a gate; a channel of zeros stays zero.
+    """
+    parts = [weights.up, weights.down.T] if weights.gate is None else [weights.gate, weights.up, weights.down.T]
+    return torch.nn.functional.normalize(torch.cat([part.double() for part in parts], dim=1), dim=1)
+
+
+@costs.register("weight", reference="https://arxiv.org/abs/2402.05146")
+def weight_cost(inputs: CostInputs, kept_channels: Tensor) -> TransportCost:
+    """Sum of absolute differences (p = 1) between the unit weight vectors of two channels."""
+    vectors = channel_vectors(inputs.weights)
+    return TransportCost(torch.cdist(vectors, vectors[kept_channels], p=1.0))
+
+
+@costs.register("weight_l2")
+def weight_l2_cost(inputs: CostInputs, kept_channels: Tensor) -> TransportCost:
+    """Euclidean distance (p = 2) between the unit weight vectors of two channels."""
+    vectors = channel_vectors(inputs.weights)
+    return TransportCost(torch.cdist(vectors, vectors[kept_channels], p=2.0, compute_mode="donot_use_mm_for_euclid_dist"))
+
+
+def transport_cost(name: str | CostFunction, inputs: CostInputs, kept_channels: Tensor) -> TransportCost:
+    """Evaluate a cost and check what it returned.
+
+    Args:
+        name: A registered name or a function `(inputs, kept_channels) -> TransportCost` (or a bare matrix).
+        inputs: The layer.
+        kept_channels: LongTensor `(kept_size,)`.
+
+    Raises:
+        ShapeError: If the matrix is not `(intermediate_size, kept_size)`.
+        NumericalError: If an entry is NaN, infinite or negative.
+    """
+    entry = costs.entry(name)
+    result = entry.function(inputs, kept_channels)
+    cost = TransportCost(result) if isinstance(result, Tensor) else result
+    expected = (inputs.weights.intermediate_size, len(kept_channels))
+    if tuple(cost.matrix.shape) != expected:
+        raise ShapeError(f"The cost {entry.name!r} returned shape {tuple(cost.matrix.shape)}; want {expected}.")
+    if not torch.isfinite(cost.matrix).all() or (cost.matrix < 0).any():
+        raise NumericalError(
+            f"The cost {entry.name!r} returned NaN, infinite or negative entries, on which no transport can be solved. "
+            "Check the weights and the activations of this layer."
+        )
+    return cost

@@ -1,0 +1,110 @@
+"""One feed-forward network (FFN) as tensors, channel-first."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from optimum_otprune.errors import NumericalError, ShapeError
+
+Activation = Callable[[Tensor], Tensor]
+
+
+class FFNWeights(NamedTuple):
+    """The weights of one FFN; a channel is row j of `gate` and `up` and column j of `down`.
+
+    Attributes:
+        up: `(intermediate_size, hidden_size)`.
+        down: `(hidden_size, intermediate_size)`.
+        gate: `(intermediate_size, hidden_size)`, or None for an FFN that is not gated.
+        up_bias: `(intermediate_size,)` or None.
+        gate_bias: `(intermediate_size,)` or None.
+        down_bias: `(hidden_size,)` or None.
+    """
+
+    up: Tensor
+    down: Tensor
+    gate: Tensor | None = None
+    up_bias: Tensor | None = None
+    gate_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+
+    @property
+    def intermediate_size(self) -> int:
+        return self.up.shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        return self.down.shape[0]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "FFNWeights":
+        """Apply a function to every tensor that is there."""
+        return FFNWeights(*(None if tensor is None else function(tensor) for tensor in self))
+
+    def select(self, channels: Tensor) -> "FFNWeights":
+        """Keep some channels, in the given order.
+
+        Args:
+            channels: LongTensor `(kept_size,)`.
+        """
+        return FFNWeights(
+            up=self.up[channels],
+            down=self.down[:, channels],
+            gate=None if self.gate is None else self.gate[channels],
+            up_bias=None if self.up_bias is None else self.up_bias[channels],
+            gate_bias=None if self.gate_bias is None else self.gate_bias[channels],
+            down_bias=self.down_bias,
+        )
+
+
+def check_weights(weights: FFNWeights, where: str = "the FFN") -> None:
+    """Raise when shapes disagree or a value is not finite.
+
+    Args:
+        weights: What to check.
+        where: Named in the message, such as `"layer 3"`.
+
+    Raises:
+        ShapeError: If the tensors do not belong to one FFN.
+        NumericalError: If a tensor holds NaN or infinity.
+    """
+    n, d = weights.up.shape
+    expected = FFNWeights((n, d), (d, n), (n, d), (n,), (n,), (d,))  # type: ignore[arg-type]
+    for name, tensor, shape in zip(FFNWeights._fields, weights, expected):
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
+            raise ShapeError(
+                f"`{name}` of {where} has shape {tuple(tensor.shape)}, but `up` of shape {(n, d)} wants {shape}. "
+                "Give weights channel-first: gate and up (intermediate_size, hidden_size), down the other way round."
+            )
+        if not torch.isfinite(tensor).all():
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise NumericalError(
+                f"`{name}` of {where} holds {bad} values that are NaN or infinite, so no channel can be scored. "
+                "The checkpoint is damaged, or its dtype overflowed: reload it, or load it in float32."
+            )
+
+
+def channel_activations(weights: FFNWeights, inputs: Tensor, activation: Activation) -> Tensor:
+    """Return what every channel hands to the down projection: `act(W_g x) * (W_u x)`, or `act(W_u x)` without a gate.
+
+    Args:
+        weights: The FFN.
+        inputs: `(num_tokens, hidden_size)`.
+        activation: Elementwise function.
+
+    Returns:
+        `(num_tokens, intermediate_size)`.
+    """
+    up = torch.nn.functional.linear(inputs, weights.up, weights.up_bias)
+    if weights.gate is None:
+        return activation(up)
+    return activation(torch.nn.functional.linear(inputs, weights.gate, weights.gate_bias)) * up
+
+
+def ffn_forward(weights: FFNWeights, inputs: Tensor, activation: Activation) -> Tensor:
+    """Return the output of the FFN, `(num_tokens, hidden_size)`, of inputs of that shape."""
+    hidden = channel_activations(weights, inputs, activation)
+    return torch.nn.functional.linear(hidden, weights.down, weights.down_bias)

@@ -1,0 +1,126 @@
+"""Second moments of one FFN's channels and targets: all that selection, transport and refit need of the data."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from optimum_otprune.errors import NumericalError
+
+_MAX_DAMPING = 1e-2  # of the mean diagonal; beyond it the matrix is not a Gram matrix
+
+
+class GramStatistics(NamedTuple):
+    """Sums over tokens of products of channel activations h and targets y.
+
+    Attributes:
+        gram: Σ h hᵀ, `(intermediate_size, intermediate_size)`.
+        cross: Σ y hᵀ, `(hidden_size, intermediate_size)`.
+        hidden_sum: Σ h, `(intermediate_size,)`.
+        target_sum: Σ y, `(hidden_size,)`.
+        target_energy: Σ ‖y‖², a scalar tensor.
+        num_tokens: How many tokens were summed.
+    """
+
+    gram: Tensor
+    cross: Tensor
+    hidden_sum: Tensor
+    target_sum: Tensor
+    target_energy: Tensor
+    num_tokens: int
+
+    def __add__(self, other: "GramStatistics") -> "GramStatistics":  # type: ignore[override]
+        """Statistics of both sets of tokens together."""
+        return GramStatistics(*(mine + theirs for mine, theirs in zip(self, other)))
+
+    def select(self, channels: Tensor) -> "GramStatistics":
+        """Keep some channels.
+
+        Args:
+            channels: LongTensor `(kept_size,)`.
+        """
+        return self._replace(
+            gram=self.gram[channels][:, channels],
+            cross=self.cross[:, channels],
+            hidden_sum=self.hidden_sum[channels],
+        )
+
+    def double(self) -> "GramStatistics":
+        """The same in float64."""
+        return GramStatistics(*(part.double() if isinstance(part, Tensor) else part for part in self))
+
+    def shifted(self, hidden_shift: Tensor, target_shift: Tensor) -> "GramStatistics":
+        """Statistics of `h − hidden_shift` and `y − target_shift`: centred ones, if the shifts are the means."""
+        count, h, y = self.num_tokens, hidden_shift, target_shift
+        outer = torch.outer(self.hidden_sum, h)
+        return GramStatistics(
+            gram=self.gram - outer - outer.T + count * torch.outer(h, h),
+            cross=self.cross
+            - torch.outer(self.target_sum, h)
+            - torch.outer(y, self.hidden_sum)
+            + count * torch.outer(y, h),
+            hidden_sum=self.hidden_sum - count * h,
+            target_sum=self.target_sum - count * y,
+            target_energy=self.target_energy - 2 * (y @ self.target_sum) + count * (y @ y),
+            num_tokens=count,
+        )
+
+    def error(self, down: Tensor) -> Tensor:
+        """Σ ‖y − down h‖² over the tokens, a scalar tensor.
+
+        Args:
+            down: `(hidden_size, intermediate_size)`.
+        """
+        return self.target_energy - 2 * (down * self.cross).sum() + ((down @ self.gram) * down).sum()
+
+
+def gram_statistics(hidden: Tensor, targets: Tensor) -> GramStatistics:
+    """Sum over one batch of tokens.
+
+    Args:
+        hidden: Channel activations `(num_tokens, intermediate_size)`.
+        targets: `(num_tokens, hidden_size)`.
+
+    Returns:
+        Statistics in the dtype of `hidden`.
+    """
+    return GramStatistics(
+        gram=hidden.T @ hidden,
+        cross=targets.T @ hidden,
+        hidden_sum=hidden.sum(dim=0),
+        target_sum=targets.sum(dim=0),
+        target_energy=targets.square().sum(),
+        num_tokens=len(hidden),
+    )
+
+
+def damped_cholesky(matrix: Tensor, damping: float, what: str = "the Gram matrix") -> Tensor:
+    """Factor a positive semidefinite matrix, adding to its diagonal as little as it takes.
+
+    Args:
+        matrix: `(n, n)` float64.
+        damping: First try, in units of the mean diagonal; grows tenfold until the factorization succeeds.
+        what: Named in the error.
+
+    Returns:
+        Lower triangular factor `(n, n)`.
+
+    Raises:
+        NumericalError: If `matrix` is not finite, or not positive definite even with a hundredth of its mean diagonal
+            added.
+    """
+    if not torch.isfinite(matrix).all():
+        raise NumericalError(f"{what} is NaN or infinite: activations overflowed. Load the model in float32.")
+    scale = matrix.diagonal().mean().clamp_min(torch.finfo(matrix.dtype).tiny)
+    while True:
+        damped = matrix.clone()
+        damped.diagonal().add_(damping * scale)
+        factor, info = torch.linalg.cholesky_ex(damped)
+        if info == 0:
+            return factor
+        damping = max(10 * damping, 1e-12)
+        if damping > _MAX_DAMPING:
+            raise NumericalError(
+                f"{what} is not positive semidefinite: its Cholesky factorization fails even with {_MAX_DAMPING} of "
+                "the mean diagonal added. Use more calibration tokens, or load the model in float32."
+            )

@@ -1,0 +1,212 @@
+"""Importance of FFN channels: one score per channel from weights, activations and gradients."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from optimum_otprune.errors import NumericalError, ShapeError
+from optimum_otprune.functional.ffn import FFNWeights
+from optimum_otprune.registry import ACTIVATIONS, GRADIENTS, Registry
+
+
+class WeightScores(NamedTuple):
+    """One score per weight, channel-first.
+
+    Attributes:
+        up: `(intermediate_size, hidden_size)`.
+        down: `(intermediate_size, hidden_size)`, transposed, so that every row belongs to one channel.
+        gate: As `up`, or None.
+    """
+
+    up: Tensor
+    down: Tensor
+    gate: Tensor | None = None
+
+    def matrices(self) -> list[Tensor]:
+        """The matrices that are there, gate first."""
+        return [matrix for matrix in (self.gate, self.up, self.down) if matrix is not None]
+
+
+class ChannelStatistics(NamedTuple):
+    """What a calibration pass leaves behind of one layer; an importance function reads what it needs.
+
+    Attributes:
+        weights: The FFN.
+        hidden_mean: Mean activation of each channel `(intermediate_size,)`, or None if not collected.
+        hidden_second_moment: Mean squared activation `(intermediate_size,)`, or None.
+        num_tokens: Tokens behind both.
+        snip: Weight × gradient of the language-model loss, or None if not collected.
+        fo: Weight × gradient of the mean singular values of all modules' outputs, or None.
+        aggregation: `"absolute"` or `"signed"`: how weight scores are summed.
+        generator: Source of randomness.
+    """
+
+    weights: FFNWeights
+    hidden_mean: Tensor | None = None
+    hidden_second_moment: Tensor | None = None
+    num_tokens: int = 0
+    snip: WeightScores | None = None
+    fo: WeightScores | None = None
+    aggregation: str = "absolute"
+    generator: torch.Generator | None = None
+
+
+Importance = Callable[[ChannelStatistics], Tensor]
+
+importances: Registry[Importance] = Registry("importance")
+"""Functions `ChannelStatistics -> (intermediate_size,)` by name; channels with the highest values are kept."""
+
+# Registered importances that have no weight scores to aggregate.
+NOT_AGGREGATED = frozenset({"random", "wanda", "fluctuation"})
+
+
+def standardize(scores: Tensor) -> Tensor:
+    """Shift and scale to zero mean and unit variance (of the population); constant scores become zeros.
+
+    Example:
+        >>> standardize(torch.tensor([1.0, 3.0]))
+        tensor([-1.,  1.])
+    """
+    scores = scores.double() if scores.dtype == torch.float64 else scores.float()
+    centred = scores - scores.mean()
+    spread = centred.square().mean().sqrt()
+    return centred / spread if spread > 0 else torch.zeros_like(scores)
+
+
+def aggregate(scores: WeightScores, aggregation: str) -> Tensor:
+    """Sum the scores of a channel's gate row, up row and down column.
+
+    Args:
+        scores: Of one layer.
+        aggregation: `"absolute"` sums magnitudes. `"signed"` sums the values, as the reference does: they cancel, and the
+            result selects no better than chance (kept for fidelity).
+
+    Returns:
+        `(intermediate_size,)`.
+    """
+    matrices = scores.matrices()
+    if aggregation == "absolute":
+        matrices = [matrix.abs() for matrix in matrices]
+    return torch.stack([matrix.float().sum(dim=1) for matrix in matrices]).sum(dim=0)
+
+
+def _required(statistics: ChannelStatistics, name: str, importance: str):  # noqa: ANN202 - a tensor or weight scores
+    value = getattr(statistics, name)
+    if value is None:
+        raise ShapeError(f"The importance {importance!r} needs `{name}`, which this calibration pass did not collect.")
+    return value
+
+
+@importances.register("random")
+def random(statistics: ChannelStatistics) -> Tensor:
+    """Uniform random numbers: the baseline that every importance must beat."""
+    n = statistics.weights.intermediate_size
+    return torch.rand(n, generator=statistics.generator).to(statistics.weights.up.device)
+
+
+@importances.register("magnitude")
+def magnitude(statistics: ChannelStatistics) -> Tensor:
+    """Sum of the channel's weights, in magnitude or signed."""
+    weights = statistics.weights
+    return aggregate(WeightScores(weights.up, weights.down.T, weights.gate), statistics.aggregation)
+
+
+@importances.register("wanda", reference="https://arxiv.org/abs/2306.11695", requires=(ACTIVATIONS,))
+def wanda(statistics: ChannelStatistics) -> Tensor:
+    """Sum of `|W_d[:, j]|` times the root mean square activation of j: Wanda (Sun et al., 2024), a column at a time."""
+    second_moment = _required(statistics, "hidden_second_moment", "wanda")
+    return statistics.weights.down.float().abs().sum(dim=0) * second_moment.float().sqrt()
+
+
+@importances.register("fluctuation", reference="https://arxiv.org/abs/2312.11983", requires=(ACTIVATIONS,))
+def fluctuation(statistics: ChannelStatistics) -> Tensor:
+    """Variance of the activation times `‖w_j‖²`: what is lost when a constant stands in for j (FLAP, An et al., 2024)."""
+    second_moment = _required(statistics, "hidden_second_moment", "fluctuation")
+    mean = _required(statistics, "hidden_mean", "fluctuation")
+    variance = (second_moment.double() - mean.double().square()).clamp_min(0)
+    return (statistics.weights.down.double().square().sum(dim=0) * variance).float()
+
+
+@importances.register("snip", reference="https://arxiv.org/abs/1810.02340", requires=(GRADIENTS,))
+def snip(statistics: ChannelStatistics) -> Tensor:
+    """Sum of weight × gradient of the language-model loss (SNIP, Lee et al., 2019)."""
+    return aggregate(_required(statistics, "snip", "snip"), statistics.aggregation)
+
+
+@importances.register("fo", requires=(GRADIENTS,))
+def fo(statistics: ChannelStatistics) -> Tensor:
+    """Sum of weight × gradient of the summed mean singular values of all modules' outputs (FO)."""
+    return aggregate(_required(statistics, "fo", "fo"), statistics.aggregation)
+
+
+@importances.register("fo_snip", requires=(GRADIENTS,))
+def fo_snip(statistics: ChannelStatistics) -> Tensor:
+    """FO and SNIP, each standardized over the layer, added."""
+    return standardize(fo(statistics)) + standardize(snip(statistics))
+
+
+def channel_importance(name: str | Importance, statistics: ChannelStatistics) -> Tensor:
+    """Evaluate an importance and check what it returned.
+
+    Args:
+        name: A registered name or a function `ChannelStatistics -> (intermediate_size,)`.
+        statistics: Of one layer.
+
+    Returns:
+        `(intermediate_size,)` on the device of the weights.
+
+    Raises:
+        ShapeError: If the result has another shape.
+        NumericalError: If a score is NaN or infinite.
+    """
+    entry = importances.entry(name)
+    importance = entry.function(statistics)
+    n = statistics.weights.intermediate_size
+    if not isinstance(importance, Tensor) or importance.shape != (n,):
+        got = tuple(importance.shape) if isinstance(importance, Tensor) else type(importance).__name__
+        raise ShapeError(f"The importance {entry.name!r} returned {got}; want one score per channel, shape {(n,)}.")
+    if not torch.isfinite(importance).all():
+        raise NumericalError(
+            f"The importance {entry.name!r} is NaN or infinite for {int((~torch.isfinite(importance)).sum())} of {n} "
+            "channels. Check the activations and gradients of this layer, or load the model in float32."
+        )
+    return importance
+
+
+def weight_level_statistics(scores: WeightScores) -> dict[str, Tensor]:
+    """Return the eight statistics of each channel's weight scores.
+
+    Args:
+        scores: Signed scores of one layer; a channel has a `matrices × hidden_size` block.
+
+    Returns:
+        By name, `(intermediate_size,)` each: `mean`, `max`, `std`, `p95` (95th percentile), `consistency` (minus the
+        standard deviation of the matrices' sums), `structural` (largest singular value of the channel's block),
+        `mutual_information` (mean absolute correlation with the other channels) and `share` (of scores above the layer's
+        mean + one standard deviation).
+    """
+    matrices = [matrix.float() for matrix in scores.matrices()]
+    blocks = torch.stack(matrices, dim=1)  # (intermediate_size, matrices, hidden_size)
+    flat = blocks.flatten(start_dim=1)  # (intermediate_size, matrices · hidden_size)
+    n = flat.shape[0]
+    centred = torch.nn.functional.normalize(flat - flat.mean(dim=1, keepdim=True), dim=1)
+    correlation = (centred @ centred.T).abs()
+    others = correlation.sum(dim=1) - correlation.diagonal()
+    return {
+        "mean": flat.mean(dim=1),
+        "max": flat.amax(dim=1),
+        "std": flat.std(dim=1, correction=0),
+        "p95": torch.quantile(flat, 0.95, dim=1),
+        "consistency": -blocks.sum(dim=2).std(dim=1, correction=0),
+        "structural": torch.linalg.matrix_norm(blocks, ord=2),
+        "mutual_information": others / max(n - 1, 1),
+        "share": (flat > flat.mean() + flat.std(correction=0)).float().mean(dim=1),
+    }
+
+
+def combined_statistics(snip_scores: WeightScores, fo_scores: WeightScores) -> dict[str, Tensor]:
+    """Weight-level statistics of SNIP and FO, each standardized over the layer, added name by name."""
+    of_snip, of_fo = weight_level_statistics(snip_scores), weight_level_statistics(fo_scores)
+    return {name: standardize(of_snip[name]) + standardize(of_fo[name]) for name in of_snip}

@@ -1,0 +1,120 @@
+"""Which channels stay: width rounding, top importance, and greedy elimination (OBS)."""
+
+import torch
+from torch import Tensor
+
+from optimum_otprune.errors import ConfigurationError, NumericalError, ShapeError
+from optimum_otprune.functional.gram import damped_cholesky
+
+# Channels removed between two re-scorings are at most 1 in this many of the layer's width; exact below 2 048.
+_OBS_STEPS = 2048
+_OBS_DAMPING = 1e-3  # of the mean diagonal of the Gram matrix
+
+
+def kept_width(intermediate_size: int, pruning_ratio: float, multiple_of: int = 1) -> int:
+    """Return how many channels stay: the multiple nearest to `(1 − pruning_ratio) · intermediate_size`.
+
+    At least one multiple stays and a layer never grows; ratio 0 keeps the width whatever the multiple. Halves are
+    rounded up.
+
+    Args:
+        intermediate_size: Channels before.
+        pruning_ratio: Share to remove, in [0, 1).
+        multiple_of: What the result is a multiple of.
+
+    Raises:
+        ConfigurationError: If the layer has fewer channels than one multiple.
+
+    Example:
+        >>> kept_width(576, 0.5), kept_width(576, 0.5, 128), kept_width(576, 0.9, 128), kept_width(576, 0.0, 128)
+        (288, 256, 128, 576)
+    """
+    if pruning_ratio == 0:
+        return intermediate_size
+    if multiple_of > intermediate_size:
+        raise ConfigurationError(
+            f"`multiple_of` is {multiple_of}, but the layer has only {intermediate_size} channels, so no multiple of it "
+            f"can be kept. Choose a divisor of the width you want, such as {max(1, intermediate_size // 16)}."
+        )
+    wanted = (1 - pruning_ratio) * intermediate_size / multiple_of
+    return min(intermediate_size // multiple_of, max(1, int(wanted + 0.5))) * multiple_of
+
+
+def sensible_multiple(intermediate_size: int, multiple_of: int) -> int:
+    """Halve `multiple_of` until rounding moves the width by at most a thirty-second of the layer.
+
+    Example:
+        >>> sensible_multiple(8192, 128), sensible_multiple(576, 128), sensible_multiple(48, 128)
+        (128, 32, 2)
+    """
+    while multiple_of > max(1, intermediate_size // 16):
+        multiple_of //= 2
+    return multiple_of
+
+
+def top_channels(importance: Tensor, kept_size: int) -> Tensor:
+    """Return the channels with the highest importance; of equal ones, the first.
+
+    Args:
+        importance: `(intermediate_size,)`.
+        kept_size: How many to keep.
+
+    Returns:
+        LongTensor `(kept_size,)`, sorted.
+
+    Raises:
+        NumericalError: If an importance is NaN or infinite.
+        ShapeError: If `importance` is not a vector of at least `kept_size` entries.
+
+    Example:
+        >>> top_channels(torch.tensor([0.1, 3.0, 2.0, 2.0]), 2)
+        tensor([1, 2])
+    """
+    if importance.ndim != 1 or not 1 <= kept_size <= len(importance):
+        raise ShapeError(f"Cannot keep {kept_size} channels by an importance of shape {tuple(importance.shape)}.")
+    if not torch.isfinite(importance).all():
+        raise NumericalError("The importance of a channel is NaN or infinite. Check the weights and the activations.")
+    order = torch.argsort(importance, descending=True, stable=True)
+    return order[:kept_size].sort().values
+
+
+def obs_channels(gram: Tensor, down: Tensor, kept_size: int, importance: Tensor | None = None) -> Tensor:
+    """Eliminate channels greedily, each time the one whose loss the others can best make up for.
+
+    With `G` the Gram matrix of the channels that are left, removing j and refitting the others costs
+    `‖w_j‖² / [G⁻¹]_jj`; `G⁻¹` and the down projection are downdated after each removal (Hassibi and Stork, "Optimal
+    Brain Surgeon", 1993, applied to whole columns). Layers wider than 2 048 lose a few channels at a time.
+
+    Args:
+        gram: `(intermediate_size, intermediate_size)` second moment of the channel activations.
+        down: `(hidden_size, intermediate_size)`.
+        kept_size: How many to keep.
+        importance: `(intermediate_size,)`, breaks ties: of equal costs the least important goes first.
+
+    Returns:
+        LongTensor `(kept_size,)`, sorted.
+
+    Raises:
+        NumericalError: If the Gram matrix is not finite.
+    """
+    n = down.shape[1]
+    if gram.shape != (n, n):
+        raise ShapeError(f"The Gram matrix has shape {tuple(gram.shape)}, but `down` has {n} channels: want {(n, n)}.")
+    order = torch.arange(n) if importance is None else torch.argsort(importance.cpu(), stable=True)
+    order = order.to(gram.device)
+    gram, columns = gram.double()[order][:, order], down.double()[:, order]
+    inverse = torch.cholesky_inverse(damped_cholesky(gram, _OBS_DAMPING, "the Gram matrix of the channels"))
+    alive = torch.ones(n, dtype=torch.bool, device=gram.device)
+    batch = max(1, n // _OBS_STEPS)
+    left = n - kept_size
+    while left > 0:
+        cost = columns.square().sum(dim=0) / inverse.diagonal()  # (intermediate_size,)
+        cost = torch.where(alive, cost, torch.inf)
+        removed = torch.argsort(cost, stable=True)[: min(batch, left)]
+        solved = torch.linalg.solve(inverse[removed][:, removed], inverse[removed])  # (removed, intermediate_size)
+        columns -= columns[:, removed] @ solved
+        inverse -= inverse[:, removed] @ solved
+        alive[removed] = False
+        inverse.diagonal()[~alive] = 1.0  # keeps the quotient above finite; these channels cost infinity anyway
+        left -= len(removed)
+    return order[alive].sort().values

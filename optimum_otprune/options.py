@@ -1,0 +1,115 @@
+"""The options of a pruning run, written once: configuration, command line and documentation are made from this table.
+
+No torch here, so that `otprune --help` is fast.
+"""
+
+from typing import Any, NamedTuple
+
+from optimum_otprune.methods import METHODS
+
+
+class Option(NamedTuple):
+    """One field of `OTPruningConfig`.
+
+    A None default means "the method decides" for method fields, and "derived from the model" for `seqlen`.
+    Numbers lie in [minimum, maximum], or in [minimum, below).
+    """
+
+    name: str
+    kind: type
+    default: Any
+    help: str
+    minimum: float | None = None
+    maximum: float | None = None
+    below: float | None = None
+    above: float | None = None
+    choices: tuple[str, ...] | None = None
+    optional: bool = False
+
+
+def _method_option(name: str, help: str, **kwargs: Any) -> Option:
+    return Option(name, kwargs.pop("kind", str), None, help, optional=True, **kwargs)
+
+
+OPTIONS: tuple[Option, ...] = (
+    Option("pruning_ratio", float, 0.2, "share of every FFN's channels to remove; 0 changes nothing", 0.0, below=1.0),
+    Option("method", str, "otprune", "preset of the fields below that are left unset", choices=tuple(METHODS)),
+    Option(
+        "multiple_of",
+        int,
+        128,
+        "round the kept width to a multiple of this (lowered, with a warning, for layers too small for it)",
+        1,
+    ),
+    _method_option("importance", "score of a channel: fluctuation, wanda, magnitude, snip, fo, fo_snip, random, …"),
+    _method_option(
+        "aggregation", "how weight scores become a channel's score", choices=("absolute", "signed")
+    ),
+    _method_option(
+        "selection",
+        "keep the channels with the top importance, or eliminate greedily by removal cost (obs; importance breaks ties)",
+        choices=("top", "obs"),
+    ),
+    _method_option("cost", "transport cost between channels: activation, weight, weight_l2"),
+    _method_option("source_distribution", "mass of the channels that are transported: uniform, importance, …"),
+    _method_option("target_distribution", "mass that each kept channel receives: uniform, importance, …"),
+    _method_option(
+        "strategy",
+        "sets statistics, source_distribution and target_distribution: comprehensive, conservative, balanced, aggressive",
+    ),
+    _method_option(
+        "statistics", "mixture of weight-level statistics that the distributions read: comprehensive, conservative, …"
+    ),
+    _method_option(
+        "target",
+        "what the channels are transported to: the kept channels, or centroids of clusters of channels",
+        choices=("most_important", "cluster_centroid"),
+    ),
+    _method_option("solver", "transport solver: nearest (no capacity), emd (exact), sinkhorn, partial, unbalanced"),
+    _method_option(
+        "normalization",
+        "from plan to fusion map: identity (kept channels stay as they are), corrected (rows to 1 on gate and up, "
+        "columns to 1 on down), source (columns to 1 everywhere, as the reference is coded)",
+        choices=("identity", "corrected", "source"),
+    ),
+    _method_option(
+        "fuse", "projections that the fusion map is applied to", kind=tuple, choices=("gate", "up", "down")
+    ),
+    _method_option(
+        "compensation",
+        "after fusion: nothing, a constant output bias, or a ridge refit of the down projection",
+        choices=("none", "bias", "ridge"),
+    ),
+    _method_option(
+        "ridge_prior",
+        "what the refit shrinks towards: zero, the kept columns (identity), or the fused columns (transport)",
+        choices=("zero", "identity", "transport"),
+    ),
+    _method_option(
+        "target_correction",
+        "share of the error of earlier layers that a layer's refit corrects",
+        kind=float,
+        minimum=0.0,
+        maximum=1.0,
+    ),
+    _method_option(
+        "intercept",
+        "output bias, where the architecture has one: never, auto (where held-out tokens want it), always",
+        choices=("never", "auto", "always"),
+    ),
+    Option("epsilon", float, 0.05, "entropic regularization of sinkhorn, in units of the median cost", above=0.0),
+    Option("mass_share", float, 0.9, "share of the mass that the partial solver transports", above=0.0, maximum=1.0),
+    Option("marginal_penalty", float, 1.0, "penalty on marginals of unbalanced, in units of the median cost", above=0.0),
+    Option("holdout_share", float, 0.25, "share of the calibration samples held out to choose λ", above=0.0, maximum=0.5),
+    Option("score_batch_size", int, 8, "samples per backward pass; FO's singular values depend on it", 1),
+    Option("dataset", str, "Salesforce/wikitext", "Hub id of the default calibration and evaluation text"),
+    Option("dataset_config", str, "wikitext-2-raw-v1", "configuration name of the dataset", optional=True),
+    Option("calibration_split", str, "train", "split that calibration samples are drawn from"),
+    Option("evaluation_split", str, "test", "split that is evaluated"),
+    Option("text_column", str, "text", "column of the dataset that holds the text"),
+    Option("num_samples", int, 128, "calibration samples drawn from text", 1),
+    Option("seqlen", int, None, "tokens per sample and evaluation window (unset: 2048 or the model's positions)", 2, optional=True),
+    Option("seed", int, 0, "seed of every random choice", 0),
+)
+
+OPTIONS_BY_NAME = {option.name: option for option in OPTIONS}

@@ -1,0 +1,186 @@
+"""Prune every layer of a model, in order: the steps of one `prune()` call."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from torch import Tensor
+from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+from transformers import PreTrainedModel
+
+from optimum_otprune.architectures.block import FFNBlock, add_biases, native_intercept, resize_config
+from optimum_otprune.compression import Compression, LayerInputs, Recipe, compress
+from optimum_otprune.configuration import OTPruningConfig
+from optimum_otprune.errors import ConfigurationError, OTPruneError, UnsupportedModelError
+from optimum_otprune.functional.ffn import FFNWeights, check_weights
+from optimum_otprune.functional.rescue import RescueEnergies, dilution_ratio, rescue_ratio
+from optimum_otprune.functional.selection import kept_width, sensible_multiple
+from optimum_otprune.options import OPTIONS_BY_NAME
+from optimum_otprune.report import LayerReport
+from optimum_otprune.scoring import GradientScores, gradient_scores, heldout_mask, layer_statistics, measure_rescue
+from optimum_otprune.streaming import BlockPass, CalibrationStream
+
+logger = logging.getLogger(__name__)
+
+
+class PassSettings(NamedTuple):
+    """What a pass over the data may vary without changing its result (but for rounding).
+
+    Attributes:
+        batch_size: Samples per forward pass.
+        progress: Whether to show progress bars.
+    """
+
+    batch_size: int = 8
+    progress: bool = True
+
+
+def prune_model(
+    model: PreTrainedModel, blocks: list[FFNBlock], recipe: Recipe, tokens: Tensor, settings: PassSettings
+) -> list[LayerReport]:
+    """Prune the FFN of every block in place and write the new width into the model's configuration.
+
+    Args:
+        model: The dense model.
+        blocks: All its FFN blocks, in order.
+        recipe: What to do.
+        tokens: Calibration samples, LongTensor `(num_samples, seqlen)`.
+        settings: Of the passes.
+
+    Returns:
+        One report per layer.
+
+    Raises:
+        OTPruneError: Of the kind that fits; the message names the layer.
+    """
+    kept_size = plan_width(blocks, recipe.config)
+    for block in blocks:
+        with _named(block):
+            check_weights(block.read(), "the FFN")
+    if kept_size == blocks[0].intermediate_size:
+        return [_untouched(block) for block in blocks]
+    can_hold_intercept = native_intercept(model, blocks[0].spec)
+    model.eval()
+    scores: list[GradientScores] | None = None
+    if recipe.needs_gradients:
+        scores = gradient_scores(model, blocks, tokens, recipe.config.score_batch_size, settings.progress)
+    is_heldout = heldout_mask(*tokens.shape, recipe.config.holdout_share, recipe.config.seed)
+    correction = (recipe.config.target_correction or 0.0) if blocks[0].spec.residual else 0.0
+    stream = CalibrationStream(model, blocks, tokens, settings.batch_size, track_dense=correction > 0)
+    reports = []
+    with logging_redirect_tqdm():
+        for block in tqdm(blocks, desc="Pruning", unit="layer", disable=not settings.progress):
+            with _named(block):
+                dense, passed = block.read(), stream.dense_pass(block)
+                inputs = _layer_inputs(block, dense, passed, correction, is_heldout, scores, recipe, can_hold_intercept)
+                compression = compress(inputs, recipe, kept_size)
+                block.install(compression.weights)
+                reports.append(_report(block, dense, compression, passed, is_heldout))
+                stream.advance(block)
+            logger.info("%s", reports[-1])
+    has_bias = add_biases(blocks)
+    resize_config(model, blocks[0].spec, kept_size, has_bias)
+    return reports
+
+
+def plan_width(blocks: list[FFNBlock], config: OTPruningConfig) -> int:
+    """Return the width that every layer will have.
+
+    Raises:
+        UnsupportedModelError: If the layers differ in width now.
+        ConfigurationError: If no width is a multiple of what was asked for.
+    """
+    widths = {block.intermediate_size for block in blocks}
+    if len(widths) > 1:
+        raise UnsupportedModelError(
+            f"The layers of this model have different FFN widths ({min(widths)} to {max(widths)}), which uniform pruning "
+            "cannot keep. Prune the dense model instead."
+        )
+    width = widths.pop()
+    if config.pruning_ratio == 0:
+        return width
+    multiple = config.multiple_of
+    if multiple > width and multiple != OPTIONS_BY_NAME["multiple_of"].default:
+        kept_width(width, config.pruning_ratio, multiple)  # raises, and says why
+    sensible = sensible_multiple(width, multiple)
+    if sensible != multiple:
+        warnings.warn(
+            f"`multiple_of` is lowered from {multiple} to {sensible}: the layers have only {width} channels, and rounding "
+            "to more would miss the pruning ratio by far.",
+            stacklevel=4,
+        )
+    kept = kept_width(width, config.pruning_ratio, sensible)
+    if kept == width:
+        warnings.warn(
+            f"Nothing is pruned: {config.pruning_ratio} of {width} channels is less than half of `multiple_of` = {sensible}.",
+            stacklevel=4,
+        )
+    return kept
+
+
+@contextmanager
+def _named(block: FFNBlock) -> Iterator[None]:
+    """Errors say in which layer they happened."""
+    try:
+        yield
+    except OTPruneError as error:
+        raise type(error)(f"Layer {block.layer}: {error}") from error
+
+
+def _layer_inputs(
+    block: FFNBlock,
+    dense: FFNWeights,
+    passed: BlockPass,
+    correction: float,
+    is_heldout: Tensor,
+    scores: list[GradientScores] | None,
+    recipe: Recipe,
+    can_hold_intercept: bool,
+) -> LayerInputs:
+    def measure(compressed: FFNWeights | None) -> tuple:
+        return layer_statistics(dense, block.activation, passed, correction, is_heldout, compressed)
+
+    return LayerInputs(
+        dense,
+        *measure(None),
+        snip=None if scores is None else scores[block.layer].snip,
+        fo=None if scores is None else scores[block.layer].fo,
+        seed=recipe.config.seed + 100_003 * block.layer,  # one generator a layer, so that none depends on another's draws
+        can_hold_intercept=can_hold_intercept,
+        remeasure=measure,
+    )
+
+
+def _report(
+    block: FFNBlock, dense: FFNWeights, compression: Compression, passed: BlockPass, is_heldout: Tensor
+) -> LayerReport:
+    kept = compression.kept_channels
+    energies, fused = (
+        measure_rescue(dense, weights, kept, block.activation, passed, is_heldout)
+        for weights in (compression.judged, compression.fused)
+    )
+    return LayerReport(
+        layer=block.layer,
+        intermediate_size_before=dense.intermediate_size,
+        intermediate_size_after=len(kept),
+        kept_channels=tuple(kept.tolist()),
+        rescue_ratio=rescue_ratio(energies),
+        dilution_ratio=dilution_ratio(energies),
+        transported_mass=compression.transported_mass,
+        self_share=compression.self_share,
+        relative_error_before_refit=fused.error / fused.output if fused.output else 0.0,
+        relative_error_after_refit=energies.error / energies.output if energies.output else 0.0,
+        ridge_lambda=compression.ridge,
+        intercept=compression.intercept,
+        energies=energies,
+    )
+
+
+def _untouched(block: FFNBlock) -> LayerReport:
+    size = block.intermediate_size
+    nothing = RescueEnergies(0.0, 0.0, 0.0, 0.0, 0.0)
+    kept = tuple(range(size))
+    return LayerReport(block.layer, size, size, kept, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0, None, False, nothing)

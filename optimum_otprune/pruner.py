@@ -1,0 +1,246 @@
+"""`OTPruner`: one model, one configuration, and what can be done with them."""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from optimum_otprune.architectures.block import ffn_blocks
+from optimum_otprune.calibration import ModelLimits, TokenSource, calibration_tokens, evaluation_tokens
+from optimum_otprune.checkpoint import hub_id, load_checkpoint, save_checkpoint
+from optimum_otprune.compression import Recipe
+from optimum_otprune.configuration import OTPruningConfig
+from optimum_otprune.errors import ConfigurationError
+from optimum_otprune.perplexity import evaluate_perplexity
+from optimum_otprune.pipeline import PassSettings, prune_model
+from optimum_otprune.report import PruningReport, versions
+
+_LOADING_DEFAULTS = {
+    "dtype": "auto",
+    "device_map": None,
+    "max_memory": None,
+    "offload_folder": None,
+    "revision": None,
+    "token": None,
+    "cache_dir": None,
+    "local_files_only": False,
+    "trust_remote_code": False,
+}
+
+
+class OTPruner:
+    """Prunes the feed-forward layers of a causal language model in place.
+
+    Make one by `from_pretrained`.
+
+    Attributes:
+        model: The model, pruned after `prune`.
+        config: What is, or was, done to it.
+        tokenizer: Its tokenizer, or None.
+        report: What `prune` did, or None before; restored for a pruned folder.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: OTPruningConfig | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        report: PruningReport | None = None,
+        base_model: str | None = None,
+    ):
+        self.model = model
+        self.config = config or OTPruningConfig()
+        self.tokenizer = tokenizer
+        self.report = report
+        self.base_model = base_model
+        self._evaluations: list[Mapping[str, Any]] = list(report.evaluations) if report else []
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_name_or_path: str | os.PathLike | PreTrainedModel,
+        config: OTPruningConfig | Mapping[str, Any] | str | os.PathLike | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        dtype: str | torch.dtype = "auto",
+        device_map: str | dict | int | torch.device | None = None,
+        max_memory: dict | None = None,
+        offload_folder: str | os.PathLike | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        local_files_only: bool = False,
+        trust_remote_code: bool = False,
+    ) -> "OTPruner":
+        """Load a model to prune, or a pruned one with its configuration and report.
+
+        Args:
+            model_name_or_path: Hub id, local folder, or a model in memory (then the loading options must be left out).
+            config: A configuration, a dictionary, or where one is saved; default: the one saved with the model, else all
+                defaults.
+            tokenizer: In place of the model's own, which is loaded if it has one.
+            dtype: Of the weights; `"auto"` is the checkpoint's.
+            device_map: Where layers go, as in transformers.
+            max_memory: By device, as in transformers.
+            offload_folder: For layers that are offloaded to disk.
+            revision: Branch, tag or commit.
+            token: Hub token; True uses the saved one.
+            cache_dir: Of downloads.
+            local_files_only: Never ask the Hub.
+            trust_remote_code: Whether to run modeling code from the repository.
+
+        Raises:
+            ModelLoadError: If the model cannot be found, downloaded or read, or its weights are not all there.
+            UnsupportedModelError: If it has no known FFN, or is quantized.
+            ConfigurationError: If `config` is not valid.
+        """
+        options = {
+            "dtype": dtype,
+            "device_map": device_map,
+            "max_memory": max_memory,
+            "offload_folder": offload_folder,
+            "revision": revision,
+            "token": token,
+            "cache_dir": cache_dir,
+            "local_files_only": local_files_only,
+            "trust_remote_code": trust_remote_code,
+        }
+        given = None if config is None else _as_config(config, options)
+        if isinstance(model_name_or_path, PreTrainedModel):
+            _refuse_loading_options(options)
+            ffn_blocks(model_name_or_path)
+            return cls(model_name_or_path, given, tokenizer, base_model=hub_id(model_name_or_path.name_or_path))
+        loaded = load_checkpoint(str(model_name_or_path), options)
+        ffn_blocks(loaded.model)
+        report = loaded.report if given is None or given == loaded.config else None
+        base_model = loaded.report.base_model if loaded.report else hub_id(str(model_name_or_path))
+        return cls(loaded.model, given or loaded.config, tokenizer or loaded.tokenizer, report, base_model)
+
+    @property
+    def limits(self) -> ModelLimits:
+        """Vocabulary and positions of the model."""
+        embeddings = self.model.get_input_embeddings()
+        positions = getattr(self.model.config, "max_position_embeddings", None)
+        return ModelLimits(embeddings.num_embeddings, positions)  # type: ignore[union-attr, arg-type]
+
+    def prune(
+        self,
+        calibration_data: TokenSource | None = None,
+        *,
+        batch_size: int = 8,
+        progress: bool = True,
+        **functions: Any,
+    ) -> PruningReport:
+        """Prune the model in place.
+
+        Args:
+            calibration_data: See `optimum_otprune.calibration.calibration_tokens`; None is the configuration's dataset.
+            batch_size: Samples per forward pass; changes nothing but speed, memory and rounding.
+            progress: Whether to show progress bars.
+            **functions: Functions of the user's own in place of registered names: `importance`, `cost`,
+                `source_distribution`, `target_distribution`, `statistics`, `solver`.
+
+        Returns:
+            The report, also kept as `self.report`.
+
+        Raises:
+            CalibrationDataError: If the data cannot be used; the model is untouched.
+            NumericalError: If weights, activations or scores are NaN or infinite; names the layer.
+            ConfigurationError: If the configuration does not fit the model.
+        """
+        recipe = Recipe.resolve(self.config, functions)
+        blocks = ffn_blocks(self.model)
+        data = calibration_tokens(calibration_data, self.config, self.tokenizer, self.limits)
+        parameters_before = self.model.num_parameters()
+        layers = prune_model(self.model, blocks, recipe, data.tokens, PassSettings(batch_size, progress))
+        self.report = PruningReport(
+            config=self.config.to_dict(),
+            layers=tuple(layers),
+            parameters_before=parameters_before,
+            parameters_after=self.model.num_parameters(),
+            calibration=data.describe(),
+            base_model=self.base_model,
+            evaluations=tuple(self._evaluations),
+            custom_functions={name: recipe.functions[name].name for name in functions if name in recipe.functions},
+            versions=versions(),
+        )
+        return self.report
+
+    def evaluate(
+        self,
+        data: TokenSource | None = None,
+        *,
+        batch_size: int = 8,
+        max_windows: int | None = None,
+        progress: bool = True,
+    ) -> dict[str, Any]:
+        """Measure the model's perplexity as it is now; the report keeps every result.
+
+        Args:
+            data: See `optimum_otprune.calibration.evaluation_tokens`; None is the configuration's dataset.
+            batch_size: Windows per forward pass; changes nothing but speed and rounding.
+            max_windows: Only the first so many windows.
+            progress: Whether to show a progress bar.
+
+        Returns:
+            `perplexity`, `nll` (nats per token), `num_tokens`, and the protocol: `num_windows`, `seqlen`, `stride`,
+            `dtype`, `protocol`, `data`, and `stage` (`"dense"` or `"pruned"`).
+
+        Raises:
+            CalibrationDataError: If the data cannot be used.
+            NumericalError: If the model's outputs are NaN.
+        """
+        tokens = evaluation_tokens(data, self.config, self.tokenizer, self.limits, max_windows)
+        measured = evaluate_perplexity(self.model, tokens.tokens, batch_size, progress)
+        stage = "dense" if self.report is None else "pruned"
+        metrics = {**measured, "data": tokens.source, "stage": stage}
+        self._evaluations.append(metrics)
+        if self.report is not None:
+            self.report = dataclasses.replace(self.report, evaluations=tuple(self._evaluations))
+        return dict(metrics)
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *, overwrite: bool = False, max_shard_size: int | str = "5GB"
+    ) -> Path:
+        """Save model, tokenizer, configuration, report and card; the folder appears complete or not at all.
+
+        Args:
+            save_directory: Must not exist, or be empty, unless `overwrite`.
+            overwrite: Replace a folder that is not empty.
+            max_shard_size: Of one safetensors file.
+
+        Returns:
+            The folder.
+
+        Raises:
+            OutputError: If the folder is not empty, cannot be written, or the disk is full; nothing half-written stays.
+        """
+        return save_checkpoint(
+            Path(save_directory), self.model, self.tokenizer, self.config, self.report, overwrite, max_shard_size
+        )
+
+
+def _as_config(config: Any, options: Mapping[str, Any]) -> OTPruningConfig:
+    if isinstance(config, OTPruningConfig):
+        return config
+    if isinstance(config, Mapping):
+        return OTPruningConfig.from_dict(config)
+    if isinstance(config, (str, os.PathLike)):
+        where = {name: options[name] for name in ("revision", "token", "cache_dir", "local_files_only")}
+        return OTPruningConfig.from_pretrained(str(config), **where)
+    raise ConfigurationError(
+        f"`config` is a {type(config).__name__}; want an OTPruningConfig, a dictionary, or where one is saved."
+    )
+
+
+def _refuse_loading_options(options: Mapping[str, Any]) -> None:
+    given = [name for name, value in options.items() if value != _LOADING_DEFAULTS[name]]
+    if given:
+        raise ConfigurationError(
+            f"A model in memory was given, so there is nothing to load with {', '.join(f'`{name}`' for name in given)}. "
+            "Leave them out, or give a name or folder."
+        )
