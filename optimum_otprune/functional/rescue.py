@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 _NOTHING = 1e-12  # of the layer's output energy
+_ROUNDING = 1e-5  # float32 sums; plain dropping shall read 0, not −0.0000003
 
 
 class RescueEnergies(NamedTuple):
@@ -83,7 +84,8 @@ def rescue_ratio(energies: RescueEnergies) -> float:
     nothing = _NOTHING * energies.output
     if energies.pruned <= nothing:
         return 1.0 if energies.error <= nothing else 0.0
-    return 1.0 - energies.error / energies.pruned
+    ratio = 1.0 - energies.error / energies.pruned
+    return 0.0 if abs(ratio) < _ROUNDING else ratio
 
 
 def dilution_ratio(energies: RescueEnergies) -> float:

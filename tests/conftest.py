@@ -1,0 +1,66 @@
+"""Fixtures: tiny models in which every size differs, so that a transposed axis cannot hide."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported: no test may reach the network
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+VOCAB_SIZE = 64
+WORDS = [f"w{index}" for index in range(VOCAB_SIZE - 1)]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_a_seed():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+def make_llama(**changes) -> LlamaForCausalLM:
+    """A random Llama with 3 layers, hidden 32, intermediate 48, vocabulary 64, 40 positions."""
+    settings = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 40,
+        "initializer_range": 0.3,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).eval()
+
+
+@pytest.fixture
+def llama() -> LlamaForCausalLM:
+    return make_llama()
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    """Calibration samples (12, 20)."""
+    return torch.randint(VOCAB_SIZE, (12, 20), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A word tokenizer without padding, beginning or end."""
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(["[UNK]", *WORDS])}, "[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
+
+
+@pytest.fixture
+def llama_folder(llama, tokenizer, tmp_path):
+    """A saved dense model with its tokenizer."""
+    folder = tmp_path / "dense"
+    llama.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
