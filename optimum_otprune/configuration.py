@@ -146,6 +146,25 @@ class OTPruningConfig(BaseConfig):
         config = cls(**{**values, **overrides})
         return (config, unused) if return_unused else config
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+        """Read `otprune_config.json` from a folder, a repository of the Hub, or a file of any name.
+
+        Args:
+            pretrained_model_name_or_path: Where it is.
+            **kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, and options that override the file's.
+
+        Raises:
+            ConfigurationError: If it cannot be found or read, or is not valid.
+        """
+        try:
+            return super().from_pretrained(str(pretrained_model_name_or_path), **kwargs)
+        except OSError as error:
+            raise ConfigurationError(
+                f"No pruning configuration could be read from {os.path.basename(str(pretrained_model_name_or_path))!r}: want "
+                f"a file {CONFIG_FILE!r} there, valid JSON. ({str(error).strip().splitlines()[0]})"
+            ) from error
+
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write `otprune_config.json` into a folder, and upload it if asked.
 

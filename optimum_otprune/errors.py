@@ -43,3 +43,7 @@ class OutputError(OTPruneError, OSError):
 
 class ReportError(OTPruneError, ValueError):
     """A report file is damaged or was written by something else."""
+
+
+class UsageError(OTPruneError, ValueError):
+    """The command line was used in a wrong way."""

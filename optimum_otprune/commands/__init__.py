@@ -1,0 +1,1 @@
+"""The command line: `otprune …`, the same as `optimum-cli otprune …`."""

@@ -1,0 +1,5 @@
+"""`python -m optimum_otprune`."""
+
+from optimum_otprune.commands.main import main
+
+main()

@@ -1,0 +1,110 @@
+"""What the subcommands do."""
+
+import argparse
+import json
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging as transformers_logging
+
+from optimum_otprune.checkpoint import check_output_folder
+from optimum_otprune.commands.arguments import config_options, loading_options
+from optimum_otprune.commands.demo import run_demo
+from optimum_otprune.configuration import OTPruningConfig
+from optimum_otprune.errors import ConfigurationError, ReportError, UsageError
+from optimum_otprune.pruner import OTPruner
+from optimum_otprune.report import REPORT_FILE, PruningReport
+
+
+def prune(args: argparse.Namespace) -> None:
+    """Prune a model and save it."""
+    _speak(args.quiet)
+    if args.eval_data is not None and not args.eval:
+        raise UsageError("`--eval-data` would be ignored without `--eval`.")
+    config = _config(args)
+    output = Path(args.output)
+    check_output_folder(output, args.overwrite)
+    pruner = OTPruner.from_pretrained(args.model, config, **loading_options(args))
+    passes = {"batch_size": args.batch_size, "progress": not args.quiet}
+    if args.eval:
+        dense = pruner.evaluate(args.eval_data, **passes)
+    report = pruner.prune(args.calibration_data, **passes)
+    print(report)
+    if args.eval:
+        pruned = pruner.evaluate(args.eval_data, **passes)
+        print(f"Perplexity: {dense['perplexity']:.2f} dense -> {pruned['perplexity']:.2f} pruned ({_protocol(pruned)})")
+    pruner.save_pretrained(output, overwrite=args.overwrite)
+    print(f"Saved to {output}. Load it with AutoModelForCausalLM.from_pretrained({str(output)!r}).")
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Measure the perplexity of a model."""
+    _speak(args.quiet)
+    pruner = OTPruner.from_pretrained(args.model, **loading_options(args))
+    if args.seqlen is not None:
+        pruner.config = _usage(lambda: pruner.config.replace(seqlen=args.seqlen))
+    metrics = pruner.evaluate(
+        args.data, batch_size=args.batch_size, max_windows=args.max_windows, progress=not args.quiet
+    )
+    print(f"Perplexity: {metrics['perplexity']:.2f} ({_protocol(metrics)})")
+
+
+def report(args: argparse.Namespace) -> None:
+    """Print what pruning did to a saved model."""
+    path = Path(args.folder) / REPORT_FILE
+    if not path.is_file():
+        raise ReportError(f"{Path(args.folder).name!r} has no {REPORT_FILE}: it is no folder that `otprune prune` wrote.")
+    saved = PruningReport.load(path)
+    if args.json:
+        print(json.dumps(saved.to_dict(), indent=2, sort_keys=True))
+        return
+    for layer in saved.layers:
+        print(layer)
+    print(saved)
+    for metrics in saved.evaluations:
+        print(f"Perplexity of the {metrics['stage']} model: {metrics['perplexity']:.2f} ({_protocol(metrics)})")
+
+
+def demo(args: argparse.Namespace) -> None:
+    """Prune the small model that the package carries."""
+    _speak(quiet=True)
+    _usage(lambda: OTPruningConfig(pruning_ratio=args.pruning_ratio))
+    run_demo(args.pruning_ratio, None if args.output is None else Path(args.output), args.overwrite)
+
+
+def _protocol(metrics: Any) -> str:
+    return f"{metrics['num_tokens']:,} tokens of {metrics['data']} in windows of {metrics['seqlen']}, {metrics['dtype']}"
+
+
+def _config(args: argparse.Namespace) -> OTPruningConfig:
+    options = config_options(args)
+    if args.config is None:
+        return _usage(lambda: OTPruningConfig(**options))
+    saved = OTPruningConfig.from_pretrained(args.config)
+    return _usage(lambda: saved.replace(**options))
+
+
+def _usage(make: Any) -> Any:
+    """A configuration that cannot be made of the options is wrong usage."""
+    try:
+        return make()
+    except ConfigurationError as error:
+        raise UsageError(str(error)) from error
+
+
+def _speak(quiet: bool) -> None:
+    """One line per layer and per warning on standard error."""
+    package = logging.getLogger("optimum_otprune")
+    if not package.handlers:
+        package.addHandler(logging.StreamHandler())
+    package.setLevel(logging.WARNING if quiet else logging.INFO)
+    if quiet:
+        transformers_logging.disable_progress_bar()
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **kwargs: Any) -> None:
+        print(f"warning: {message}", file=sys.stderr)
+
+    warnings.showwarning = show

@@ -1,0 +1,76 @@
+"""Command-line options, made from the table of configuration options; nothing heavy is imported."""
+
+import argparse
+from typing import Any
+
+from optimum_otprune.options import OPTIONS, Option
+
+DATA_HELP = (
+    "Hub dataset name, file (text, JSON lines, or token ids as .npy, .safetensors or .pt) or folder; "
+    "default: the configuration's dataset"
+)
+
+
+def add_config_options(parser: argparse.ArgumentParser) -> None:
+    """One option for each field of the configuration; what is left out is the file's, the method's or the default."""
+    group = parser.add_argument_group("pruning configuration")
+    group.add_argument("--config", metavar="FILE", help="configuration to start from: a file, a folder or a Hub id")
+    for option in OPTIONS:
+        group.add_argument(f"--{option.name.replace('_', '-')}", **_argument(option))
+
+
+def _argument(option: Option) -> dict[str, Any]:
+    default = "" if option.default is None else f" (default: {option.default})"
+    argument: dict[str, Any] = {"default": None, "help": (option.help + default).replace("%", "%%")}
+    if option.kind is tuple:
+        return argument | {"nargs": "*", "choices": option.choices}
+    if option.choices is not None:
+        return argument | {"choices": option.choices}
+    return argument | {"type": option.kind, "metavar": {int: "N", float: "X", str: "NAME"}[option.kind]}
+
+
+def config_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The configuration options that were given."""
+    return {option.name: value for option in OPTIONS if (value := getattr(args, option.name)) is not None}
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """The model and how to load it."""
+    parser.add_argument("model", metavar="MODEL", help="Hub id or local folder")
+    group = parser.add_argument_group("loading")
+    group.add_argument("--dtype", default="auto", help="of the weights, such as float32 or bfloat16 (default: auto)")
+    group.add_argument("--device-map", help="where layers go, such as auto or cuda:0")
+    group.add_argument("--offload-folder", metavar="DIR", help="for layers that are offloaded to disk")
+    group.add_argument("--revision", help="branch, tag or commit of the repository")
+    group.add_argument("--token", help="Hub token (default: the one that `hf auth login` saved)")
+    group.add_argument("--cache-dir", metavar="DIR", help="of downloads")
+    group.add_argument("--local-files-only", action="store_true", help="never ask the Hub")
+    group.add_argument("--trust-remote-code", action="store_true", help="run modeling code from the repository")
+
+
+def loading_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `OTPruner.from_pretrained` takes of the options above."""
+    names = (
+        "dtype",
+        "device_map",
+        "offload_folder",
+        "revision",
+        "token",
+        "cache_dir",
+        "local_files_only",
+        "trust_remote_code",
+    )
+    return {name: getattr(args, name) for name in names}
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Options of every command that works for a while."""
+    group = parser.add_argument_group("running")
+    group.add_argument("--batch-size", type=int, default=8, metavar="N", help="samples per forward pass (default: 8)")
+    group.add_argument("--quiet", action="store_true", help="no progress bars and no line per layer")
+    add_debug_option(group)
+
+
+def add_debug_option(parser: Any) -> None:
+    """`--debug`."""
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -1,0 +1,100 @@
+"""The subcommands and their options; what they do is imported when they run, so that `--help` is fast."""
+
+import argparse
+import sys
+from importlib import import_module
+
+from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
+
+from optimum_otprune.commands.arguments import (
+    DATA_HELP,
+    add_config_options,
+    add_debug_option,
+    add_model_options,
+    add_run_options,
+)
+from optimum_otprune.errors import OTPruneError, UsageError
+
+
+class _Command(BaseOptimumCLICommand):
+    """A subcommand that runs the function of its name in `optimum_otprune.commands.actions`.
+
+    Exit codes: 0 done, 2 wrong usage, 1 failed, 130 interrupted; a failure is one line unless `--debug`.
+    """
+
+    def run(self) -> None:
+        actions = import_module("optimum_otprune.commands.actions")
+        assert self.args is not None
+        try:
+            getattr(actions, self.COMMAND.name)(self.args)
+        except (OTPruneError, KeyboardInterrupt) as error:
+            if self.args.debug:
+                raise
+            code = 130 if isinstance(error, KeyboardInterrupt) else 2 if isinstance(error, UsageError) else 1
+            message = "interrupted" if code == 130 else " ".join(str(error).split())
+            print(f"otprune {self.COMMAND.name}: error: {message}", file=sys.stderr)
+            raise SystemExit(code) from None
+
+
+class PruneCommand(_Command):
+    """`otprune prune`."""
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        """Options."""
+        add_model_options(parser)
+        parser.add_argument("-o", "--output", required=True, metavar="OUT", help="folder to write; must be new or empty")
+        parser.add_argument("--overwrite", action="store_true", help="replace the output folder if it is not empty")
+        parser.add_argument("--calibration-data", metavar="DATA", help=DATA_HELP)
+        parser.add_argument("--eval", action="store_true", help="measure perplexity before and after")
+        parser.add_argument("--eval-data", metavar="DATA", help=f"what to measure it on: {DATA_HELP}")
+        add_config_options(parser)
+        add_run_options(parser)
+
+
+class EvaluateCommand(_Command):
+    """`otprune evaluate`."""
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        """Options."""
+        add_model_options(parser)
+        parser.add_argument("--data", metavar="DATA", help=DATA_HELP)
+        parser.add_argument("--seqlen", type=int, metavar="N", help="tokens per window")
+        parser.add_argument("--max-windows", type=int, metavar="N", help="only the first so many windows")
+        add_run_options(parser)
+
+
+class ReportCommand(_Command):
+    """`otprune report`."""
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        """Options."""
+        parser.add_argument("folder", metavar="OUT", help="folder that `otprune prune` wrote")
+        parser.add_argument("--json", action="store_true", help="print the whole report as JSON")
+        add_debug_option(parser)
+
+
+class DemoCommand(_Command):
+    """`otprune demo`."""
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        """Options."""
+        parser.add_argument("-o", "--output", metavar="OUT", help="folder for the pruned model (default: a temporary one)")
+        parser.add_argument("--overwrite", action="store_true", help="replace the output folder if it is not empty")
+        parser.add_argument("--pruning-ratio", type=float, default=0.5, metavar="X", help="default: 0.5")
+        add_debug_option(parser)
+
+
+class OTPruneCommand(BaseOptimumCLICommand):
+    """`optimum-cli otprune`."""
+
+    COMMAND = CommandInfo("otprune", "Structured pruning of FFN layers by optimal transport.")
+    SUBCOMMANDS = (
+        CommandInfo("prune", "Prune a model and save it.", PruneCommand),
+        CommandInfo("evaluate", "Measure the perplexity of a model, pruned or not.", EvaluateCommand),
+        CommandInfo("report", "Print what pruning did to a saved model.", ReportCommand),
+        CommandInfo("demo", "Prune the small model that the package carries; works offline.", DemoCommand),
+    )
