@@ -33,7 +33,11 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, model_max_length=WINDOW * 2, clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        model_max_length=WINDOW * 2,
+        clean_up_tokenization_spaces=False,
     )
 
 
@@ -84,7 +88,7 @@ class KneserNeyTrigram:
         return p
 
     def perplexity(self, windows: torch.Tensor) -> float:
-        """Over the same tokens as the language model's: all but the first of each window (the second has one token of context)."""
+        """Over the same tokens as the language model's: all but the first of each window."""
         nll = count = 0
         for window in windows.tolist():
             for i in range(1, len(window)):
@@ -136,7 +140,11 @@ def train(model: LlamaForCausalLM, stream: torch.Tensor, validation: torch.Tenso
         optimizer.zero_grad()
         if step % args.evaluate_every == 0 or step == steps:
             current = perplexity(model, validation)
-            print(f"step {step}/{steps}  loss {loss.item():.3f}  validation perplexity {current:.2f}  {time.perf_counter() - start:.0f} s", flush=True)
+            print(
+                f"step {step}/{steps}  loss {loss.item():.3f}  validation perplexity {current:.2f}  "
+                f"{time.perf_counter() - start:.0f} s",
+                flush=True,
+            )
             if current < best:
                 best, best_weights = current, {name: p.detach().clone() for name, p in model.state_dict().items()}
     return best_weights

@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import datasets
 import numpy as np
@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.errors import CalibrationDataError
 
-TokenSource = str | os.PathLike | Sequence[str] | datasets.Dataset | Tensor | np.ndarray
+TokenSource: TypeAlias = str | os.PathLike | Sequence[str] | datasets.Dataset | Tensor | np.ndarray
 
 DEFAULT_SEQLEN = 2048
 _TOKEN_SUFFIXES = (".npy", ".safetensors", ".pt", ".pth")
@@ -67,11 +67,12 @@ def calibration_tokens(
     tokenizer: PreTrainedTokenizerBase | None,
     limits: ModelLimits,
 ) -> TokenData:
-    """Return the calibration samples: all rows of a token matrix, else `num_samples` windows drawn without replacement.
+    """Return the calibration samples: all rows of a token matrix, else `num_samples` windows without replacement.
 
     Args:
         data: None for the configuration's dataset, a Hub dataset name, a file (text, JSON lines, or token ids as .npy,
-            .safetensors or .pt) or a folder of such or of a dataset, a list of strings, a `datasets.Dataset`, or token ids
+            .safetensors or .pt) or a folder of such or of a dataset, a list of strings, a `datasets.Dataset`, or
+            token ids
             `(num_samples, seqlen)` or as one stream.
         config: Names dataset, number and length of samples, and the seed.
         tokenizer: Needed for text only.
@@ -117,7 +118,8 @@ def _windows(stream: Tensor, seqlen: int) -> Tensor:
     count = len(stream) // seqlen
     if count == 0:
         raise CalibrationDataError(
-            f"The data hold {len(stream)} tokens, fewer than one window of {seqlen}. Give more text, or set a smaller `seqlen`."
+            f"The data hold {len(stream)} tokens, fewer than one window of {seqlen}. Give more text, or set a "
+            "smaller `seqlen`."
         )
     return stream[: count * seqlen].view(count, seqlen)
 
@@ -132,8 +134,8 @@ def _checked(tokens: Tensor, limits: ModelLimits) -> Tensor:
         raise CalibrationDataError("Samples of one token predict nothing: give sequences of at least 2 tokens.")
     if limits.max_positions is not None and seqlen > limits.max_positions:
         raise CalibrationDataError(
-            f"Sequences have {seqlen} tokens, but the model has only {limits.max_positions} positions. Cut them, or set "
-            f"`seqlen` to at most {limits.max_positions}."
+            f"Sequences have {seqlen} tokens, but the model has only {limits.max_positions} positions. Cut them, or "
+            f"set `seqlen` to at most {limits.max_positions}."
         )
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= limits.vocab_size:
@@ -194,8 +196,8 @@ def _read_tokens(path: Path) -> Tensor:
         loaded = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
     except (OSError, ValueError, RuntimeError, EOFError, UnpicklingError, SafetensorError) as error:
         raise CalibrationDataError(
-            f"{path.name} cannot be read as token ids ({type(error).__name__}: {str(error).splitlines()[0]}). Save one integer "
-            "array or tensor; pickled objects are refused."
+            f"{path.name} cannot be read as token ids ({type(error).__name__}: {str(error).splitlines()[0]}). Save "
+            "one integer array or tensor; pickled objects are refused."
         ) from error
     if isinstance(loaded, dict):
         if "input_ids" not in loaded and len(loaded) != 1:
@@ -245,7 +247,9 @@ def _file_texts(path: Path, text_column: str) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise CalibrationDataError(f"{path.name} is not UTF-8 text ({error.reason}). Convert it, or give token ids.") from error
+        raise CalibrationDataError(
+            f"{path.name} is not UTF-8 text ({error.reason}). Convert it, or give token ids."
+        ) from error
     if path.suffix not in _JSON_SUFFIXES:
         return [text]
     texts = []
@@ -255,7 +259,9 @@ def _file_texts(path: Path, text_column: str) -> list[str]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise CalibrationDataError(f"Line {number} of {path.name} is not JSON ({error}). Want one object a line.") from error
+            raise CalibrationDataError(
+                f"Line {number} of {path.name} is not JSON ({error}). Want one object a line."
+            ) from error
         entry = row.get(text_column) if isinstance(row, dict) else row
         if not isinstance(entry, str):
             raise CalibrationDataError(
@@ -268,7 +274,9 @@ def _file_texts(path: Path, text_column: str) -> list[str]:
 def _folder_texts(path: Path, config: OTPruningConfig, split: str) -> list[str]:
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
         loaded = datasets.load_from_disk(str(path))
-        return _column(_split(loaded, split) if isinstance(loaded, datasets.DatasetDict) else loaded, config.text_column)
+        return _column(
+            _split(loaded, split) if isinstance(loaded, datasets.DatasetDict) else loaded, config.text_column
+        )
     files = sorted(file for file in path.iterdir() if file.suffix in _TEXT_SUFFIXES and file.name != "README.md")
     if not files:
         raise CalibrationDataError(
@@ -282,8 +290,10 @@ def _hub_texts(name: str, dataset_config: str | None, split: str, text_column: s
         dataset = datasets.load_dataset(name, dataset_config, split=split)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise CalibrationDataError(
-            f"The dataset {name!r} (split {split!r}) could not be loaded: it does not exist, or the Hub cannot be reached "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}). Offline, give a local text file or token ids as data."
+            f"The dataset {name!r} (split {split!r}) could not be loaded: it does not exist, or the Hub cannot be "
+            "reached "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}). Offline, give a local text file or token ids "
+            "as data."
         ) from error
     return _column(dataset, text_column)
 

@@ -11,9 +11,7 @@ from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.report import PruningReport
 
 
-def model_card(
-    config: OTPruningConfig, report: PruningReport | None, name: str, has_tokenizer: bool = True
-) -> str:
+def model_card(config: OTPruningConfig, report: PruningReport | None, name: str, has_tokenizer: bool = True) -> str:
     """Render the README.md of a pruned model.
 
     Args:
@@ -25,9 +23,9 @@ def model_card(
     Returns:
         Markdown with YAML front matter of plain values.
     """
-    template = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False).from_string(
-        files("optimum_otprune").joinpath("templates", "model_card.md").read_text(encoding="utf-8")
-    )
+    template = Environment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
+    ).from_string(files("optimum_otprune").joinpath("templates", "model_card.md").read_text(encoding="utf-8"))
     return template.render(
         metadata=_metadata(config, report).to_yaml().strip(),
         name=_one_line(name),

@@ -13,7 +13,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_otprune.card import model_card
 from optimum_otprune.configuration import CONFIG_FILE, OTPruningConfig
@@ -22,7 +22,14 @@ from optimum_otprune.report import REPORT_FILE, PruningReport
 
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
 _SPACE_MARGIN = 1.1
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+)
 
 
 class Checkpoint(NamedTuple):
@@ -60,12 +67,11 @@ def load_checkpoint(name: str, options: Mapping[str, Any]) -> Checkpoint:
         if options[option] is not None
     }
     with _loading(name):
-        AutoConfig.from_pretrained(name, **hub, **remote)
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             name, **hub, **remote, **placement, output_loading_info=True
         )
+    model, info = loaded
     _check_complete(name, info)
-    # The tied head of a checkpoint is not among the missing keys, so what is missing is really missing.
     config_file, report_file = (_optional_file(name, file, hub) for file in (CONFIG_FILE, REPORT_FILE))
     return Checkpoint(
         model,
@@ -106,16 +112,16 @@ def _loading(name: str) -> Iterator[None]:
         yield
     except SafetensorError as error:
         raise ModelLoadError(
-            f"The weights of {_shown(name)} are damaged ({error}). Download or copy them again; a file of a few hundred "
-            "bytes is a git-lfs pointer."
+            f"The weights of {_shown(name)} are damaged ({error}). Download or copy them again; a file of a few "
+            "hundred bytes is a git-lfs pointer."
         ) from error
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         local = Path(name).is_dir()
         why = (
             "check the files in it"
             if local
-            else "either it does not exist (or is private and needs `token`), or the Hub cannot be reached. Offline, give a "
-            "local folder, or set HF_HUB_OFFLINE=1 to use what was downloaded before"
+            else "either it does not exist (or is private and needs `token`), or the Hub cannot be reached. Offline, "
+            "give a local folder, or set HF_HUB_OFFLINE=1 to use what was downloaded before"
         )
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelLoadError(f"{_shown(name)} could not be loaded: {why}. ({first_line})") from error
@@ -130,8 +136,9 @@ def _check_complete(name: str, info: Mapping[str, Any]) -> None:
         found = sorted(str(key) for key in info.get(kind) or ())
         if found:
             raise ModelLoadError(
-                f"{_shown(name)} lacks weights that fit its configuration: {kind.replace('_', ' ')} {', '.join(found[:3])}"
-                f"{' …' if len(found) > 3 else ''}. They would have been filled with random numbers. Download it again."
+                f"{_shown(name)} lacks weights that fit its configuration: {kind.replace('_', ' ')} "
+                f"{', '.join(found[:3])}{' …' if len(found) > 3 else ''}. They would have been filled with random "
+                "numbers. Download it again."
             )
 
 
@@ -177,8 +184,8 @@ def check_output_folder(folder: Path, overwrite: bool, needed_bytes: int = 0) ->
     free = shutil.disk_usage(existing).free
     if free < needed_bytes * _SPACE_MARGIN:
         raise OutputError(
-            f"The disk has {free / 1e9:.1f} GB free, but the result needs about {needed_bytes / 1e9:.1f} GB. Make room, or "
-            "choose another output folder."
+            f"The disk has {free / 1e9:.1f} GB free, but the result needs about {needed_bytes / 1e9:.1f} GB. Make "
+            "room, or choose another output folder."
         )
 
 
@@ -228,8 +235,8 @@ def _writing(folder: Path) -> Iterator[Path]:
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
         reason = "the disk is full" if full else str(error)
         raise OutputError(
-            f"The output folder {folder.name!r} could not be written: {reason}. Nothing was left there; the model in memory "
-            "is unharmed, so save it again elsewhere."
+            f"The output folder {folder.name!r} could not be written: {reason}. Nothing was left there; the model in "
+            "memory is unharmed, so save it again elsewhere."
         ) from error
     finally:
         if partial is not None:
@@ -252,7 +259,7 @@ def _move_into_place(partial: Path, target: Path) -> None:
 
 
 def _make_durable(folder: Path) -> None:
-    """Flush files to the disk, and give them the permissions that the user's umask allows (safetensors writes 0600)."""
+    """Flush files to the disk, with the permissions that the umask allows (safetensors writes 0600)."""
     umask = os.umask(0)
     os.umask(umask)
     for file in folder.rglob("*"):

@@ -26,9 +26,9 @@ from optimum_otprune.functional.marginals import MarginalInputs, distributions, 
 from optimum_otprune.functional.rescue import self_share, transported_mass
 from optimum_otprune.functional.selection import obs_channels, top_channels
 from optimum_otprune.functional.solvers import SolverSettings, solve_transport, solvers
-from optimum_otprune.registry import GRADIENTS, Entry
+from optimum_otprune.registry import GRADIENTS, Entry, Registry
 
-_REGISTRIES = {
+_REGISTRIES: dict[str, Registry] = {
     "importance": importances,
     "cost": costs,
     "source_distribution": distributions,
@@ -178,9 +178,7 @@ def _channel_statistics(inputs: LayerInputs, config: OTPruningConfig) -> Channel
     )
 
 
-def select_channels(
-    inputs: LayerInputs, config: OTPruningConfig, importance: Tensor | None, kept_size: int
-) -> Tensor:
+def select_channels(inputs: LayerInputs, config: OTPruningConfig, importance: Tensor | None, kept_size: int) -> Tensor:
     """Return the kept channels, LongTensor `(kept_size,)`, sorted, on the device of the weights."""
     if config.selection == "obs":
         return obs_channels(inputs.total.gram, inputs.weights.down, kept_size, importance)
@@ -254,8 +252,8 @@ def centroid_cost(weights: FFNWeights, kept_size: int, seed: int, cost: str | No
         cost: `"weight"` (p = 1) or `"weight_l2"`.
 
     Returns:
-        Cost `(intermediate_size, kept_size)`, and for each centroid the nearest channel that no other centroid has, sorted:
-        LongTensor `(kept_size,)`; columns are in that order.
+        Cost `(intermediate_size, kept_size)`, and for each centroid the nearest channel that no other centroid has,
+        sorted: LongTensor `(kept_size,)`; columns are in that order.
     """
     vectors = channel_vectors(weights).cpu()
     generator = torch.Generator().manual_seed(seed)
@@ -281,8 +279,8 @@ def _compensate(inputs: LayerInputs, config: OTPruningConfig, fused: FFNWeights,
     if config.compensation == "bias":
         if not inputs.can_hold_intercept:
             raise ConfigurationError(
-                "`compensation='bias'` needs an output bias, which this architecture cannot hold so that plain loading "
-                "finds it. Use compensation='ridge' with intercept='never'."
+                "`compensation='bias'` needs an output bias, which this architecture cannot hold so that plain "
+                "loading finds it. Use compensation='ridge' with intercept='never'."
             )
         weights, judged = (
             _with_bias(fused, fused.down, constant_bias(statistics, fused.down)) for statistics in (fit + heldout, fit)

@@ -18,7 +18,7 @@ from optimum_otprune.functional.marginals import distributions, mixtures, strate
 from optimum_otprune.functional.solvers import solvers
 from optimum_otprune.methods import METHOD_FIELDS, METHODS, RIDGE_FIELDS, TRANSPORT_FIELDS
 from optimum_otprune.options import OPTIONS, OPTIONS_BY_NAME, Option
-from optimum_otprune.registry import unknown_name
+from optimum_otprune.registry import Registry, unknown_name
 from optimum_otprune.version import __version__
 
 CONFIG_FILE = "otprune_config.json"
@@ -26,7 +26,7 @@ CONFIG_FILE = "otprune_config.json"
 _VERSION_KEY = "optimum_otprune_version"
 # Keys that transformers and optimum write into, or pass to, any configuration.
 _FOREIGN_KEYS = frozenset({"model_type", "transformers_version", "optimum_version", "name_or_path", "_commit_hash"})
-_REGISTERED = {
+_REGISTERED: dict[str, Registry] = {
     "importance": importances,
     "cost": costs,
     "source_distribution": distributions,
@@ -136,8 +136,8 @@ class OTPruningConfig(BaseConfig):
         unknown = sorted(name for name in values if name not in OPTIONS_BY_NAME)
         if unknown and _is_newer(str(written_by)):
             warnings.warn(
-                f"This configuration was written by optimum_otprune {written_by}, this is {__version__}. Unknown options "
-                f"are left out: {', '.join(unknown)}. Upgrade optimum_otprune to use them.",
+                f"This configuration was written by optimum_otprune {written_by}, this is {__version__}. Unknown "
+                f"options are left out: {', '.join(unknown)}. Upgrade optimum_otprune to use them.",
                 stacklevel=2,
             )
             values = {name: value for name, value in values.items() if name not in unknown}
@@ -161,8 +161,9 @@ class OTPruningConfig(BaseConfig):
             return super().from_pretrained(str(pretrained_model_name_or_path), **kwargs)
         except OSError as error:
             raise ConfigurationError(
-                f"No pruning configuration could be read from {os.path.basename(str(pretrained_model_name_or_path))!r}: want "
-                f"a file {CONFIG_FILE!r} there, valid JSON. ({str(error).strip().splitlines()[0]})"
+                f"No pruning configuration could be read from "
+                f"{os.path.basename(str(pretrained_model_name_or_path))!r}: want a file {CONFIG_FILE!r} there, valid "
+                f"JSON. ({str(error).strip().splitlines()[0]})"
             ) from error
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
@@ -206,7 +207,7 @@ def _checked(option: Option, value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, (int, float) if option.kind is float else option.kind):
         raise problem
     if option.kind is float:
-        value = float(value)
+        value = float(value)  # type: ignore[arg-type]
     if option.kind is not str and not _in_range(option, value):
         raise problem
     if option.choices is not None and value not in option.choices:
@@ -257,8 +258,8 @@ def _resolve(values: dict[str, Any], explicit: set[str]) -> dict[str, Any]:
     for name in _FIXED.get(method, ()):
         if name in explicit and values[name] != preset[name]:
             raise ConfigurationError(
-                f"`{name}={values[name]!r}` contradicts `method={method!r}`, which means {preset[name]!r}. Leave it out, or "
-                "use method='otprune' and set the fields one by one."
+                f"`{name}={values[name]!r}` contradicts `method={method!r}`, which means {preset[name]!r}. Leave it "
+                "out, or use method='otprune' and set the fields one by one."
             )
     chosen = {name: preset[name] if values[name] is None else values[name] for name in METHOD_FIELDS}
     for name, registry in _REGISTERED.items():
@@ -269,8 +270,8 @@ def _resolve(values: dict[str, Any], explicit: set[str]) -> dict[str, Any]:
         chosen["intercept"] = "always"
     if "importance" in explicit and "selection" not in explicit and chosen["selection"] == "obs":
         warnings.warn(
-            f"With selection='obs' the importance {chosen['importance']!r} only breaks ties; set selection='top' to select "
-            "by it, or selection='obs' to silence this.",
+            f"With selection='obs' the importance {chosen['importance']!r} only breaks ties; set selection='top' to "
+            "select by it, or selection='obs' to silence this.",
             stacklevel=4,
         )
     unused = _unused_fields(chosen)
@@ -329,8 +330,8 @@ def _check_combinations(chosen: dict[str, Any]) -> None:
     centroids = chosen["target"] == "cluster_centroid"
     if centroids and chosen["normalization"] == "identity":
         raise ConfigurationError(
-            "`target='cluster_centroid'` contradicts `normalization='identity'`: centroids are no channels that could stay "
-            "as they are. Use normalization='corrected'."
+            "`target='cluster_centroid'` contradicts `normalization='identity'`: centroids are no channels that "
+            "could stay as they are. Use normalization='corrected'."
         )
     if centroids and chosen["cost"] == "activation":
         raise ConfigurationError(

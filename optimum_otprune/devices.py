@@ -1,4 +1,4 @@
-"""Where tensors live: reading and replacing parameters that accelerate may have offloaded. The only door to accelerate."""
+"""Where tensors live: reading and replacing parameters that accelerate may have offloaded. Door to accelerate."""
 
 import torch
 from accelerate.utils import align_module_device, has_offloaded_params

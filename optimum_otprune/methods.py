@@ -90,8 +90,8 @@ METHODS: Mapping[str, Mapping[str, object]] = MappingProxyType(
     }
 )
 
-# What each strategy of the reference sets: (statistics, source_distribution, target_distribution). The reference leaves
-# the distributions of `aggressive` open; it gets those of `balanced` the other way round.
+# What each strategy of the reference sets: (statistics, source_distribution, target_distribution). The reference
+# leaves the distributions of `aggressive` open; it gets those of `balanced` the other way round.
 STRATEGIES: Mapping[str, tuple[str, str, str]] = MappingProxyType(
     {
         "comprehensive": ("comprehensive", "entropy_regularized", "adaptive"),

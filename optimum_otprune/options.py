@@ -42,12 +42,11 @@ OPTIONS: tuple[Option, ...] = (
         1,
     ),
     _method_option("importance", "score of a channel: fluctuation, wanda, magnitude, snip, fo, fo_snip, random, …"),
-    _method_option(
-        "aggregation", "how weight scores become a channel's score", choices=("absolute", "signed")
-    ),
+    _method_option("aggregation", "how weight scores become a channel's score", choices=("absolute", "signed")),
     _method_option(
         "selection",
-        "keep the channels with the top importance, or eliminate greedily by removal cost (obs; importance breaks ties)",
+        "keep the channels with the top importance, or eliminate greedily by removal cost (obs; importance breaks "
+        "ties)",
         choices=("top", "obs"),
     ),
     _method_option("cost", "transport cost between channels: activation, weight, weight_l2"),
@@ -55,7 +54,8 @@ OPTIONS: tuple[Option, ...] = (
     _method_option("target_distribution", "mass that each kept channel receives: uniform, importance, …"),
     _method_option(
         "strategy",
-        "sets statistics, source_distribution and target_distribution: comprehensive, conservative, balanced, aggressive",
+        "sets statistics, source_distribution and target_distribution: comprehensive, conservative, balanced, "
+        "aggressive",
     ),
     _method_option(
         "statistics", "mixture of weight-level statistics that the distributions read: comprehensive, conservative, …"
@@ -99,8 +99,12 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option("epsilon", float, 0.05, "entropic regularization of sinkhorn, in units of the median cost", above=0.0),
     Option("mass_share", float, 0.9, "share of the mass that the partial solver transports", above=0.0, maximum=1.0),
-    Option("marginal_penalty", float, 1.0, "penalty on marginals of unbalanced, in units of the median cost", above=0.0),
-    Option("holdout_share", float, 0.25, "share of the calibration samples held out to choose λ", above=0.0, maximum=0.5),
+    Option(
+        "marginal_penalty", float, 1.0, "penalty on marginals of unbalanced, in units of the median cost", above=0.0
+    ),
+    Option(
+        "holdout_share", float, 0.25, "share of the calibration samples held out to choose λ", above=0.0, maximum=0.5
+    ),
     Option("score_batch_size", int, 8, "samples per backward pass; FO's singular values depend on it", 1),
     Option("dataset", str, "Salesforce/wikitext", "Hub id of the default calibration and evaluation text"),
     Option("dataset_config", str, "wikitext-2-raw-v1", "configuration name of the dataset", optional=True),
@@ -108,7 +112,14 @@ OPTIONS: tuple[Option, ...] = (
     Option("evaluation_split", str, "test", "split that is evaluated"),
     Option("text_column", str, "text", "column of the dataset that holds the text"),
     Option("num_samples", int, 128, "calibration samples drawn from text", 1),
-    Option("seqlen", int, None, "tokens per sample and evaluation window (unset: 2048 or the model's positions)", 2, optional=True),
+    Option(
+        "seqlen",
+        int,
+        None,
+        "tokens per sample and evaluation window (unset: 2048 or the model's positions)",
+        2,
+        optional=True,
+    ),
     Option("seed", int, 0, "seed of every random choice", 0),
 )
 

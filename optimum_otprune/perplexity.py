@@ -38,7 +38,9 @@ class TokenPerplexity(evaluate.Metric):
             description=self.__class__.__doc__ or "",
             citation="",
             inputs_description="predictions: summed NLL per window; references: predicted tokens per window",
-            features=datasets.Features({"predictions": datasets.Value("float64"), "references": datasets.Value("int64")}),
+            features=datasets.Features(
+                {"predictions": datasets.Value("float64"), "references": datasets.Value("int64")}
+            ),
         )
 
     def _compute(self, predictions: Iterable[float], references: Iterable[int]) -> dict[str, float | int]:
@@ -60,7 +62,8 @@ def evaluate_perplexity(
         progress: Whether to show a progress bar.
 
     Returns:
-        `perplexity`, `nll` (nats per token), `num_tokens` (predicted), and the protocol: `num_windows`, `seqlen`, `stride`,
+        `perplexity`, `nll` (nats per token), `num_tokens` (predicted), and the protocol: `num_windows`, `seqlen`,
+        `stride`,
         `dtype`, `protocol`.
 
     Raises:
@@ -76,7 +79,9 @@ def evaluate_perplexity(
         targets = batch[:, 1:].to(log_probabilities.device)
         nll = -log_probabilities.gather(-1, targets[..., None])[..., 0].double().sum(dim=1)  # (windows,)
         if torch.isnan(nll).any():
-            raise NumericalError("The model's log-likelihoods are NaN: its weights are damaged or its dtype overflowed.")
+            raise NumericalError(
+                "The model's log-likelihoods are NaN: its weights are damaged or its dtype overflowed."
+            )
         metric.add_batch(predictions=nll.tolist(), references=[targets.shape[1]] * len(targets))
     return {
         **metric.compute(),

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from optimum_otprune.architectures.block import FFNBlock, add_biases, native_intercept, resize_config
 from optimum_otprune.compression import Compression, LayerInputs, Recipe, compress
 from optimum_otprune.configuration import OTPruningConfig
-from optimum_otprune.errors import ConfigurationError, OTPruneError, UnsupportedModelError
+from optimum_otprune.errors import OTPruneError, UnsupportedModelError
 from optimum_otprune.functional.ffn import FFNWeights, check_weights
 from optimum_otprune.functional.rescue import RescueEnergies, dilution_ratio, rescue_ratio
 from optimum_otprune.functional.selection import kept_width, sensible_multiple
@@ -67,7 +67,7 @@ def prune_model(
     scores: list[GradientScores] | None = None
     if recipe.needs_gradients:
         scores = gradient_scores(model, blocks, tokens, recipe.config.score_batch_size, settings.progress)
-    is_heldout = heldout_mask(*tokens.shape, recipe.config.holdout_share, recipe.config.seed)
+    is_heldout = heldout_mask(tokens.shape[0], tokens.shape[1], recipe.config.holdout_share, recipe.config.seed)
     correction = (recipe.config.target_correction or 0.0) if blocks[0].spec.residual else 0.0
     stream = CalibrationStream(model, blocks, tokens, settings.batch_size, track_dense=correction > 0)
     reports = []
@@ -75,7 +75,9 @@ def prune_model(
         for block in tqdm(blocks, desc="Pruning", unit="layer", disable=not settings.progress):
             with _named(block):
                 dense, passed = block.read(), stream.dense_pass(block)
-                inputs = _layer_inputs(block, dense, passed, correction, is_heldout, scores, recipe, can_hold_intercept)
+                inputs = _layer_inputs(
+                    block, dense, passed, correction, is_heldout, scores, recipe, can_hold_intercept
+                )
                 compression = compress(inputs, recipe, kept_size)
                 block.install(compression.weights)
                 reports.append(_report(block, dense, compression, passed, is_heldout))
@@ -96,8 +98,8 @@ def plan_width(blocks: list[FFNBlock], config: OTPruningConfig) -> int:
     widths = {block.intermediate_size for block in blocks}
     if len(widths) > 1:
         raise UnsupportedModelError(
-            f"The layers of this model have different FFN widths ({min(widths)} to {max(widths)}), which uniform pruning "
-            "cannot keep. Prune the dense model instead."
+            f"The layers of this model have different FFN widths ({min(widths)} to {max(widths)}), which uniform "
+            "pruning cannot keep. Prune the dense model instead."
         )
     width = widths.pop()
     if config.pruning_ratio == 0:
@@ -108,14 +110,15 @@ def plan_width(blocks: list[FFNBlock], config: OTPruningConfig) -> int:
     sensible = sensible_multiple(width, multiple)
     if sensible != multiple:
         warnings.warn(
-            f"`multiple_of` is lowered from {multiple} to {sensible}: the layers have only {width} channels, and rounding "
-            "to more would miss the pruning ratio by far.",
+            f"`multiple_of` is lowered from {multiple} to {sensible}: the layers have only {width} channels, and "
+            "rounding to more would miss the pruning ratio by far.",
             stacklevel=4,
         )
     kept = kept_width(width, config.pruning_ratio, sensible)
     if kept == width:
         warnings.warn(
-            f"Nothing is pruned: {config.pruning_ratio} of {width} channels is less than half of `multiple_of` = {sensible}.",
+            f"Nothing is pruned: {config.pruning_ratio} of {width} channels is less than half of `multiple_of` = "
+            f"{sensible}.",
             stacklevel=4,
         )
     return kept
@@ -143,12 +146,15 @@ def _layer_inputs(
     def measure(compressed: FFNWeights | None) -> tuple:
         return layer_statistics(dense, block.activation, passed, correction, is_heldout, compressed)
 
+    fit, heldout = measure(None)
     return LayerInputs(
-        dense,
-        *measure(None),
+        weights=dense,
+        fit=fit,
+        heldout=heldout,
         snip=None if scores is None else scores[block.layer].snip,
         fo=None if scores is None else scores[block.layer].fo,
-        seed=recipe.config.seed + 100_003 * block.layer,  # one generator a layer, so that none depends on another's draws
+        seed=recipe.config.seed
+        + 100_003 * block.layer,  # one generator a layer, so that none depends on another's draws
         can_hold_intercept=can_hold_intercept,
         remeasure=measure,
     )

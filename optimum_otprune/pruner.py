@@ -80,8 +80,8 @@ class OTPruner:
 
         Args:
             model_name_or_path: Hub id, local folder, or a model in memory (then the loading options must be left out).
-            config: A configuration, a dictionary, or where one is saved; default: the one saved with the model, else all
-                defaults.
+            config: A configuration, a dictionary, or where one is saved; default: the one saved with the model, else
+                all defaults.
             tokenizer: In place of the model's own, which is loaded if it has one.
             dtype: Of the weights; `"auto"` is the checkpoint's.
             device_map: Where layers go, as in transformers.
@@ -138,7 +138,8 @@ class OTPruner:
         """Prune the model in place.
 
         Args:
-            calibration_data: See `optimum_otprune.calibration.calibration_tokens`; None is the configuration's dataset.
+            calibration_data: See `optimum_otprune.calibration.calibration_tokens`; None is the configuration's
+                dataset.
             batch_size: Samples per forward pass; changes nothing but speed, memory and rounding.
             progress: Whether to show progress bars.
             **functions: Functions of the user's own in place of registered names: `importance`, `cost`,
@@ -217,7 +218,8 @@ class OTPruner:
             The folder.
 
         Raises:
-            OutputError: If the folder is not empty, cannot be written, or the disk is full; nothing half-written stays.
+            OutputError: If the folder is not empty, cannot be written, or the disk is full; nothing half-written
+                stays.
         """
         return save_checkpoint(
             Path(save_directory), self.model, self.tokenizer, self.config, self.report, overwrite, max_shard_size
@@ -240,7 +242,8 @@ def _as_config(config: Any, options: Mapping[str, Any]) -> OTPruningConfig:
 def _refuse_loading_options(options: Mapping[str, Any]) -> None:
     given = [name for name, value in options.items() if value != _LOADING_DEFAULTS[name]]
     if given:
+        names = ", ".join(f"`{name}`" for name in given)
         raise ConfigurationError(
-            f"A model in memory was given, so there is nothing to load with {', '.join(f'`{name}`' for name in given)}. "
+            f"A model in memory was given, so there is nothing to load with {names}. "
             "Leave them out, or give a name or folder."
         )

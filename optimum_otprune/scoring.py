@@ -65,9 +65,7 @@ def gradient_scores(
             model(input_ids=ids, use_cache=False)
             torch.stack([value.cpu() for value in values]).sum().backward()
     model.train(was_training)
-    return [
-        GradientScores(*(collector.scores(block, len(batches)) for collector in (snip, fo))) for block in blocks
-    ]
+    return [GradientScores(*(collector.scores(block, len(batches)) for collector in (snip, fo))) for block in blocks]
 
 
 class _GradientCollector:
@@ -122,7 +120,9 @@ def _differentiable(model: PreTrainedModel) -> Iterator[None]:
     wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     for parameter, _ in wanted:
         parameter.requires_grad_(False)
-    handle = model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_(True))  # type: ignore[union-attr]
+    handle = model.get_input_embeddings().register_forward_hook(
+        lambda module, args, output: output.requires_grad_(True)
+    )  # type: ignore[union-attr]
     try:
         with torch.enable_grad():
             yield

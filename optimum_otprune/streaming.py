@@ -1,7 +1,7 @@
-"""Forward through a model block by block: each layer sees the inputs that the already pruned layers below it produce."""
+"""Forward through a model block by block: each layer sees what the pruned layers below it produce."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -95,11 +95,8 @@ class CalibrationStream:
             found.append((args[0] if args else kwargs["hidden_states"]).detach().cpu())
             raise _FirstBlockReached
 
-        with _pre_hooks([self.blocks[0].module], note):
-            try:
-                self._forward(batch)
-            except _FirstBlockReached:
-                pass
+        with _pre_hooks([self.blocks[0].module], note), suppress(_FirstBlockReached):
+            self._forward(batch)
         return found[0]
 
     @torch.no_grad()

@@ -44,8 +44,8 @@ class FFNBlock:
     @property
     def intermediate_size(self) -> int:
         """Channels now."""
-        weight = self.up.weight
-        return weight.shape[1] if self.spec.transposed else weight.shape[0]  # type: ignore[index, union-attr]
+        shape = self.up.weight.shape
+        return int(shape[1] if self.spec.transposed else shape[0])  # type: ignore[index, arg-type]
 
     def activation(self, inputs: Tensor) -> Tensor:
         """The elementwise activation function."""
@@ -102,8 +102,8 @@ def ffn_blocks(model: PreTrainedModel) -> list[FFNBlock]:
     """
     if getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None) is not None:
         raise UnsupportedModelError(
-            "This model is quantized already; its packed weights cannot be pruned. Prune the original model first, save "
-            "it, and quantize the pruned one."
+            "This model is quantized already; its packed weights cannot be pruned. Prune the original model first, "
+            "save it, and quantize the pruned one."
         )
     _, spec = find_spec(model)
     blocks = [FFNBlock(module, spec, layer) for layer, module in enumerate(find_blocks(model, spec))]

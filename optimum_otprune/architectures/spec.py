@@ -113,9 +113,7 @@ _GATED = FFNSpec(
 )
 register_architecture("llama", _GATED)
 # Gemma 2 and 3, OLMo 2, …: a norm stands between the FFN and the residual stream.
-register_architecture(
-    "llama_post_norm", replace(_GATED, residual=False, requires=("post_feedforward_layernorm",))
-)
+register_architecture("llama_post_norm", replace(_GATED, residual=False, requires=("post_feedforward_layernorm",)))
 register_architecture(
     "gpt2",
     FFNSpec(

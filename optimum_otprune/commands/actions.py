@@ -35,7 +35,9 @@ def prune(args: argparse.Namespace) -> None:
     print(report)
     if args.eval:
         pruned = pruner.evaluate(args.eval_data, **passes)
-        print(f"Perplexity: {dense['perplexity']:.2f} dense -> {pruned['perplexity']:.2f} pruned ({_protocol(pruned)})")
+        print(
+            f"Perplexity: {dense['perplexity']:.2f} dense -> {pruned['perplexity']:.2f} pruned ({_protocol(pruned)})"
+        )
     pruner.save_pretrained(output, overwrite=args.overwrite)
     print(f"Saved to {output}. Load it with AutoModelForCausalLM.from_pretrained({str(output)!r}).")
 
@@ -56,7 +58,9 @@ def report(args: argparse.Namespace) -> None:
     """Print what pruning did to a saved model."""
     path = Path(args.folder) / REPORT_FILE
     if not path.is_file():
-        raise ReportError(f"{Path(args.folder).name!r} has no {REPORT_FILE}: it is no folder that `otprune prune` wrote.")
+        raise ReportError(
+            f"{Path(args.folder).name!r} has no {REPORT_FILE}: it is no folder that `otprune prune` wrote."
+        )
     saved = PruningReport.load(path)
     if args.json:
         print(json.dumps(saved.to_dict(), indent=2, sort_keys=True))
@@ -76,7 +80,9 @@ def demo(args: argparse.Namespace) -> None:
 
 
 def _protocol(metrics: Any) -> str:
-    return f"{metrics['num_tokens']:,} tokens of {metrics['data']} in windows of {metrics['seqlen']}, {metrics['dtype']}"
+    return (
+        f"{metrics['num_tokens']:,} tokens of {metrics['data']} in windows of {metrics['seqlen']}, {metrics['dtype']}"
+    )
 
 
 def _config(args: argparse.Namespace) -> OTPruningConfig:

@@ -60,7 +60,9 @@ def run_demo(pruning_ratio: float, output: Path | None, overwrite: bool = False)
     train, validation = documentation_texts("train"), documentation_texts("validation")
     with as_file(files("optimum_otprune") / "demo_model") as folder:
         dense = OTPruner.from_pretrained(folder, _config("otprune", pruning_ratio), dtype="float32")
-        print(f"Model: a Llama of {dense.model.num_parameters():,} parameters, trained on the documentation of Python.")
+        print(
+            f"Model: a Llama of {dense.model.num_parameters():,} parameters, trained on the documentation of Python."
+        )
         print(f"Task: remove {pruning_ratio:.0%} of its FFN channels. No network is used.\n")
         results = [_measure("dense", dense, validation)]
         pruners = {}
@@ -123,6 +125,7 @@ def _reload(folder: Path, in_memory: PreTrainedModel) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     inputs = tokenizer(PROMPT, return_tensors="pt")
     difference = (model(**inputs).logits - in_memory(**inputs).logits).abs().max().item()
-    text = tokenizer.decode(model.generate(**inputs, max_new_tokens=24, do_sample=False)[0], skip_special_tokens=True)
+    ids = model.generate(**inputs, max_new_tokens=24, do_sample=False)[0]
+    text = str(tokenizer.decode(ids, skip_special_tokens=True))
     print(f"Saved to {folder} and loaded again by AutoModelForCausalLM: largest difference of logits {difference:g}.")
     print(f"It writes: {' '.join(text.split())}")

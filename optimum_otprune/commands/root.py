@@ -43,7 +43,9 @@ class PruneCommand(_Command):
     def parse_args(parser: argparse.ArgumentParser) -> None:
         """Options."""
         add_model_options(parser)
-        parser.add_argument("-o", "--output", required=True, metavar="OUT", help="folder to write; must be new or empty")
+        parser.add_argument(
+            "-o", "--output", required=True, metavar="OUT", help="folder to write; must be new or empty"
+        )
         parser.add_argument("--overwrite", action="store_true", help="replace the output folder if it is not empty")
         parser.add_argument("--calibration-data", metavar="DATA", help=DATA_HELP)
         parser.add_argument("--eval", action="store_true", help="measure perplexity before and after")
@@ -82,7 +84,9 @@ class DemoCommand(_Command):
     @staticmethod
     def parse_args(parser: argparse.ArgumentParser) -> None:
         """Options."""
-        parser.add_argument("-o", "--output", metavar="OUT", help="folder for the pruned model (default: a temporary one)")
+        parser.add_argument(
+            "-o", "--output", metavar="OUT", help="folder for the pruned model (default: a temporary one)"
+        )
         parser.add_argument("--overwrite", action="store_true", help="replace the output folder if it is not empty")
         parser.add_argument("--pruning-ratio", type=float, default=0.5, metavar="X", help="default: 0.5")
         add_debug_option(parser)

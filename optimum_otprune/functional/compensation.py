@@ -154,4 +154,6 @@ def constant_bias(statistics: GramStatistics, down: Tensor) -> Tensor:
 
     Source: An et al., "Fluctuation-based Adaptive Structured Pruning for Large Language Models", AAAI 2024, section 3.
     """
-    return (statistics.target_sum - down.to(statistics.hidden_sum.dtype) @ statistics.hidden_sum) / statistics.num_tokens
+    return (
+        statistics.target_sum - down.to(statistics.hidden_sum.dtype) @ statistics.hidden_sum
+    ) / statistics.num_tokens

@@ -50,7 +50,8 @@ costs: Registry[CostFunction] = Registry("cost")
 def activation_cost(inputs: CostInputs, kept_channels: Tensor) -> TransportCost:
     """Output energy of channel j that kept channel k cannot explain with its best gain.
 
-    `C_jk = ‖w_j‖² (G_jj − G_jk² / G_kk)`, gain `G_jk / G_kk` with its sign. Gains that chance would produce are shrunk by
+    `C_jk = ‖w_j‖² (G_jj − G_jk² / G_kk)`, gain `G_jk / G_kk` with its sign. Gains that chance would produce are
+    shrunk by
     `max(0, 1 − 6 ln n / (T ρ²))`, ρ the channels' correlation over T tokens. A channel that is never active explains
     nothing.
     """
@@ -92,7 +93,9 @@ def weight_cost(inputs: CostInputs, kept_channels: Tensor) -> TransportCost:
 def weight_l2_cost(inputs: CostInputs, kept_channels: Tensor) -> TransportCost:
     """Euclidean distance (p = 2) between the unit weight vectors of two channels."""
     vectors = channel_vectors(inputs.weights)
-    return TransportCost(torch.cdist(vectors, vectors[kept_channels], p=2.0, compute_mode="donot_use_mm_for_euclid_dist"))
+    return TransportCost(
+        torch.cdist(vectors, vectors[kept_channels], p=2.0, compute_mode="donot_use_mm_for_euclid_dist")
+    )
 
 
 def transport_cost(name: str | CostFunction, inputs: CostInputs, kept_channels: Tensor) -> TransportCost:
@@ -115,7 +118,7 @@ def transport_cost(name: str | CostFunction, inputs: CostInputs, kept_channels: 
         raise ShapeError(f"The cost {entry.name!r} returned shape {tuple(cost.matrix.shape)}; want {expected}.")
     if not torch.isfinite(cost.matrix).all() or (cost.matrix < 0).any():
         raise NumericalError(
-            f"The cost {entry.name!r} returned NaN, infinite or negative entries, on which no transport can be solved. "
-            "Check the weights and the activations of this layer."
+            f"The cost {entry.name!r} returned NaN, infinite or negative entries, on which no transport can be "
+            "solved. Check the weights and the activations of this layer."
         )
     return cost

@@ -32,15 +32,18 @@ class FFNWeights(NamedTuple):
 
     @property
     def intermediate_size(self) -> int:
+        """Number of channels."""
         return self.up.shape[0]
 
     @property
     def hidden_size(self) -> int:
+        """Width of inputs and outputs."""
         return self.down.shape[0]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "FFNWeights":
         """Apply a function to every tensor that is there."""
-        return FFNWeights(*(None if tensor is None else function(tensor) for tensor in self))
+        mapped = {name: None if tensor is None else function(tensor) for name, tensor in self._asdict().items()}
+        return FFNWeights(**mapped)  # type: ignore[arg-type]
 
     def select(self, channels: Tensor) -> "FFNWeights":
         """Keep some channels, in the given order.

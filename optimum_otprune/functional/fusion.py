@@ -44,8 +44,8 @@ def barycentric_projection(transport_plan: Tensor) -> Tensor:
         empty = torch.nonzero(received <= 0).flatten().tolist()
         raise TransportError(
             f"{len(empty)} of {len(received)} kept channels receive no mass (first: {empty[:5]}). Their fused weights "
-            "would be 0 / 0. Check that the target marginal is positive everywhere, or raise `epsilon` if the entropic "
-            "solver underflowed."
+            "would be 0 / 0. Check that the target marginal is positive everywhere, or raise `epsilon` if the "
+            "entropic solver underflowed."
         )
     return (transport_plan / received).T
 
@@ -75,14 +75,17 @@ def mass_projection(transport_plan: Tensor, source_marginal: Tensor | None = Non
             empty = torch.nonzero(sent <= 0).flatten().tolist()
             raise TransportError(
                 f"{len(empty)} of {len(sent)} channels send no mass (first: {empty[:5]}), so their share is 0 / 0. "
-                "Check that the source marginal is positive everywhere, or give `source_marginal` to leave them behind."
+                "Check that the source marginal is positive everywhere, or give `source_marginal` to leave them "
+                "behind."
             )
     else:
         sent = torch.where(source_marginal > 0, source_marginal, 1.0)
     return (transport_plan / sent[:, None]).T
 
 
-def with_identity(transport_plan: Tensor, kept_channels: Tensor, pruned_channels: Tensor, shares: tuple[float, float]) -> Tensor:
+def with_identity(
+    transport_plan: Tensor, kept_channels: Tensor, pruned_channels: Tensor, shares: tuple[float, float]
+) -> Tensor:
     """Return a plan over all channels in which kept channels keep their own mass.
 
     Args:
@@ -107,9 +110,9 @@ def fusion_maps(
 ) -> FusionMaps:
     """Turn a plan over all channels into the two fusion maps.
 
-    Barycentric inwards and mass-preserving outwards is the only pair that leaves a network of duplicated channels as it
-    was. `"source"` divides both by the source sums, as the reference is coded: fused gate and up rows are then sums, not
-    averages, of about n/m channels, and the layer's output is far too large.
+    Barycentric inwards and mass-preserving outwards is the only pair that leaves a network of duplicated channels as
+    it was. `"source"` divides both by the source sums, as the reference is coded: fused gate and up rows are then
+    sums, not averages, of about n/m channels, and the layer's output is far too large.
 
     Args:
         transport_plan: `(intermediate_size, kept_size)`.

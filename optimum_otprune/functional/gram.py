@@ -31,7 +31,7 @@ class GramStatistics(NamedTuple):
 
     def __add__(self, other: "GramStatistics") -> "GramStatistics":  # type: ignore[override]
         """Statistics of both sets of tokens together."""
-        return GramStatistics(*(mine + theirs for mine, theirs in zip(self, other)))
+        return GramStatistics(*(mine + theirs for mine, theirs in zip(self, other)))  # type: ignore[operator]
 
     def select(self, channels: Tensor) -> "GramStatistics":
         """Keep some channels.
@@ -47,7 +47,7 @@ class GramStatistics(NamedTuple):
 
     def double(self) -> "GramStatistics":
         """The same in float64."""
-        return GramStatistics(*(part.double() if isinstance(part, Tensor) else part for part in self))
+        return GramStatistics(*(part.double() for part in self[:-1]), self.num_tokens)  # type: ignore
 
     def shifted(self, hidden_shift: Tensor, target_shift: Tensor) -> "GramStatistics":
         """Statistics of `h − hidden_shift` and `y − target_shift`: centred ones, if the shifts are the means."""

@@ -80,8 +80,8 @@ def aggregate(scores: WeightScores, aggregation: str) -> Tensor:
 
     Args:
         scores: Of one layer.
-        aggregation: `"absolute"` sums magnitudes. `"signed"` sums the values, as the reference does: they cancel, and the
-            result selects no better than chance (kept for fidelity).
+        aggregation: `"absolute"` sums magnitudes. `"signed"` sums the values, as the reference does: they cancel, and
+            the result selects no better than chance (kept for fidelity).
 
     Returns:
         `(intermediate_size,)`.
@@ -115,14 +115,14 @@ def magnitude(statistics: ChannelStatistics) -> Tensor:
 
 @importances.register("wanda", reference="https://arxiv.org/abs/2306.11695", requires=(ACTIVATIONS,))
 def wanda(statistics: ChannelStatistics) -> Tensor:
-    """Sum of `|W_d[:, j]|` times the root mean square activation of j: Wanda (Sun et al., 2024), a column at a time."""
+    """Sum of `|W_d[:, j]|` times the root mean square activation of j: Wanda (Sun et al., 2024) by columns."""
     second_moment = _required(statistics, "hidden_second_moment", "wanda")
     return statistics.weights.down.float().abs().sum(dim=0) * second_moment.float().sqrt()
 
 
 @importances.register("fluctuation", reference="https://arxiv.org/abs/2312.11983", requires=(ACTIVATIONS,))
 def fluctuation(statistics: ChannelStatistics) -> Tensor:
-    """Variance of the activation times `‖w_j‖²`: what is lost when a constant stands in for j (FLAP, An et al., 2024)."""
+    """Variance of the activation times `‖w_j‖²`: the loss when a constant stands in for j (FLAP, An et al., 2024)."""
     second_moment = _required(statistics, "hidden_second_moment", "fluctuation")
     mean = _required(statistics, "hidden_mean", "fluctuation")
     variance = (second_moment.double() - mean.double().square()).clamp_min(0)
@@ -184,8 +184,8 @@ def weight_level_statistics(scores: WeightScores) -> dict[str, Tensor]:
     Returns:
         By name, `(intermediate_size,)` each: `mean`, `max`, `std`, `p95` (95th percentile), `consistency` (minus the
         standard deviation of the matrices' sums), `structural` (largest singular value of the channel's block),
-        `mutual_information` (mean absolute correlation with the other channels) and `share` (of scores above the layer's
-        mean + one standard deviation).
+        `mutual_information` (mean absolute correlation with the other channels) and `share` (of scores above the
+        layer's mean + one standard deviation).
     """
     matrices = [matrix.float() for matrix in scores.matrices()]
     blocks = torch.stack(matrices, dim=1)  # (intermediate_size, matrices, hidden_size)

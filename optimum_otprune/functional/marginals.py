@@ -114,7 +114,7 @@ def importance(inputs: MarginalInputs) -> Tensor:
 
 @distributions.register("weight_aware", requires=(GRADIENTS,))
 def weight_aware(inputs: MarginalInputs) -> Tensor:
-    """In proportion to the sum of a channel's greatest score, spread and share of high scores, each rescaled to [0, 1]."""
+    """In proportion to the sum of a channel's greatest score, spread and share of high scores, each in [0, 1]."""
     return _non_negative(sum(_rescale(_statistic(inputs, name)) for name in ("max", "std", "share")))  # type: ignore[arg-type]
 
 
@@ -181,13 +181,14 @@ def marginal(name: str | Distribution, inputs: MarginalInputs) -> Tensor:
     mass = entry.function(inputs)
     if mass.shape != inputs.importance.shape:
         raise ShapeError(
-            f"The distribution {entry.name!r} returned shape {tuple(mass.shape)}; want {tuple(inputs.importance.shape)}."
+            f"The distribution {entry.name!r} returned shape {tuple(mass.shape)}; want "
+            f"{tuple(inputs.importance.shape)}."
         )
     mass = mass.double()
     if not torch.isfinite(mass).all() or (mass < 0).any() or mass.sum() <= 0:
         raise NumericalError(
-            f"The distribution {entry.name!r} returned negative, NaN, infinite or only zero masses. A mass must be finite "
-            "and non-negative; check the scores that it was given."
+            f"The distribution {entry.name!r} returned negative, NaN, infinite or only zero masses. A mass must be "
+            "finite and non-negative; check the scores that it was given."
         )
     return mass / mass.sum()
 

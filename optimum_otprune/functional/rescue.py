@@ -74,8 +74,8 @@ def rescue_energies(
 def rescue_ratio(energies: RescueEnergies) -> float:
     """Share of the pruned channels' output energy that the compressed layer still delivers.
 
-    `1 − Σ ‖y − ŷ‖² / Σ ‖W_S h_S‖²`: plain dropping scores 0, a perfect layer 1, a harmful fusion is negative. Where the
-    pruned channels contributed nothing, there was nothing to lose: 1 if the output is intact, else 0.
+    `1 − Σ ‖y − ŷ‖² / Σ ‖W_S h_S‖²`: plain dropping scores 0, a perfect layer 1, a harmful fusion is negative. Where
+    the pruned channels contributed nothing, there was nothing to lose: 1 if the output is intact, else 0.
 
     Example:
         >>> rescue_ratio(RescueEnergies(output=10.0, pruned=4.0, error=1.0, kept=9.0, shift=0.0))

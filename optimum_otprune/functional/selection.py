@@ -33,8 +33,8 @@ def kept_width(intermediate_size: int, pruning_ratio: float, multiple_of: int = 
         return intermediate_size
     if multiple_of > intermediate_size:
         raise ConfigurationError(
-            f"`multiple_of` is {multiple_of}, but the layer has only {intermediate_size} channels, so no multiple of it "
-            f"can be kept. Choose a divisor of the width you want, such as {max(1, intermediate_size // 16)}."
+            f"`multiple_of` is {multiple_of}, but the layer has only {intermediate_size} channels, so no multiple of "
+            f"it can be kept. Choose a divisor of the width you want, such as {max(1, intermediate_size // 16)}."
         )
     wanted = (1 - pruning_ratio) * intermediate_size / multiple_of
     return min(intermediate_size // multiple_of, max(1, int(wanted + 0.5))) * multiple_of

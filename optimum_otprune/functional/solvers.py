@@ -17,7 +17,7 @@ _MAX_ITERATIONS = 1_000_000
 
 
 class SolverSettings(NamedTuple):
-    """Numbers that some solvers read; lengths are in units of the median cost, so that scaling a layer changes nothing.
+    """Numbers that some solvers read; in units of the median cost, so that scaling a layer changes nothing.
 
     Attributes:
         epsilon: Entropic regularization.
@@ -34,8 +34,8 @@ class TransportPlan(NamedTuple):
     """A transport plan and whether to trust it.
 
     Attributes:
-        matrix: `(intermediate_size, kept_size)` float64, non-negative; entry (j, k) is the mass that channel j sends to
-            kept channel k.
+        matrix: `(intermediate_size, kept_size)` float64, non-negative; entry (j, k) is the mass that channel j sends
+            to kept channel k.
         cost: Σ plan · cost.
         converged: Whether the solver reached its own stopping criterion.
         marginal_error: Largest difference to a marginal that the solver had to meet, as a share of the mass.
@@ -61,7 +61,7 @@ _MEETS = {"nearest": (True, False), "partial": (False, False), "unbalanced": (Fa
 
 @solvers.register("nearest")
 def nearest(cost_matrix: Tensor, source_marginal: Tensor, target_marginal: Tensor, settings: SolverSettings) -> Tensor:
-    """Send every channel whole to its cheapest kept channel; kept channels have no capacity (semi-relaxed transport)."""
+    """Send every channel whole to its cheapest kept channel; kept channels have no capacity (semi-relaxed)."""
     del target_marginal, settings
     plan = torch.zeros_like(cost_matrix)
     return plan.scatter_(1, cost_matrix.argmin(dim=1, keepdim=True), source_marginal[:, None])
@@ -77,13 +77,16 @@ def emd(cost_matrix: Tensor, source_marginal: Tensor, target_marginal: Tensor, s
         plan, log = ot.emd(*arrays, numItermax=_MAX_ITERATIONS, log=True)
     if log["warning"] is not None:
         raise TransportError(
-            f"The exact solver gave up ({log['warning']}). Use solver='sinkhorn', which always ends, or prune less at once."
+            f"The exact solver gave up ({log['warning']}). Use solver='sinkhorn', which always ends, or prune less "
+            "at once."
         )
     return torch.from_numpy(plan)
 
 
 @solvers.register("sinkhorn", reference="https://arxiv.org/abs/1306.0895")
-def sinkhorn(cost_matrix: Tensor, source_marginal: Tensor, target_marginal: Tensor, settings: SolverSettings) -> Tensor:
+def sinkhorn(
+    cost_matrix: Tensor, source_marginal: Tensor, target_marginal: Tensor, settings: SolverSettings
+) -> Tensor:
     """Entropic transport in the log domain (Cuturi, 2013, through `ot.sinkhorn`), then rounded to the marginals.
 
     The rounding is that of Altschuler, Weed and Rigollet (2017), algorithm 2.
@@ -115,7 +118,7 @@ def _round_to_marginals(plan: Tensor, source_marginal: Tensor, target_marginal: 
 
 @solvers.register("partial", reference="https://arxiv.org/abs/2002.08276")
 def partial(cost_matrix: Tensor, source_marginal: Tensor, target_marginal: Tensor, settings: SolverSettings) -> Tensor:
-    """Exact transport of the cheapest `mass_share` of the mass (`ot.partial.partial_wasserstein`); the rest is dropped."""
+    """Exact transport of the cheapest `mass_share` of the mass (`ot.partial.partial_wasserstein`); the rest stays."""
     plan = ot.partial.partial_wasserstein(
         source_marginal.numpy(),
         target_marginal.numpy(),
@@ -127,7 +130,9 @@ def partial(cost_matrix: Tensor, source_marginal: Tensor, target_marginal: Tenso
 
 
 @solvers.register("unbalanced", reference="https://arxiv.org/abs/1607.05816")
-def unbalanced(cost_matrix: Tensor, source_marginal: Tensor, target_marginal: Tensor, settings: SolverSettings) -> Tensor:
+def unbalanced(
+    cost_matrix: Tensor, source_marginal: Tensor, target_marginal: Tensor, settings: SolverSettings
+) -> Tensor:
     """Transport that may miss its marginals at a price (`ot.unbalanced.mm_unbalanced`, Kullback–Leibler)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
@@ -188,7 +193,9 @@ def solve_transport(
         raise TransportError("The transport cost is NaN or infinite. Check the weights and activations of this layer.")
     a, b = (check_marginal(part, side) for part, side in ((a, "source"), (b, "target")))
     plan = entry.function(cost, a, b, settings or SolverSettings())
-    return _checked(plan, cost, a, b, entry.name, getattr(entry.function, "meets", _MEETS.get(entry.name, (True, True))))
+    return _checked(
+        plan, cost, a, b, entry.name, getattr(entry.function, "meets", _MEETS.get(entry.name, (True, True)))
+    )
 
 
 def check_marginal(marginal: Tensor, side: str) -> Tensor:
@@ -197,7 +204,11 @@ def check_marginal(marginal: Tensor, side: str) -> Tensor:
     Raises:
         TransportError: If it is negative, not finite, or does not sum to 1 within 1e-6.
     """
-    if not torch.isfinite(marginal).all() or (marginal < 0).any() or abs(float(marginal.sum()) - 1) > _MARGINAL_TOLERANCE:
+    if (
+        not torch.isfinite(marginal).all()
+        or (marginal < 0).any()
+        or abs(float(marginal.sum()) - 1) > _MARGINAL_TOLERANCE
+    ):
         raise TransportError(
             f"The {side} marginal is no probability vector: sum {float(marginal.sum()):.6g}, least entry "
             f"{float(marginal.min()):.3g}. Masses must be finite, non-negative and sum to 1."
@@ -205,9 +216,7 @@ def check_marginal(marginal: Tensor, side: str) -> Tensor:
     return marginal / marginal.sum()
 
 
-def _checked(
-    plan: Tensor, cost: Tensor, a: Tensor, b: Tensor, name: str, meets: tuple[bool, bool]
-) -> TransportPlan:
+def _checked(plan: Tensor, cost: Tensor, a: Tensor, b: Tensor, name: str, meets: tuple[bool, bool]) -> TransportPlan:
     if plan.shape != cost.shape or not torch.isfinite(plan).all() or (plan < -_MARGINAL_TOLERANCE).any():
         raise TransportError(
             f"The solver {name!r} returned no usable plan (wrong shape, NaN or negative mass). Use solver='emd', or "
