@@ -71,6 +71,8 @@ class KneserNeyTrigram:
     @staticmethod
     def _discount(counts: Counter) -> float:
         of_counts = Counter(counts.values())
+        if not of_counts[1]:  # too few tokens to estimate it from
+            return 0.75
         return of_counts[1] / (of_counts[1] + 2 * of_counts[2])
 
     def probability(self, a: int, b: int, c: int) -> float:

@@ -9,6 +9,7 @@ import hashlib
 import sys
 import sysconfig
 from collections.abc import Iterator
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -74,9 +75,17 @@ def _topics() -> Iterator[tuple[str, str]]:
         yield f"topic:{name}", text
 
 
-def _module_docstrings() -> Iterator[tuple[str, str]]:
-    root = Path(sysconfig.get_paths()["stdlib"])
-    found = False
+def _module_docstrings() -> tuple[tuple[str, str], ...]:
+    found = _docstrings_below(Path(sysconfig.get_paths()["stdlib"]))
+    if not found:
+        raise _stripped("its standard library has no source files with docstrings")
+    return found
+
+
+@cache
+def _docstrings_below(root: Path) -> tuple[tuple[str, str], ...]:
+    """Names and docstrings of the modules in a folder; parsing takes seconds, so it is done once."""
+    found = []
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).parts
         if _SKIPPED_FOLDERS.intersection(parts) or parts[0].removesuffix(".py") not in sys.stdlib_module_names:
@@ -86,10 +95,8 @@ def _module_docstrings() -> Iterator[tuple[str, str]]:
         nodes = (node for node in ast.walk(tree) if isinstance(node, documented))
         docstrings = [docstring for node in nodes if (docstring := ast.get_docstring(node))]
         if docstrings:
-            found = True
-            yield "module:" + ".".join(parts).removesuffix(".py"), "\n\n".join(docstrings)
-    if not found:
-        raise _stripped("its standard library has no source files with docstrings")
+            found.append(("module:" + ".".join(parts).removesuffix(".py"), "\n\n".join(docstrings)))
+    return tuple(found)
 
 
 def _stripped(what: str) -> CalibrationDataError:

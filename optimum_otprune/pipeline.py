@@ -71,7 +71,7 @@ def prune_model(
     correction = (recipe.config.target_correction or 0.0) if blocks[0].spec.residual else 0.0
     stream = CalibrationStream(model, blocks, tokens, settings.batch_size, track_dense=correction > 0)
     reports = []
-    with logging_redirect_tqdm():
+    with logging_redirect_tqdm([logging.getLogger("optimum_otprune")]):
         for block in tqdm(blocks, desc="Pruning", unit="layer", disable=not settings.progress):
             with _named(block):
                 dense, passed = block.read(), stream.dense_pass(block)

@@ -51,9 +51,9 @@ def activation_cost(inputs: CostInputs, kept_channels: Tensor) -> TransportCost:
     """Output energy of channel j that kept channel k cannot explain with its best gain.
 
     `C_jk = ‖w_j‖² (G_jj − G_jk² / G_kk)`, gain `G_jk / G_kk` with its sign. Gains that chance would produce are
-    shrunk by
-    `max(0, 1 − 6 ln n / (T ρ²))`, ρ the channels' correlation over T tokens. A channel that is never active explains
-    nothing.
+    shrunk by `max(0, 1 − 6 ln n (1 − ρ²) / (T ρ²))`, ρ the channels' correlation over T tokens; the factor 1 − ρ² is
+    the share of the energy that is left to chance, so that an exact duplicate stands in with its full gain. A channel
+    that is never active explains nothing.
     """
     if inputs.gram is None:
         raise ShapeError("The cost 'activation' needs the Gram matrix of the channel activations; give `gram`.")
@@ -66,7 +66,8 @@ def activation_cost(inputs: CostInputs, kept_channels: Tensor) -> TransportCost:
     explained = gain * cross
     correlation = explained / energy.clamp_min(torch.finfo(gram.dtype).tiny)[:, None]  # squared
     chance = _CHANCE_LEVEL * math.log(max(n, 2)) / max(inputs.num_tokens, 1)
-    shrink = (1 - chance / correlation.clamp_min(torch.finfo(gram.dtype).tiny)).clamp_min(0)
+    left = (1 - correlation).clamp_min(0)
+    shrink = (1 - chance * left / correlation.clamp_min(torch.finfo(gram.dtype).tiny)).clamp_min(0)
     norms = inputs.weights.down.double().square().sum(dim=0)  # (intermediate_size,)
     matrix = norms[:, None] * (energy[:, None] - explained).clamp_min(0)
     return TransportCost(matrix, gain * shrink)

@@ -1,0 +1,19 @@
+"""What the examples prune: the embedded model, on Python's own documentation, so that they run offline in seconds."""
+
+from importlib.resources import files
+
+from optimum_otprune import OTPruner, OTPruningConfig
+from optimum_otprune.documentation import documentation_texts
+
+TEXTS = documentation_texts("train")[:60]
+
+
+def demo_pruner(**options) -> OTPruner:
+    config = OTPruningConfig(pruning_ratio=0.5, multiple_of=32, seqlen=128, num_samples=16, **options)
+    return OTPruner.from_pretrained(str(files("optimum_otprune") / "demo_model"), config, dtype="float32")
+
+
+def show(title: str, pruner: OTPruner) -> None:
+    perplexity = pruner.evaluate(documentation_texts("validation"), max_windows=64, progress=False)["perplexity"]
+    rescued = "dense" if pruner.report is None else f"rescue ratio {pruner.report.rescue_ratio:.3f}"
+    print(f"{title}: perplexity {perplexity:.2f}, {rescued}")

@@ -1,0 +1,159 @@
+"""The command line: options, exit codes, and one line per failure."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from optimum_otprune.commands.arguments import config_options
+from optimum_otprune.commands.main import main
+from optimum_otprune.commands.root import OTPruneCommand, PruneCommand
+from optimum_otprune.options import OPTIONS
+
+
+@pytest.fixture
+def token_file(tokens, tmp_path):
+    path = tmp_path / "ids.safetensors"
+    save_file({"input_ids": tokens}, path)
+    return str(path)
+
+
+def run(*arguments) -> int:
+    """The exit code of a command line, run in this process."""
+    try:
+        main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+HALF = ("--pruning-ratio", "0.5", "--multiple-of", "1", "--quiet")
+
+
+def test_prune_evaluates_saves_and_reports(llama_folder, token_file, tmp_path, capsys):
+    out = tmp_path / "out"
+    code = run(
+        "prune", llama_folder, "-o", out, *HALF, "--calibration-data", token_file, "--eval", "--eval-data", token_file
+    )
+    printed = capsys.readouterr().out
+    assert code == 0
+    assert "RESCUE EFFECT SUMMARY REPORT" in printed
+    assert "dense ->" in printed
+    assert json.loads((out / "config.json").read_text())["intermediate_size"] == 24
+    assert run("report", out) == 0
+    assert "Layer 02: Rescued" in capsys.readouterr().out
+    assert run("report", out, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["evaluations"][1]["stage"] == "pruned"
+    assert run("evaluate", out, "--data", token_file, "--quiet") == 0
+    assert capsys.readouterr().out.startswith("Perplexity: ")
+
+
+@pytest.mark.parametrize("suffix", ["npy", "pt", "jsonl", "txt"])
+def test_calibration_files_of_every_kind_are_read(llama_folder, tokens, tmp_path, suffix):
+    path = tmp_path / f"data.{suffix}"
+    text = " ".join(f"w{index % 60}" for index in range(400))
+    if suffix == "npy":
+        np.save(path, tokens.numpy().astype(np.int32))
+    elif suffix == "pt":
+        torch.save(tokens.int(), path)
+    elif suffix == "jsonl":
+        path.write_text(json.dumps({"text": text}) + "\n")
+    else:
+        path.write_text(text)
+    assert run("prune", llama_folder, "-o", tmp_path / "out", *HALF, "--calibration-data", path) == 0
+
+
+def test_a_saved_configuration_is_the_start_and_options_override_it(llama_folder, token_file, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert run("prune", llama_folder, "-o", first, *HALF, "--method", "flap", "--calibration-data", token_file) == 0
+    arguments = ["--config", first, "--pruning-ratio", "0.25", "--quiet", "--calibration-data", token_file]
+    assert run("prune", llama_folder, "-o", second, *arguments) == 0
+    config = json.loads((second / "otprune_config.json").read_text())
+    assert (config["method"], config["pruning_ratio"], config["multiple_of"]) == ("flap", 0.25, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--pruning-ratio", "1.5"], "`pruning_ratio` is 1.5"),
+        (["--pruning-ratio", "nan"], "`pruning_ratio` is nan"),
+        (["--pruning-ratio", "half"], "invalid float value"),
+        (["--method", "otprun"], "invalid choice"),
+        (["--importance", "wnda"], "Did you mean 'wanda'"),
+        (["--solver", "sinkhon"], "Did you mean 'sinkhorn'"),
+        (["--method", "flap", "--solver", "emd"], "would be ignored"),
+        (["--eval-data", "x.txt"], "without `--eval`"),
+        (["--no-such-option"], "unrecognized arguments"),
+    ],
+)
+def test_wrong_usage_exits_with_2_before_a_model_is_loaded(arguments, message, tmp_path, capsys):
+    assert run("prune", "nobody/nothing", "-o", tmp_path / "out", *arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_failure_is_one_line_and_exits_with_1(tmp_path, capsys):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert run("prune", empty, "-o", tmp_path / "out") == 1
+    error = capsys.readouterr().err
+    assert (
+        error
+        == "otprune prune: error: The folder 'empty' has no config.json, so it holds no model. Give the folder that `save_pretrained` wrote.\n"
+    )  # noqa: E501
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    with pytest.raises(OSError, match="is neither a folder nor a valid Hub id"):
+        main(["prune", str(tmp_path / "absent"), "-o", str(tmp_path / "out"), "--debug"])
+
+
+def test_an_output_folder_that_is_not_empty_is_refused_before_the_model_is_loaded(tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").write_text("")
+    assert run("prune", "nobody/nothing", "-o", tmp_path / "out") == 1
+    assert "'out' is not empty" in capsys.readouterr().err
+
+
+def test_a_report_of_a_folder_without_one_says_so(tmp_path, capsys):
+    assert run("report", tmp_path) == 1
+    assert "has no otprune_report.json" in capsys.readouterr().err
+
+
+def test_no_subcommand_prints_the_help_and_exits_with_2(capsys):
+    assert run() == 2
+    assert "prune" in capsys.readouterr().err
+
+
+def test_every_option_of_the_configuration_is_an_option_of_prune_and_unset_by_default():
+    from argparse import ArgumentParser
+
+    parser = ArgumentParser()
+    PruneCommand.parse_args(parser)
+    args = parser.parse_args(["model", "-o", "out"])
+    assert config_options(args) == {}
+    given = parser.parse_args(["model", "-o", "out", "--fuse", "down", "--seed", "3", "--dataset-config", "x"])
+    assert config_options(given) == {"fuse": ["down"], "seed": 3, "dataset_config": "x"}
+    help_text = parser.format_help()
+    assert all(f"--{option.name.replace('_', '-')}" in help_text for option in OPTIONS)
+
+
+@pytest.mark.parametrize("command", [["--help"], ["prune", "--help"], ["demo", "--help"]])
+def test_help_does_not_import_torch(command):
+    code = (
+        "import sys\nfrom optimum_otprune.commands.main import main\n"
+        f"try:\n    main({command!r})\nexcept SystemExit:\n    pass\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_optimum_cli_knows_the_same_commands():
+    done = subprocess.run(
+        [sys.executable, "-m", "optimum.commands.optimum_cli", "otprune", "--help"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert all(command.name in done.stdout for command in OTPruneCommand.SUBCOMMANDS)

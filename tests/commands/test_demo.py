@@ -1,0 +1,32 @@
+"""The demo and the model that the package carries."""
+
+import warnings
+from importlib.resources import files
+
+import pytest
+
+from optimum_otprune.commands.demo import run_demo
+
+LIMIT = 3 * 2**20
+
+
+def test_the_embedded_model_is_at_most_3_mb():
+    sizes = [file.stat().st_size for file in (files("optimum_otprune") / "demo_model").iterdir()]
+    assert sum(sizes) <= LIMIT
+
+
+@pytest.mark.filterwarnings("ignore:Token indices sequence length")
+def test_the_demo_rescues_saves_and_reloads(tmp_path, capsys):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        results = run_demo(0.5, tmp_path / "out")
+    by_name = {result.name: result for result in results}
+    dense, default, dropped, reference = results
+    assert dense.perplexity < default.perplexity < dropped.perplexity < reference.perplexity
+    assert dense.perplexity < 60  # a trigram model has 70.8 on the same text
+    assert default.parameters < 0.7 * dense.parameters
+    assert by_name["otprune"].rescue_ratio > 0.2
+    printed = capsys.readouterr().out
+    assert "largest difference of logits 0." in printed
+    assert "RESCUE EFFECT SUMMARY REPORT" in printed
+    assert (tmp_path / "out" / "model.safetensors").is_file()

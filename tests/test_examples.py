@@ -1,0 +1,63 @@
+"""Every example runs."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SCRIPTS = sorted(path.name for path in EXAMPLES.glob("custom_*.py"))
+
+
+def run(*arguments, cwd) -> str:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_there_is_an_example_for_every_extension_point():
+    kinds = ("architecture", "cost", "distribution", "importance", "solver", "strategy")
+    assert [f"custom_{kind}.py" for kind in kinds] == SCRIPTS
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_an_extension_runs_as_a_callable_and_by_name(script, tmp_path):
+    printed = run(EXAMPLES / script, cwd=tmp_path)
+    assert ("as a callable" in printed and "by name" in printed) or "GPT-J: 48 -> 24" in printed
+
+
+def test_the_quickstart_saves_a_model(tmp_path):
+    assert "256 channels a layer" in run(EXAMPLES / "quickstart.py", "out", cwd=tmp_path)
+
+
+def test_the_references_own_command_line_prunes_and_then_evaluates(llama_folder, tokens, tmp_path):
+    torch.save(tokens, tmp_path / "ids.pt")
+    data = ["--calibration_data", "ids.pt", "--eval_data", "ids.pt"]
+    arguments = ["--prune_method", "structured_afr_with_intrafusion", "--pruning_ratio", "0.5", "--nsamples", "12"]
+    arguments += ["--save_model", "out", "--eval", "--strategy_idx", "2", "--cache_dir", "llm_weights", "--seed", "1"]
+    printed = run(EXAMPLES / "main.py", "--model", llama_folder, *arguments, *data, cwd=tmp_path)
+    assert "RESCUE EFFECT SUMMARY REPORT" in printed
+    assert "Perplexity: " in printed
+    evaluated = run(
+        EXAMPLES / "main.py", "--model", "out", "--prune_method", "done", "--eval_data", "ids.pt", cwd=tmp_path
+    )
+    assert evaluated.strip() in printed
+
+
+def test_the_trigram_model_that_the_training_is_compared_with_is_a_distribution():
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        from train_tiny_llama import KneserNeyTrigram
+    finally:
+        sys.path.remove(str(EXAMPLES))
+    tokens = [0, 1, 2, 0, 1, 2, 0, 1, 3, 0, 2, 1, 3, 3, 0, 1, 2] * 3
+    trigram = KneserNeyTrigram(tokens, vocab_size=5)
+    for context in ((0, 1), (1, 2), (4, 4), (4, 0)):
+        assert sum(trigram.probability(*context, token) for token in range(5)) == pytest.approx(1.0)
+    assert trigram.perplexity(torch.tensor([tokens])) < 3

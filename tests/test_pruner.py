@@ -1,0 +1,362 @@
+"""The main job, end to end, and what it refuses."""
+
+import json
+import logging
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
+
+from optimum_otprune import OTPruner, OTPruningConfig
+from optimum_otprune.errors import (
+    CalibrationDataError,
+    ConfigurationError,
+    ModelLoadError,
+    NumericalError,
+    OutputError,
+    UnsupportedModelError,
+)
+from optimum_otprune.methods import METHODS
+from optimum_otprune.report import PruningReport
+from tests.conftest import VOCAB_SIZE, make_llama
+
+
+def prune(model, tokens, functions=None, **options):
+    """Prune a model to half its width, unless told otherwise."""
+    config = OTPruningConfig(**{"pruning_ratio": 0.5, "multiple_of": 1, **options})
+    pruner = OTPruner.from_pretrained(model, config)
+    pruner.prune(tokens, progress=False, **(functions or {}))
+    return pruner
+
+
+def logits(model, tokens):
+    with torch.no_grad():
+        return model(input_ids=tokens).logits
+
+
+FRESH_PROCESS = """
+import json, sys
+sys.modules["optimum_otprune"] = None  # as if it were not installed
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+tokens = torch.tensor(json.loads(sys.argv[2]))
+torch.set_num_threads(1)
+print(json.dumps(model(input_ids=tokens).logits.tolist()))
+"""
+
+
+@pytest.mark.parametrize("method", ["otprune", "structured_afr_with_intrafusion"])
+def test_a_saved_folder_loads_in_a_process_without_this_package_and_gives_equal_logits(
+    llama, tokens, tmp_path, method
+):
+    pruner = prune(llama, tokens, method=method)
+    pruner.save_pretrained(tmp_path / "out")
+    arguments = [sys.executable, "-c", FRESH_PROCESS, str(tmp_path / "out"), json.dumps(tokens[:2].tolist())]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    loaded = torch.tensor(json.loads(done.stdout.splitlines()[-1]))
+    torch.testing.assert_close(loaded, logits(pruner.model, tokens[:2]), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_prunes_to_the_width_and_reports_every_layer(llama, tokens, method):
+    pruner = prune(llama, tokens, method=method)
+    report = pruner.report
+    assert pruner.model.config.intermediate_size == 24
+    assert [layer.layer for layer in report.layers] == [0, 1, 2]
+    for layer in report.layers:
+        assert (layer.intermediate_size_before, layer.intermediate_size_after) == (48, 24)
+        assert list(layer.kept_channels) == sorted(set(layer.kept_channels))
+        assert layer.rescue_ratio <= 1
+    assert torch.isfinite(logits(pruner.model, tokens)).all()
+    assert PruningReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+
+
+def test_ratio_zero_is_the_identity_bit_for_bit(llama, tokens, tmp_path):
+    before = {name: value.clone() for name, value in llama.state_dict().items()}
+    pruner = prune(llama, tokens, pruning_ratio=0.0)
+    after = pruner.model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert pruner.model.config.intermediate_size == 48
+    assert (pruner.report.rescue_ratio, pruner.report.dilution_ratio) == (1.0, 0.0)
+    pruner.save_pretrained(tmp_path / "out")
+
+
+def test_exact_duplicates_are_pruned_without_any_change_of_output(tokens):
+    model = make_llama().double()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            mlp = layer.mlp
+            for projection in (mlp.gate_proj, mlp.up_proj):
+                projection.weight[24:] = projection.weight[:24]
+    before = logits(model, tokens)
+    pruner = prune(model, tokens, compensation="none")  # transport alone
+    torch.testing.assert_close(logits(pruner.model, tokens), before, rtol=1e-4, atol=1e-4)
+    assert pruner.report.rescue_ratio > 0.999
+
+
+def test_permuting_channels_permutes_the_result(tokens):
+    plain, permuted = make_llama(), make_llama()
+    order = torch.randperm(48, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        for layer in permuted.model.layers:
+            layer.mlp.gate_proj.weight.copy_(layer.mlp.gate_proj.weight[order])
+            layer.mlp.up_proj.weight.copy_(layer.mlp.up_proj.weight[order])
+            layer.mlp.down_proj.weight.copy_(layer.mlp.down_proj.weight[:, order])
+    first, second = prune(plain, tokens), prune(permuted, tokens)
+    for one, other in zip(first.report.layers, second.report.layers):
+        assert sorted(order[list(other.kept_channels)].tolist()) == list(one.kept_channels)
+    torch.testing.assert_close(logits(first.model, tokens), logits(second.model, tokens), rtol=1e-3, atol=1e-3)
+
+
+def test_the_default_loses_less_than_dropping_the_same_channels(llama, tokens):
+    dropped = prune(make_llama(), tokens, compensation="none", fuse=[], target_correction=None)
+    default = prune(llama, tokens)
+    for one, other in zip(dropped.report.layers, default.report.layers):
+        assert other.relative_error_after_refit <= one.relative_error_after_refit
+    assert dropped.report.rescue_ratio == 0.0
+
+
+def test_two_runs_give_the_same_bits_and_another_seed_may_not(tokens):
+    runs = [prune(make_llama(), tokens, method="random", seed=seed) for seed in (0, 0, 1)]
+    kept = [[layer.kept_channels for layer in run.report.layers] for run in runs]
+    assert kept[0] == kept[1] != kept[2]
+    assert len(set(kept[0])) > 1  # every layer draws for itself
+    assert torch.equal(logits(runs[0].model, tokens), logits(runs[1].model, tokens))
+
+
+def test_the_batch_size_of_a_pass_changes_rounding_only(tokens):
+    results = []
+    for batch_size in (12, 5):
+        pruner = OTPruner.from_pretrained(make_llama(), OTPruningConfig(pruning_ratio=0.5, multiple_of=1))
+        pruner.prune(tokens, batch_size=batch_size, progress=False)
+        results.append(logits(pruner.model, tokens))
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
+
+
+def test_a_pruned_folder_restores_model_config_and_report(llama_folder, tokens, tmp_path):
+    pruner = OTPruner.from_pretrained(llama_folder, OTPruningConfig(pruning_ratio=0.5, multiple_of=1), dtype="float32")
+    pruner.evaluate(tokens, progress=False)
+    pruner.prune(tokens, progress=False)
+    pruner.evaluate(tokens, progress=False)
+    pruner.save_pretrained(tmp_path / "out")
+    restored = OTPruner.from_pretrained(tmp_path / "out")
+    assert restored.config == pruner.config
+    assert restored.report == pruner.report
+    assert [metrics["stage"] for metrics in restored.report.evaluations] == ["dense", "pruned"]
+    assert restored.tokenizer is not None
+    assert torch.equal(logits(restored.model, tokens), logits(pruner.model, tokens))
+
+
+@pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")
+def test_a_disk_offloaded_model_is_pruned_and_saved_like_a_plain_one(llama_folder, tokens, tmp_path):
+    config = OTPruningConfig(pruning_ratio=0.5, multiple_of=1)
+    plain = OTPruner.from_pretrained(llama_folder, config)
+    plain.prune(tokens, progress=False)
+    device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    device_map |= {"model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk"}
+    offloaded = OTPruner.from_pretrained(
+        llama_folder, config, device_map=device_map, offload_folder=tmp_path / "offload"
+    )
+    offloaded.prune(tokens, progress=False)
+    torch.testing.assert_close(logits(offloaded.model, tokens), logits(plain.model, tokens), rtol=1e-5, atol=1e-5)
+    offloaded.save_pretrained(tmp_path / "out")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(reloaded, tokens), logits(plain.model, tokens), rtol=1e-5, atol=1e-5)
+
+
+def test_an_intercept_is_stored_natively_and_only_where_one_was_wanted(tokens, tmp_path):
+    without = prune(make_llama(), tokens, intercept="never")
+    assert not without.model.config.mlp_bias
+    assert without.model.model.layers[0].mlp.down_proj.bias is None
+    with_one = prune(make_llama(), tokens, intercept="always")
+    assert with_one.model.config.mlp_bias
+    assert all(layer.intercept for layer in with_one.report.layers)
+    with_one.save_pretrained(tmp_path / "out")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(logits(reloaded, tokens), logits(with_one.model, tokens))
+
+
+def test_bfloat16_stays_bfloat16(tokens):
+    pruner = prune(make_llama().bfloat16(), tokens)
+    assert {parameter.dtype for parameter in pruner.model.parameters()} == {torch.bfloat16}
+
+
+def test_gpt2_with_its_transposed_weights_is_pruned(tokens, tmp_path):
+    config = GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=40, bos_token_id=0, eos_token_id=1)
+    pruner = prune(GPT2LMHeadModel(config).eval(), tokens)
+    assert pruner.model.config.n_inner == 64
+    pruner.save_pretrained(tmp_path / "out")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(logits(reloaded, tokens), logits(pruner.model, tokens))
+
+
+def test_text_needs_a_tokenizer_without_padding_or_beginning(llama_folder):
+    pruner = OTPruner.from_pretrained(llama_folder, OTPruningConfig(pruning_ratio=0.5, multiple_of=1, seqlen=16))
+    assert pruner.tokenizer.pad_token is None
+    assert pruner.tokenizer.bos_token is None
+    texts = [" ".join(f"w{(7 * i + j) % 60}" for i in range(40)) for j in range(8)]
+    assert pruner.prune(texts, progress=False).calibration["seqlen"] == 16
+    assert pruner.evaluate(texts, progress=False)["perplexity"] > 1
+
+
+def test_a_model_without_a_tokenizer_is_saved_without_one_and_the_card_says_so(llama, tokens, tmp_path):
+    folder = prune(llama, tokens).save_pretrained(tmp_path / "out")
+    assert not (folder / "tokenizer.json").exists()
+    assert "no tokenizer" in (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_line_per_layer_is_logged(llama, tokens, caplog):
+    with caplog.at_level(logging.INFO, logger="optimum_otprune"):
+        report = prune(llama, tokens).report
+    lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("Layer")]
+    assert lines == [str(layer) for layer in report.layers]
+    assert lines[0].startswith("Layer 00: Rescued ")
+
+
+def test_functions_of_ones_own_replace_names_and_are_reported(llama, tokens):
+    def last_first(statistics):
+        return torch.arange(statistics.weights.intermediate_size, dtype=torch.float32)
+
+    pruner = prune(llama, tokens, {"importance": last_first}, selection="top")
+    assert pruner.report.layers[0].kept_channels == tuple(range(24, 48))
+    assert pruner.report.custom_functions == {"importance": "last_first"}
+
+
+@pytest.mark.parametrize(
+    ("functions", "options", "message"),
+    [
+        ({"importnce": min}, {}, "`importnce` takes no function"),
+        ({"solver": min}, {"method": "wanda_sp"}, "would be ignored"),
+        ({"importance": "wnda"}, {}, "Did you mean 'wanda'"),
+    ],
+)
+def test_functions_that_nothing_calls_are_refused(llama, tokens, functions, options, message):
+    with pytest.raises(ValueError, match=message):
+        prune(llama, tokens, functions, **options)
+
+
+@pytest.mark.parametrize("part", ["gate_proj", "up_proj", "down_proj"])
+def test_a_nan_in_the_weights_names_the_layer_before_anything_is_changed(llama, tokens, part):
+    with torch.no_grad():
+        getattr(llama.model.layers[1].mlp, part).weight[3, 4] = float("nan")
+    with pytest.raises(NumericalError, match=r"^Layer 1: `\w+` of the FFN holds 1 values that are NaN"):
+        prune(llama, tokens)
+    assert llama.model.layers[0].mlp.up_proj.out_features == 48
+
+
+def test_a_nan_in_the_activations_names_the_layer(llama, tokens):
+    with torch.no_grad():
+        llama.model.layers[1].post_attention_layernorm.weight[0] = float("inf")
+    with pytest.raises(NumericalError, match="^Layer 1: the channel activations are NaN or infinite"):
+        prune(llama, tokens)
+
+
+def test_a_nan_in_the_scores_names_the_layer(llama, tokens):
+    def broken(statistics):
+        return torch.full((48,), float("nan"))
+
+    with pytest.raises(NumericalError, match="^Layer 0: The importance 'broken' is NaN"):
+        prune(llama, tokens, {"importance": broken})
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (torch.empty(0, 5, dtype=torch.long), "not empty"),
+        (torch.zeros(2, 41, dtype=torch.long), "only 40 positions"),
+        (torch.full((2, 8), VOCAB_SIZE), "vocabulary has 64"),
+        (torch.zeros(10, dtype=torch.long), "fewer than one window of 40"),
+        ([], "empty list"),
+        (["   "], "no tokenizer"),
+        (torch.zeros(2, 8), "want integers"),
+        (3.5, "not understood"),
+    ],
+)
+def test_calibration_data_that_cannot_be_used_are_refused_and_the_model_is_untouched(llama, data, message):
+    with pytest.raises(CalibrationDataError, match=message):
+        prune(llama, data)
+    assert llama.config.intermediate_size == 48
+
+
+def test_a_multiple_that_cannot_be_met_is_refused(llama, tokens):
+    with pytest.raises(ConfigurationError, match="`multiple_of` is 96, but the layer has only 48 channels"):
+        prune(llama, tokens, multiple_of=96)
+
+
+def test_the_default_multiple_is_lowered_with_a_warning_for_a_small_layer(llama, tokens):
+    with pytest.warns(UserWarning, match="`multiple_of` is lowered from 128 to 2"):
+        prune(llama, tokens, multiple_of=128)
+
+
+def test_a_ratio_that_rounds_to_nothing_says_so(llama, tokens):
+    with pytest.warns(UserWarning, match="Nothing is pruned"):
+        assert prune(llama, tokens, pruning_ratio=0.001).report.layers[0].pruned_channels == 0
+
+
+def test_an_architecture_without_a_known_ffn_is_refused():
+    config = MixtralConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    with pytest.raises(UnsupportedModelError, match="No known FFN was found in MixtralForCausalLM"):
+        OTPruner.from_pretrained(MixtralForCausalLM(config))
+
+
+def test_a_quantized_model_is_refused(llama):
+    llama.config.quantization_config = BitsAndBytesConfig(load_in_8bit=True)
+    with pytest.raises(UnsupportedModelError, match="quantized already"):
+        OTPruner.from_pretrained(llama)
+
+
+def test_loading_options_with_a_model_in_memory_are_refused(llama):
+    with pytest.raises(ConfigurationError, match="nothing to load with `revision`"):
+        OTPruner.from_pretrained(llama, revision="main")
+
+
+def test_a_config_of_another_kind_is_refused(llama):
+    with pytest.raises(ConfigurationError, match="`config` is a float"):
+        OTPruner.from_pretrained(llama, 0.5)
+
+
+@pytest.mark.parametrize("name", ["nobody/nothing", "nothing"])
+def test_a_model_that_cannot_be_reached_says_both_possibilities_and_what_to_do(name):
+    with pytest.raises(
+        ModelLoadError, match="does not exist .* or the Hub cannot be reached. Offline, give a local folder"
+    ):
+        OTPruner.from_pretrained(name)
+
+
+def test_a_folder_that_is_not_empty_is_only_replaced_when_told_so(llama, tokens, tmp_path):
+    pruner = prune(llama, tokens)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious.txt").write_text("mine")
+    with pytest.raises(OutputError, match="'out' is not empty"):
+        pruner.save_pretrained(tmp_path / "out")
+    assert (tmp_path / "out" / "precious.txt").read_text() == "mine"
+    pruner.save_pretrained(tmp_path / "out", overwrite=True)
+    assert not (tmp_path / "out" / "precious.txt").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_pruning_twice_starts_from_the_width_that_is_there(llama, tokens):
+    pruner = prune(llama, tokens)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = pruner.prune(tokens, progress=False)
+    assert (report.layers[0].intermediate_size_before, report.layers[0].intermediate_size_after) == (24, 12)
