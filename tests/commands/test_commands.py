@@ -100,10 +100,8 @@ def test_a_failure_is_one_line_and_exits_with_1(tmp_path, capsys):
     empty.mkdir()
     assert run("prune", empty, "-o", tmp_path / "out") == 1
     error = capsys.readouterr().err
-    assert (
-        error
-        == "otprune prune: error: The folder 'empty' has no config.json, so it holds no model. Give the folder that `save_pretrained` wrote.\n"
-    )  # noqa: E501
+    assert error.startswith("otprune prune: error: The folder 'empty' has no config.json")
+    assert error.count("\n") == 1
 
 
 def test_debug_shows_the_traceback(tmp_path):
