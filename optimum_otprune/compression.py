@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from scipy.cluster.vq import kmeans2
 from torch import Tensor
@@ -36,6 +37,9 @@ _REGISTRIES: dict[str, Registry] = {
     "statistics": mixtures,
     "solver": solvers,
 }
+
+
+_KMEANS_ITERATIONS = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,9 +260,8 @@ def centroid_cost(weights: FFNWeights, kept_size: int, seed: int, cost: str | No
         sorted: LongTensor `(kept_size,)`; columns are in that order.
     """
     vectors = channel_vectors(weights).cpu()
-    generator = torch.Generator().manual_seed(seed)
-    start = vectors[torch.randperm(len(vectors), generator=generator)[:kept_size]]
-    centroids, _ = kmeans2(vectors.numpy(), start.numpy(), minit="matrix", iter=20, missing="warn")
+    rng = np.random.default_rng(seed)
+    centroids, _ = kmeans2(vectors.numpy(), kept_size, minit="++", iter=_KMEANS_ITERATIONS, rng=rng)
     distance = torch.cdist(vectors, torch.from_numpy(centroids), p=1.0 if cost == "weight" else 2.0)
     taken = torch.zeros(len(vectors), dtype=torch.bool)
     representatives = torch.empty(kept_size, dtype=torch.long)

@@ -121,7 +121,7 @@ def fusion_maps(
         source_marginal: Mass of each channel, `(intermediate_size,)`; see `mass_projection`.
     """
     if normalization == "source":
-        inward = outward = mass_projection(transport_plan)
+        inward = outward = mass_projection(transport_plan, source_marginal)
     else:
         inward = barycentric_projection(transport_plan)
         outward = mass_projection(transport_plan, source_marginal)
