@@ -57,19 +57,28 @@ def run_demo(pruning_ratio: float, output: Path | None, overwrite: bool = False)
     """
     if output is not None:
         check_output_folder(output, overwrite)
+    pruners = _pruners(pruning_ratio)
+    print(
+        f"Model: a Llama of {pruners['dense'].model.num_parameters():,} parameters, trained on Python's documentation."
+    )
+    print(f"Task: remove {pruning_ratio:.0%} of its FFN channels. No network is used.\n")
     train, validation = documentation_texts("train"), documentation_texts("validation")
-    with as_file(files("optimum_otprune") / "demo_model") as folder:
-        dense = OTPruner.from_pretrained(folder, _config("otprune", pruning_ratio), dtype="float32")
-        print(
-            f"Model: a Llama of {dense.model.num_parameters():,} parameters, trained on the documentation of Python."
+    for method, _ in _METHODS:
+        pruners[method].prune(train, progress=False)
+    perplexities = {
+        name: pruner.evaluate(validation, progress=False)["perplexity"] for name, pruner in pruners.items()
+    }
+    speeds = _tokens_per_second({name: pruner.model for name, pruner in pruners.items()})
+    results = [
+        DemoResult(
+            name,
+            perplexities[name],
+            pruner.model.num_parameters(),
+            speeds[name],
+            None if pruner.report is None else pruner.report.rescue_ratio,
         )
-        print(f"Task: remove {pruning_ratio:.0%} of its FFN channels. No network is used.\n")
-        results = [_measure("dense", dense, validation)]
-        pruners = {}
-        for method, _ in _METHODS:
-            pruners[method] = OTPruner.from_pretrained(folder, _config(method, pruning_ratio), dtype="float32")
-            pruners[method].report = pruners[method].prune(train, progress=False)
-            results.append(_measure(method, pruners[method], validation))
+        for name, pruner in pruners.items()
+    ]
     _print_table(results)
     best = pruners["otprune"]
     print(f"\n{best.report}\n")
@@ -79,33 +88,30 @@ def run_demo(pruning_ratio: float, output: Path | None, overwrite: bool = False)
     return results
 
 
-def _config(method: str, pruning_ratio: float) -> OTPruningConfig:
-    return OTPruningConfig(
-        method=method, pruning_ratio=pruning_ratio, seqlen=_SEQLEN, num_samples=_NUM_SAMPLES, multiple_of=32
-    )
+def _pruners(pruning_ratio: float) -> dict[str, OTPruner]:
+    """The embedded model, once for itself and once for each method."""
 
+    def load(method: str) -> OTPruner:
+        config = OTPruningConfig(
+            method=method, pruning_ratio=pruning_ratio, seqlen=_SEQLEN, num_samples=_NUM_SAMPLES, multiple_of=32
+        )
+        return OTPruner.from_pretrained(folder, config, dtype="float32")
 
-def _measure(name: str, pruner: OTPruner, validation: list[str]) -> DemoResult:
-    metrics = pruner.evaluate(validation, progress=False)
-    return DemoResult(
-        name,
-        metrics["perplexity"],
-        pruner.model.num_parameters(),
-        _tokens_per_second(pruner.model),
-        None if pruner.report is None else pruner.report.rescue_ratio,
-    )
+    with as_file(files("optimum_otprune") / "demo_model") as folder:
+        return {"dense": load("otprune"), **{method: load(method) for method, _ in _METHODS}}
 
 
 @torch.no_grad()
-def _tokens_per_second(model: PreTrainedModel, runs: int = 5) -> float:
-    """Median of a few forward passes over 8 windows, after one to warm up."""
+def _tokens_per_second(models: dict[str, PreTrainedModel], rounds: int = 5) -> dict[str, float]:
+    """Medians of forward passes over 8 windows, the models taking turns, after one round to warm up."""
     ids: Tensor = torch.zeros(8, _SEQLEN, dtype=torch.long)
-    seconds = []
-    for _ in range(runs + 1):
-        start = time.perf_counter()
-        model(input_ids=ids, use_cache=False)
-        seconds.append(time.perf_counter() - start)
-    return ids.numel() / statistics.median(seconds[1:])
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(rounds + 1):
+        for name, model in models.items():
+            start = time.perf_counter()
+            model(input_ids=ids, use_cache=False)
+            seconds[name].append(time.perf_counter() - start)
+    return {name: ids.numel() / statistics.median(taken[1:]) for name, taken in seconds.items()}
 
 
 def _print_table(results: list[DemoResult]) -> None:

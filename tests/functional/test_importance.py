@@ -290,6 +290,15 @@ def test_an_importance_that_is_not_finite_counts_the_channels():
         channel_importance(broken, ChannelStatistics(make_ffn()))
 
 
+@pytest.mark.parametrize("name", ["snip", "fo", "fo_snip"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_score_that_is_not_finite_is_not_hidden(name, value):
+    statistics = statistics_of(make_ffn(), 0)
+    statistics.snip.up[3, 1] = statistics.fo.up[3, 1] = value
+    with pytest.raises(NumericalError, match=f"'{name}' is NaN or infinite"):
+        channel_importance(name, statistics)
+
+
 def test_an_unknown_importance_suggests_the_nearest():
     with pytest.raises(RegistryError, match="Unknown importance 'wandaa'. Did you mean 'wanda'"):
         channel_importance("wandaa", ChannelStatistics(make_ffn()))
@@ -351,7 +360,10 @@ def test_permuting_channels_permutes_weight_level_statistics(seed):
 
 
 def test_channels_without_any_score_and_a_single_channel_have_finite_statistics():
-    for scores in (WeightScores(torch.zeros(3, 2), torch.zeros(3, 2)), WeightScores(torch.ones(1, 2), torch.ones(1, 2))):
+    for scores in (
+        WeightScores(torch.zeros(3, 2), torch.zeros(3, 2)),
+        WeightScores(torch.ones(1, 2), torch.ones(1, 2)),
+    ):
         for name, values in weight_level_statistics(scores).items():
             assert torch.isfinite(values).all(), name
 

@@ -69,7 +69,14 @@ def test_every_distribution_is_a_probability_vector_for_any_finite_scores(name, 
 @pytest.mark.parametrize("name", distributions.names())
 @pytest.mark.parametrize(
     "scores",
-    [[-5.0, -1.0, -3.0], [2.0, 2.0, 2.0], [0.0, 0.0, 0.0], [1e150, -1e150, 1.0], [3e38, -3e38, 0.0], [1e-300, 0.0, 0.0]],
+    [
+        [-5.0, -1.0, -3.0],
+        [2.0, 2.0, 2.0],
+        [0.0, 0.0, 0.0],
+        [1e150, -1e150, 1.0],
+        [3e38, -3e38, 0.0],
+        [1e-300, 0.0, 0.0],
+    ],
 )
 def test_negative_constant_huge_and_tiny_scores_are_no_exception(name, scores):
     assert_probability_vector(marginal(name, inputs_of(torch.tensor(scores, dtype=torch.float64))), 3)
@@ -90,7 +97,7 @@ def test_constant_scores_spread_the_mass_evenly_or_by_place(name):
     if name == "robust":  # of equal scores, the first ranks lowest
         assert (mass.diff() > 0).all()
     else:
-        torch.testing.assert_close(mass, torch.full((5,), 0.2).double(), rtol=0, atol=1e-12)
+        torch.testing.assert_close(mass, torch.full((5,), 0.2, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", distributions.names())
@@ -208,9 +215,9 @@ def test_masses_that_are_no_masses_are_refused(masses):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("name", ["adaptive", "entropy_regularized"])
+@pytest.mark.parametrize("name", [name for name in distributions.names() if name not in ("uniform", "radical")])
 def test_scores_that_are_not_finite_are_refused(name, value):
-    with pytest.raises(NumericalError, match=f"The distribution '{name}' returned"):
+    with pytest.raises(NumericalError, match="NaN|not finite"):
         marginal(name, inputs_of([1.0, value, 2.0]))
 
 
