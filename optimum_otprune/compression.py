@@ -1,6 +1,7 @@
 """Compress one FFN: select, transport, fuse, refit. Tensors and a configuration in, a smaller FFN out."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -213,7 +214,14 @@ def _transport(
     if "target_distribution" in recipe.functions:
         target = marginal(recipe.functions["target_distribution"].function, marginal_inputs.select(kept.cpu()))
     settings = SolverSettings(recipe.config.epsilon, recipe.config.mass_share, recipe.config.marginal_penalty)
-    plan = solve_transport(recipe.functions["solver"].function, cost.matrix[sources], source, target, settings).matrix
+    solved = solve_transport(recipe.functions["solver"].function, cost.matrix[sources], source, target, settings)
+    if not solved.converged:
+        warnings.warn(
+            f"The solver {recipe.functions['solver'].name!r} stopped before it converged; its plan is feasible, but "
+            "not the best. Raise `epsilon` (sinkhorn), lower `marginal_penalty` (unbalanced), or use solver='emd'.",
+            stacklevel=2,
+        )
+    plan = solved.matrix
     if recipe.config.normalization == "identity":
         shares = (len(kept) / n, len(pruned) / n)
         plan = with_identity(plan, kept.cpu(), pruned.cpu(), shares)

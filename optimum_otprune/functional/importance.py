@@ -69,10 +69,13 @@ def standardize(scores: Tensor) -> Tensor:
         >>> standardize(torch.tensor([1.0, 3.0]))
         tensor([-1.,  1.])
     """
-    scores = scores.double() if scores.dtype == torch.float64 else scores.float()
-    centred = scores - scores.mean()
+    values = scores.double()
+    centred = values - values.mean()
     spread = centred.square().mean().sqrt()
-    return centred / spread if spread > 0 else torch.zeros_like(scores)
+    # Rounding of the mean leaves constants a spread of some ulps. NaN is no constant: it must come out as NaN.
+    constant = spread <= 4 * torch.finfo(torch.float64).eps * values.abs().max()
+    result = torch.zeros_like(values) if constant else centred / spread
+    return result if scores.dtype == torch.float64 else result.float()
 
 
 def aggregate(scores: WeightScores, aggregation: str) -> Tensor:

@@ -135,7 +135,7 @@ def radical(inputs: MarginalInputs) -> Tensor:
     """Kept channels weigh n/k times more than the others; uniform where all or none are kept."""
     kept = int(inputs.is_kept.sum())
     weight = len(inputs.is_kept) / kept if kept else 1.0
-    return torch.where(inputs.is_kept, weight, 1.0).double()
+    return torch.where(inputs.is_kept, torch.tensor(weight, dtype=torch.float64), 1.0)
 
 
 @distributions.register("entropy_regularized")
@@ -175,9 +175,15 @@ def marginal(name: str | Distribution, inputs: MarginalInputs) -> Tensor:
 
     Raises:
         ShapeError: If the result has another shape.
-        NumericalError: If a mass is negative, NaN or infinite, or all are zero.
+        NumericalError: If a score is NaN or infinite, a mass is negative, NaN or infinite, or all masses are zero.
     """
     entry = distributions.entry(name)
+    for label, scores in (("importance", inputs.importance), *inputs.statistics.items()):
+        if not torch.isfinite(scores).all():
+            raise NumericalError(
+                f"The scores {label!r} that the distribution {entry.name!r} shall read are NaN or infinite. Check the "
+                "weights and gradients of this layer, or load the model in float32."
+            )
     mass = entry.function(inputs)
     if mass.shape != inputs.importance.shape:
         raise ShapeError(

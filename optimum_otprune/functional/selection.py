@@ -8,6 +8,7 @@ from optimum_otprune.functional.gram import damped_cholesky
 
 # Channels removed between two re-scorings are at most 1 in this many of the layer's width; exact below 2 048.
 _OBS_STEPS = 2048
+_OBS_COUPLING = 0.25  # squared partial correlation above which two channels do not go in one batch
 _OBS_DAMPING = 1e-3  # of the mean diagonal of the Gram matrix
 
 
@@ -110,7 +111,7 @@ def obs_channels(gram: Tensor, down: Tensor, kept_size: int, importance: Tensor 
     while left > 0:
         cost = columns.square().sum(dim=0) / inverse.diagonal()  # (intermediate_size,)
         cost = torch.where(alive, cost, torch.inf)
-        removed = torch.argsort(cost, stable=True)[: min(batch, left)]
+        removed = _uncoupled(torch.argsort(cost, stable=True)[: min(2 * batch, left)], inverse, min(batch, left))
         solved = torch.linalg.solve(inverse[removed][:, removed], inverse[removed])  # (removed, intermediate_size)
         columns -= columns[:, removed] @ solved
         inverse -= inverse[:, removed] @ solved
@@ -118,3 +119,19 @@ def obs_channels(gram: Tensor, down: Tensor, kept_size: int, importance: Tensor 
         inverse.diagonal()[~alive] = 1.0  # keeps the quotient above finite; these channels cost infinity anyway
         left -= len(removed)
     return order[alive].sort().values
+
+
+def _uncoupled(candidates: Tensor, inverse: Tensor, wanted: int) -> Tensor:
+    """Return up to `wanted` of the candidates, the cheapest first, none of which makes up for another.
+
+    Of two duplicates each alone costs nothing, but both together cost all that they do.
+    """
+    if wanted == 1:
+        return candidates[:1]
+    block = inverse[candidates][:, candidates]
+    coupling = block.square() / torch.outer(block.diagonal(), block.diagonal())
+    chosen = [0]
+    for index in range(1, len(candidates)):
+        if len(chosen) < wanted and float(coupling[index, chosen].max()) <= _OBS_COUPLING:
+            chosen.append(index)
+    return candidates[chosen]

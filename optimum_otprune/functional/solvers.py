@@ -14,6 +14,8 @@ from optimum_otprune.registry import Registry
 
 _MARGINAL_TOLERANCE = 1e-6  # of the total mass
 _MAX_ITERATIONS = 1_000_000
+_SINKHORN_ITERATIONS, _SINKHORN_ERROR = 2_000, 1e-9
+_UNBALANCED_ITERATIONS, _UNBALANCED_ERROR = 2_000, 1e-4
 
 
 class SolverSettings(NamedTuple):
@@ -47,12 +49,25 @@ class TransportPlan(NamedTuple):
     marginal_error: float
 
 
-Solver = Callable[[Tensor, Tensor, Tensor, SolverSettings], Tensor]
+class Solved(NamedTuple):
+    """What a solver returns when it can stop early.
+
+    Attributes:
+        matrix: `(n, m)`.
+        converged: Whether its stopping criterion was reached.
+    """
+
+    matrix: Tensor
+    converged: bool
+
+
+Solver = Callable[[Tensor, Tensor, Tensor, SolverSettings], Tensor | Solved]
 
 solvers: Registry[Solver] = Registry("solver")
 """Functions `(cost_matrix, source_marginal, target_marginal, settings) -> matrix` by name.
 
-All tensors are float64 on the CPU: `(n, m)`, `(n,)` and `(m,)`; both marginals sum to 1. The plan is `(n, m)`.
+All tensors are float64 on the CPU: `(n, m)`, `(n,)` and `(m,)`; both marginals sum to 1. The plan is `(n, m)`; a
+solver that can stop early returns `Solved`.
 """
 
 # Which marginals each solver has to meet; solvers of one's own must meet both unless they carry `meets`.
@@ -86,23 +101,26 @@ def emd(cost_matrix: Tensor, source_marginal: Tensor, target_marginal: Tensor, s
 @solvers.register("sinkhorn", reference="https://arxiv.org/abs/1306.0895")
 def sinkhorn(
     cost_matrix: Tensor, source_marginal: Tensor, target_marginal: Tensor, settings: SolverSettings
-) -> Tensor:
-    """Entropic transport in the log domain (Cuturi, 2013, through `ot.sinkhorn`), then rounded to the marginals.
+) -> Solved:
+    """Entropic transport in the log domain (Cuturi, 2013, through `ot.sinkhorn`), rounded to the marginals.
 
-    The rounding is that of Altschuler, Weed and Rigollet (2017), algorithm 2.
+    The rounding is that of Altschuler, Weed and Rigollet (2017), algorithm 2; it makes a plan that stopped early
+    feasible, but not optimal.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # not converged: rounding meets the marginals all the same
-        plan = ot.sinkhorn(
+        warnings.simplefilter("ignore")  # not converged, or overflow in a factor that is not used: `log` says so
+        plan, log = ot.sinkhorn(
             source_marginal,
             target_marginal,
             cost_matrix,
             reg=settings.epsilon * _median(cost_matrix),
             method="sinkhorn_log",
-            numItermax=2_000,
-            stopThr=1e-9,
+            numItermax=_SINKHORN_ITERATIONS,
+            stopThr=_SINKHORN_ERROR,
+            log=True,
         )
-    return _round_to_marginals(plan, source_marginal, target_marginal)
+    converged = float(log["err"][-1]) <= _SINKHORN_ERROR
+    return Solved(_round_to_marginals(plan, source_marginal, target_marginal), converged)
 
 
 def _round_to_marginals(plan: Tensor, source_marginal: Tensor, target_marginal: Tensor) -> Tensor:
@@ -119,11 +137,12 @@ def _round_to_marginals(plan: Tensor, source_marginal: Tensor, target_marginal: 
 @solvers.register("partial", reference="https://arxiv.org/abs/2002.08276")
 def partial(cost_matrix: Tensor, source_marginal: Tensor, target_marginal: Tensor, settings: SolverSettings) -> Tensor:
     """Exact transport of the cheapest `mass_share` of the mass (`ot.partial.partial_wasserstein`); the rest stays."""
+    a, b = source_marginal.numpy(), target_marginal.numpy()
     plan = ot.partial.partial_wasserstein(
-        source_marginal.numpy(),
-        target_marginal.numpy(),
+        a,
+        b,
         cost_matrix.numpy() / _median(cost_matrix),
-        m=settings.mass_share,
+        m=min(settings.mass_share, a.sum(), b.sum()),
         numItermax=_MAX_ITERATIONS,
     )
     return torch.from_numpy(np.asarray(plan))
@@ -132,21 +151,25 @@ def partial(cost_matrix: Tensor, source_marginal: Tensor, target_marginal: Tenso
 @solvers.register("unbalanced", reference="https://arxiv.org/abs/1607.05816")
 def unbalanced(
     cost_matrix: Tensor, source_marginal: Tensor, target_marginal: Tensor, settings: SolverSettings
-) -> Tensor:
+) -> Solved:
     """Transport that may miss its marginals at a price (`ot.unbalanced.mm_unbalanced`, Kullback–Leibler)."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        plan = ot.unbalanced.mm_unbalanced(
+
+    def iterate(times: int, start: np.ndarray | None) -> np.ndarray:
+        return ot.unbalanced.mm_unbalanced(
             source_marginal.numpy(),
             target_marginal.numpy(),
             cost_matrix.numpy() / _median(cost_matrix),
             reg_m=settings.marginal_penalty,
-            numItermax=1_000,
+            G0=start,
+            numItermax=times,
         )
+
+    solved = iterate(_UNBALANCED_ITERATIONS, None)
+    converged = bool(np.linalg.norm(iterate(1, solved) - solved) <= _UNBALANCED_ERROR * np.linalg.norm(solved))
     # A channel cannot be handed on more than once: what rows have above their mass is cut.
-    plan = torch.from_numpy(np.asarray(plan))
+    plan = torch.from_numpy(solved)
     rows = plan.sum(dim=1).clamp_min(torch.finfo(plan.dtype).tiny)
-    return plan * (source_marginal / rows).clamp_max(1)[:, None]
+    return Solved(plan * (source_marginal / rows).clamp_max(1)[:, None], converged)
 
 
 def _median(cost_matrix: Tensor) -> float:
@@ -192,10 +215,9 @@ def solve_transport(
     if not torch.isfinite(cost).all():
         raise TransportError("The transport cost is NaN or infinite. Check the weights and activations of this layer.")
     a, b = (check_marginal(part, side) for part, side in ((a, "source"), (b, "target")))
-    plan = entry.function(cost, a, b, settings or SolverSettings())
-    return _checked(
-        plan, cost, a, b, entry.name, getattr(entry.function, "meets", _MEETS.get(entry.name, (True, True)))
-    )
+    solved = entry.function(cost, a, b, settings or SolverSettings())
+    meets = getattr(entry.function, "meets", _MEETS.get(entry.name, (True, True)))
+    return _checked(Solved(solved, True) if isinstance(solved, Tensor) else solved, cost, a, b, entry.name, meets)
 
 
 def check_marginal(marginal: Tensor, side: str) -> Tensor:
@@ -216,7 +238,8 @@ def check_marginal(marginal: Tensor, side: str) -> Tensor:
     return marginal / marginal.sum()
 
 
-def _checked(plan: Tensor, cost: Tensor, a: Tensor, b: Tensor, name: str, meets: tuple[bool, bool]) -> TransportPlan:
+def _checked(solved: Solved, cost: Tensor, a: Tensor, b: Tensor, name: str, meets: tuple[bool, bool]) -> TransportPlan:
+    plan = solved.matrix
     if plan.shape != cost.shape or not torch.isfinite(plan).all() or (plan < -_MARGINAL_TOLERANCE).any():
         raise TransportError(
             f"The solver {name!r} returned no usable plan (wrong shape, NaN or negative mass). Use solver='emd', or "
@@ -235,4 +258,4 @@ def _checked(plan: Tensor, cost: Tensor, a: Tensor, b: Tensor, name: str, meets:
             )
     if float(plan.sum()) <= 0:
         raise TransportError(f"The solver {name!r} moved no mass at all. Use solver='emd'.")
-    return TransportPlan(plan, float((plan * cost).sum()), True, error)
+    return TransportPlan(plan, float((plan * cost).sum()), solved.converged, error)

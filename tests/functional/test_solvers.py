@@ -230,9 +230,7 @@ def test_partial_moves_the_cheapest_share_and_costs_what_a_linear_program_says(s
 def test_partial_of_all_mass_is_exact_transport(seed):
     cost, source, target = problem(seed)
     plan = solve_transport("partial", cost, source, target, SolverSettings(mass_share=1.0))
-    torch.testing.assert_close(
-        plan.matrix, solve_transport("emd", cost, source, target).matrix, rtol=1e-7, atol=1e-7
-    )
+    torch.testing.assert_close(plan.matrix, solve_transport("emd", cost, source, target).matrix, rtol=1e-7, atol=1e-7)
 
 
 @pytest.mark.parametrize("penalty", [0.1, 1.0, 10.0])
@@ -240,9 +238,7 @@ def test_partial_of_all_mass_is_exact_transport(seed):
 def test_unbalanced_of_one_channel_by_hand(penalty, scale):
     # least of p + 2 · penalty · (p ln p − p + 1), the cost being its own median: p = exp(−1 / (2 · penalty))
     one = torch.ones(1)
-    plan = solve_transport(
-        "unbalanced", torch.full((1, 1), scale), one, one, SolverSettings(marginal_penalty=penalty)
-    )
+    plan = solve_transport("unbalanced", torch.full((1, 1), scale), one, one, SolverSettings(marginal_penalty=penalty))
     assert math.isclose(float(plan.matrix), math.exp(-1 / (2 * penalty)), rel_tol=1e-6)
 
 
@@ -252,9 +248,7 @@ def test_unbalanced_moves_more_mass_the_more_a_missed_marginal_costs(seed):
     cost, source, target = problem(seed)
     moved = [
         float(
-            solve_transport(
-                "unbalanced", cost, source, target, SolverSettings(marginal_penalty=penalty)
-            ).matrix.sum()
+            solve_transport("unbalanced", cost, source, target, SolverSettings(marginal_penalty=penalty)).matrix.sum()
         )
         for penalty in (0.1, 1.0, 10.0)
     ]
@@ -301,7 +295,9 @@ def test_a_plan_that_is_none_is_refused(result):
     def broken(cost_matrix, source_marginal, target_marginal, settings):
         return result
 
-    with pytest.raises(TransportError, match=r"'broken' returned no usable plan \(wrong shape, NaN or negative mass\)"):
+    with pytest.raises(
+        TransportError, match=r"'broken' returned no usable plan \(wrong shape, NaN or negative mass\)"
+    ):
         solve_transport(broken, *problem(0))
 
 
