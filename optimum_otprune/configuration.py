@@ -131,6 +131,8 @@ class OTPruningConfig(BaseConfig):
             ConfigurationError: As for the constructor.
         """
         return_unused = kwargs.pop("return_unused_kwargs", False)
+        if not isinstance(config_dict, Mapping):
+            raise ConfigurationError(f"A configuration is an object of options by name, got {config_dict!r}.")
         values = {name: value for name, value in config_dict.items() if name not in _FOREIGN_KEYS}
         written_by = values.pop(_VERSION_KEY, __version__)
         unknown = sorted(name for name in values if name not in OPTIONS_BY_NAME)

@@ -136,10 +136,16 @@ def _differentiable(model: PreTrainedModel) -> Iterator[None]:
 def _singular_values(model: PreTrainedModel) -> Iterator[list[Tensor]]:
     """Collect the mean singular value of the output of every module but the whole model."""
     values: list[Tensor] = []
+    names = {module: name for name, module in model.named_modules()}
 
     def note(module: nn.Module, args: tuple, output: object) -> None:
         if isinstance(output, Tensor) and output.requires_grad and output.ndim > 1:
             matrix = output.float().reshape(output.shape[0], -1)
+            if not torch.isfinite(matrix).all():
+                raise NumericalError(
+                    f"The output of module {names[module]!r} is NaN or infinite on the calibration data. The weights "
+                    "are damaged, or the model's dtype overflowed: load it in float32."
+                )
             values.append(torch.linalg.svdvals(matrix).mean())
 
     handles = [module.register_forward_hook(note) for module in model.modules() if module is not model]

@@ -1,0 +1,226 @@
+"""Folders are complete or not there; reports and cards say what was done."""
+
+import errno
+import json
+import os
+import stat
+
+import pytest
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from optimum_otprune import OTPruner, OTPruningConfig, checkpoint
+from optimum_otprune.card import model_card
+from optimum_otprune.errors import ModelLoadError, OutputError, ReportError
+from optimum_otprune.functional.rescue import RescueEnergies
+from optimum_otprune.report import LayerReport, PruningReport
+from tests.conftest import make_llama
+
+
+@pytest.fixture
+def pruner(llama, tokens):
+    pruner = OTPruner.from_pretrained(llama, OTPruningConfig(pruning_ratio=0.5, multiple_of=1))
+    pruner.prune(tokens, progress=False)
+    return pruner
+
+
+def make_report(ratio: float = 0.5, shift: float = 0.0) -> PruningReport:
+    energies = RescueEnergies(output=10.0, pruned=4.0, error=4.0 * (1 - ratio), kept=8.0, shift=shift)
+    layers = tuple(
+        LayerReport(index, 8, 4, (0, 2, 3, 7), ratio, shift / 8, 0.5, 1.0, 0.4, 0.2, float("inf"), False, energies)
+        for index in range(2)
+    )
+    return PruningReport(
+        OTPruningConfig().to_dict(),
+        layers,
+        1000,
+        700,
+        {"data": "texts", "num_samples": 1, "seqlen": 2, "num_tokens": 2},
+    )
+
+
+def test_a_full_disk_leaves_nothing_half_written_and_says_so(pruner, tmp_path, monkeypatch):
+    for failure in (
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ):
+
+        def fail(folder, failure=failure, **kwargs):
+            (folder / "config.json").write_text("{}")
+            raise failure
+
+        monkeypatch.setattr(pruner.model, "save_pretrained", fail)
+        with pytest.raises(OutputError, match="'out' could not be written: the disk is full. Nothing was left there"):
+            pruner.save_pretrained(tmp_path / "out")
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_an_overwrite_that_fails_leaves_the_old_folder(pruner, tmp_path, monkeypatch):
+    pruner.save_pretrained(tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+    def fail(folder, **kwargs):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(pruner.model, "save_pretrained", fail)
+    with pytest.raises(OutputError, match="Input/output error"):
+        pruner.save_pretrained(tmp_path / "out", overwrite=True)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_too_little_room_and_a_read_only_parent_are_refused_before_writing(pruner, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+        with pytest.raises(OutputError, match="GB free, but the result needs"):
+            pruner.save_pretrained(tmp_path / "out")
+    monkeypatch.setattr(checkpoint.os, "access", lambda path, mode: False)
+    with pytest.raises(OutputError, match="is not writable"):
+        pruner.save_pretrained(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_is_a_file_is_refused(pruner, tmp_path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(OutputError, match="'out' is a file"):
+        pruner.save_pretrained(tmp_path / "out")
+
+
+def test_files_have_the_permissions_of_the_umask(pruner, tmp_path):
+    old = os.umask(0o027)
+    try:
+        folder = pruner.save_pretrained(tmp_path / "out")
+    finally:
+        os.umask(old)
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
+    assert modes == {0o640}
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o750
+
+
+def test_shards_are_written_and_loaded(pruner, tokens, tmp_path):
+    folder = pruner.save_pretrained(tmp_path / "out", max_shard_size="8KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=tokens).logits, pruner.model(input_ids=tokens).logits)
+
+
+def test_sampling_parameters_without_sampling_are_no_obstacle(pruner, tmp_path):
+    pruner.model.generation_config.temperature = 0.5
+    folder = pruner.save_pretrained(tmp_path / "out")
+    assert json.loads((folder / "generation_config.json").read_text())["temperature"] == 0.5
+
+
+def test_tied_embeddings_stay_tied(tokens, tmp_path):
+    pruner = OTPruner.from_pretrained(
+        make_llama(tie_word_embeddings=True), OTPruningConfig(pruning_ratio=0.5, multiple_of=1)
+    )
+    pruner.prune(tokens, progress=False)
+    restored = OTPruner.from_pretrained(pruner.save_pretrained(tmp_path / "out"))
+    assert restored.model.lm_head.weight is restored.model.model.embed_tokens.weight
+
+
+def test_a_checkpoint_that_lacks_a_tensor_is_refused_rather_than_filled_with_random_numbers(llama_folder):
+    weights = load_file(llama_folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, llama_folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelLoadError, match=r"missing keys model.layers.1.mlp.up_proj.weight"):
+        OTPruner.from_pretrained(llama_folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n", b"\x00" * 64])
+def test_damaged_weights_are_one_clear_error(llama_folder, content):
+    (llama_folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(ModelLoadError, match="The folder 'dense' could not be loaded|weights of The folder"):
+        OTPruner.from_pretrained(llama_folder)
+
+
+def test_a_folder_without_a_config_and_a_file_are_refused(tmp_path):
+    with pytest.raises(ModelLoadError, match="has no config.json, so it holds no model"):
+        OTPruner.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_text("")
+    with pytest.raises(ModelLoadError, match="'model.safetensors' is a file"):
+        OTPruner.from_pretrained(tmp_path / "model.safetensors")
+
+
+def test_no_file_holds_a_local_path(pruner, llama_folder, tokens, tmp_path):
+    pruner = OTPruner.from_pretrained(llama_folder, OTPruningConfig(pruning_ratio=0.5, multiple_of=1))
+    torch.save(tokens, tmp_path / "ids.pt")
+    pruner.prune(tmp_path / "ids.pt", progress=False)
+    pruner.evaluate(tmp_path / "ids.pt", progress=False)
+    folder = pruner.save_pretrained(tmp_path / "out")
+    for path in folder.iterdir():
+        assert str(tmp_path).encode() not in path.read_bytes(), path.name
+
+
+def test_a_report_survives_json_and_prints_the_summary(tmp_path):
+    report = make_report()
+    report.save(tmp_path / "report.json")
+    assert PruningReport.load(tmp_path / "report.json") == report
+    assert report.layers[0].ridge_lambda == float("inf")
+    assert str(report.layers[0]) == (
+        "Layer 00: Rescued 0.500 (50.0%) of pruned channels, Diluted 0.000 (0.0%) of kept channels"
+    )
+    sections = ("Model Overview", "Global Rescue Effect", "Global Dilution Effect", "Per-Layer Statistics")
+    assert "RESCUE EFFECT SUMMARY REPORT" in str(report)
+    assert all(section in str(report) for section in (*sections, "Interpretation"))
+
+
+@pytest.mark.parametrize(
+    ("ratio", "shift", "words"),
+    [
+        (0.51, 0.0, ("good", "low")),
+        (0.3, 3.0, ("moderate", "moderate")),
+        (0.1, 5.0, ("limited", "high")),
+        (-0.5, 0.0, ("harmful", "low")),
+    ],
+)
+def test_the_interpretation_follows_the_ratios(ratio, shift, words):
+    lines = str(make_report(ratio, shift)).split("Interpretation")[1].splitlines()
+    assert words[0] in lines[1]
+    assert words[1] in lines[2]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"layers": 3}', '{"layers": [{}]}'])
+def test_a_file_that_is_no_report_is_one_clear_error(tmp_path, content):
+    (tmp_path / "report.json").write_text(content)
+    with pytest.raises(ReportError):
+        PruningReport.load(tmp_path / "report.json")
+
+
+def front_matter(card: str) -> dict:
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+def test_a_card_has_plain_metadata_both_ratios_and_how_to_load(pruner, tmp_path):
+    card = (pruner.save_pretrained(tmp_path / "out") / "README.md").read_text(encoding="utf-8")
+    metadata = front_matter(card)
+    assert metadata["library_name"] == "transformers"
+    assert metadata["otprune"]["intermediate_size"] == 24
+    assert metadata["otprune"]["rescue_ratio"] == pytest.approx(pruner.report.rescue_ratio, abs=1e-6)
+    assert "dilution_ratio" in metadata["otprune"]
+    assert "!!python" not in card
+    assert "AutoModelForCausalLM.from_pretrained" in card
+    assert "not evaluated" in card
+
+
+def test_a_card_says_that_a_negative_rescue_is_worse_than_dropping():
+    card = model_card(OTPruningConfig(), make_report(-0.5), "out")
+    assert "further from the dense ones than plain dropping" in " ".join(card.split())
+
+
+@pytest.mark.parametrize(
+    "name", ["a\n---\nlicense: evil", "<script>x</script>", "`rm`", "!!python/object:x", "![](u)"]
+)
+def test_hostile_names_are_harmless_in_a_card(name):
+    card = model_card(OTPruningConfig(), make_report(), name)
+    assert "license" not in front_matter(card)
+    assert not any(text in card for text in ("<script", "`rm`", "!!python", "!["))
+
+
+def test_a_model_that_was_not_pruned_can_be_saved(llama, tmp_path):
+    folder = OTPruner.from_pretrained(llama).save_pretrained(tmp_path / "out")
+    assert "has not been pruned yet" in (folder / "README.md").read_text(encoding="utf-8")
+    assert OTPruner.from_pretrained(folder).report is None

@@ -1,0 +1,225 @@
+"""The configuration: presets, checks, files."""
+
+import copy
+import inspect
+import json
+import pickle
+import warnings
+
+import pytest
+
+from optimum_otprune.configuration import CONFIG_FILE, OTPruningConfig
+from optimum_otprune.errors import ConfigurationError, OTPruneError
+from optimum_otprune.functional.costs import costs
+from optimum_otprune.functional.importance import importances
+from optimum_otprune.functional.marginals import distributions, strategies
+from optimum_otprune.functional.solvers import solvers
+from optimum_otprune.methods import METHOD_FIELDS, METHODS
+from optimum_otprune.options import OPTIONS, OPTIONS_BY_NAME
+
+REFERENCE = "structured_afr_with_intrafusion"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_preset_survives_dictionary_file_pickle_and_copy(method, tmp_path):
+    config = OTPruningConfig(method=method, pruning_ratio=0.3)
+    config.save_pretrained(tmp_path)
+    copies = (
+        OTPruningConfig.from_dict(config.to_dict()),
+        OTPruningConfig.from_dict(json.loads(json.dumps(config.to_dict()))),
+        OTPruningConfig.from_pretrained(tmp_path),
+        OTPruningConfig.from_pretrained(tmp_path / CONFIG_FILE),
+        pickle.loads(pickle.dumps(config)),
+        copy.deepcopy(config),
+        config.replace(),
+    )
+    assert all(other == config for other in copies)
+    assert config != config.replace(pruning_ratio=0.4)
+    assert set(json.loads((tmp_path / CONFIG_FILE).read_text())) == {*OPTIONS_BY_NAME, "optimum_otprune_version"}
+
+
+BAD_RATIOS = (-0.1, 1, 1.0, 1.5, float("nan"), float("inf"), "half", "0.5", True, None, [0.5], 1 + 0j)
+
+
+@pytest.mark.parametrize("ratio", BAD_RATIOS)
+def test_a_ratio_outside_its_range_is_an_error_that_names_it(ratio):
+    with pytest.raises(ConfigurationError, match="`pruning_ratio` is .*; want a number >= 0 and < 1"):
+        OTPruningConfig(pruning_ratio=ratio)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("method", "otprun"),
+        ("method", 3),
+        ("multiple_of", 0),
+        ("multiple_of", 2.0),
+        ("multiple_of", True),
+        ("multiple_of", None),
+        ("importance", "wnda"),
+        ("importance", 1),
+        ("aggregation", "abs"),
+        ("selection", "best"),
+        ("cost", "weights"),
+        ("source_distribution", "unifrom"),
+        ("target_distribution", "unifrom"),
+        ("strategy", "bold"),
+        ("statistics", "max"),
+        ("target", "centroid"),
+        ("solver", "sinkhon"),
+        ("normalization", "rows"),
+        ("fuse", "down"),
+        ("fuse", ["down", "output"]),
+        ("fuse", 1),
+        ("compensation", "lasso"),
+        ("ridge_prior", "one"),
+        ("target_correction", 1.1),
+        ("target_correction", -0.1),
+        ("target_correction", "half"),
+        ("intercept", True),
+        ("epsilon", 0.0),
+        ("epsilon", float("nan")),
+        ("mass_share", 0.0),
+        ("mass_share", 1.01),
+        ("marginal_penalty", -1),
+        ("holdout_share", 0.0),
+        ("holdout_share", 0.6),
+        ("score_batch_size", 0),
+        ("dataset", 1),
+        ("dataset", None),
+        ("num_samples", 0),
+        ("num_samples", "128"),
+        ("seqlen", 1),
+        ("seqlen", 2048.0),
+        ("seed", -1),
+        ("seed", 0.5),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_an_error_that_names_the_field(name, value):
+    with pytest.raises(ConfigurationError, match=f"`{name}`") as caught:
+        OTPruningConfig(**{name: value})
+    assert isinstance(caught.value, ValueError)
+    assert isinstance(caught.value, OTPruneError)
+
+
+@pytest.mark.parametrize(
+    ("name", "suggestion"), [("solvr", "solver"), ("prunning_ratio", "pruning_ratio"), ("temperature", None)]
+)
+def test_an_unknown_name_is_an_error_with_the_nearest_one(name, suggestion):
+    message = f"Unknown option '{name}'." + (f" Did you mean '{suggestion}'" if suggestion else " Known: ")
+    with pytest.raises(ConfigurationError, match=message):
+        OTPruningConfig(**{name: 1})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "random", "importance": "wanda"}, "contradicts `method='random'`"),
+        ({"method": "flap", "compensation": "none"}, "contradicts `method='flap'`"),
+        ({"method": "wanda_sp", "solver": "emd"}, "would be ignored: nothing is transported"),
+        ({"method": "wanda_sp", "aggregation": "signed"}, "no weight scores to aggregate"),
+        ({"method": "magnitude", "ridge_prior": "zero"}, "only compensation='ridge'"),
+        ({"method": "magnitude", "intercept": "always"}, "without compensation"),
+        ({"target_distribution": "robust"}, "knows no capacities"),
+        ({"method": REFERENCE, "strategy": "balanced", "source_distribution": "uniform"}, "contradicts `strategy="),
+        ({"fuse": []}, "`fuse` must hold 'down'"),
+        ({"target": "cluster_centroid"}, "contradicts `normalization='identity'`"),
+        ({"target": "cluster_centroid", "normalization": "corrected"}, "contradicts `cost='activation'`"),
+        ({"compensation": "bias", "intercept": "never"}, "is an intercept"),
+    ],
+)
+def test_an_override_that_contradicts_or_would_be_ignored_is_an_error(options, message):
+    with pytest.raises(ConfigurationError, match=message):
+        OTPruningConfig(**options)
+
+
+def test_an_importance_that_only_breaks_ties_is_said_to():
+    with pytest.warns(UserWarning, match="only breaks ties; set selection='top'"):
+        OTPruningConfig(importance="wanda")
+
+
+def test_every_registered_name_can_be_chosen():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name in importances.names():
+            assert OTPruningConfig(importance=name, selection="top").importance == name
+        for name in distributions.names():
+            for method in ("otprune", REFERENCE):
+                config = OTPruningConfig(
+                    method=method, solver="emd", source_distribution=name, target_distribution=name
+                )
+                assert (config.source_distribution, config.target_distribution) == (name, name)
+                assert OTPruningConfig.from_dict(config.to_dict()) == config
+        for name in solvers.names():
+            assert OTPruningConfig(method=REFERENCE, solver=name).solver == name
+        for name in costs.names():
+            assert OTPruningConfig(cost=name).cost == name
+
+
+@pytest.mark.parametrize("name", strategies)
+def test_a_strategy_sets_statistics_and_both_distributions(name):
+    config = OTPruningConfig(method=REFERENCE, strategy=name)
+    strategy = strategies[name]
+    assert (config.statistics, config.source_distribution, config.target_distribution) == tuple(strategy)
+
+
+def test_a_distribution_of_ones_own_takes_the_strategys_place():
+    config = OTPruningConfig(method=REFERENCE, source_distribution="uniform")
+    assert (config.strategy, config.source_distribution, config.target_distribution) == (None, "uniform", "adaptive")
+
+
+def test_a_field_that_the_method_has_no_use_for_is_none():
+    config = OTPruningConfig(method="wanda_sp")
+    unused = {name for name in METHOD_FIELDS if getattr(config, name) is None}
+    assert {"solver", "cost", "ridge_prior", "aggregation", "strategy"} <= unused
+    assert config.replace(method="otprune") == OTPruningConfig()
+
+
+def test_a_file_of_a_newer_version_loads_with_a_warning(tmp_path):
+    values = {**OTPruningConfig(seed=3).to_dict(), "optimum_otprune_version": "99.0", "allocation": "adaptive"}
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(values))
+    with pytest.warns(UserWarning, match=r"written by optimum_otprune 99.0.*left out: allocation"):
+        assert OTPruningConfig.from_pretrained(tmp_path).seed == 3
+
+
+def test_an_unknown_key_in_a_file_of_this_version_is_an_error(tmp_path):
+    (tmp_path / CONFIG_FILE).write_text(json.dumps({**OTPruningConfig().to_dict(), "allocation": "adaptive"}))
+    with pytest.raises(ConfigurationError, match="Unknown option 'allocation'"):
+        OTPruningConfig.from_pretrained(tmp_path)
+
+
+def test_overrides_while_loading_are_checked(tmp_path):
+    OTPruningConfig().save_pretrained(tmp_path)
+    assert OTPruningConfig.from_pretrained(tmp_path, pruning_ratio=0.5).pruning_ratio == 0.5
+    with pytest.raises(ConfigurationError, match="`pruning_ratio` is 5"):
+        OTPruningConfig.from_pretrained(tmp_path, pruning_ratio=5)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1, 2]", "not json"])
+def test_a_damaged_file_is_one_error(tmp_path, content):
+    (tmp_path / CONFIG_FILE).write_text(content)
+    with pytest.raises(ConfigurationError):
+        OTPruningConfig.from_pretrained(tmp_path)
+
+
+def test_a_folder_without_a_configuration_is_one_error(tmp_path):
+    with pytest.raises(ConfigurationError, match=f"want a file '{CONFIG_FILE}' there"):
+        OTPruningConfig.from_pretrained(tmp_path)
+
+
+def test_the_signature_lists_every_option():
+    assert list(inspect.signature(OTPruningConfig.__init__).parameters)[1:] == [option.name for option in OPTIONS]
+
+
+@pytest.mark.parametrize(
+    ("option", "names"),
+    [
+        ("importance", importances.names()),
+        ("cost", costs.names()),
+        ("solver", solvers.names()),
+        ("strategy", list(strategies)),
+    ],
+)
+def test_help_texts_name_what_is_registered(option, names):
+    help_text = OPTIONS_BY_NAME[option].help
+    assert all(name in help_text for name in names)

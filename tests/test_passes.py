@@ -1,0 +1,224 @@
+"""Streaming, scoring and evaluation give what the whole model gives, wherever its weights are."""
+
+import hashlib
+import math
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from transformers import AutoModelForCausalLM
+
+from optimum_otprune.architectures.block import ffn_blocks
+from optimum_otprune.devices import execution_device, read_parameter, replace_parameter
+from optimum_otprune.errors import NumericalError
+from optimum_otprune.functional.gram import gram_statistics
+from optimum_otprune.perplexity import TokenPerplexity, evaluate_perplexity
+from optimum_otprune.scoring import gradient_scores, heldout_mask, layer_statistics
+from optimum_otprune.streaming import CalibrationStream
+from tests.architectures.test_contract import build
+from tests.conftest import VOCAB_SIZE, make_llama
+
+MAP = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+DISK = MAP | {"model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk"}
+
+
+@pytest.fixture
+def offloaded(llama_folder, tmp_path):
+    return AutoModelForCausalLM.from_pretrained(llama_folder, device_map=DISK, offload_folder=tmp_path / "offload")
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "gpt_neox", "opt"])
+def test_streamed_hidden_states_are_the_models_own(name, tokens):
+    model = build(name)
+    blocks = ffn_blocks(model)
+    with torch.no_grad():
+        expected = model(input_ids=tokens, output_hidden_states=True).hidden_states
+    stream = CalibrationStream(
+        model, blocks, tokens, batch_size=5, track_dense=True
+    )  # 5 + 5 + 2: an uneven last batch
+    for block in blocks[:-1]:  # behind the last block the model has its final norm
+        passed = stream.dense_pass(block)
+        stream.advance(block)
+        torch.testing.assert_close(torch.cat(stream._hidden), expected[block.layer + 1], rtol=1e-4, atol=1e-5)
+        assert all(not correction.any() for correction in passed.corrections)  # nothing was pruned yet
+
+
+def test_corrections_are_what_is_missing_to_the_dense_hidden_states(llama, tokens):
+    blocks = ffn_blocks(llama)
+    with torch.no_grad():
+        dense = llama(input_ids=tokens, output_hidden_states=True).hidden_states
+    stream = CalibrationStream(llama, blocks, tokens, batch_size=4, track_dense=True)
+    stream.dense_pass(blocks[0])
+    blocks[0].install(blocks[0].read().select(torch.arange(10)))
+    stream.advance(blocks[0])
+    corrections = torch.cat(stream.dense_pass(blocks[1]).corrections).view(12, 20, 32)
+    stream.advance(blocks[1])
+    torch.testing.assert_close(torch.cat(stream._hidden) + corrections, dense[2], rtol=1e-4, atol=1e-5)
+
+
+def test_a_stream_over_offloaded_layers_equals_the_plain_one(llama, offloaded, tokens):
+    inputs = []
+    for model in (llama, offloaded):
+        blocks = ffn_blocks(model)
+        stream = CalibrationStream(model, blocks, tokens, batch_size=6, track_dense=False)
+        inputs.append(
+            [torch.cat(stream.dense_pass(block).ffn_inputs) for block in blocks if not stream.advance(block)]
+        )
+    for one, other in zip(*inputs):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_hooks_are_gone_after_an_exception(llama, tokens):
+    blocks = ffn_blocks(llama)
+    stream = CalibrationStream(llama, blocks, tokens, batch_size=6, track_dense=False)
+    blocks[0].projection("down").weight = torch.nn.Parameter(torch.zeros(3, 3))
+    with pytest.raises(RuntimeError):
+        stream.dense_pass(blocks[0])
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in llama.modules())
+
+
+def scores_by_autograd(model, tokens, batch_size, fo: bool):
+    """Weight × gradient of the literal definitions, by the whole model's own backward pass."""
+    for batch in tokens.split(batch_size):
+        if not fo:
+            model(input_ids=batch, labels=batch).loss.backward()
+            continue
+        values = []
+
+        def note(module, args, output, values=values):
+            if isinstance(output, torch.Tensor):
+                values.append(torch.linalg.svdvals(output.reshape(len(output), -1)).mean())
+
+        handles = [module.register_forward_hook(note) for module in model.modules() if module is not model]
+        model(input_ids=batch)
+        sum(values).backward()
+        [handle.remove() for handle in handles]
+    count = len(tokens.split(batch_size))
+    return [
+        {
+            name: getattr(layer.mlp, f"{name}_proj").weight * getattr(layer.mlp, f"{name}_proj").weight.grad / count
+            for name in ("gate", "up", "down")
+        }
+        for layer in model.model.layers
+    ]
+
+
+@pytest.mark.parametrize("kind", ["snip", "fo"])
+@pytest.mark.parametrize("where", ["plain", "disk"])
+def test_scores_are_weight_times_the_whole_models_gradient(llama, offloaded, tokens, kind, where):
+    model = llama if where == "plain" else offloaded
+    found = gradient_scores(model, ffn_blocks(model), tokens, batch_size=6, progress=False)
+    expected = scores_by_autograd(make_llama(), tokens, 6, fo=kind == "fo")
+    for scores, wanted in zip(found, expected):
+        got = getattr(scores, kind)
+        for name, matrix in (("gate", got.gate), ("up", got.up), ("down", got.down.T)):
+            scale = float(wanted[name].detach().abs().max())
+            torch.testing.assert_close(matrix, wanted[name].detach(), rtol=1e-3, atol=1e-5 * scale)
+
+
+def test_scoring_leaves_the_model_as_it_was(llama, tokens):
+    llama.train()
+    llama.model.norm.weight.requires_grad_(False)
+    wanted = {name: parameter.requires_grad for name, parameter in llama.named_parameters()}
+    gradient_scores(llama, ffn_blocks(llama), tokens, 6, progress=False)
+    assert {name: parameter.requires_grad for name, parameter in llama.named_parameters()} == wanted
+    assert llama.training
+    assert all(parameter.grad is None for parameter in llama.parameters())
+    assert not any(module._forward_hooks for module in llama.modules())
+
+
+def test_a_nan_output_names_its_module_while_scoring(llama, tokens):
+    with torch.no_grad():
+        llama.model.layers[1].input_layernorm.weight[0] = float("nan")
+    with pytest.raises(NumericalError, match=r"The output of module 'model.layers.1.input_layernorm' is NaN"):
+        gradient_scores(llama, ffn_blocks(llama), tokens, 6, progress=False)
+
+
+@pytest.mark.parametrize(("num_samples", "seqlen"), [(1, 2), (1, 20), (3, 7), (4, 5), (128, 16)])
+@pytest.mark.parametrize("share", [0.01, 0.25, 0.5])
+def test_both_sides_of_the_held_out_split_have_tokens(num_samples, seqlen, share):
+    mask = heldout_mask(num_samples, seqlen, share, seed=0)
+    assert 0 < int(mask.sum()) < num_samples * seqlen
+    assert torch.equal(mask, heldout_mask(num_samples, seqlen, share, seed=0))
+    if num_samples >= 4:  # whole samples
+        assert all(row.all() or not row.any() for row in mask.view(num_samples, seqlen))
+
+
+def test_layer_statistics_are_those_of_the_modules_own_activations(llama, tokens):
+    block = ffn_blocks(llama)[1]
+    stream = CalibrationStream(llama, ffn_blocks(llama), tokens, batch_size=5, track_dense=False)
+    stream.advance(ffn_blocks(llama)[0])
+    passed = stream.dense_pass(block)
+    is_heldout = heldout_mask(12, 20, 0.25, seed=0)
+    found = layer_statistics(block.read(), block.activation, passed, 0.0, is_heldout)
+    seen = []
+    block.projection("down").register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        llama(input_ids=tokens)
+    hidden = seen[0].reshape(-1, 48)
+    expected = gram_statistics(hidden, hidden @ block.read().down.T)
+    torch.testing.assert_close(found[0].gram + found[1].gram, expected.gram, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found[0].cross + found[1].cross, expected.cross, rtol=1e-3, atol=1e-3)
+    assert found[1].num_tokens == 60
+
+
+def test_a_parameter_is_replaced_wherever_it_is(llama_folder, offloaded, tokens):
+    kept = torch.arange(0, 48, 2)
+
+    def checksum() -> str:
+        return hashlib.sha256((llama_folder / "model.safetensors").read_bytes()).hexdigest()
+
+    before = checksum()
+    results = []
+    in_memory = AutoModelForCausalLM.from_pretrained(llama_folder)
+    on_cpu = cpu_offload(AutoModelForCausalLM.from_pretrained(llama_folder), execution_device=torch.device("cpu"))
+    for model in (in_memory, offloaded, on_cpu):
+        for block in ffn_blocks(model):
+            for name, dim in (("gate", 0), ("up", 0), ("down", 1)):
+                module = block.projection(name)
+                weight = read_parameter(module, "weight")
+                replace_parameter(module, "weight", weight.index_select(dim, kept))
+                assert read_parameter(module, "weight").shape[dim] == 24
+        with torch.no_grad():
+            results.append(model(input_ids=tokens).logits)
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+    torch.testing.assert_close(results[2], results[0], rtol=0, atol=0)
+    assert checksum() == before
+    assert execution_device(ffn_blocks(offloaded)[2].module) == torch.device("cpu")
+    assert read_parameter(ffn_blocks(offloaded)[2].up, "bias") is None
+
+
+def test_perplexity_is_the_plain_loops(llama, tokens):
+    nll, count = 0.0, 0
+    with torch.no_grad():
+        for window in tokens:
+            log_probabilities = torch.log_softmax(llama(input_ids=window[None]).logits[0].double(), dim=-1)
+            for position in range(1, len(window)):
+                nll -= float(log_probabilities[position - 1, window[position]])
+                count += 1
+    for batch_size in (1, 5, 12):
+        metrics = evaluate_perplexity(llama, tokens, batch_size, progress=False)
+        assert math.isclose(metrics["perplexity"], math.exp(nll / count), rel_tol=1e-5)
+        assert metrics["num_tokens"] == count == 12 * 19
+    assert (metrics["num_windows"], metrics["seqlen"], metrics["stride"], metrics["dtype"]) == (12, 20, 20, "float32")
+
+
+def test_a_model_that_knows_nothing_has_the_vocabulary_as_its_perplexity(llama, tokens):
+    with torch.no_grad():
+        llama.lm_head.weight.zero_()
+    assert math.isclose(evaluate_perplexity(llama, tokens, progress=False)["perplexity"], VOCAB_SIZE, rel_tol=1e-5)
+
+
+def test_nan_outputs_are_an_error(llama, tokens):
+    with torch.no_grad():
+        llama.lm_head.weight[0, 0] = float("nan")
+    with pytest.raises(NumericalError, match="log-likelihoods are NaN"):
+        evaluate_perplexity(llama, tokens, progress=False)
+
+
+def test_the_metric_adds_up_over_batches_and_overflows_to_infinity():
+    metric = TokenPerplexity(keep_in_memory=True)
+    metric.add_batch(predictions=[2.0], references=[1])
+    metric.add_batch(predictions=[4.0], references=[2])
+    assert metric.compute() == {"perplexity": math.exp(2.0), "nll": 2.0, "num_tokens": 3}
+    assert TokenPerplexity(keep_in_memory=True).compute(predictions=[1e6], references=[1])["perplexity"] == math.inf
