@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import stat
+from pathlib import Path
 
 import pytest
 import torch
@@ -224,3 +225,13 @@ def test_a_model_that_was_not_pruned_can_be_saved(llama, tmp_path):
     folder = OTPruner.from_pretrained(llama).save_pretrained(tmp_path / "out")
     assert "has not been pruned yet" in (folder / "README.md").read_text(encoding="utf-8")
     assert OTPruner.from_pretrained(folder).report is None
+
+
+EXAMPLE = Path(__file__).parents[1] / "model_cards" / "demo-llama-half"
+
+
+def test_the_example_card_is_what_its_configuration_and_report_give():
+    card = model_card(
+        OTPruningConfig.from_pretrained(EXAMPLE), PruningReport.load(EXAMPLE / "otprune_report.json"), EXAMPLE.name
+    )
+    assert card == (EXAMPLE / "README.md").read_text(encoding="utf-8")
