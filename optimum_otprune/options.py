@@ -97,6 +97,13 @@ OPTIONS: tuple[Option, ...] = (
         "output bias, where the architecture has one: never, auto (where held-out tokens want it), always",
         choices=("never", "auto", "always"),
     ),
+    Option(
+        "reconstruction_steps",
+        int,
+        0,
+        "Adam steps on each layer's own output error after the refit, kept only where held-out tokens gain (0: none)",
+        0,
+    ),
     Option("epsilon", float, 0.05, "entropic regularization of sinkhorn, in units of the median cost", above=0.0),
     Option("mass_share", float, 0.9, "share of the mass that the partial solver transports", above=0.0, maximum=1.0),
     Option(

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -16,11 +17,19 @@ from optimum_otprune.compression import Compression, LayerInputs, Recipe, compre
 from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.errors import OTPruneError, UnsupportedModelError
 from optimum_otprune.functional.ffn import FFNWeights, check_weights
-from optimum_otprune.functional.rescue import RescueEnergies, dilution_ratio, rescue_ratio
+from optimum_otprune.functional.reconstruction import ReconstructionSettings, TokenSet, reconstruct
+from optimum_otprune.functional.rescue import RescueEnergies, dilution_ratio, relative_error, rescue_ratio
 from optimum_otprune.functional.selection import kept_width, sensible_multiple
 from optimum_otprune.options import OPTIONS_BY_NAME
 from optimum_otprune.report import LayerReport
-from optimum_otprune.scoring import GradientScores, gradient_scores, heldout_mask, layer_statistics, measure_rescue
+from optimum_otprune.scoring import (
+    GradientScores,
+    gradient_scores,
+    heldout_mask,
+    layer_statistics,
+    measure_rescue,
+    token_sets,
+)
 from optimum_otprune.streaming import BlockPass, CalibrationStream
 
 logger = logging.getLogger(__name__)
@@ -79,8 +88,12 @@ def prune_model(
                     block, dense, passed, correction, is_heldout, scores, recipe, can_hold_intercept
                 )
                 compression = compress(inputs, recipe, kept_size)
+                refitted = compression.judged
+                if recipe.config.reconstruction_steps:
+                    tokens_of = token_sets(dense, block.activation, passed, correction, is_heldout)
+                    compression = _reconstructed(block, compression, tokens_of, recipe.config)
                 block.install(compression.weights)
-                reports.append(_report(block, dense, compression, passed, is_heldout))
+                reports.append(_report(block, dense, compression, refitted, passed, is_heldout))
                 stream.advance(block)
             logger.info("%s", reports[-1])
     has_bias = add_biases(blocks)
@@ -124,6 +137,11 @@ def plan_width(blocks: list[FFNBlock], config: OTPruningConfig) -> int:
     return kept
 
 
+def layer_seed(config: OTPruningConfig, layer: int) -> int:
+    """One seed a layer, so that no layer depends on what another drew."""
+    return config.seed + 100_003 * layer
+
+
 @contextmanager
 def _named(block: FFNBlock) -> Iterator[None]:
     """Errors say in which layer they happened."""
@@ -153,20 +171,39 @@ def _layer_inputs(
         heldout=heldout,
         snip=None if scores is None else scores[block.layer].snip,
         fo=None if scores is None else scores[block.layer].fo,
-        seed=recipe.config.seed
-        + 100_003 * block.layer,  # one generator a layer, so that none depends on another's draws
+        seed=layer_seed(recipe.config, block.layer),
         can_hold_intercept=can_hold_intercept,
         remeasure=measure,
     )
 
 
+def _reconstructed(
+    block: FFNBlock, compression: Compression, tokens: tuple[TokenSet, TokenSet], config: OTPruningConfig
+) -> Compression:
+    """The compression after local optimization, or as it was where held-out tokens gain nothing."""
+    like = compression.judged
+    generator = torch.Generator().manual_seed(layer_seed(config, block.layer))
+    settings = ReconstructionSettings(config.reconstruction_steps)
+    with torch.enable_grad():
+        result = reconstruct(like.map(Tensor.float), *tokens, block.activation, settings, generator)
+    if result.best_step == 0:
+        return compression
+    weights = result.weights.map(lambda part: part.to(like.up.dtype))
+    return compression._replace(weights=weights, judged=weights)
+
+
 def _report(
-    block: FFNBlock, dense: FFNWeights, compression: Compression, passed: BlockPass, is_heldout: Tensor
+    block: FFNBlock,
+    dense: FFNWeights,
+    compression: Compression,
+    refitted: FFNWeights,
+    passed: BlockPass,
+    is_heldout: Tensor,
 ) -> LayerReport:
     kept = compression.kept_channels
-    energies, fused = (
+    energies, before_reconstruction, fused = (
         measure_rescue(dense, weights, kept, block.activation, passed, is_heldout)
-        for weights in (compression.judged, compression.fused)
+        for weights in (compression.judged, refitted, compression.fused)
     )
     return LayerReport(
         layer=block.layer,
@@ -177,8 +214,9 @@ def _report(
         dilution_ratio=dilution_ratio(energies),
         transported_mass=compression.transported_mass,
         self_share=compression.self_share,
-        relative_error_before_refit=fused.error / fused.output if fused.output else 0.0,
-        relative_error_after_refit=energies.error / energies.output if energies.output else 0.0,
+        relative_error_before_refit=relative_error(fused),
+        relative_error_after_refit=relative_error(before_reconstruction),
+        relative_error_after_reconstruction=relative_error(energies),
         ridge_lambda=compression.ridge,
         intercept=compression.intercept,
         energies=energies,
@@ -189,4 +227,4 @@ def _untouched(block: FFNBlock) -> LayerReport:
     size = block.intermediate_size
     nothing = RescueEnergies(0.0, 0.0, 0.0, 0.0, 0.0)
     kept = tuple(range(size))
-    return LayerReport(block.layer, size, size, kept, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0, None, False, nothing)
+    return LayerReport(block.layer, size, size, kept, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, None, False, nothing)

@@ -32,7 +32,8 @@ class LayerReport:
         transported_mass: Share of the pruned channels' mass that the plan moved; 0 without transport.
         self_share: Mean share of a kept channel's gate and up weights that comes from itself.
         relative_error_before_refit: `Σ ‖y − ŷ‖² / Σ ‖y‖²` after fusion alone, on held-out tokens.
-        relative_error_after_refit: The same of the layer as it is saved, but fitted without the held-out tokens.
+        relative_error_after_refit: The same after the refit, fitted without the held-out tokens.
+        relative_error_after_reconstruction: The same after reconstruction; without one, as before it.
         ridge_lambda: λ of the refit, None without one; infinity where the prior was best.
         intercept: Whether an output bias was added.
         energies: What the two ratios are made of.
@@ -48,6 +49,7 @@ class LayerReport:
     self_share: float
     relative_error_before_refit: float
     relative_error_after_refit: float
+    relative_error_after_reconstruction: float
     ridge_lambda: float | None
     intercept: bool
     energies: RescueEnergies

@@ -14,6 +14,7 @@ from optimum_otprune.errors import NumericalError
 from optimum_otprune.functional.ffn import FFNWeights, channel_activations, ffn_forward
 from optimum_otprune.functional.gram import GramStatistics, gram_statistics
 from optimum_otprune.functional.importance import WeightScores
+from optimum_otprune.functional.reconstruction import TokenSet
 from optimum_otprune.functional.rescue import RescueEnergies, pooled, rescue_energies
 from optimum_otprune.streaming import BlockPass, input_device
 
@@ -237,6 +238,37 @@ def layer_statistics(
                 sums = gram_statistics(hidden[chosen], targets[chosen])
                 parts[heldout] = parts[heldout] + sums if heldout in parts else sums
     return LayerStatistics(parts[False], parts[True])
+
+
+def token_sets(
+    weights: FFNWeights,
+    activation: Callable[[Tensor], Tensor],
+    passed: BlockPass,
+    correction: float,
+    is_heldout: Tensor,
+) -> tuple[TokenSet, TokenSet]:
+    """Return inputs of the FFN and the targets of `layer_statistics`, of fitted and of held-out tokens, in float32.
+
+    Args:
+        weights: Dense FFN, on the device to compute on.
+        activation: Elementwise function.
+        passed: From `CalibrationStream.dense_pass`.
+        correction: Share of the earlier layers' error that the targets contain.
+        is_heldout: BoolTensor over all tokens.
+    """
+    weights = weights.map(Tensor.float)
+    device = weights.up.device
+    targets = []
+    for index, inputs in enumerate(passed.ffn_inputs):
+        hidden = channel_activations(weights, inputs.to(device).float(), activation)
+        outputs = torch.nn.functional.linear(hidden, weights.down, weights.down_bias)
+        if passed.corrections is not None and correction:
+            outputs = outputs + correction * passed.corrections[index].to(device)
+        targets.append(outputs)
+    inputs, outputs = torch.cat(passed.ffn_inputs).to(device).float(), torch.cat(targets)
+    is_heldout = is_heldout.to(device)
+    fit, heldout = (TokenSet(inputs[mask], outputs[mask]) for mask in (~is_heldout, is_heldout))
+    return fit, heldout
 
 
 def measure_rescue(

@@ -31,7 +31,9 @@ def pruner(llama, tokens):
 def make_report(ratio: float = 0.5, shift: float = 0.0) -> PruningReport:
     energies = RescueEnergies(output=10.0, pruned=4.0, error=4.0 * (1 - ratio), kept=8.0, shift=shift)
     layers = tuple(
-        LayerReport(index, 8, 4, (0, 2, 3, 7), ratio, shift / 8, 0.5, 1.0, 0.4, 0.2, float("inf"), False, energies)
+        LayerReport(
+            index, 8, 4, (0, 2, 3, 7), ratio, shift / 8, 0.5, 1.0, 0.4, 0.3, 0.2, float("inf"), False, energies
+        )
         for index in range(2)
     )
     return PruningReport(

@@ -364,3 +364,15 @@ def test_pruning_twice_starts_from_the_width_that_is_there(llama, tokens):
         warnings.simplefilter("error")
         report = pruner.prune(tokens, progress=False)
     assert (report.layers[0].intermediate_size_before, report.layers[0].intermediate_size_after) == (24, 12)
+
+
+def test_reconstruction_lowers_the_error_and_is_reproducible(tokens, tmp_path):
+    plain = prune(make_llama(), tokens, target_correction=0.0)
+    first, second = (prune(make_llama(), tokens, reconstruction_steps=60, target_correction=0.0) for _ in range(2))
+    for layer in first.report.layers:
+        assert layer.relative_error_after_reconstruction <= layer.relative_error_after_refit
+    assert first.report.rescue_ratio > plain.report.rescue_ratio
+    assert first.report.dilution_ratio > 0  # gate and up were trained
+    assert torch.equal(logits(first.model, tokens), logits(second.model, tokens))
+    reloaded = AutoModelForCausalLM.from_pretrained(first.save_pretrained(tmp_path / "out"))
+    assert torch.equal(logits(reloaded, tokens), logits(first.model, tokens))

@@ -100,6 +100,16 @@ def dilution_ratio(energies: RescueEnergies) -> float:
     return energies.shift / energies.kept if energies.kept > 0 else 0.0
 
 
+def relative_error(energies: RescueEnergies) -> float:
+    """Output error as a share of the dense layer's output energy, `Σ ‖y − ŷ‖² / Σ ‖y‖²`; 0 for a layer without output.
+
+    Example:
+        >>> relative_error(RescueEnergies(output=10.0, pruned=4.0, error=1.0, kept=9.0, shift=0.0))
+        0.1
+    """
+    return energies.error / energies.output if energies.output > 0 else 0.0
+
+
 def pooled(energies: Iterable[RescueEnergies]) -> RescueEnergies:
     """Energies of several layers together, so that a layer counts by what it contributes."""
     return sum(energies, RescueEnergies(0.0, 0.0, 0.0, 0.0, 0.0))

@@ -1,0 +1,150 @@
+"""Local optimization of one FFN on its own output error: Adam, minibatches of tokens, held-out early stopping.
+
+No labels and no pass through the model: the targets are what the layer should put out. The best weights on held-out
+tokens are kept, those of the start included, so that a layer never gets worse on them.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from optimum_otprune.errors import NumericalError
+from optimum_otprune.functional.ffn import FFNWeights, ffn_forward
+
+_CHECKS = 20  # held-out evaluations over the whole schedule
+_WARM_UP = 0.05  # of the steps
+_BLOCK = 4096  # tokens of an evaluation at a time
+
+
+class TokenSet(NamedTuple):
+    """Inputs of an FFN and what it should put out.
+
+    Attributes:
+        inputs: `(num_tokens, hidden_size)`.
+        targets: `(num_tokens, hidden_size)`.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+
+
+class ReconstructionSettings(NamedTuple):
+    """How long and how fast.
+
+    Attributes:
+        steps: Adam steps.
+        learning_rate: At its peak, in units of the root mean square of each weight matrix.
+        batch_tokens: Tokens of a minibatch.
+    """
+
+    steps: int
+    learning_rate: float = 0.03
+    batch_tokens: int = 1024
+
+
+class Reconstruction(NamedTuple):
+    """What came of it.
+
+    Attributes:
+        weights: The best on the held-out tokens.
+        heldout_error_before: Mean squared output error per token before.
+        heldout_error_after: The same of `weights`.
+        best_step: At which it was found; 0 is the start.
+    """
+
+    weights: FFNWeights
+    heldout_error_before: float
+    heldout_error_after: float
+    best_step: int
+
+
+@torch.no_grad()
+def output_error(weights: FFNWeights, tokens: TokenSet, activation: Callable[[Tensor], Tensor]) -> float:
+    """Mean squared output error per token, summed in float64 over blocks of tokens."""
+    total = 0.0
+    for inputs, targets in zip(tokens.inputs.split(_BLOCK), tokens.targets.split(_BLOCK)):
+        total += float((ffn_forward(weights, inputs, activation) - targets).double().square().sum())
+    return total / len(tokens.inputs)
+
+
+def reconstruct(
+    weights: FFNWeights,
+    fit: TokenSet,
+    heldout: TokenSet,
+    activation: Callable[[Tensor], Tensor],
+    settings: ReconstructionSettings,
+    generator: torch.Generator | None = None,
+) -> Reconstruction:
+    """Train all projections of an FFN on its output error.
+
+    The learning rate warms up over a twentieth of the steps and falls to zero along a cosine; it is relative to each
+    matrix, so that scaling a layer changes nothing.
+
+    Args:
+        weights: Where to start, float32.
+        fit: Tokens to train on.
+        heldout: Tokens that decide which weights are kept.
+        activation: Elementwise, differentiable.
+        settings: How long and how fast.
+        generator: Of the minibatches, on the CPU.
+
+    Returns:
+        The best weights on the held-out tokens, and their error.
+
+    Raises:
+        NumericalError: If the error of the start is not finite.
+    """
+    best = Reconstruction(weights, *2 * (output_error(weights, heldout, activation),), best_step=0)
+    if not math.isfinite(best.heldout_error_before):
+        raise NumericalError("the FFN's held-out error is NaN or infinite before reconstruction.")
+    scaled = _ScaledWeights(weights)
+    optimizer = torch.optim.Adam(scaled.parameters, lr=settings.learning_rate, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, settings.learning_rate, total_steps=settings.steps + 1, pct_start=_WARM_UP, cycle_momentum=False
+    )
+    energy = fit.targets.square().sum(dim=1).mean().clamp_min(torch.finfo(fit.targets.dtype).tiny)
+    every = max(1, settings.steps // _CHECKS)
+    for step in range(1, settings.steps + 1):
+        chosen = torch.randint(len(fit.inputs), (settings.batch_tokens,), generator=generator).to(fit.inputs.device)
+        outputs = ffn_forward(scaled.weights(), fit.inputs[chosen], activation)
+        error = (outputs - fit.targets[chosen]).square().sum(dim=1).mean()
+        optimizer.zero_grad()
+        (error / energy).backward()
+        optimizer.step()
+        schedule.step()
+        if step % every == 0 or step == settings.steps:
+            current = scaled.weights().map(Tensor.detach)
+            after = output_error(current, heldout, activation)
+            if after < best.heldout_error_after:
+                best = Reconstruction(current, best.heldout_error_before, after, step)
+    return best
+
+
+class _ScaledWeights:
+    """Weights as scale × trained tensor, so that one learning rate suits matrices of any size."""
+
+    def __init__(self, weights: FFNWeights):
+        self._start = weights
+        self._scales = {
+            name: part.square().mean().sqrt().clamp_min(torch.finfo(part.dtype).tiny)
+            for name, part in weights._asdict().items()
+            if part is not None
+        }
+        for name in self._scales:
+            if name.endswith("_bias"):  # may start at zero: it takes the scale of the matrix that it goes with
+                self._scales[name] = torch.maximum(self._scales[name], self._scales[name.removesuffix("_bias")])
+        self._trained = {
+            name: (getattr(weights, name) / scale).detach().requires_grad_() for name, scale in self._scales.items()
+        }
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """What the optimizer changes."""
+        return list(self._trained.values())
+
+    def weights(self) -> FFNWeights:
+        """The FFN as it is now, differentiable."""
+        return self._start._replace(**{name: part * self._scales[name] for name, part in self._trained.items()})
