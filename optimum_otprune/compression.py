@@ -24,7 +24,7 @@ from optimum_otprune.functional.importance import (
     combined_statistics,
     importances,
 )
-from optimum_otprune.functional.marginals import MarginalInputs, distributions, marginal, mixtures
+from optimum_otprune.functional.marginals import MarginalInputs, check_vector, distributions, marginal, mixtures
 from optimum_otprune.functional.rescue import self_share, transported_mass
 from optimum_otprune.functional.selection import obs_channels, top_channels
 from optimum_otprune.functional.solvers import SolverSettings, solve_transport, solvers
@@ -103,7 +103,7 @@ class LayerInputs(NamedTuple):
         snip: Weight scores, or None when the recipe needs no gradients.
         fo: Weight scores, or None.
         seed: Of this layer.
-        can_hold_intercept: Whether the architecture has an output bias.
+        can_hold_intercept: Whether the architecture has an output bias; `intercept="auto"` adds none where not.
         remeasure: Second moments, fitted and held-out, of the channels of another FFN with the same targets.
     """
 
@@ -251,6 +251,7 @@ def _marginal_inputs(inputs: LayerInputs, recipe: Recipe, importance: Tensor | N
     score = torch.zeros(n) if importance is None else importance.cpu()
     if "statistics" in recipe.functions:
         score = recipe.functions["statistics"].function(statistics)
+        check_vector(score, n, f"The mixture {recipe.functions['statistics'].name!r}")
     return MarginalInputs(score, is_kept, statistics)
 
 
@@ -288,11 +289,6 @@ def _compensate(inputs: LayerInputs, config: OTPruningConfig, fused: FFNWeights,
     if {"gate", "up"} & set(config.fuse):
         fit, heldout = inputs.remeasure(fused)  # the kept channels are no longer what they were
     if config.compensation == "bias":
-        if not inputs.can_hold_intercept:
-            raise ConfigurationError(
-                "`compensation='bias'` needs an output bias, which this architecture cannot hold so that plain "
-                "loading finds it. Use compensation='ridge' with intercept='never'."
-            )
         weights, judged = (
             _with_bias(fused, fused.down, constant_bias(statistics, fused.down)) for statistics in (fit + heldout, fit)
         )

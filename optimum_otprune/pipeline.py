@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from optimum_otprune.architectures.block import FFNBlock, add_biases, native_intercept, resize_config
 from optimum_otprune.compression import Compression, LayerInputs, Recipe, compress
 from optimum_otprune.configuration import OTPruningConfig
-from optimum_otprune.errors import OTPruneError, UnsupportedModelError
+from optimum_otprune.errors import ConfigurationError, OTPruneError, UnsupportedModelError
 from optimum_otprune.functional.ffn import FFNWeights, check_weights
 from optimum_otprune.functional.reconstruction import ReconstructionSettings, TokenSet, reconstruct
 from optimum_otprune.functional.rescue import RescueEnergies, dilution_ratio, relative_error, rescue_ratio
@@ -72,6 +72,11 @@ def prune_model(
     if kept_size == blocks[0].intermediate_size:
         return [_untouched(block) for block in blocks]
     can_hold_intercept = native_intercept(model, blocks[0].spec)
+    if recipe.config.intercept == "always" and not can_hold_intercept:
+        raise ConfigurationError(
+            "`intercept='always'` (as method 'flap' has it) needs an output bias, which this architecture cannot hold "
+            "so that plain loading finds it. Use intercept='auto' or 'never' with compensation='ridge'."
+        )
     model.eval()
     scores: list[GradientScores] | None = None
     if recipe.needs_gradients:

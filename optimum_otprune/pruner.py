@@ -153,6 +153,7 @@ class OTPruner:
             NumericalError: If weights, activations or scores are NaN or infinite; names the layer.
             ConfigurationError: If the configuration does not fit the model.
         """
+        _check_positive(batch_size=batch_size)
         recipe = Recipe.resolve(self.config, functions)
         blocks = ffn_blocks(self.model)
         data = calibration_tokens(calibration_data, self.config, self.tokenizer, self.limits)
@@ -195,6 +196,7 @@ class OTPruner:
             CalibrationDataError: If the data cannot be used.
             NumericalError: If the model's outputs are NaN.
         """
+        _check_positive(batch_size=batch_size, max_windows=max_windows)
         tokens = evaluation_tokens(data, self.config, self.tokenizer, self.limits, max_windows)
         measured = evaluate_perplexity(self.model, tokens.tokens, batch_size, progress)
         stage = "dense" if self.report is None else "pruned"
@@ -224,6 +226,12 @@ class OTPruner:
         return save_checkpoint(
             Path(save_directory), self.model, self.tokenizer, self.config, self.report, overwrite, max_shard_size
         )
+
+
+def _check_positive(**counts: int | None) -> None:
+    for name, count in counts.items():
+        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+            raise ConfigurationError(f"`{name}` is {count!r}; want an integer >= 1.")
 
 
 def _as_config(config: Any, options: Mapping[str, Any]) -> OTPruningConfig:

@@ -7,7 +7,7 @@ import torch
 
 from optimum_otprune.compression import LayerInputs, Recipe, centroid_cost, compress
 from optimum_otprune.configuration import OTPruningConfig
-from optimum_otprune.errors import ConfigurationError
+from optimum_otprune.errors import ShapeError
 from optimum_otprune.functional.costs import costs
 from optimum_otprune.functional.ffn import FFNWeights, channel_activations, ffn_forward
 from optimum_otprune.functional.gram import gram_statistics
@@ -133,11 +133,16 @@ def test_a_refit_of_fused_gates_uses_the_fused_channels():
     assert error(refitted.weights, dense) < error(refitted.fused, dense)
 
 
-def test_a_bias_is_refused_where_the_architecture_cannot_hold_one():
-    with pytest.raises(ConfigurationError, match="needs an output bias"):
-        run(method="flap", can_hold_intercept=False)
+def test_an_intercept_is_added_only_where_the_architecture_can_hold_one():
     assert run(can_hold_intercept=False).weights.down_bias is None
     assert run(intercept="always").weights.down_bias is not None
+
+
+@pytest.mark.parametrize("returned", [1.0, [1.0] * WIDTH, torch.ones(3)])
+def test_functions_that_return_no_vector_are_refused(returned):
+    for field in ("target_distribution", "statistics"):
+        with pytest.raises(ShapeError, match="want one number per channel"):
+            run(solver="emd", functions={field: lambda inputs: returned})
 
 
 def test_gradients_are_asked_for_only_where_something_reads_them():

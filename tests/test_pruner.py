@@ -28,6 +28,7 @@ from optimum_otprune.errors import (
 )
 from optimum_otprune.methods import METHODS
 from optimum_otprune.report import PruningReport
+from tests.architectures.test_contract import build
 from tests.conftest import VOCAB_SIZE, make_llama
 
 
@@ -376,3 +377,24 @@ def test_reconstruction_lowers_the_error_and_is_reproducible(tokens, tmp_path):
     assert torch.equal(logits(first.model, tokens), logits(second.model, tokens))
     reloaded = AutoModelForCausalLM.from_pretrained(first.save_pretrained(tmp_path / "out"))
     assert torch.equal(logits(reloaded, tokens), logits(first.model, tokens))
+
+
+@pytest.mark.parametrize("options", [{"method": "flap"}, {"intercept": "always"}])
+def test_an_intercept_that_the_architecture_cannot_hold_is_refused(tokens, options):
+    model = build("mistral")
+    with pytest.raises(ConfigurationError, match="needs an output bias, which this architecture cannot hold"):
+        prune(model, tokens, **options)
+    assert model.config.intermediate_size == 48
+    assert prune(model, tokens).model.config.intermediate_size == 24  # "auto" goes without
+
+
+@pytest.mark.parametrize("count", [0, -1, 2.5, True])
+def test_counts_that_are_no_positive_integers_are_refused(llama, tokens, count):
+    pruner = OTPruner.from_pretrained(llama, OTPruningConfig(pruning_ratio=0.5, multiple_of=1))
+    for call in (
+        lambda: pruner.prune(tokens, batch_size=count),
+        lambda: pruner.evaluate(tokens, batch_size=count),
+        lambda: pruner.evaluate(tokens, max_windows=count),
+    ):
+        with pytest.raises(ConfigurationError, match="want an integer >= 1"):
+            call()

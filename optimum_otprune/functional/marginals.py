@@ -185,11 +185,7 @@ def marginal(name: str | Distribution, inputs: MarginalInputs) -> Tensor:
                 "weights and gradients of this layer, or load the model in float32."
             )
     mass = entry.function(inputs)
-    if mass.shape != inputs.importance.shape:
-        raise ShapeError(
-            f"The distribution {entry.name!r} returned shape {tuple(mass.shape)}; want "
-            f"{tuple(inputs.importance.shape)}."
-        )
+    check_vector(mass, len(inputs.importance), f"The distribution {entry.name!r}")
     mass = mass.double()
     if not torch.isfinite(mass).all() or (mass < 0).any() or mass.sum() <= 0:
         raise NumericalError(
@@ -197,6 +193,17 @@ def marginal(name: str | Distribution, inputs: MarginalInputs) -> Tensor:
             "finite and non-negative; check the scores that it was given."
         )
     return mass / mass.sum()
+
+
+def check_vector(values: object, length: int, what: str) -> None:
+    """Raise unless a function of the user's returned one number per channel.
+
+    Raises:
+        ShapeError: If it is no tensor of shape `(length,)`.
+    """
+    if not isinstance(values, Tensor) or values.shape != (length,):
+        got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else f"a {type(values).__name__}"
+        raise ShapeError(f"{what} returned {got}; want one number per channel, a tensor of shape {(length,)}.")
 
 
 def _weighted(weights: Mapping[str, float]) -> Mixture:

@@ -1,5 +1,7 @@
 """One contract over every known architecture: find, read, compute, shrink, save, load."""
 
+import copy
+
 import pytest
 import torch
 from transformers import (
@@ -74,7 +76,7 @@ MODELS = {
 def build(name: str):
     _, model_class, config, _ = MODELS[name]
     torch.manual_seed(0)
-    return make_llama() if model_class is None else model_class(config).eval()
+    return make_llama() if model_class is None else model_class(copy.deepcopy(config)).eval()
 
 
 @pytest.fixture(params=MODELS)

@@ -201,7 +201,7 @@ def test_a_distribution_of_another_shape_is_refused():
     def short(inputs):
         return inputs.importance[1:]
 
-    with pytest.raises(ShapeError, match=r"'short' returned shape \(4,\); want \(5,\)"):
+    with pytest.raises(ShapeError, match=r"'short' returned shape \(4,\); want one number per channel"):
         marginal(short, inputs_of([1.0] * 5))
 
 
