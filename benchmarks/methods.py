@@ -37,6 +37,7 @@ VARIANTS: dict[str, dict] = {
     "obs, ridge to identity": {"fuse": [], "ridge_prior": "identity", "target_correction": 0.0, "intercept": "never"},
     "obs, ridge to transport": {"target_correction": 0.0, "intercept": "never"},
     "otprune": {},
+    "otprune, 300 steps": {"reconstruction_steps": 300},
 }
 
 
