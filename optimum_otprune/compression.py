@@ -10,10 +10,10 @@ import torch
 from scipy.cluster.vq import kmeans2
 from torch import Tensor
 
-from optimum_otprune.configuration import OTPruningConfig
+from optimum_otprune.configuration import FUNCTION_FIELDS, OTPruningConfig
 from optimum_otprune.errors import ConfigurationError
 from optimum_otprune.functional.compensation import Refit, constant_bias, refit_down
-from optimum_otprune.functional.costs import CostInputs, TransportCost, channel_vectors, costs, transport_cost
+from optimum_otprune.functional.costs import CostInputs, TransportCost, channel_vectors, transport_cost
 from optimum_otprune.functional.ffn import FFNWeights
 from optimum_otprune.functional.fusion import FusionMaps, fuse, fusion_maps, selection_map, with_identity
 from optimum_otprune.functional.gram import GramStatistics
@@ -22,23 +22,12 @@ from optimum_otprune.functional.importance import (
     WeightScores,
     channel_importance,
     combined_statistics,
-    importances,
 )
-from optimum_otprune.functional.marginals import MarginalInputs, check_vector, distributions, marginal, mixtures
+from optimum_otprune.functional.marginals import MarginalInputs, check_vector, marginal
 from optimum_otprune.functional.rescue import self_share, transported_mass
 from optimum_otprune.functional.selection import obs_channels, top_channels
-from optimum_otprune.functional.solvers import SolverSettings, solve_transport, solvers
-from optimum_otprune.registry import GRADIENTS, Entry, Registry
-
-_REGISTRIES: dict[str, Registry] = {
-    "importance": importances,
-    "cost": costs,
-    "source_distribution": distributions,
-    "target_distribution": distributions,
-    "statistics": mixtures,
-    "solver": solvers,
-}
-
+from optimum_otprune.functional.solvers import SolverSettings, solve_transport
+from optimum_otprune.registry import GRADIENTS, Entry
 
 _KMEANS_ITERATIONS = 20
 
@@ -69,17 +58,17 @@ class Recipe:
         """
         functions = {
             field: registry.entry(name)
-            for field, registry in _REGISTRIES.items()
+            for field, registry in FUNCTION_FIELDS.items()
             if (name := getattr(config, field)) is not None
         }
         for field, function in custom.items():
             if function is None:
                 continue
-            if field not in _REGISTRIES:
-                raise ConfigurationError(f"`{field}` takes no function; {', '.join(_REGISTRIES)} do.")
+            if field not in FUNCTION_FIELDS:
+                raise ConfigurationError(f"`{field}` takes no function; {', '.join(FUNCTION_FIELDS)} do.")
             if field not in functions and not (field == "statistics" and "cost" in functions):
                 raise ConfigurationError(f"`{field}` would be ignored: the method {config.method!r} does not use it.")
-            functions[field] = _REGISTRIES[field].entry(function)
+            functions[field] = FUNCTION_FIELDS[field].entry(function)
         return cls(config, functions)
 
     @property

@@ -26,7 +26,8 @@ CONFIG_FILE = "otprune_config.json"
 _VERSION_KEY = "optimum_otprune_version"
 # Keys that transformers and optimum write into, or pass to, any configuration.
 _FOREIGN_KEYS = frozenset({"model_type", "transformers_version", "optimum_version", "name_or_path", "_commit_hash"})
-_REGISTERED: dict[str, Registry] = {
+# Fields that name a registered function; `prune()` takes a plain callable for each.
+FUNCTION_FIELDS: dict[str, Registry] = {
     "importance": importances,
     "cost": costs,
     "source_distribution": distributions,
@@ -264,7 +265,7 @@ def _resolve(values: dict[str, Any], explicit: set[str]) -> dict[str, Any]:
                 "out, or use method='otprune' and set the fields one by one."
             )
     chosen = {name: preset[name] if values[name] is None else values[name] for name in METHOD_FIELDS}
-    for name, registry in _REGISTERED.items():
+    for name, registry in FUNCTION_FIELDS.items():
         if chosen[name] is not None and chosen[name] not in registry:
             raise ConfigurationError(unknown_name(f"`{name}`", chosen[name], registry.names()))
     _apply_strategy(chosen, values, explicit)

@@ -4,6 +4,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,20 +18,21 @@ from optimum_otprune.compression import Compression, LayerInputs, Recipe, compre
 from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.errors import ConfigurationError, OTPruneError, UnsupportedModelError
 from optimum_otprune.functional.ffn import FFNWeights, check_weights
-from optimum_otprune.functional.reconstruction import ReconstructionSettings, TokenSet, reconstruct
+from optimum_otprune.functional.reconstruction import ReconstructionSettings, reconstruct
 from optimum_otprune.functional.rescue import RescueEnergies, dilution_ratio, relative_error, rescue_ratio
 from optimum_otprune.functional.selection import kept_width, sensible_multiple
 from optimum_otprune.options import OPTIONS_BY_NAME
 from optimum_otprune.report import LayerReport
 from optimum_otprune.scoring import (
     GradientScores,
+    LayerData,
     gradient_scores,
     heldout_mask,
     layer_statistics,
     measure_rescue,
     token_sets,
 )
-from optimum_otprune.streaming import BlockPass, CalibrationStream
+from optimum_otprune.streaming import CalibrationStream
 
 logger = logging.getLogger(__name__)
 
@@ -88,17 +90,17 @@ def prune_model(
     with logging_redirect_tqdm([logging.getLogger("optimum_otprune")]):
         for block in tqdm(blocks, desc="Pruning", unit="layer", disable=not settings.progress):
             with _named(block):
-                dense, passed = block.read(), stream.dense_pass(block)
-                inputs = _layer_inputs(
-                    block, dense, passed, correction, is_heldout, scores, recipe, can_hold_intercept
+                dense = block.read()
+                data = LayerData(
+                    dense.map(Tensor.float), block.activation, stream.dense_pass(block), correction, is_heldout
                 )
+                inputs = _layer_inputs(block, dense, data, scores, recipe, can_hold_intercept)
                 compression = compress(inputs, recipe, kept_size)
                 refitted = compression.judged
                 if recipe.config.reconstruction_steps:
-                    tokens_of = token_sets(dense, block.activation, passed, correction, is_heldout)
-                    compression = _reconstructed(block, compression, tokens_of, recipe.config)
+                    compression = _reconstructed(block, compression, data, recipe.config)
                 block.install(compression.weights)
-                reports.append(_report(block, dense, compression, refitted, passed, is_heldout))
+                reports.append(_report(block, data, compression, refitted))
                 stream.advance(block)
             logger.info("%s", reports[-1])
     has_bias = add_biases(blocks)
@@ -159,17 +161,12 @@ def _named(block: FFNBlock) -> Iterator[None]:
 def _layer_inputs(
     block: FFNBlock,
     dense: FFNWeights,
-    passed: BlockPass,
-    correction: float,
-    is_heldout: Tensor,
+    data: LayerData,
     scores: list[GradientScores] | None,
     recipe: Recipe,
     can_hold_intercept: bool,
 ) -> LayerInputs:
-    def measure(compressed: FFNWeights | None) -> tuple:
-        return layer_statistics(dense, block.activation, passed, correction, is_heldout, compressed)
-
-    fit, heldout = measure(None)
+    fit, heldout = layer_statistics(data)
     return LayerInputs(
         weights=dense,
         fit=fit,
@@ -178,41 +175,31 @@ def _layer_inputs(
         fo=None if scores is None else scores[block.layer].fo,
         seed=layer_seed(recipe.config, block.layer),
         can_hold_intercept=can_hold_intercept,
-        remeasure=measure,
+        remeasure=partial(layer_statistics, data),
     )
 
 
-def _reconstructed(
-    block: FFNBlock, compression: Compression, tokens: tuple[TokenSet, TokenSet], config: OTPruningConfig
-) -> Compression:
+def _reconstructed(block: FFNBlock, compression: Compression, data: LayerData, config: OTPruningConfig) -> Compression:
     """The compression after local optimization, or as it was where held-out tokens gain nothing."""
     like = compression.judged
     generator = torch.Generator().manual_seed(layer_seed(config, block.layer))
     settings = ReconstructionSettings(config.reconstruction_steps)
     with torch.enable_grad():
-        result = reconstruct(like.map(Tensor.float), *tokens, block.activation, settings, generator)
+        result = reconstruct(like.map(Tensor.float), *token_sets(data), block.activation, settings, generator)
     if result.best_step == 0:
         return compression
     weights = result.weights.map(lambda part: part.to(like.up.dtype))
     return compression._replace(weights=weights, judged=weights)
 
 
-def _report(
-    block: FFNBlock,
-    dense: FFNWeights,
-    compression: Compression,
-    refitted: FFNWeights,
-    passed: BlockPass,
-    is_heldout: Tensor,
-) -> LayerReport:
+def _report(block: FFNBlock, data: LayerData, compression: Compression, refitted: FFNWeights) -> LayerReport:
     kept = compression.kept_channels
     energies, before_reconstruction, fused = (
-        measure_rescue(dense, weights, kept, block.activation, passed, is_heldout)
-        for weights in (compression.judged, refitted, compression.fused)
+        measure_rescue(data, weights, kept) for weights in (compression.judged, refitted, compression.fused)
     )
     return LayerReport(
         layer=block.layer,
-        intermediate_size_before=dense.intermediate_size,
+        intermediate_size_before=data.dense.intermediate_size,
         intermediate_size_after=len(kept),
         kept_channels=tuple(kept.tolist()),
         rescue_ratio=rescue_ratio(energies),

@@ -196,121 +196,118 @@ def heldout_mask(num_samples: int, seqlen: int, share: float, seed: int) -> Tens
     return mask.flatten()
 
 
-def layer_statistics(
-    weights: FFNWeights,
-    activation: Callable[[Tensor], Tensor],
-    passed: BlockPass,
-    correction: float,
-    is_heldout: Tensor,
-    compressed: FFNWeights | None = None,
-) -> LayerStatistics:
-    """Sum second moments of the channels and of the targets `W_d h + correction · (dense − pruned)`.
+class TokenBatch(NamedTuple):
+    """One batch of calibration tokens on its way through one FFN, float32, on the FFN's device.
 
-    Args:
-        weights: Dense FFN, on the device to compute on.
+    Attributes:
+        inputs: Of the FFN, `(num_tokens, hidden_size)`.
+        hidden: Channel activations of the dense FFN `(num_tokens, intermediate_size)`.
+        targets: What the FFN should put out, without its bias, `(num_tokens, hidden_size)`.
+        is_heldout: BoolTensor `(num_tokens,)`.
+    """
+
+    inputs: Tensor
+    hidden: Tensor
+    targets: Tensor
+    is_heldout: Tensor
+
+
+class LayerData(NamedTuple):
+    """What one layer is compressed on.
+
+    Attributes:
+        dense: The FFN before, float32, on the device to compute on.
         activation: Elementwise function.
         passed: From `CalibrationStream.dense_pass`.
-        correction: Share of the earlier layers' error that the targets contain.
+        correction: Share c of the earlier layers' error that the targets `W_d h + c · (dense − pruned)` contain.
         is_heldout: BoolTensor over all tokens.
+    """
+
+    dense: FFNWeights
+    activation: Callable[[Tensor], Tensor]
+    passed: BlockPass
+    correction: float
+    is_heldout: Tensor
+
+    def batches(self) -> Iterator[TokenBatch]:
+        """The calibration tokens, a batch at a time.
+
+        Raises:
+            NumericalError: If an activation is NaN or infinite.
+        """
+        start = 0
+        for index, inputs in enumerate(self.passed.ffn_inputs):
+            device = self.dense.down.device
+            inputs = inputs.to(device).float()
+            hidden = channel_activations(self.dense, inputs, self.activation)
+            if not torch.isfinite(hidden).all():
+                raise NumericalError(
+                    "the channel activations are NaN or infinite on the calibration data. The weights are damaged, or "
+                    "the model's dtype overflowed: load it in float32."
+                )
+            targets = hidden @ self.dense.down.T
+            if self.passed.corrections is not None and self.correction:
+                targets = targets + self.correction * self.passed.corrections[index].to(device)
+            mask = self.is_heldout[start : start + len(inputs)].to(device)
+            yield TokenBatch(inputs, hidden, targets, mask)
+            start += len(inputs)
+
+
+def layer_statistics(data: LayerData, compressed: FFNWeights | None = None) -> LayerStatistics:
+    """Sum second moments of the channels and of the targets.
+
+    Args:
+        data: Of the layer.
         compressed: An FFN whose channels are measured in place of the dense one's; the targets stay.
 
     Raises:
         NumericalError: If an activation is NaN or infinite.
     """
-    weights = weights.map(Tensor.float)
     parts: dict[bool, GramStatistics] = {}
-    for index, (inputs, mask) in enumerate(_with_masks(passed.ffn_inputs, is_heldout)):
-        inputs = inputs.to(weights.up.device).float()
-        hidden = channel_activations(weights, inputs, activation)
-        if not torch.isfinite(hidden).all():
-            raise NumericalError(
-                "the channel activations are NaN or infinite on the calibration data. The weights are damaged, or the "
-                "model's dtype overflowed: load it in float32."
-            )
-        targets = hidden @ weights.down.T
-        if passed.corrections is not None and correction:
-            targets = targets + correction * passed.corrections[index].to(targets.device)
+    for batch in data.batches():
+        hidden = batch.hidden
         if compressed is not None:
-            hidden = channel_activations(compressed.map(Tensor.float), inputs, activation)
+            hidden = channel_activations(compressed.map(Tensor.float), batch.inputs, data.activation)
         for heldout in (False, True):
-            chosen = mask == heldout
+            chosen = batch.is_heldout == heldout
             if chosen.any():
-                sums = gram_statistics(hidden[chosen], targets[chosen])
+                sums = gram_statistics(hidden[chosen], batch.targets[chosen])
                 parts[heldout] = parts[heldout] + sums if heldout in parts else sums
     return LayerStatistics(parts[False], parts[True])
 
 
-def token_sets(
-    weights: FFNWeights,
-    activation: Callable[[Tensor], Tensor],
-    passed: BlockPass,
-    correction: float,
-    is_heldout: Tensor,
-) -> tuple[TokenSet, TokenSet]:
-    """Return inputs of the FFN and the targets of `layer_statistics`, of fitted and of held-out tokens, in float32.
-
-    Args:
-        weights: Dense FFN, on the device to compute on.
-        activation: Elementwise function.
-        passed: From `CalibrationStream.dense_pass`.
-        correction: Share of the earlier layers' error that the targets contain.
-        is_heldout: BoolTensor over all tokens.
-    """
-    weights = weights.map(Tensor.float)
-    device = weights.up.device
-    targets = []
-    for index, inputs in enumerate(passed.ffn_inputs):
-        hidden = channel_activations(weights, inputs.to(device).float(), activation)
-        outputs = torch.nn.functional.linear(hidden, weights.down, weights.down_bias)
-        if passed.corrections is not None and correction:
-            outputs = outputs + correction * passed.corrections[index].to(device)
-        targets.append(outputs)
-    inputs, outputs = torch.cat(passed.ffn_inputs).to(device).float(), torch.cat(targets)
-    is_heldout = is_heldout.to(device)
-    fit, heldout = (TokenSet(inputs[mask], outputs[mask]) for mask in (~is_heldout, is_heldout))
+def token_sets(data: LayerData) -> tuple[TokenSet, TokenSet]:
+    """Return inputs and targets, the FFN's own bias included, of the fitted and of the held-out tokens."""
+    batches = list(data.batches())
+    inputs, targets, is_heldout = (
+        torch.cat(parts) for parts in zip(*((batch.inputs, batch.targets, batch.is_heldout) for batch in batches))
+    )
+    if data.dense.down_bias is not None:
+        targets = targets + data.dense.down_bias
+    fit, heldout = (TokenSet(inputs[mask], targets[mask]) for mask in (~is_heldout, is_heldout))
     return fit, heldout
 
 
-def measure_rescue(
-    dense: FFNWeights,
-    compressed: FFNWeights,
-    kept_channels: Tensor,
-    activation: Callable[[Tensor], Tensor],
-    passed: BlockPass,
-    is_heldout: Tensor,
-) -> RescueEnergies:
-    """Compare two FFNs on the held-out tokens.
+def measure_rescue(data: LayerData, compressed: FFNWeights, kept_channels: Tensor) -> RescueEnergies:
+    """Compare a compressed FFN with the dense one on the held-out tokens.
 
     Args:
-        dense: Before.
-        compressed: After.
+        data: Of the layer.
+        compressed: The FFN after.
         kept_channels: LongTensor `(kept_size,)`.
-        activation: Elementwise function.
-        passed: From `CalibrationStream.dense_pass`.
-        is_heldout: BoolTensor over all tokens.
     """
-    dense, compressed = (weights.map(Tensor.float) for weights in (dense, compressed))
+    dense, compressed = data.dense, compressed.map(Tensor.float)
     energies = []
-    for inputs, mask in _with_masks(passed.ffn_inputs, is_heldout):
-        if not mask.any():
-            continue
-        inputs = inputs[mask].to(dense.up.device).float()
-        hidden = channel_activations(dense, inputs, activation)
+    for batch in data.batches():
+        hidden, inputs = batch.hidden[batch.is_heldout], batch.inputs[batch.is_heldout]
         energies.append(
             rescue_energies(
                 outputs=torch.nn.functional.linear(hidden, dense.down, dense.down_bias),
-                compressed_outputs=ffn_forward(compressed, inputs, activation),
+                compressed_outputs=ffn_forward(compressed, inputs, data.activation),
                 hidden=hidden,
-                compressed_hidden=channel_activations(compressed, inputs, activation),
+                compressed_hidden=channel_activations(compressed, inputs, data.activation),
                 down=dense.down,
                 kept_channels=kept_channels,
             )
         )
     return pooled(energies)
-
-
-def _with_masks(batches: list[Tensor], mask: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    start = 0
-    for batch in batches:
-        yield batch, mask[start : start + len(batch)]
-        start += len(batch)
