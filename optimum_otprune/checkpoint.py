@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 from optimum_otprune.card import model_card
 from optimum_otprune.configuration import CONFIG_FILE, OTPruningConfig
@@ -154,10 +154,15 @@ def _optional_file(name: str, file: str, hub: dict[str, Any]) -> str | None:
     if Path(name).is_dir():
         path = Path(name) / file
         return str(path) if path.is_file() else None
-    try:
-        return hf_hub_download(name, file, **hub)
-    except (EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled):
-        return None
+    with _loading(name):
+        return cached_file(
+            name,
+            file,
+            **hub,
+            _raise_exceptions_for_gated_repo=True,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=True,
+        )
 
 
 def check_output_folder(folder: Path, overwrite: bool, needed_bytes: int = 0) -> None:
