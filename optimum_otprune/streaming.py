@@ -44,7 +44,8 @@ class CalibrationStream:
     ):
         self.model, self.blocks = model, blocks
         batches = tokens.split(batch_size)
-        self._calls = {len(batch): self._capture_calls(batch) for batch in (batches[0], batches[-1])}
+        of_each_size = {len(batch): batch for batch in (batches[-1], batches[0])}
+        self._calls = {size: self._capture_calls(batch) for size, batch in of_each_size.items()}
         self._hidden = [self._first_hidden(batch) for batch in batches]
         self._dense_hidden = list(self._hidden) if track_dense else None
 
