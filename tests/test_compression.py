@@ -145,6 +145,18 @@ def test_functions_that_return_no_vector_are_refused(returned):
             run(solver="emd", functions={field: lambda inputs: returned})
 
 
+def test_a_kept_channel_that_was_never_active_keeps_its_weights():
+    dense = make_weights()
+    dense = dense._replace(up=dense.up.index_fill(0, torch.tensor([0]), 0.0))
+
+    def first(statistics):
+        return -torch.arange(WIDTH, dtype=torch.float64)
+
+    fused = run(dense, {"importance": first}, selection="top", compensation="none")
+    assert fused.kept_channels[0] == 0
+    assert torch.equal(fused.weights.down[:, 0], dense.down[:, 0])
+
+
 def test_gradients_are_asked_for_only_where_something_reads_them():
     def needs(**options) -> bool:
         return Recipe.resolve(OTPruningConfig(**options), {}).needs_gradients
