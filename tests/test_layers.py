@@ -111,7 +111,7 @@ def test_files_and_functions_are_short_and_only_commands_print(path):
 
 def test_importing_the_package_loads_nothing_heavy():
     code = "import sys, optimum_otprune; assert not {'torch', 'transformers', 'ot', 'datasets'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_every_public_name_is_there():
