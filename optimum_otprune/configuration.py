@@ -16,7 +16,14 @@ from optimum_otprune.functional.costs import costs
 from optimum_otprune.functional.importance import NOT_AGGREGATED, importances
 from optimum_otprune.functional.marginals import distributions, mixtures, strategies
 from optimum_otprune.functional.solvers import solvers
-from optimum_otprune.methods import METHOD_FIELDS, METHODS, RIDGE_FIELDS, TRANSPORT_FIELDS
+from optimum_otprune.methods import (
+    METHOD_FIELDS,
+    METHODS,
+    QUALITIES,
+    QUALITY_FIELDS,
+    RIDGE_FIELDS,
+    TRANSPORT_FIELDS,
+)
 from optimum_otprune.options import OPTIONS, OPTIONS_BY_NAME, Option
 from optimum_otprune.registry import Registry, unknown_name
 from optimum_otprune.version import __version__
@@ -110,11 +117,13 @@ class OTPruningConfig(BaseConfig):
         return f"OTPruningConfig {self.to_json_string()}"
 
     def replace(self, **changes: Any) -> "OTPruningConfig":
-        """A copy with some options changed; changing `method` lets the new method decide its fields again."""
+        """A copy with some options changed; a changed `method` or `quality` decides its fields again."""
         values = self.to_dict()
         values.pop(_VERSION_KEY)
         if changes.get("method", self.method) != self.method:
-            values = {name: value for name, value in values.items() if name not in METHOD_FIELDS}
+            values = {name: value for name, value in values.items() if name not in (*METHOD_FIELDS, *QUALITY_FIELDS)}
+        elif changes.get("quality", self.quality) != self.quality:
+            values = {name: value for name, value in values.items() if name not in QUALITY_FIELDS}
         return OTPruningConfig(**{**values, **changes})
 
     @classmethod
@@ -286,6 +295,13 @@ def _resolve(values: dict[str, Any], explicit: set[str]) -> dict[str, Any]:
         if chosen[name] is None and name not in unused:
             chosen[name] = METHODS["otprune"][name]  # switched on by an override of a method that has no use for it
     _check_combinations(chosen)
+    for name in QUALITY_FIELDS:
+        chosen[name] = QUALITIES[str(chosen["quality"])][name] if values[name] is None else values[name]
+    if "error_weighting" in explicit and chosen["error_weighting"] != "uniform" and not chosen["reconstruction_steps"]:
+        raise ConfigurationError(
+            f"`error_weighting={chosen['error_weighting']!r}` would be ignored: only reconstruction reads it. Set "
+            "`reconstruction_steps`, or quality='balanced' or 'best'."
+        )
     return chosen
 
 

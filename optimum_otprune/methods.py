@@ -9,7 +9,10 @@ from types import MappingProxyType
 
 TRANSPORT_FIELDS = ("cost", "source_distribution", "target_distribution", "target", "solver", "normalization")
 RIDGE_FIELDS = ("ridge_prior", "target_correction")
+QUALITY_FIELDS = ("reconstruction_steps", "error_weighting", "self_calibration")
 METHOD_FIELDS = (
+    "quality",
+    "token_weighting",
     "importance",
     "aggregation",
     "selection",
@@ -30,6 +33,8 @@ METHOD_FIELDS = (
 
 _DROP: dict[str, object] = {
     **dict.fromkeys(METHOD_FIELDS),
+    "quality": "fast",
+    "token_weighting": "uniform",
     "selection": "top",
     "fuse": (),
     "compensation": "none",
@@ -40,6 +45,8 @@ _DROP: dict[str, object] = {
 METHODS: Mapping[str, Mapping[str, object]] = MappingProxyType(
     {
         "otprune": {
+            "quality": "balanced",
+            "token_weighting": "residual",
             "importance": "fluctuation",
             "aggregation": "absolute",
             "selection": "obs",
@@ -58,6 +65,8 @@ METHODS: Mapping[str, Mapping[str, object]] = MappingProxyType(
             "intercept": "auto",
         },
         "structured_afr_with_intrafusion": {
+            "quality": "fast",
+            "token_weighting": "uniform",
             "importance": "fo_snip",
             "aggregation": "signed",
             "selection": "top",
@@ -87,6 +96,15 @@ METHODS: Mapping[str, Mapping[str, object]] = MappingProxyType(
             "ridge_prior": "zero",
             "intercept": "never",
         },
+    }
+)
+
+# How much work goes into a layer after the refit, with any method.
+QUALITIES: Mapping[str, Mapping[str, object]] = MappingProxyType(
+    {
+        "fast": {"reconstruction_steps": 0, "error_weighting": "uniform", "self_calibration": 0},
+        "balanced": {"reconstruction_steps": 300, "error_weighting": "uniform", "self_calibration": 0},
+        "best": {"reconstruction_steps": 1000, "error_weighting": "uniform", "self_calibration": 3},
     }
 )
 

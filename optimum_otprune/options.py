@@ -5,7 +5,7 @@ No torch here, so that `otprune --help` is fast.
 
 from typing import Any, NamedTuple
 
-from optimum_otprune.methods import METHODS
+from optimum_otprune.methods import METHODS, QUALITIES
 
 
 class Option(NamedTuple):
@@ -40,6 +40,12 @@ OPTIONS: tuple[Option, ...] = (
         128,
         "round the kept width to a multiple of this (lowered, with a warning, for layers too small for it)",
         1,
+    ),
+    _method_option(
+        "token_weighting",
+        "what a token's error counts: the same for all, or by how much it disturbs the hidden state behind the layer "
+        "(residual: 1 / its squared norm)",
+        choices=("uniform", "residual"),
     ),
     _method_option("importance", "score of a channel: fluctuation, wanda, magnitude, snip, fo, fo_snip, random, …"),
     _method_option("aggregation", "how weight scores become a channel's score", choices=("absolute", "signed")),
@@ -97,12 +103,30 @@ OPTIONS: tuple[Option, ...] = (
         "output bias, where the architecture has one: never, auto (where held-out tokens want it), always",
         choices=("never", "auto", "always"),
     ),
-    Option(
+    _method_option(
+        "quality",
+        "preset of the three fields that follow, where they are unset: closed form only (fast), short reconstruction "
+        "(balanced), long reconstruction on more tokens (best)",
+        choices=tuple(QUALITIES),
+    ),
+    _method_option(
         "reconstruction_steps",
-        int,
-        0,
         "Adam steps on each layer's own output error after the refit, kept only where held-out tokens gain (0: none)",
-        0,
+        kind=int,
+        minimum=0,
+    ),
+    _method_option(
+        "error_weighting",
+        "which directions of a layer's output error reconstruction heeds: all alike, or as the loss feels them "
+        "(gradient: needs a backward pass through the model)",
+        choices=("uniform", "gradient"),
+    ),
+    _method_option(
+        "self_calibration",
+        "samples that the dense model writes itself, for each calibration sample, to have more tokens to fit "
+        "(0: none)",
+        kind=int,
+        minimum=0,
     ),
     Option("epsilon", float, 0.05, "entropic regularization of sinkhorn, in units of the median cost", above=0.0),
     Option("mass_share", float, 0.9, "share of the mass that the partial solver transports", above=0.0, maximum=1.0),

@@ -18,21 +18,22 @@ from optimum_otprune.compression import Compression, LayerInputs, Recipe, compre
 from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.errors import ConfigurationError, OTPruneError, UnsupportedModelError
 from optimum_otprune.functional.ffn import FFNWeights, check_weights
-from optimum_otprune.functional.reconstruction import ReconstructionSettings, reconstruct
+from optimum_otprune.functional.reconstruction import ReconstructionSettings, error_metric, reconstruct
 from optimum_otprune.functional.rescue import RescueEnergies, dilution_ratio, relative_error, rescue_ratio
 from optimum_otprune.functional.selection import kept_width, sensible_multiple
-from optimum_otprune.options import OPTIONS_BY_NAME
-from optimum_otprune.report import LayerReport
-from optimum_otprune.scoring import (
-    GradientScores,
+from optimum_otprune.gradients import GradientScores, gradient_moments, gradient_scores
+from optimum_otprune.layer_data import (
     LayerData,
-    gradient_scores,
     heldout_mask,
     layer_statistics,
     measure_rescue,
+    residual_token_weights,
     token_sets,
 )
-from optimum_otprune.streaming import CalibrationStream
+from optimum_otprune.options import OPTIONS_BY_NAME
+from optimum_otprune.report import LayerReport
+from optimum_otprune.self_calibration import self_calibration_tokens
+from optimum_otprune.streaming import BlockPass, CalibrationStream
 
 logger = logging.getLogger(__name__)
 
@@ -80,25 +81,21 @@ def prune_model(
             "so that plain loading finds it. Use intercept='auto' or 'never' with compensation='ridge'."
         )
     model.eval()
-    scores: list[GradientScores] | None = None
-    if recipe.needs_gradients:
-        scores = gradient_scores(model, blocks, tokens, recipe.config.score_batch_size, settings.progress)
-    is_heldout = heldout_mask(tokens.shape[0], tokens.shape[1], recipe.config.holdout_share, recipe.config.seed)
+    prepared = _prepare(model, blocks, recipe, tokens, settings)
     correction = (recipe.config.target_correction or 0.0) if blocks[0].spec.residual else 0.0
-    stream = CalibrationStream(model, blocks, tokens, settings.batch_size, track_dense=correction > 0)
+    stream = CalibrationStream(model, blocks, prepared.tokens, settings.batch_size, track_dense=correction > 0)
     reports = []
     with logging_redirect_tqdm([logging.getLogger("optimum_otprune")]):
         for block in tqdm(blocks, desc="Pruning", unit="layer", disable=not settings.progress):
             with _named(block):
                 dense = block.read()
-                data = LayerData(
-                    dense.map(Tensor.float), block.activation, stream.dense_pass(block), correction, is_heldout
-                )
-                inputs = _layer_inputs(block, dense, data, scores, recipe, can_hold_intercept)
+                passed = stream.dense_pass(block)
+                data = _layer_data(block, dense, passed, recipe.config, correction, prepared.is_heldout)
+                inputs = _layer_inputs(block, dense, data, prepared.scores, recipe, can_hold_intercept)
                 compression = compress(inputs, recipe, kept_size)
                 refitted = compression.judged
                 if recipe.config.reconstruction_steps:
-                    compression = _reconstructed(block, compression, data, recipe.config)
+                    compression = _reconstructed(block, compression, data, recipe.config, prepared.moments)
                 block.install(compression.weights)
                 reports.append(_report(block, data, compression, refitted))
                 stream.advance(block)
@@ -106,6 +103,41 @@ def prune_model(
     has_bias = add_biases(blocks)
     resize_config(model, blocks[0].spec, kept_size, has_bias)
     return reports
+
+
+class _Prepared(NamedTuple):
+    """What the dense model is asked for before any layer is touched.
+
+    Attributes:
+        tokens: Calibration samples, those that the model wrote itself after the given ones.
+        is_heldout: BoolTensor over all their tokens; no token that the model wrote is held out.
+        scores: One entry per layer, or None where nothing reads them.
+        moments: Second moments of the loss's gradients by the FFNs' outputs, or None where nothing reads them.
+    """
+
+    tokens: Tensor
+    is_heldout: Tensor
+    scores: list[GradientScores] | None
+    moments: list[Tensor] | None
+
+
+def _prepare(
+    model: PreTrainedModel, blocks: list[FFNBlock], recipe: Recipe, tokens: Tensor, settings: PassSettings
+) -> _Prepared:
+    config = recipe.config
+    is_heldout = heldout_mask(tokens.shape[0], tokens.shape[1], config.holdout_share, config.seed)
+    scores = moments = None
+    if recipe.needs_gradients:
+        scores = gradient_scores(model, blocks, tokens, config.score_batch_size, settings.progress)
+    if config.self_calibration:
+        written = self_calibration_tokens(
+            model, tokens, config.self_calibration, settings.batch_size, config.seed, settings.progress
+        )
+        tokens = torch.cat([tokens, written])
+        is_heldout = torch.cat([is_heldout, torch.zeros(written.numel(), dtype=torch.bool)])
+    if config.reconstruction_steps and config.error_weighting == "gradient":
+        moments = gradient_moments(model, blocks, tokens, config.score_batch_size, settings.progress)
+    return _Prepared(tokens, is_heldout, scores, moments)
 
 
 def plan_width(blocks: list[FFNBlock], config: OTPruningConfig) -> int:
@@ -158,6 +190,15 @@ def _named(block: FFNBlock) -> Iterator[None]:
         raise type(error)(f"Layer {block.layer}: {error}") from error
 
 
+def _layer_data(
+    block: FFNBlock, dense: FFNWeights, passed: BlockPass, config: OTPruningConfig, correction: float, mask: Tensor
+) -> LayerData:
+    weights = torch.ones(len(mask))
+    if config.token_weighting == "residual":
+        weights = residual_token_weights(passed.outputs_energy, mask)
+    return LayerData(dense.map(Tensor.float), block.activation, passed, correction, mask, weights)
+
+
 def _layer_inputs(
     block: FFNBlock,
     dense: FFNWeights,
@@ -179,13 +220,21 @@ def _layer_inputs(
     )
 
 
-def _reconstructed(block: FFNBlock, compression: Compression, data: LayerData, config: OTPruningConfig) -> Compression:
+def _reconstructed(
+    block: FFNBlock,
+    compression: Compression,
+    data: LayerData,
+    config: OTPruningConfig,
+    moments: list[Tensor] | None,
+) -> Compression:
     """The compression after local optimization, or as it was where held-out tokens gain nothing."""
     like = compression.judged
     generator = torch.Generator().manual_seed(layer_seed(config, block.layer))
     settings = ReconstructionSettings(config.reconstruction_steps)
+    metric = None if moments is None else error_metric(moments[block.layer].to(block.device))
+    sets = token_sets(data)
     with torch.enable_grad():
-        result = reconstruct(like.map(Tensor.float), *token_sets(data), block.activation, settings, generator)
+        result = reconstruct(like.map(Tensor.float), *sets, block.activation, settings, generator, metric)
     if result.best_step == 0:
         return compression
     weights = result.weights.map(lambda part: part.to(like.up.dtype))

@@ -16,11 +16,14 @@ class BlockPass(NamedTuple):
 
     Attributes:
         ffn_inputs: `(batch · seqlen, hidden_size)` each, on the CPU.
+        outputs_energy: ‖h‖² of the hidden states behind the block `(batch · seqlen,)` each, of the dense model where
+            it is tracked, else of the pruned one.
         corrections: What is missing to the dense model's hidden states behind the block, the same shape, or None when
             they are not tracked.
     """
 
     ffn_inputs: list[Tensor]
+    outputs_energy: list[Tensor]
     corrections: list[Tensor] | None
 
 
@@ -62,10 +65,11 @@ class CalibrationStream:
         finally:
             handle.remove()
         if self._dense_hidden is None:
-            return BlockPass(ffn_inputs, None)
+            return BlockPass(ffn_inputs, _energies(outputs), None)
         self._dense_hidden = [self._run(block, hidden) for hidden in self._dense_hidden]
         pairs = zip(self._dense_hidden, outputs)
-        return BlockPass(ffn_inputs, [(dense.float() - output.float()).flatten(end_dim=-2) for dense, output in pairs])
+        corrections = [(dense.float() - output.float()).flatten(end_dim=-2) for dense, output in pairs]
+        return BlockPass(ffn_inputs, _energies(self._dense_hidden), corrections)
 
     def advance(self, block: FFNBlock) -> None:
         """Run a block as it is now, so that the next one sees its outputs."""
@@ -103,6 +107,10 @@ class CalibrationStream:
     @torch.no_grad()
     def _forward(self, batch: Tensor) -> None:
         self.model.base_model(input_ids=batch.to(input_device(self.model)), use_cache=False)
+
+
+def _energies(hidden: list[Tensor]) -> list[Tensor]:
+    return [batch.float().square().sum(dim=-1).flatten() for batch in hidden]
 
 
 def input_device(model: PreTrainedModel) -> torch.device:

@@ -12,8 +12,9 @@ from optimum_otprune.architectures.block import ffn_blocks
 from optimum_otprune.devices import execution_device, read_parameter, replace_parameter
 from optimum_otprune.errors import NumericalError
 from optimum_otprune.functional.gram import gram_statistics
+from optimum_otprune.gradients import gradient_scores
+from optimum_otprune.layer_data import LayerData, heldout_mask, layer_statistics
 from optimum_otprune.perplexity import TokenPerplexity, evaluate_perplexity
-from optimum_otprune.scoring import LayerData, gradient_scores, heldout_mask, layer_statistics
 from optimum_otprune.streaming import CalibrationStream
 from tests.architectures.test_contract import build
 from tests.conftest import VOCAB_SIZE, make_llama
@@ -150,7 +151,7 @@ def test_layer_statistics_are_those_of_the_modules_own_activations(llama, tokens
     stream.advance(ffn_blocks(llama)[0])
     passed = stream.dense_pass(block)
     is_heldout = heldout_mask(12, 20, 0.25, seed=0)
-    found = layer_statistics(LayerData(block.read(), block.activation, passed, 0.0, is_heldout))
+    found = layer_statistics(LayerData(block.read(), block.activation, passed, 0.0, is_heldout, torch.ones(240)))
     seen = []
     block.projection("down").register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     with torch.no_grad():

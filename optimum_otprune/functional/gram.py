@@ -74,22 +74,26 @@ class GramStatistics(NamedTuple):
         return self.target_energy - 2 * (down * self.cross).sum() + ((down @ self.gram) * down).sum()
 
 
-def gram_statistics(hidden: Tensor, targets: Tensor) -> GramStatistics:
+def gram_statistics(hidden: Tensor, targets: Tensor, token_weights: Tensor | None = None) -> GramStatistics:
     """Sum over one batch of tokens.
 
     Args:
         hidden: Channel activations `(num_tokens, intermediate_size)`.
         targets: `(num_tokens, hidden_size)`.
+        token_weights: `(num_tokens,)`, of mean 1 over all batches together; None counts every token the same.
 
     Returns:
         Statistics in the dtype of `hidden`.
     """
+    weighted_hidden, weighted_targets = hidden, targets
+    if token_weights is not None:
+        weighted_hidden, weighted_targets = hidden * token_weights[:, None], targets * token_weights[:, None]
     return GramStatistics(
-        gram=hidden.T @ hidden,
-        cross=targets.T @ hidden,
-        hidden_sum=hidden.sum(dim=0),
-        target_sum=targets.sum(dim=0),
-        target_energy=targets.square().sum(),
+        gram=hidden.T @ weighted_hidden,
+        cross=targets.T @ weighted_hidden,
+        hidden_sum=weighted_hidden.sum(dim=0),
+        target_sum=weighted_targets.sum(dim=0),
+        target_energy=(targets * weighted_targets).sum(),
         num_tokens=len(hidden),
     )
 

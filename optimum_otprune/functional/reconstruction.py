@@ -16,6 +16,7 @@ from optimum_otprune.functional.ffn import FFNWeights, ffn_forward
 
 _CHECKS = 20  # held-out evaluations over the whole schedule
 _WARM_UP = 0.05  # of the steps
+_METRIC_FLOOR = 0.1
 _BLOCK = 4096  # tokens of an evaluation at a time
 
 
@@ -25,10 +26,12 @@ class TokenSet(NamedTuple):
     Attributes:
         inputs: `(num_tokens, hidden_size)`.
         targets: `(num_tokens, hidden_size)`.
+        weights: What each token's error counts, `(num_tokens,)`.
     """
 
     inputs: Tensor
     targets: Tensor
+    weights: Tensor
 
 
 class ReconstructionSettings(NamedTuple):
@@ -61,13 +64,49 @@ class Reconstruction(NamedTuple):
     best_step: int
 
 
+def error_metric(gradient_moment: Tensor) -> Tensor:
+    """Return how the loss feels errors of a layer's output: a root of the gradients' second moment.
+
+    The loss grows by about `(gᵀ e)²/2` with an error e where g is the gradient of the loss by the output, so errors
+    count by `M = E[g gᵀ]`, of which a tenth of the mean eigenvalue is put in the place of a tenth, so that no
+    direction is free.
+
+    Args:
+        gradient_moment: Σ g gᵀ `(hidden_size, hidden_size)`.
+
+    Returns:
+        Symmetric `R` with `R R ∝ M`, `(hidden_size, hidden_size)`, float32; the identity if all gradients are zero.
+    """
+    values, vectors = torch.linalg.eigh(gradient_moment.double())
+    values = values.clamp_min(0)
+    if values.sum() == 0:
+        return torch.eye(len(values), device=values.device)
+    values = (1 - _METRIC_FLOOR) * values / values.mean() + _METRIC_FLOOR
+    return ((vectors * values.sqrt()) @ vectors.T).float()
+
+
 @torch.no_grad()
-def output_error(weights: FFNWeights, tokens: TokenSet, activation: Callable[[Tensor], Tensor]) -> float:
-    """Mean squared output error per token, summed in float64 over blocks of tokens."""
+def output_error(
+    weights: FFNWeights, tokens: TokenSet, activation: Callable[[Tensor], Tensor], metric: Tensor | None = None
+) -> float:
+    """Weighted mean of the tokens' squared output errors, summed in float64 over blocks of tokens.
+
+    Args:
+        weights: The FFN.
+        tokens: Inputs, targets and weights.
+        activation: Elementwise.
+        metric: Applied to the errors before they are squared, `(hidden_size, hidden_size)`; None is the identity.
+    """
     total = 0.0
-    for inputs, targets in zip(tokens.inputs.split(_BLOCK), tokens.targets.split(_BLOCK)):
-        total += float((ffn_forward(weights, inputs, activation) - targets).double().square().sum())
-    return total / len(tokens.inputs)
+    for inputs, targets, counts in zip(*(part.split(_BLOCK) for part in tokens)):
+        errors = _squared_errors(ffn_forward(weights, inputs, activation), targets, metric)
+        total += float((errors * counts).double().sum())
+    return total / float(tokens.weights.double().sum())
+
+
+def _squared_errors(outputs: Tensor, targets: Tensor, metric: Tensor | None) -> Tensor:
+    errors = outputs - targets
+    return (errors if metric is None else errors @ metric).square().sum(dim=1)
 
 
 def reconstruct(
@@ -77,6 +116,7 @@ def reconstruct(
     activation: Callable[[Tensor], Tensor],
     settings: ReconstructionSettings,
     generator: torch.Generator | None = None,
+    metric: Tensor | None = None,
 ) -> Reconstruction:
     """Train all projections of an FFN on its output error.
 
@@ -90,6 +130,7 @@ def reconstruct(
         activation: Elementwise, differentiable.
         settings: How long and how fast.
         generator: Of the minibatches, on the CPU.
+        metric: See `output_error`.
 
     Returns:
         The best weights on the held-out tokens, and their error.
@@ -97,7 +138,7 @@ def reconstruct(
     Raises:
         NumericalError: If the error of the start is not finite.
     """
-    best = Reconstruction(weights, *2 * (output_error(weights, heldout, activation),), best_step=0)
+    best = Reconstruction(weights, *2 * (output_error(weights, heldout, activation, metric),), best_step=0)
     if not math.isfinite(best.heldout_error_before):
         raise NumericalError("the FFN's held-out error is NaN or infinite before reconstruction.")
     scaled = _ScaledWeights(weights)
@@ -105,19 +146,19 @@ def reconstruct(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, settings.learning_rate, total_steps=settings.steps + 1, pct_start=_WARM_UP, cycle_momentum=False
     )
-    energy = fit.targets.square().sum(dim=1).mean().clamp_min(torch.finfo(fit.targets.dtype).tiny)
+    energy = (fit.targets.square().sum(dim=1) * fit.weights).mean().clamp_min(torch.finfo(fit.targets.dtype).tiny)
     every = max(1, settings.steps // _CHECKS)
     for step in range(1, settings.steps + 1):
         chosen = torch.randint(len(fit.inputs), (settings.batch_tokens,), generator=generator).to(fit.inputs.device)
         outputs = ffn_forward(scaled.weights(), fit.inputs[chosen], activation)
-        error = (outputs - fit.targets[chosen]).square().sum(dim=1).mean()
+        error = (_squared_errors(outputs, fit.targets[chosen], metric) * fit.weights[chosen]).mean()
         optimizer.zero_grad()
         (error / energy).backward()
         optimizer.step()
         schedule.step()
         if step % every == 0 or step == settings.steps:
             current = scaled.weights().map(Tensor.detach)
-            after = output_error(current, heldout, activation)
+            after = output_error(current, heldout, activation, metric)
             if after < best.heldout_error_after:
                 best = Reconstruction(current, best.heldout_error_before, after, step)
     return best

@@ -26,7 +26,7 @@ def make_weights(gated: bool = True, biases: bool = False) -> FFNWeights:
 
 def make_tokens(dense: FFNWeights, count: int, seed: int) -> TokenSet:
     inputs = normal(count, 5, seed=seed)
-    return TokenSet(inputs, ffn_forward(dense, inputs, ACTIVATION))
+    return TokenSet(inputs, ffn_forward(dense, inputs, ACTIVATION), torch.ones(count))
 
 
 def run(weights, dense, steps=200, seed=0, **settings):
