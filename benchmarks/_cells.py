@@ -257,7 +257,7 @@ def heading(store: "Store", seeds: Sequence[int], drawn: str) -> str:
         (
             f"{model['parameters']:,} parameters, {model['ffn_parameters']:,} of them in {model['layers']} FFN layers "
             f"of {model['intermediate_size']:,} channels; dense perplexity **{float(dense['perplexity']):.2f}**.\n",
-            f"- Calibration: {drawn} of the {calibration['windows']:,} windows of {calibration['seqlen']} tokens of "
+            f"- Calibration: {drawn} {calibration['windows']:,} windows of {calibration['seqlen']} tokens: "
             f"{calibration['data']}.",
             f"- Evaluation: {evaluation['data']}, {evaluation['windows']:,} windows of {evaluation['seqlen']} tokens; "
             f"{PROTOCOL}.",

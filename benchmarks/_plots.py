@@ -84,7 +84,7 @@ def calibration_plot(
     values = [x for line in lines for x in line.x]
     # Ridge towards zero explodes on few tokens; the frame is for the others.
     calm = [line for line in lines if line.name != "refit to zero"] or lines
-    top = max(line.mean[i] + line.std[i] for line in calm for i in range(len(line.x))) * 1.15
+    top = _top({}, calm, dense) * 1.1
     _draw(axes, lines, dense, top, max(values))
     axes.set_xlim(min(values) * 0.9, max(values) * 1.03)
     axes.set_xticks(sorted(set(values)))
@@ -130,7 +130,8 @@ def _frame(dense: float) -> tuple[Figure, Axes]:
 
 def _top(found: Mapping[str, Mapping[str, Mapping[str, Any]]], lines: Sequence[Line], dense: float) -> float:
     """End of the frame: where FLAP was measured, its greatest excess and half of it again, if any line goes higher."""
-    highest = max(mean + std for line in lines for mean, std in zip(line.mean, line.std)) * 1.05
+    ends = [mean + std for line in lines for mean, std in zip(line.mean, line.std)]
+    highest = max(end for end in ends if math.isfinite(end)) * 1.05
     flap = [summary["excess"] for summary in found.get("flap", {}).values() if "excess" in summary]
     return min(highest, dense * math.exp(_HEADROOM * max(flap))) if flap and max(flap) > 0 else highest
 

@@ -90,12 +90,17 @@ def checks(found: Results) -> dict[str, Any]:
     return {"falls": falls, "baselines_not_beaten": beaten}
 
 
-def check_lines(outcome: Mapping[str, Sequence[str]]) -> str:
+def check_lines(found: Results) -> str:
+    outcome = checks(found)
     falls, beaten = outcome["falls"], outcome["baselines_not_beaten"]
+    if DEFAULT not in found:
+        return "- Not checked: the default was not measured."
+    compared = [name for name in BASELINES if name in found]
+    below = f"no: {'; '.join(beaten)}" if beaten else "yes" if compared else "not checked, none was measured"
     return "\n".join(
         (
             f"- Perplexity of the default rises with the ratio: {'no: ' + '; '.join(falls) if falls else 'yes'}.",
-            f"- Default below every baseline at every ratio: {'no: ' + '; '.join(beaten) if beaten else 'yes'}.",
+            f"- Default below every baseline at every ratio: {below}.",
         )
     )
 
@@ -133,9 +138,9 @@ def page(store: Store, found: Results, args: argparse.Namespace) -> str:
     """The Markdown file."""
     parts = [
         f"# Quality: {store.content['subject']['model']['name']}\n",
-        heading(store, args.seeds, f"{args.num_samples} windows"),
+        heading(store, args.seeds, f"{args.num_samples} windows out of"),
     ]
-    if find_spec("matplotlib") is not None:
+    if args.output.with_suffix(".png").exists():
         parts.append(f"![Perplexity against parameters removed]({args.output.with_suffix('.png').name})\n")
     parts += [
         perplexity_table(found, args.variants, args.ratios),
@@ -149,7 +154,7 @@ def page(store: Store, found: Results, args: argparse.Namespace) -> str:
             f"measured at that ratio.\n\n{perplexity_table(found, names, args.ablation_ratios)}\n"
             + share_table(found, names, args.ablation_ratios)
         )
-    parts.append(f"## Checks\n\n{check_lines(checks(found))}\n")
+    parts.append(f"## Checks\n\n{check_lines(found)}\n")
     problems = {
         f"- {name}: {summary['error']}"
         for name, by_ratio in found.items()
@@ -164,6 +169,9 @@ def page(store: Store, found: Results, args: argparse.Namespace) -> str:
 def plot(store: Store, found: Results, args: argparse.Namespace) -> None:
     if find_spec("matplotlib") is None:
         print("no plot: matplotlib is not installed (extra `bench`)")
+        return
+    if not any("mean" in summary for name in args.variants for summary in found[name].values()):
+        print("no plot: no method works with this model")
         return
     from _plots import quality_plot
 
@@ -208,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     plot(store, found, args)
     text = page(store, found, args)
     args.output.with_suffix(".md").write_text(text, encoding="utf-8")
-    print(f"\n{perplexity_table(found, args.variants, args.ratios)}\n{check_lines(checks(found))}")
+    print(f"\n{perplexity_table(found, args.variants, args.ratios)}\n{check_lines(found)}")
 
 
 if __name__ == "__main__":

@@ -2,14 +2,14 @@
 
     python benchmarks/short_calibration.py --output benchmarks/results/demo-model-calibration.json
 
-Every variant keeps the same channels (OBS on the same tokens); they differ in what is done for the removed ones. `T`
-tokens are cut as eight samples of T / 8 tokens, or as more samples of `--seqlen` tokens where that is less.
+Every variant selects channels in the same way on the same tokens; they differ in what is done for the removed ones.
+T tokens are cut as eight samples of T / 8 tokens, or as more samples of `--seqlen` tokens where that is less.
 
 An interrupted run goes on where it stopped, as that of quality.py does.
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -98,7 +98,10 @@ def checks(found: Results) -> dict[str, Any]:
     return {"rises": rises, "better_than_default": better}
 
 
-def check_lines(outcome: Mapping[str, Sequence[str]]) -> str:
+def check_lines(found: Results) -> str:
+    if DEFAULT not in found:
+        return "- Not checked: the default was not measured."
+    outcome = checks(found)
     rises, better = outcome["rises"], outcome["better_than_default"]
     return "\n".join(
         (
@@ -123,18 +126,19 @@ def page(store: Store, found: Results, left_out: Sequence[int], args: argparse.N
     model = store.content["subject"]["model"]
     parts = [
         f"# Calibration: {model['name']}, {args.ratio:.0%} of the channels removed\n",
-        heading(store, args.seeds, "as many tokens as each line says"),
+        heading(store, args.seeds, "as many tokens as each line says out of"),
     ]
-    if find_spec("matplotlib") is not None:
+    if args.output.with_suffix(".png").exists():
         parts.append(f"![Perplexity against calibration tokens]({args.output.with_suffix('.png').name})\n")
     parts.append(
-        "Perplexity; n is the number of channels of a layer. Every column keeps the same channels and differs in what "
-        f"is done for the removed ones.\n\n{perplexity_table(found, model['intermediate_size'])}"
+        "Perplexity; n is the number of channels of a layer. Every column selects channels in the same way on the "
+        "same tokens and differs in what is done for the removed ones.\n\n"
+        + perplexity_table(found, model["intermediate_size"])
     )
     if left_out:
         sizes = ", ".join(f"{tokens:,}" for tokens in left_out)
         parts.append(f"Not measured, since the calibration data hold fewer tokens: {sizes}.\n")
-    parts.append(f"## Checks\n\n{check_lines(checks(found))}\n")
+    parts.append(f"## Checks\n\n{check_lines(found)}\n")
     problems = {f"- {name}: {entry['error']}" for name in found for entry in found[name] if "error" in entry}
     if problems:
         parts.append("## Not possible with this model\n\n" + "\n".join(sorted(problems)) + "\n")
@@ -144,6 +148,9 @@ def page(store: Store, found: Results, left_out: Sequence[int], args: argparse.N
 def plot(store: Store, found: Results, args: argparse.Namespace) -> None:
     if find_spec("matplotlib") is None:
         print("no plot: matplotlib is not installed (extra `bench`)")
+        return
+    if not any("mean" in entry for entries in found.values() for entry in entries):
+        print("no plot: no variant works with this model")
         return
     from _plots import calibration_plot
 
@@ -187,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     store.write(results=found, seeds=args.seeds, checks=checks(found), left_out=left_out)
     plot(store, found, args)
     args.output.with_suffix(".md").write_text(page(store, found, left_out, args), encoding="utf-8")
-    print(f"\n{perplexity_table(found, subject.intermediate_size)}\n{check_lines(checks(found))}")
+    print(f"\n{perplexity_table(found, subject.intermediate_size)}\n{check_lines(found)}")
 
 
 if __name__ == "__main__":
