@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
+BENCH_READY = $(VENV)/.bench-ready
 # Two processes that use all cores slow each other down many times over; the tests run one thread each.
 WORKERS ?= 2
 
-.PHONY: demo test test-slow quality style bench clean
+.PHONY: demo test test-slow quality style bench bench-quality bench-calibration clean
 
 demo: $(READY)
 	$(BIN)/otprune demo
@@ -26,9 +27,25 @@ style: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The README's table: every method on the embedded model.
-bench: $(READY)
-	$(BIN)/python benchmarks/methods.py --output benchmarks/results/demo-model.json
+# The README's plot and table: every method, ratio and seed; goes on where it was interrupted. MODEL, CALIBRATION and
+# EVALUATION measure another model on other data; BENCH_ARGS adds options (see benchmarks/quality.py --help).
+MODEL ?=
+NAME ?= $(if $(MODEL),$(notdir $(patsubst %/,%,$(MODEL))),demo-model)
+DATA = $(if $(MODEL),--model "$(MODEL)") $(if $(CALIBRATION),--calibration "$(CALIBRATION)") \
+  $(if $(EVALUATION),--evaluation "$(EVALUATION)")
+
+bench-quality: $(BENCH_READY)
+	$(BIN)/python benchmarks/quality.py $(DATA) --output benchmarks/results/$(NAME).json $(BENCH_ARGS)
+
+# The same for the number of calibration tokens.
+bench-calibration: $(BENCH_READY)
+	$(BIN)/python benchmarks/short_calibration.py $(DATA) --output benchmarks/results/$(NAME)-calibration.json $(BENCH_ARGS)
+
+bench: bench-quality
+
+$(BENCH_READY): $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
+	@touch $@
 
 $(READY): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
