@@ -17,6 +17,7 @@ from optimum_otprune.architectures.block import FFNBlock, add_biases, native_int
 from optimum_otprune.compression import Compression, LayerInputs, Recipe, compress
 from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.errors import ConfigurationError, OTPruneError, UnsupportedModelError
+from optimum_otprune.functional.compensation import refit_down
 from optimum_otprune.functional.ffn import FFNWeights, check_weights
 from optimum_otprune.functional.reconstruction import ReconstructionSettings, error_metric, reconstruct
 from optimum_otprune.functional.rescue import RescueEnergies, dilution_ratio, relative_error, rescue_ratio
@@ -237,8 +238,22 @@ def _reconstructed(
         result = reconstruct(like.map(Tensor.float), *sets, block.activation, settings, generator, metric)
     if result.best_step == 0:
         return compression
-    weights = result.weights.map(lambda part: part.to(like.up.dtype))
-    return compression._replace(weights=weights, judged=weights)
+    weights, judged = _refitted_once_more(result.weights, data)
+    return compression._replace(
+        weights=weights.map(lambda part: part.to(like.up.dtype)), judged=judged.map(lambda part: part.to(like.up.dtype))
+    )
+
+
+def _refitted_once_more(trained: FFNWeights, data: LayerData) -> tuple[FFNWeights, FFNWeights]:
+    """The down projection shrunk towards the trained one, fitted to all tokens, and without the held-out ones."""
+    fit, heldout = layer_statistics(data, trained)
+    if trained.down_bias is not None:
+        bias = trained.down_bias if data.dense.down_bias is None else trained.down_bias - data.dense.down_bias
+        nothing = torch.zeros_like(fit.hidden_sum)
+        fit, heldout = fit.shifted(nothing, bias), heldout.shifted(nothing, bias)
+    refits = refit_down(fit, heldout, trained.down)
+    weights, judged = (trained._replace(down=refit.down.to(trained.down.dtype)) for refit in refits)
+    return weights, judged
 
 
 def _report(block: FFNBlock, data: LayerData, compression: Compression, refitted: FFNWeights) -> LayerReport:
