@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_otprune.architectures.block import ffn_blocks
+from optimum_otprune.budget import with_pruning_ratio
 from optimum_otprune.calibration import ModelLimits, TokenSource, calibration_tokens, evaluation_tokens
 from optimum_otprune.checkpoint import hub_id, load_checkpoint, save_checkpoint
 from optimum_otprune.compression import Recipe
@@ -154,8 +155,8 @@ class OTPruner:
             ConfigurationError: If the configuration does not fit the model.
         """
         _check_positive(batch_size=batch_size)
-        recipe = Recipe.resolve(self.config, functions)
         blocks = ffn_blocks(self.model)
+        recipe = Recipe.resolve(with_pruning_ratio(self.config, self.model, blocks), functions)
         data = calibration_tokens(calibration_data, self.config, self.tokenizer, self.limits)
         parameters_before = self.model.num_parameters()
         layers = prune_model(self.model, blocks, recipe, data.tokens, PassSettings(batch_size, progress))
