@@ -17,7 +17,7 @@ class Option(NamedTuple):
     """One field of `OTPruningConfig`.
 
     A None default means "the method decides" for method fields, "derived from the model" for `seqlen`, and "not asked
-    for" for targets. Numbers lie in [minimum, maximum], or in [minimum, below); those with `units` may also be strings.
+    for" for targets. Numbers lie in [minimum, maximum], or in [minimum, below); with `units` they may be strings.
     """
 
     name: str

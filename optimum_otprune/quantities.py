@@ -28,8 +28,8 @@ def parse_quantity(value: int | str, units: Mapping[str, int]) -> int:
         ValueError: If it is no such string; the caller names the option.
 
     Example:
-        >>> parse_quantity("1.2B", COUNT_UNITS), parse_quantity("500MB", SIZE_UNITS), parse_quantity("1 KiB", SIZE_UNITS)
-        (1200000000, 500000000, 1024)
+        >>> parse_quantity("1.2B", COUNT_UNITS), parse_quantity("2GB", SIZE_UNITS), parse_quantity("1kiB", SIZE_UNITS)
+        (1200000000, 2000000000, 1024)
     """
     if isinstance(value, int):
         return value

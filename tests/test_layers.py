@@ -19,7 +19,7 @@ LAYERS = (
     ("architectures",),
     ("documentation", "calibration", "streaming", "scoring", "perplexity", "compression"),
     ("budget", "pipeline", "card", "checkpoint"),
-    ("search_space", "latency", "tuning"),
+    ("search_space", "latency", "trials", "fingerprint", "tuning"),
     ("pruner",),
     ("commands", "__main__"),
     ("__init__",),
