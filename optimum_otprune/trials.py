@@ -32,7 +32,7 @@ class Trial:
 
     def describe(self, base: OTPruningConfig) -> str:
         """One line."""
-        changes = ", ".join(f"{name}={plain_value(value)}" for name, value in self.changes(base).items())
+        changes = ", ".join(f"{name}={_shown(value)}" for name, value in self.changes(base).items())
         outcome = f"failed: {self.error}" if self.perplexity is None else f"perplexity {self.perplexity:.3f}"
         return f"Trial {self.number}: {outcome} ({changes or 'the given configuration'}; {self.seconds:.1f} s)"
 
@@ -70,3 +70,7 @@ class TuningResult:
 def plain_value(value: Any) -> Any:
     """Return a value of a field as a string or number; the names in a list joined."""
     return "+".join(value) or "none" if isinstance(value, (tuple, list)) else value
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(plain_value(value))
