@@ -241,21 +241,35 @@ def sample_config(base: OTPruningConfig, space: Mapping[str, Domain], pick: Pick
         pick: Called with field, label and domain.
     """
     sampled: dict[str, Any] = {}
+    completion: dict[str, Any] = {}
     config = base
+    rest = dict(space)
     for name, domain in space.items():
+        del rest[name]
         if name in unread_fields(config):
             continue
         label = name
         if isinstance(domain, Choices):
-            allowed = tuple(value for value in domain.values if not _contradiction(base, {**sampled, name: value}))
+            allowed = tuple(
+                value for value in domain.values if _completion(base, {**sampled, name: value}, rest) is not None
+            )
             if not allowed:
                 continue
             if allowed != domain.values:
                 label = f"{name} of {', '.join(map(str, allowed))}"
             domain = Choices(allowed)
         sampled[name] = pick(name, label, domain)
-        config = assemble(base, sampled)
+        completion = _completion(base, sampled, rest) or {}
+        config = assemble(base, {**sampled, **completion})
     return config
+
+
+def _completion(
+    base: OTPruningConfig, sampled: Mapping[str, Any], rest: Mapping[str, Domain]
+) -> dict[str, Any] | None:
+    """What must be added for fields not to contradict each other: nothing, or a choice of one that is yet to come."""
+    later = [{name: value} for name, domain in rest.items() if isinstance(domain, Choices) for value in domain.values]
+    return next((added for added in ({}, *later) if not _contradiction(base, {**sampled, **added})), None)
 
 
 def contains(space: Mapping[str, Domain], config: OTPruningConfig) -> bool:

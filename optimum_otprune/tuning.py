@@ -1,5 +1,6 @@
 """Search for the configuration with the least perplexity on held-out samples. The only door to `optuna`, an extra."""
 
+import json
 import logging
 import math
 import time
@@ -164,10 +165,9 @@ def _open_study(optuna: Any, path: Path | None) -> "optuna.Study":
     """Of a file, go on; what a killed process left half done is closed."""
     if path is None:
         return optuna.create_study()
-    is_new = not path.exists() or path.stat().st_size == 0
     try:
-        if not is_new:
-            _drop_unfinished_line(path)
+        if path.exists() and path.stat().st_size > 0:
+            _prepare_journal(path)
         backend = optuna.storages.journal.JournalFileBackend(str(path))
         storage = optuna.storages.JournalStorage(backend)
         study = optuna.create_study(storage=storage, study_name=_STUDY_NAME, load_if_exists=True)
@@ -178,9 +178,11 @@ def _open_study(optuna: Any, path: Path | None) -> "optuna.Study":
             f"The study file {path.name!r} cannot be read or written ({error.strerror}). Give a file in a folder that "
             "exists and is writable."
         ) from error
+    except StudyError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError, optuna.exceptions.OptunaError) as error:
         raise _no_study(path, f"{type(error).__name__}: {error}") from error
-    if not is_new and "fingerprint" not in study.user_attrs:
+    if "fingerprint" not in study.user_attrs and study.trials:
         raise _no_study(path, "it does not say what was tuned")
     return study
 
@@ -192,11 +194,21 @@ def _no_study(path: Path, reason: str) -> StudyError:
     )
 
 
-def _drop_unfinished_line(path: Path) -> None:
-    """A process that was killed while it wrote leaves a line without an end, which nothing could be appended to."""
+def _prepare_journal(path: Path) -> None:
+    """Refuse a file of another kind before anything is written to it, and mend one that a process was killed over.
+
+    Raises:
+        StudyError: If it does not begin as a study of `tune` does.
+    """
     content = path.read_bytes()
-    if not content.endswith(b"\n") and b"\n" in content:
-        path.write_bytes(content[: content.rindex(b"\n") + 1])
+    try:
+        first = json.loads(content.partition(b"\n")[0])
+    except ValueError as error:
+        raise _no_study(path, "its first line is not JSON") from error
+    if not isinstance(first, dict) or first.get("study_name") != _STUDY_NAME:
+        raise _no_study(path, "it does not begin with one")
+    if not content.endswith(b"\n"):  # half a line, which nothing could be appended to
+        path.write_bytes(content[: content.rfind(b"\n") + 1])
 
 
 def _conditions(settings: TuningSettings) -> dict[str, Any]:

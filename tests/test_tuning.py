@@ -7,10 +7,10 @@ import sys
 
 import pytest
 import torch
-from accelerate import cpu_offload
+from transformers import AutoModelForCausalLM
 
 from optimum_otprune import OTPruner, OTPruningConfig, tuning
-from optimum_otprune.architectures.block import ffn_blocks, unchanged
+from optimum_otprune.architectures.block import ffn_blocks
 from optimum_otprune.errors import (
     CalibrationDataError,
     ConfigurationError,
@@ -30,6 +30,7 @@ from optimum_otprune.search_space import (
 from optimum_otprune.tuning import split_samples
 from tests.architectures.test_contract import build
 from tests.conftest import VOCAB_SIZE, make_llama
+from tests.test_passes import DISK
 
 SPACE = {"target_correction": (0.0, 1.0), "ridge_prior": ["identity", "transport"]}
 
@@ -78,16 +79,17 @@ def test_the_model_is_the_same_afterwards_bit_for_bit(name, options, samples):
     assert recorded in ([], [48])
 
 
-def test_an_offloaded_model_is_put_back_too(samples):
-    model = make_llama(num_hidden_layers=1)
-    plain = [weight for weight in ffn_blocks(model)[0].read() if weight is not None]
-    cpu_offload(model)
-    with unchanged(model, ffn_blocks(model)):
-        make_pruner(model, intercept="always").prune(samples, progress=False)
-        assert ffn_blocks(model)[0].intermediate_size == 24
-    after = [weight for weight in ffn_blocks(model)[0].read() if weight is not None]
-    assert all(torch.equal(one, other) for one, other in zip(plain, after, strict=True))
-    model(input_ids=samples)
+def test_a_model_that_is_offloaded_to_disk_is_put_back_too(llama_folder, samples, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(llama_folder, device_map=DISK, offload_folder=tmp_path / "offload")
+    before = [block.read() for block in ffn_blocks(model)]
+    pruner = make_pruner(model, intercept="always")
+    plain = make_pruner(AutoModelForCausalLM.from_pretrained(llama_folder), intercept="always")
+    for one in (pruner, plain):
+        tune(one, samples, num_trials=2)
+    for dense, after in zip(before, (block.read() for block in ffn_blocks(model))):
+        assert [part is None for part in dense] == [part is None for part in after]
+        assert all(torch.equal(one, other) for one, other in zip(dense, after) if one is not None)
+    assert [trial.perplexity for trial in pruner.tuning.trials] == [trial.perplexity for trial in plain.tuning.trials]
 
 
 def test_the_first_trial_is_the_given_configuration_and_the_best_is_kept(samples):
@@ -190,7 +192,9 @@ def test_a_study_of_something_else_is_refused_with_the_difference(change, messag
         tune(make_pruner(model, **options), data, study=path, **arguments)
 
 
-@pytest.mark.parametrize("content", ["not a study\n", "{}\n", "[1]\n", '{"op_code": 99}\n'])
+@pytest.mark.parametrize(
+    "content", ["not a study\n", "{}\n", "[1]\n", '{"op_code": 0, "study_name": "another"}\n', "\xff"]
+)
 def test_a_file_that_is_no_study_is_one_clear_error(content, samples, tmp_path):
     (tmp_path / "notes.txt").write_text(content)
     with pytest.raises(StudyError, match="'notes.txt' is no study of `tune`"):
@@ -201,6 +205,27 @@ def test_a_file_that_is_no_study_is_one_clear_error(content, samples, tmp_path):
 def test_a_study_in_a_folder_that_does_not_exist_is_one_clear_error(samples, tmp_path):
     with pytest.raises(StudyError, match="'study.log' cannot be read or written"):
         tune(make_pruner(), samples, study=tmp_path / "absent" / "study.log")
+
+
+def test_a_process_that_was_killed_before_the_first_trial_leaves_a_study_to_begin(samples, tmp_path):
+    whole, second = make_pruner(), make_pruner()
+    tune(whole, samples, num_trials=1, study=tmp_path / "whole.log")
+    lines = (tmp_path / "whole.log").read_text().splitlines(keepends=True)
+    for content in ("", lines[0]):
+        (tmp_path / "study.log").write_text(content)
+        tune(second, samples, num_trials=1, study=tmp_path / "study.log")
+        assert tried(second) == tried(whole)
+        (tmp_path / "study.log").unlink()
+
+
+def test_a_trial_that_a_killed_process_was_at_does_not_count(samples, tmp_path):
+    whole, second = make_pruner(), make_pruner()
+    tune(whole, samples, num_trials=2, study=tmp_path / "whole.log")
+    lines = (tmp_path / "whole.log").read_text().splitlines(keepends=True)
+    (tmp_path / "study.log").write_text("".join(lines[:-1]))  # the last line tells the result
+    tune(second, samples, num_trials=2, study=tmp_path / "study.log")
+    assert tried(second) == tried(whole)
+    assert [trial.number for trial in second.tuning.trials] == [0, 2]
 
 
 def test_a_line_that_a_killed_process_left_half_written_is_dropped(samples, tmp_path):
@@ -298,6 +323,10 @@ def test_without_optuna_one_error_names_the_extra(samples, monkeypatch):
         ({"search_space": {"pruning_ratio": (0.1, 0.5)}}, "decides how much is pruned"),
         ({"search_space": {"num_samples": [8, 16]}}, "decides the data"),
         ({"search_space": {"importance": ["wanda"]}}, "with selection='obs' the importance only breaks ties"),
+        (
+            {"search_space": {"strategy": ["balanced"], "source_distribution": ["uniform"]}},
+            "`source_distribution=.* contradicts `strategy|no combination can take: others exclude it",
+        ),
         ({"search_space": {"epsilon": (0.1, 1.0)}}, "does not read it"),
         ({"search_space": {"fuse": [["gate"], ["down"]]}}, "holds .'gate',., which no combination can take"),
     ],
@@ -354,11 +383,10 @@ def test_every_combination_of_a_wide_space_is_a_valid_configuration(method):
         "normalization": ["identity", "corrected"],
         "target": ["most_important", "cluster_centroid"],
         "cost": ["activation", "weight"],
-        "strategy": ["balanced", "conservative"],
         "source_distribution": ["uniform", "robust"],
         "epsilon": (0.01, 0.1),
     }
-    fixed = {"least_squares": ["compensation"], "flap": ["compensation", "ridge_prior"]}.get(method, [])
+    fixed = {"least_squares": ["compensation"], "flap": ["compensation", "ridge_prior", "intercept"]}.get(method, [])
     space = check_search_space({name: domain for name, domain in wide.items() if name not in fixed}, base)
     generator = torch.Generator().manual_seed(0)
 
@@ -377,9 +405,6 @@ def test_the_default_space_is_what_the_method_leaves_open():
     assert {"target_correction", "intercept"} & set(default_search_space(OTPruningConfig(), False, False)) == set()
     trained = default_search_space(OTPruningConfig(reconstruction_steps=100), True, True)
     assert trained["reconstruction_steps"] == (50, 200)
-    assert "fo_snip" in default_search_space(OTPruningConfig(method="fo_snip", selection="top"), True, True).get(
-        "importance", ["fo_snip"]
-    )
     with pytest.raises(ConfigurationError, match="'wanda_sp' leaves nothing to search over"):
         default_search_space(OTPruningConfig(method="wanda_sp"), True, True)
     for config in (OTPruningConfig(), OTPruningConfig(method="structured_afr_with_intrafusion")):
