@@ -1,7 +1,6 @@
 """`OTPruner`: one model, one configuration, and what can be done with them."""
 
 import dataclasses
-import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,14 +14,13 @@ from optimum_otprune.budget import with_pruning_ratio
 from optimum_otprune.calibration import ModelLimits, TokenSource, calibration_tokens, evaluation_tokens
 from optimum_otprune.checkpoint import hub_id, load_checkpoint, save_checkpoint
 from optimum_otprune.compression import Recipe
-from optimum_otprune.configuration import OTPruningConfig, check_option
+from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.errors import ConfigurationError
-from optimum_otprune.options import OPTIONS_BY_NAME
 from optimum_otprune.perplexity import evaluate_perplexity
 from optimum_otprune.pipeline import PassSettings, prune_model
 from optimum_otprune.report import PruningReport, versions
-from optimum_otprune.trials import TuningResult
-from optimum_otprune.tuning import TuningSettings, tune_model
+from optimum_otprune.trials import TuningResult, TuningSettings, check_positive
+from optimum_otprune.tuning import tune_model
 
 _LOADING_DEFAULTS = {
     "dtype": "auto",
@@ -160,7 +158,7 @@ class OTPruner:
             NumericalError: If weights, activations or scores are NaN or infinite; names the layer.
             ConfigurationError: If the configuration does not fit the model.
         """
-        _check_positive(batch_size=batch_size)
+        check_positive(batch_size=batch_size)
         blocks = ffn_blocks(self.model)
         recipe = Recipe.resolve(with_pruning_ratio(self.config, self.model, blocks), functions)
         data = calibration_tokens(calibration_data, self.config, self.tokenizer, self.limits)
@@ -197,58 +195,40 @@ class OTPruner:
     ) -> OTPruningConfig:
         """Search for a better configuration at the same budget; the model stays as it is. Needs the extra `tune`.
 
-        The calibration samples are split once. Each trial prunes the model on one part and is judged by the perplexity
-        on the other; then the model is put back, bit for bit. The first trial is `self.config` itself, so the result
-        is never worse than it on those samples. A configuration that fails ends its trial only, and is logged with
-        the reason; a failure of the first one is raised.
-
-        Every trial has the ratio or target of `self.config`. With `target_latency` the ratio is found first, by
-        bisection on the measured time of the model with its FFNs cut to a width, since speed depends on nothing else.
+        The calibration samples are split once: each trial prunes on one part, is judged by perplexity on the other,
+        and leaves the model bit for bit as it was. The first trial is `self.config`, so the result is never worse than
+        it there. A configuration that fails ends its trial only, and is logged with the reason.
 
         Args:
             calibration_data: As for `prune`.
             num_trials: In all, those that earlier runs of the study finished included.
             timeout: No trial starts after so many seconds, the first one excepted.
-            search_space: By field, a tuple `(low, high)` or a list of choices; default: what the method leaves open,
-                see `optimum_otprune.search_space.default_search_space`.
-            study: File that keeps the trials. An existing one is gone on with, as if it had not been interrupted; its
-                model, samples, configuration and search space must be the same. For one process at a time.
-            target_latency: Seconds of a forward pass (median, on the model's device), in place of the ratio.
+            search_space: By field, a tuple `(low, high)` or a list of choices; default: `default_search_space`.
+            study: File of the trials; an existing one of the same search is gone on with, by one process at a time.
+            target_latency: Median seconds of a forward pass on the model's device, in place of the ratio, which is
+                found first by bisection: FFNs are cut to a width, for speed depends on nothing else.
             latency_shape: `(batch_size, seqlen)` of that forward pass; default: one calibration sample.
-            validation_share: Share of the samples that trials are judged on, in (0, 1).
+            validation_share: Share of the samples that trials are judged on.
             seed: Of the split and of the sampler; default: the configuration's.
             batch_size: Samples per forward pass.
             progress: Whether to show a progress bar.
-            on_trial: Called with the result so far at the start and after each trial.
+            on_trial: Called with the result so far at the start and after each trial; also kept as `self.tuning`.
 
         Returns:
-            The best configuration, also kept as `self.config`. All trials are in `self.tuning`, also those before an
-            interruption.
+            The best configuration, also kept as `self.config`.
 
         Raises:
-            MissingExtraError: If optuna is not installed.
-            ConfigurationError: If an argument, or the configuration with this model, is not valid.
-            StudyError: If the file is damaged, or of another search.
-            CalibrationDataError: If the data cannot be used.
+            OTPruneError: Without optuna, or where an argument, the study's file or the first trial is at fault.
         """
-        _check_positive(num_trials=num_trials, batch_size=batch_size)
-        _check_shape(latency_shape, target_latency)
-        _check_between(math.inf, timeout=timeout, target_latency=target_latency)
-        _check_between(1, validation_share=validation_share)
+        file = None if study is None else Path(study)
+        seed = self.config.seed if seed is None else seed
+        space, shape = search_space, latency_shape
+        settings = TuningSettings(
+            num_trials, timeout, space, file, target_latency, shape, validation_share, seed, batch_size, progress
+        )
+        settings.check()
         blocks = ffn_blocks(self.model)
         tokens = calibration_tokens(calibration_data, self.config, self.tokenizer, self.limits).tokens
-        settings = TuningSettings(
-            num_trials=num_trials,
-            timeout=timeout,
-            search_space=search_space,
-            study=None if study is None else Path(study),
-            target_latency=target_latency,
-            latency_shape=latency_shape or (1, tokens.shape[1]),
-            validation_share=validation_share,
-            seed=self.config.seed if seed is None else check_option(OPTIONS_BY_NAME["seed"], seed),
-            batch_size=batch_size,
-            progress=progress,
-        )
 
         def note(result: TuningResult) -> None:
             self.tuning = result
@@ -282,7 +262,7 @@ class OTPruner:
             CalibrationDataError: If the data cannot be used.
             NumericalError: If the model's outputs are NaN.
         """
-        _check_positive(batch_size=batch_size, max_windows=max_windows)
+        check_positive(batch_size=batch_size, max_windows=max_windows)
         tokens = evaluation_tokens(data, self.config, self.tokenizer, self.limits, max_windows)
         measured = evaluate_perplexity(self.model, tokens.tokens, batch_size, progress)
         stage = "dense" if self.report is None else "pruned"
@@ -312,30 +292,6 @@ class OTPruner:
         return save_checkpoint(
             Path(save_directory), self.model, self.tokenizer, self.config, self.report, overwrite, max_shard_size
         )
-
-
-def _check_positive(**counts: int | None) -> None:
-    for name, count in counts.items():
-        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
-            raise ConfigurationError(f"`{name}` is {count!r}; want an integer >= 1.")
-
-
-def _check_between(maximum: float, **numbers: float | None) -> None:
-    for name, number in numbers.items():
-        is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
-        if number is not None and not (is_number and 0 < number < maximum):
-            below = "" if math.isinf(maximum) else f" and < {maximum:g}"
-            raise ConfigurationError(f"`{name}` is {number!r}; want a number > 0{below}.")
-
-
-def _check_shape(shape: Any, target_latency: float | None) -> None:
-    if shape is None:
-        return
-    if target_latency is None:
-        raise ConfigurationError("`latency_shape` would be ignored without `target_latency`.")
-    if not isinstance(shape, (tuple, list)) or len(shape) != 2:
-        raise ConfigurationError(f"`latency_shape` is {shape!r}; want two integers: batch size and seqlen.")
-    _check_positive(**dict(zip(("latency_shape[0]", "latency_shape[1]"), shape)))
 
 
 def _as_config(config: Any, options: Mapping[str, Any]) -> OTPruningConfig:

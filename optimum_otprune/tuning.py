@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ from optimum_otprune.search_space import (
     default_search_space,
     sample_config,
 )
-from optimum_otprune.trials import Trial, TuningResult, plain_value
+from optimum_otprune.trials import Trial, TuningResult, TuningSettings, plain_value
 
 if TYPE_CHECKING:
     import optuna
@@ -50,34 +50,6 @@ logger = logging.getLogger(__name__)
 
 _STUDY_NAME = "otprune"
 _SEED_STRIDE = 100_003
-
-
-class TuningSettings(NamedTuple):
-    """What a search is bounded by.
-
-    Attributes:
-        num_trials: Finished trials in all, those of earlier runs of the study included.
-        timeout: No trial starts after so many seconds, the first one excepted; None for no limit.
-        search_space: By field; None for the default.
-        study: File of the study; None keeps it in memory.
-        target_latency: Seconds of a forward pass, in place of the configuration's ratio.
-        latency_shape: `(batch_size, seqlen)` of that forward pass.
-        validation_share: Share of the samples that the objective is measured on.
-        seed: Of the split and of the sampler.
-        batch_size: Samples per forward pass.
-        progress: Whether to show a progress bar.
-    """
-
-    num_trials: int
-    timeout: float | None
-    search_space: Mapping[str, Any] | None
-    study: Path | None
-    target_latency: float | None
-    latency_shape: tuple[int, int]
-    validation_share: float
-    seed: int
-    batch_size: int
-    progress: bool
 
 
 def tune_model(
@@ -107,6 +79,7 @@ def tune_model(
     given = settings.search_space
     given = default_search_space(base, blocks[0].spec.residual, can_hold_intercept) if given is None else given
     space = check_search_space(given, base)
+    settings = settings._replace(latency_shape=settings.latency_shape or (1, tokens.shape[1]))
     fit, heldout = split_samples(tokens, settings.validation_share, settings.seed)
     if settings.target_latency is None:
         with_pruning_ratio(base, model, blocks)  # raises where the target cannot be met
@@ -213,6 +186,7 @@ def _prepare_journal(path: Path) -> None:
 
 def _conditions(settings: TuningSettings) -> dict[str, Any]:
     """Settings that a trial's result depends on."""
+    assert settings.latency_shape is not None
     shape = None if settings.target_latency is None else list(settings.latency_shape)
     return {
         "validation_share": settings.validation_share,
@@ -239,6 +213,7 @@ def _at_latency(
     if settings.target_latency is None:
         return base
     if "pruning_ratio" not in study.user_attrs:
+        assert settings.latency_shape is not None
         width = uniform_width(blocks)
         kept = width_for_latency(
             model,
