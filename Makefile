@@ -52,7 +52,7 @@ $(READY): pyproject.toml setup.py constraints.txt
 	  { echo "Python 3.11 or newer is needed; $(PYTHON) is older. Try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[quality,tests]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[quality,tests,tune]"
 	@touch $@
 
 clean:

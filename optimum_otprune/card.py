@@ -8,6 +8,7 @@ from huggingface_hub import ModelCardData
 from jinja2 import Environment, StrictUndefined
 
 from optimum_otprune.configuration import OTPruningConfig
+from optimum_otprune.options import BUDGET_FIELDS
 from optimum_otprune.report import PruningReport
 
 
@@ -41,8 +42,10 @@ def model_card(config: OTPruningConfig, report: PruningReport | None, name: str,
 
 
 def _metadata(config: OTPruningConfig, report: PruningReport | None) -> ModelCardData:
-    extra: dict[str, Any] = {"method": config.method, "pruning_ratio": float(config.pruning_ratio)}
+    extra: dict[str, Any] = {"method": config.method}
+    extra |= {name: value for name in BUDGET_FIELDS if (value := getattr(config, name)) is not None}
     if report is not None:
+        extra.setdefault("pruning_ratio", round(report.pruning_ratio, 6))
         extra |= {
             "intermediate_size": report.layers[0].intermediate_size_after,
             "rescue_ratio": round(float(report.rescue_ratio), 6),

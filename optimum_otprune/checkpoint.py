@@ -194,6 +194,50 @@ def check_output_folder(folder: Path, overwrite: bool, needed_bytes: int = 0) ->
         )
 
 
+def check_output_file(file: Path, overwrite: bool) -> None:
+    """Raise when `save_text` could not write there.
+
+    Args:
+        file: Where the result shall be.
+        overwrite: Whether a file is replaced.
+
+    Raises:
+        OutputError: If it is a folder, exists already, or its folder is missing or not writable.
+    """
+    if file.is_dir():
+        raise OutputError(f"The output {file.name!r} is a folder. Give the name of a file.")
+    if file.exists() and not overwrite:
+        raise OutputError(f"The output file {file.name!r} exists. Choose another, or set `overwrite` to replace it.")
+    folder = file.absolute().parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError(
+            f"The folder {folder.name!r}, where {file.name!r} shall be written, is missing or read-only."
+        )
+
+
+def save_text(file: Path, text: str, overwrite: bool) -> None:
+    """Write a file that is complete or not there.
+
+    Args:
+        file: Where.
+        text: What.
+        overwrite: Whether a file is replaced.
+
+    Raises:
+        OutputError: See `check_output_file`; or if writing fails.
+    """
+    check_output_file(file, overwrite)
+    partial = file.with_name(f".{file.name}.partial-{os.getpid()}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        _sync(partial)
+        os.replace(partial, file)
+    except OSError as error:
+        raise OutputError(f"The output file {file.name!r} could not be written: {error.strerror}.") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def save_checkpoint(
     folder: Path,
     model: PreTrainedModel,

@@ -24,7 +24,8 @@ from optimum_otprune.methods import (
     RIDGE_FIELDS,
     TRANSPORT_FIELDS,
 )
-from optimum_otprune.options import OPTIONS, OPTIONS_BY_NAME, Option
+from optimum_otprune.options import BUDGET_FIELDS, OPTIONS, OPTIONS_BY_NAME, Option
+from optimum_otprune.quantities import parse_quantity
 from optimum_otprune.registry import Registry, unknown_name
 from optimum_otprune.version import __version__
 
@@ -42,9 +43,9 @@ FUNCTION_FIELDS: dict[str, Registry] = {
     "statistics": mixtures,
     "solver": solvers,
 }
-_STRATEGY_FIELDS = ("statistics", "source_distribution", "target_distribution")
+STRATEGY_FIELDS = ("statistics", "source_distribution", "target_distribution")
 # Fields that make the method what its name says.
-_FIXED = {
+FIXED_FIELDS = {
     "random": ("importance",),
     "magnitude": ("importance",),
     "fo_snip": ("importance",),
@@ -85,7 +86,13 @@ class OTPruningConfig(BaseConfig):
                 raise ConfigurationError(unknown_name("option", name, OPTIONS_BY_NAME))
         # Nothing is forwarded: the base class drops unknown names and pops those of generation parameters in silence.
         super().__init__()
-        values = {option.name: _checked(option, given.get(option.name, option.default)) for option in OPTIONS}
+        absent = _absent_budgets(given)
+        values = {
+            option.name: None
+            if option.name in absent
+            else check_option(option, given.get(option.name, option.default))
+            for option in OPTIONS
+        }
         explicit = {name for name, value in given.items() if value is not None}
         values.update(_resolve(values, explicit))
         for name, value in values.items():
@@ -117,8 +124,11 @@ class OTPruningConfig(BaseConfig):
         return f"OTPruningConfig {self.to_json_string()}"
 
     def replace(self, **changes: Any) -> "OTPruningConfig":
-        """A copy with some options changed; a changed `method` or `quality` decides its fields again."""
-        values = self.to_dict()
+        """A copy with some options changed.
+
+        A changed `method` or `quality` decides its fields again; a new ratio or target takes the old one's place.
+        """
+        values = _without_replaced_budget(self.to_dict(), changes)
         values.pop(_VERSION_KEY)
         if changes.get("method", self.method) != self.method:
             values = {name: value for name, value in values.items() if name not in (*METHOD_FIELDS, *QUALITY_FIELDS)}
@@ -155,7 +165,7 @@ class OTPruningConfig(BaseConfig):
             values = {name: value for name, value in values.items() if name not in unknown}
         overrides = {name: value for name, value in kwargs.items() if name in OPTIONS_BY_NAME}
         unused = {name: value for name, value in kwargs.items() if name not in OPTIONS_BY_NAME}
-        config = cls(**{**values, **overrides})
+        config = cls(**{**_without_replaced_budget(values, overrides), **overrides})
         return (config, unused) if return_unused else config
 
     @classmethod
@@ -207,7 +217,21 @@ def _is_newer(version: str) -> bool:
     return parts(version) > parts(__version__)
 
 
-def _checked(option: Option, value: Any) -> Any:
+def _absent_budgets(given: Mapping[str, Any]) -> set[str]:
+    """Of the ratio and the targets, those that another one stands in for."""
+    budgets = [name for name in BUDGET_FIELDS if given.get(name) is not None]
+    if len(budgets) > 1:
+        both = " and ".join(f"`{name}={given[name]!r}`" for name in budgets)
+        raise ConfigurationError(f"{both} say in more than one way how much to prune. Give one of them.")
+    return set(BUDGET_FIELDS) - set(budgets) if budgets else set()
+
+
+def _without_replaced_budget(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    replaced = BUDGET_FIELDS if any(changes.get(name) is not None for name in BUDGET_FIELDS) else ()
+    return {name: value for name, value in values.items() if name not in replaced}
+
+
+def check_option(option: Option, value: Any) -> Any:
     """Return the value in the option's type, or raise with the option's name, what was got and what would be right."""
     if value is None:
         if option.optional:
@@ -216,6 +240,8 @@ def _checked(option: Option, value: Any) -> Any:
     problem = ConfigurationError(f"`{option.name}` is {value!r}; want {_wanted(option)}.")
     if option.kind is tuple:
         return _checked_names(option, value, problem)
+    if option.units is not None and isinstance(value, str):
+        return _checked_quantity(option, value, problem)
     if isinstance(value, bool) or not isinstance(value, (int, float) if option.kind is float else option.kind):
         raise problem
     if option.kind is float:
@@ -224,6 +250,18 @@ def _checked(option: Option, value: Any) -> Any:
         raise problem
     if option.choices is not None and value not in option.choices:
         raise ConfigurationError(unknown_name(f"`{option.name}`", value, option.choices))
+    return value
+
+
+def _checked_quantity(option: Option, value: str, problem: ConfigurationError) -> str:
+    """The string as it was given, once it is known to be a quantity in range."""
+    assert option.units is not None
+    try:
+        quantity = parse_quantity(value, option.units)
+    except ValueError as error:
+        raise problem from error
+    if not _in_range(option, quantity):
+        raise problem
     return value
 
 
@@ -249,6 +287,8 @@ def _in_range(option: Option, value: float) -> bool:
 
 def _wanted(option: Option) -> str:
     kind = {float: "a number", int: "an integer", str: "a string", tuple: "a list"}[option.kind]
+    if option.units is not None:
+        kind += f" or a string with a unit ({', '.join(filter(None, option.units))})"
     bounds = [
         f"{sign} {bound:g}"
         for sign, bound in (
@@ -267,7 +307,7 @@ def _resolve(values: dict[str, Any], explicit: set[str]) -> dict[str, Any]:
     """Fill in what the method decides, and refuse what contradicts it or another option."""
     method = values["method"]
     preset = METHODS[method]
-    for name in _FIXED.get(method, ()):
+    for name in FIXED_FIELDS.get(method, ()):
         if name in explicit and values[name] != preset[name]:
             raise ConfigurationError(
                 f"`{name}={values[name]!r}` contradicts `method={method!r}`, which means {preset[name]!r}. Leave it "
@@ -286,7 +326,7 @@ def _resolve(values: dict[str, Any], explicit: set[str]) -> dict[str, Any]:
             "select by it, or selection='obs' to silence this.",
             stacklevel=4,
         )
-    unused = _unused_fields(chosen)
+    unused = unused_fields(chosen)
     for name, reason in unused.items():
         if name in explicit:
             raise ConfigurationError(f"`{name}={values[name]!r}` would be ignored: {reason}.")
@@ -311,22 +351,22 @@ def _apply_strategy(chosen: dict[str, Any], values: dict[str, Any], explicit: se
     if chosen["strategy"] not in strategies:
         raise ConfigurationError(unknown_name("`strategy`", chosen["strategy"], strategies))
     strategy = strategies[chosen["strategy"]]._asdict()
-    contradicted = [name for name in _STRATEGY_FIELDS if name in explicit and values[name] != strategy[name]]
+    contradicted = [name for name in STRATEGY_FIELDS if name in explicit and values[name] != strategy[name]]
     if contradicted and "strategy" in explicit:
         name = contradicted[0]
         raise ConfigurationError(
             f"`{name}={values[name]!r}` contradicts `strategy={chosen['strategy']!r}`, which sets {strategy[name]!r}. "
             "Leave one of them out."
         )
-    for name in _STRATEGY_FIELDS:
+    for name in STRATEGY_FIELDS:
         if name not in explicit:
             chosen[name] = strategy[name]
     if contradicted:
         chosen["strategy"] = None  # the method's strategy, no longer what is done
 
 
-def _unused_fields(chosen: dict[str, Any]) -> dict[str, str]:
-    """Fields that nothing reads, given the others, with the reason."""
+def unused_fields(chosen: Mapping[str, Any]) -> dict[str, str]:
+    """Return the method fields that nothing reads, given the others, with the reason."""
     unused: dict[str, str] = {}
     ridge = chosen["compensation"] == "ridge"
     transport = bool(chosen["fuse"]) or (ridge and chosen["ridge_prior"] == "transport")

@@ -1,5 +1,7 @@
 """Where tensors live: reading and replacing parameters that accelerate may have offloaded. Door to accelerate."""
 
+from collections.abc import Callable
+
 import torch
 from accelerate.utils import align_module_device, has_offloaded_params
 from accelerate.utils.offload import OffloadedWeightsLoader, PrefixedDataset, offload_weight
@@ -52,6 +54,29 @@ def replace_parameter(module: nn.Module, name: str, value: Tensor) -> None:
     else:
         value = value.to(like.device).contiguous()
     module._parameters[name] = nn.Parameter(value, requires_grad=like.requires_grad)
+
+
+def keep_parameters(module: nn.Module) -> Callable[[], None]:
+    """Return a function that undoes every `replace_parameter` from now on: the same values, bit for bit.
+
+    Parameters in memory are put back as the objects that they are now; of offloaded ones copies are kept on the CPU.
+
+    Args:
+        module: The module that holds them directly.
+    """
+    kept = dict(module._parameters)
+    if not has_offloaded_params(module):
+        return lambda: module._parameters.update(kept)
+    values = {name: value.cpu() for name in kept if (value := read_parameter(module, name)) is not None}
+
+    def put_back() -> None:
+        for name in kept:
+            if name in values:
+                replace_parameter(module, name, values[name])
+            else:
+                module._parameters[name] = None
+
+    return put_back
 
 
 def _store(store: object, key: str, value: Tensor) -> None:

@@ -47,3 +47,11 @@ class ReportError(OTPruneError, ValueError):
 
 class UsageError(OTPruneError, ValueError):
     """The command line was used in a wrong way."""
+
+
+class MissingExtraError(OTPruneError, ImportError):
+    """An optional library is needed that is not installed."""
+
+
+class StudyError(OTPruneError, ValueError):
+    """The file of a tuning study is damaged, or belongs to another model, data or configuration."""

@@ -3,16 +3,21 @@
 No torch here, so that `otprune --help` is fast.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from optimum_otprune.methods import METHODS, QUALITIES
+from optimum_otprune.quantities import COUNT_UNITS, SIZE_UNITS
+
+# Alternatives: a configuration has exactly one of them.
+BUDGET_FIELDS = ("pruning_ratio", "target_parameters", "target_size")
 
 
 class Option(NamedTuple):
     """One field of `OTPruningConfig`.
 
-    A None default means "the method decides" for method fields, and "derived from the model" for `seqlen`.
-    Numbers lie in [minimum, maximum], or in [minimum, below).
+    A None default means "the method decides" for method fields, "derived from the model" for `seqlen`, and "not asked
+    for" for targets. Numbers lie in [minimum, maximum], or in [minimum, below); with `units` they may be strings.
     """
 
     name: str
@@ -25,6 +30,7 @@ class Option(NamedTuple):
     above: float | None = None
     choices: tuple[str, ...] | None = None
     optional: bool = False
+    units: Mapping[str, int] | None = None
 
 
 def _method_option(name: str, help: str, **kwargs: Any) -> Option:
@@ -33,6 +39,24 @@ def _method_option(name: str, help: str, **kwargs: Any) -> Option:
 
 OPTIONS: tuple[Option, ...] = (
     Option("pruning_ratio", float, 0.2, "share of every FFN's channels to remove; 0 changes nothing", 0.0, below=1.0),
+    Option(
+        "target_parameters",
+        int,
+        None,
+        "in place of pruning_ratio: parameters that the pruned model may have, such as 900M or 1.2B",
+        1,
+        optional=True,
+        units=COUNT_UNITS,
+    ),
+    Option(
+        "target_size",
+        int,
+        None,
+        "in place of pruning_ratio: bytes that the saved weights may have, such as 500MB, 2GB or 1.5GiB",
+        1,
+        optional=True,
+        units=SIZE_UNITS,
+    ),
     Option("method", str, "otprune", "preset of the fields below that are left unset", choices=tuple(METHODS)),
     Option(
         "multiple_of",

@@ -240,7 +240,8 @@ def _reconstructed(
         return compression
     weights, judged = _refitted_once_more(result.weights, data)
     return compression._replace(
-        weights=weights.map(lambda part: part.to(like.up.dtype)), judged=judged.map(lambda part: part.to(like.up.dtype))
+        weights=weights.map(lambda part: part.to(like.up.dtype)),
+        judged=judged.map(lambda part: part.to(like.up.dtype)),
     )
 
 

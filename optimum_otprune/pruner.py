@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_otprune.architectures.block import ffn_blocks
+from optimum_otprune.budget import with_pruning_ratio
 from optimum_otprune.calibration import ModelLimits, TokenSource, calibration_tokens, evaluation_tokens
 from optimum_otprune.checkpoint import hub_id, load_checkpoint, save_checkpoint
 from optimum_otprune.compression import Recipe
@@ -18,6 +19,8 @@ from optimum_otprune.errors import ConfigurationError
 from optimum_otprune.perplexity import evaluate_perplexity
 from optimum_otprune.pipeline import PassSettings, prune_model
 from optimum_otprune.report import PruningReport, versions
+from optimum_otprune.trials import TuningResult, TuningSettings, check_positive
+from optimum_otprune.tuning import tune_model
 
 _LOADING_DEFAULTS = {
     "dtype": "auto",
@@ -42,6 +45,7 @@ class OTPruner:
         config: What is, or was, done to it.
         tokenizer: Its tokenizer, or None.
         report: What `prune` did, or None before; restored for a pruned folder.
+        tuning: What `tune` tried, or None before.
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class OTPruner:
         self.tokenizer = tokenizer
         self.report = report
         self.base_model = base_model
+        self.tuning: TuningResult | None = None
         self._evaluations: list[Mapping[str, Any]] = list(report.evaluations) if report else []
 
     @classmethod
@@ -153,9 +158,9 @@ class OTPruner:
             NumericalError: If weights, activations or scores are NaN or infinite; names the layer.
             ConfigurationError: If the configuration does not fit the model.
         """
-        _check_positive(batch_size=batch_size)
-        recipe = Recipe.resolve(self.config, functions)
+        check_positive(batch_size=batch_size)
         blocks = ffn_blocks(self.model)
+        recipe = Recipe.resolve(with_pruning_ratio(self.config, self.model, blocks), functions)
         data = calibration_tokens(calibration_data, self.config, self.tokenizer, self.limits)
         parameters_before = self.model.num_parameters()
         layers = prune_model(self.model, blocks, recipe, data.tokens, PassSettings(batch_size, progress))
@@ -171,6 +176,67 @@ class OTPruner:
             versions=versions(),
         )
         return self.report
+
+    def tune(
+        self,
+        calibration_data: TokenSource | None = None,
+        *,
+        num_trials: int = 20,
+        timeout: float | None = None,
+        search_space: Mapping[str, Any] | None = None,
+        study: str | os.PathLike | None = None,
+        target_latency: float | None = None,
+        latency_shape: tuple[int, int] | None = None,
+        validation_share: float = 0.25,
+        seed: int | None = None,
+        batch_size: int = 8,
+        progress: bool = True,
+        on_trial: Callable[[TuningResult], None] | None = None,
+    ) -> OTPruningConfig:
+        """Search for a better configuration at the same budget; the model stays as it is. Needs the extra `tune`.
+
+        The calibration samples are split once: each trial prunes on one part, is judged by perplexity on the other,
+        and leaves the model bit for bit as it was. The first trial is `self.config`, so the result is never worse than
+        it there. A configuration that fails ends its trial only, and is logged with the reason.
+
+        Args:
+            calibration_data: As for `prune`.
+            num_trials: In all, those that earlier runs of the study finished included.
+            timeout: No trial starts after so many seconds, the first one excepted.
+            search_space: By field, a tuple `(low, high)` or a list of choices; default: `default_search_space`.
+            study: File of the trials; an existing one of the same search is gone on with, by one process at a time.
+            target_latency: Median seconds of a forward pass on the model's device, in place of the ratio, which is
+                found first by bisection: FFNs are cut to a width, for speed depends on nothing else.
+            latency_shape: `(batch_size, seqlen)` of that forward pass; default: one calibration sample.
+            validation_share: Share of the samples that trials are judged on.
+            seed: Of the split and of the sampler; default: the configuration's.
+            batch_size: Samples per forward pass.
+            progress: Whether to show a progress bar.
+            on_trial: Called with the result so far at the start and after each trial; also kept as `self.tuning`.
+
+        Returns:
+            The best configuration, also kept as `self.config`.
+
+        Raises:
+            OTPruneError: Without optuna, or where an argument, the study's file or the first trial is at fault.
+        """
+        file = None if study is None else Path(study)
+        seed = self.config.seed if seed is None else seed
+        space, shape = search_space, latency_shape
+        settings = TuningSettings(
+            num_trials, timeout, space, file, target_latency, shape, validation_share, seed, batch_size, progress
+        )
+        settings.check()
+        blocks = ffn_blocks(self.model)
+        tokens = calibration_tokens(calibration_data, self.config, self.tokenizer, self.limits).tokens
+
+        def note(result: TuningResult) -> None:
+            self.tuning = result
+            if on_trial is not None:
+                on_trial(result)
+
+        self.config = tune_model(self.model, blocks, self.config, tokens, settings, note).best.config
+        return self.config
 
     def evaluate(
         self,
@@ -196,7 +262,7 @@ class OTPruner:
             CalibrationDataError: If the data cannot be used.
             NumericalError: If the model's outputs are NaN.
         """
-        _check_positive(batch_size=batch_size, max_windows=max_windows)
+        check_positive(batch_size=batch_size, max_windows=max_windows)
         tokens = evaluation_tokens(data, self.config, self.tokenizer, self.limits, max_windows)
         measured = evaluate_perplexity(self.model, tokens.tokens, batch_size, progress)
         stage = "dense" if self.report is None else "pruned"
@@ -226,12 +292,6 @@ class OTPruner:
         return save_checkpoint(
             Path(save_directory), self.model, self.tokenizer, self.config, self.report, overwrite, max_shard_size
         )
-
-
-def _check_positive(**counts: int | None) -> None:
-    for name, count in counts.items():
-        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
-            raise ConfigurationError(f"`{name}` is {count!r}; want an integer >= 1.")
 
 
 def _as_config(config: Any, options: Mapping[str, Any]) -> OTPruningConfig:

@@ -98,6 +98,12 @@ class PruningReport:
         return pooled(layer.energies for layer in self.layers)
 
     @property
+    def pruning_ratio(self) -> float:
+        """Share of the channels of all layers that were removed."""
+        before = sum(layer.intermediate_size_before for layer in self.layers)
+        return sum(layer.pruned_channels for layer in self.layers) / before if before else 0.0
+
+    @property
     def rescue_ratio(self) -> float:
         """Of the whole model, pooled by energy."""
         return rescue_ratio(self.energies)
@@ -112,6 +118,7 @@ class PruningReport:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values["layers"] = [_layer_to_dict(layer) for layer in self.layers]
         values["evaluations"] = [dict(evaluation) for evaluation in self.evaluations]
+        values |= {"pruning_ratio": self.pruning_ratio}
         values |= {"rescue_ratio": self.rescue_ratio, "dilution_ratio": self.dilution_ratio}
         return {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
 
@@ -212,7 +219,7 @@ def _summary(report: PruningReport) -> str:
         rule,
         "Model Overview",
         f"  Layers analyzed: {len(report.layers)}",
-        f"  Pruned channels: {pruned:,}",
+        f"  Pruned channels: {pruned:,} ({report.pruning_ratio:.1%})",
         f"  Kept channels: {kept:,}",
         f"  Parameters: {report.parameters_before:,} -> {report.parameters_after:,}",
         "Global Rescue Effect",

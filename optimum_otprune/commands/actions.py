@@ -10,13 +10,15 @@ from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
-from optimum_otprune.checkpoint import check_output_folder
+from optimum_otprune.checkpoint import check_output_file, check_output_folder, save_text
 from optimum_otprune.commands.arguments import config_options, loading_options
 from optimum_otprune.commands.demo import run_demo
 from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.errors import ConfigurationError, ReportError, UsageError
+from optimum_otprune.options import BUDGET_FIELDS
 from optimum_otprune.pruner import OTPruner
 from optimum_otprune.report import REPORT_FILE, PruningReport
+from optimum_otprune.trials import TuningResult
 
 
 def prune(args: argparse.Namespace) -> None:
@@ -40,6 +42,46 @@ def prune(args: argparse.Namespace) -> None:
         )
     pruner.save_pretrained(output, overwrite=args.overwrite)
     print(f"Saved to {output}. Load it with AutoModelForCausalLM.from_pretrained({str(output)!r}).")
+
+
+def tune(args: argparse.Namespace) -> None:
+    """Search for a better configuration and write it to a file."""
+    _speak(quiet=True)  # a line for every layer of every trial would hide the trials
+    logging.getLogger("optimum_otprune.tuning").setLevel(logging.ERROR)  # printed below
+    given = [name for name in BUDGET_FIELDS if getattr(args, name) is not None]
+    if args.target_latency is not None and given:
+        option = given[0].replace("_", "-")
+        raise UsageError(f"`--target-latency` and `--{option}` say in more than one way how much to prune. Give one.")
+    config = _config(args)
+    output = Path(args.output)
+    check_output_file(output, args.overwrite)
+    pruner = OTPruner.from_pretrained(args.model, config, **loading_options(args))
+
+    def show(result: TuningResult) -> None:
+        for trial in result.trials[shown[0] :]:
+            print(trial.describe(result.base), flush=True)
+        shown[0] = len(result.trials)
+
+    shown = [0]
+    best = pruner.tune(
+        args.calibration_data,
+        num_trials=args.trials,
+        timeout=args.timeout,
+        study=args.study,
+        target_latency=args.target_latency,
+        latency_shape=args.latency_shape,
+        batch_size=args.batch_size,
+        progress=not args.quiet,
+        on_trial=show,
+    )
+    save_text(output, best.to_json_string(), args.overwrite)
+    result = pruner.tuning
+    assert result is not None
+    print(
+        f"Perplexity on held-out calibration samples: {result.base_perplexity:.3f} given -> "
+        f"{result.best_perplexity:.3f} best (trial {result.best.number} of {len(result.trials)})"
+    )
+    print(f"Saved to {output}. Prune with it: otprune prune {args.model} --config {output} -o OUT")
 
 
 def evaluate(args: argparse.Namespace) -> None:

@@ -26,6 +26,8 @@ def _argument(option: Option) -> dict[str, Any]:
         return argument | {"nargs": "*", "choices": option.choices}
     if option.choices is not None:
         return argument | {"choices": option.choices}
+    if option.units is not None:
+        return argument | {"metavar": "N"}  # a number or a string with a unit; the configuration tells
     return argument | {"type": option.kind, "metavar": {int: "N", float: "X", str: "NAME"}[option.kind]}
 
 

@@ -54,6 +54,41 @@ class PruneCommand(_Command):
         add_run_options(parser)
 
 
+class TuneCommand(_Command):
+    """`otprune tune`."""
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        """Options."""
+        add_model_options(parser)
+        parser.add_argument(
+            "-o", "--output", required=True, metavar="FILE", help="file for the best configuration, such as best.json"
+        )
+        parser.add_argument("--overwrite", action="store_true", help="replace the output file if it exists")
+        parser.add_argument("--calibration-data", metavar="DATA", help=DATA_HELP)
+        group = parser.add_argument_group("search")
+        group.add_argument("--trials", type=int, default=20, metavar="N", help="trials in all (default: 20)")
+        group.add_argument("--timeout", type=float, metavar="S", help="start no trial after so many seconds")
+        group.add_argument(
+            "--study", metavar="FILE", help="file that keeps the trials; an existing one is gone on with"
+        )
+        group.add_argument(
+            "--target-latency",
+            type=float,
+            metavar="S",
+            help="seconds of a forward pass, in place of a ratio or target",
+        )
+        group.add_argument(
+            "--latency-shape",
+            type=int,
+            nargs=2,
+            metavar=("BATCH", "SEQLEN"),
+            help="of that forward pass (default: one calibration sample)",
+        )
+        add_config_options(parser)
+        add_run_options(parser)
+
+
 class EvaluateCommand(_Command):
     """`otprune evaluate`."""
 
@@ -98,6 +133,7 @@ class OTPruneCommand(BaseOptimumCLICommand):
     COMMAND = CommandInfo("otprune", "Structured pruning of FFN layers by optimal transport.")
     SUBCOMMANDS = (
         CommandInfo("prune", "Prune a model and save it.", PruneCommand),
+        CommandInfo("tune", "Search for a better configuration and write it to a file.", TuneCommand),
         CommandInfo("evaluate", "Measure the perplexity of a model, pruned or not.", EvaluateCommand),
         CommandInfo("report", "Print what pruning did to a saved model.", ReportCommand),
         CommandInfo("demo", "Prune the small model that the package carries; works offline.", DemoCommand),

@@ -139,7 +139,54 @@ def test_every_option_of_the_configuration_is_an_option_of_prune_and_unset_by_de
     assert all(f"--{option.name.replace('_', '-')}" in help_text for option in OPTIONS)
 
 
-@pytest.mark.parametrize("command", [["--help"], ["prune", "--help"], ["demo", "--help"]])
+def test_tune_writes_a_configuration_that_prune_takes(llama_folder, token_file, tmp_path, capsys):
+    best, data = tmp_path / "best.json", ["--calibration-data", token_file]
+    arguments = ["tune", llama_folder, "-o", best, *HALF, *data, "--trials", "2", "--study", tmp_path / "study.log"]
+    assert run(*arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:8] for line in lines[:2]] == ["Trial 0:", "Trial 1:"]
+    assert lines[2].startswith("Perplexity on held-out calibration samples: ")
+    assert f"--config {best}" in lines[3]
+    assert run("prune", llama_folder, "-o", tmp_path / "out", "--config", best, *data, "--quiet") == 0
+    assert json.loads((tmp_path / "out" / "otprune_config.json").read_text()) == json.loads(best.read_text())
+    assert run(*arguments) == 1
+    assert "output file 'best.json' exists" in capsys.readouterr().err
+    assert run(*arguments, "--overwrite", "--trials", "3") == 0
+    assert [line[:8] for line in capsys.readouterr().out.splitlines()[:3]] == ["Trial 0:", "Trial 1:", "Trial 2:"]
+    assert [path.name for path in tmp_path.glob(".best*")] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["-o", "absent/best.json"], 1, "is missing or read-only"),
+        (["-o", "."], 1, "is a folder"),
+        (["-o", "best.json", "--target-latency", "1", "--pruning-ratio", "0.5"], 2, "more than one way"),
+        (["-o", "best.json", "--target-size", "2GB", "--pruning-ratio", "0.5"], 2, "more than one way"),
+        (["-o", "best.json", "--target-size", "2 cows"], 2, "`target_size` is '2 cows'"),
+        ([], 2, "-o/--output"),
+    ],
+)
+def test_wrong_usage_of_tune_is_told_before_a_model_is_loaded(arguments, code, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("tune", "nobody/nothing", *arguments) == code
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_prune_to_a_target_replaces_the_ratio_of_a_saved_configuration(llama_folder, token_file, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"pruning_ratio": 0.9, "multiple_of": 1}))
+    arguments = ["--config", tmp_path / "config.json", "--target-parameters", "20k", "--quiet"]
+    assert run("prune", llama_folder, "-o", tmp_path / "out", *arguments, "--calibration-data", token_file) == 0
+    config = json.loads((tmp_path / "out" / "otprune_config.json").read_text())
+    assert (config["pruning_ratio"], config["target_parameters"]) == (None, "20k")
+    report = json.loads((tmp_path / "out" / "otprune_report.json").read_text())
+    channel, biases = 9 * 32, 3 * (32 + 2 * 48)  # those that intercept='auto' may add are kept room for
+    assert 20_000 - channel - biases < report["parameters_after"] <= 20_000
+    assert 0 < report["pruning_ratio"] < 0.9
+
+
+@pytest.mark.parametrize("command", [["--help"], ["prune", "--help"], ["tune", "--help"], ["demo", "--help"]])
 def test_help_does_not_import_torch(command):
     code = (
         "import sys\nfrom optimum_otprune.commands.main import main\n"

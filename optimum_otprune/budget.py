@@ -1,0 +1,156 @@
+"""From a target, in parameters or bytes, to the widest FFNs that meet it."""
+
+import json
+from typing import NamedTuple
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from optimum_otprune.architectures.block import FFNBlock, native_intercept
+from optimum_otprune.configuration import OTPruningConfig
+from optimum_otprune.errors import ConfigurationError, UnsupportedModelError
+from optimum_otprune.functional.selection import sensible_multiple
+from optimum_otprune.quantities import COUNT_UNITS, SIZE_UNITS, parse_quantity
+
+_LARGE_OFFSET = 10**15  # no weights file is longer
+_FILE_BYTES = 256  # length field, format note and padding of a weights file
+
+
+class Footprint(NamedTuple):
+    """Parameters, or bytes, of a model as a function of the width that all its FFNs have.
+
+    Attributes:
+        fixed: Of everything but the channels.
+        per_channel: Of one channel in every layer.
+    """
+
+    fixed: int
+    per_channel: int
+
+    def at(self, width: int) -> int:
+        """Of the model with FFNs of this width."""
+        return self.fixed + self.per_channel * width
+
+    def widest(self, target: int, multiple_of: int) -> int:
+        """Return the largest multiple whose footprint is at most the target; 0 or less if there is none.
+
+        Example:
+            >>> Footprint(fixed=1000, per_channel=30).widest(2500, 16)
+            48
+        """
+        return (target - self.fixed) // self.per_channel // multiple_of * multiple_of
+
+
+def with_pruning_ratio(config: OTPruningConfig, model: PreTrainedModel, blocks: list[FFNBlock]) -> OTPruningConfig:
+    """Return the configuration with a ratio in place of its target; one without a target is returned as it is.
+
+    The ratio is the smallest for which the pruned model does not exceed the target: the kept width is rounded down to
+    `multiple_of`, and where the configuration may add biases to the FFNs (`intercept`), they are counted.
+
+    Args:
+        config: With `pruning_ratio`, `target_parameters` or `target_size`.
+        model: The dense model.
+        blocks: All its FFN blocks.
+
+    Raises:
+        ConfigurationError: If the model meets the target already, or could not meet it with one multiple of channels.
+        UnsupportedModelError: If the layers differ in width.
+    """
+    if config.pruning_ratio is not None:
+        return config
+    name = "target_parameters" if config.target_parameters is not None else "target_size"
+    given = getattr(config, name)
+    unit, units = ("parameters", COUNT_UNITS) if name == "target_parameters" else ("bytes", SIZE_UNITS)
+    target = parse_quantity(given, units)
+    width = uniform_width(blocks)
+    dense = _footprint(model, blocks, unit, with_biases=False).at(width)
+    if target >= dense:
+        raise ConfigurationError(
+            f"`{name}={given!r}` asks for no pruning: the model has {dense:,} {unit} now. Give a smaller target."
+        )
+    multiple = sensible_multiple(width, config.multiple_of)
+    may_add_biases = config.intercept in ("auto", "always") and native_intercept(model, blocks[0].spec)
+    footprint = _footprint(model, blocks, unit, may_add_biases)
+    kept = footprint.widest(target, multiple)
+    if kept < multiple:
+        raise ConfigurationError(
+            f"`{name}={given!r}` cannot be met: with only {multiple} of {width} channels left in every FFN the model "
+            f"still has {footprint.at(multiple):,} {unit}, since attention and embeddings are not pruned. Give a "
+            "larger target."
+        )
+    return config.replace(pruning_ratio=1 - kept / width)
+
+
+def uniform_width(blocks: list[FFNBlock]) -> int:
+    """Return the width that all FFNs have.
+
+    Raises:
+        UnsupportedModelError: If they differ.
+    """
+    widths = {block.intermediate_size for block in blocks}
+    if len(widths) > 1:
+        raise UnsupportedModelError(
+            f"The layers of this model have different FFN widths ({min(widths)} to {max(widths)}), from which no one "
+            "ratio follows that meets a target. Prune the dense model instead, or give `pruning_ratio`."
+        )
+    return widths.pop()
+
+
+def _footprint(model: PreTrainedModel, blocks: list[FFNBlock], unit: str, with_biases: bool) -> Footprint:
+    """Of the model as it is, or as it will be when its FFNs have gained the biases that they lack."""
+    tensors = _saved_tensors(model)
+    added_per_layer, added_per_channel = _added_biases(blocks, unit) if with_biases else (0, 0)
+    per_channel = added_per_channel
+    for block in blocks:
+        for name in ("gate", "up", "down"):
+            weight = getattr(block.projection(name), "weight", None)
+            if weight is not None:
+                per_channel += weight.numel() // block.intermediate_size * _cost(weight, unit)
+            bias = getattr(block.projection(name), "bias", None)
+            if bias is not None and name != "down":
+                per_channel += _cost(bias, unit)
+    total = sum(tensor.numel() * _cost(tensor, unit) for tensor in tensors.values())
+    if unit == "bytes":
+        total += _header_bytes(tensors, added=3 * len(blocks) if with_biases else 0)
+    # What is there of the channels now is taken off; biases that come are on top.
+    width = blocks[0].intermediate_size
+    return Footprint(total - (per_channel - added_per_channel) * width + added_per_layer, per_channel)
+
+
+def _cost(tensor: Tensor, unit: str) -> int:
+    return tensor.element_size() if unit == "bytes" else 1
+
+
+def _added_biases(blocks: list[FFNBlock], unit: str) -> tuple[int, int]:
+    """What zero biases cost that the FFNs may gain: once, and for each channel."""
+    once = each = 0
+    for block in blocks:
+        for name in ("gate", "up", "down"):
+            module = block.projection(name)
+            if module is None or getattr(module, "bias", None) is not None:
+                continue
+            weight: Tensor = module.weight  # type: ignore[assignment]
+            if name == "down":
+                once += weight.numel() // block.intermediate_size * _cost(weight, unit)
+            else:
+                each += _cost(weight, unit)
+    return once, each
+
+
+def _saved_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Parameters by name, tied ones once: also those that offloading has torn apart."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    own = {id(tensor): name for name, tensor in parameters.items() if tied.get(name) not in parameters}
+    return {name: parameters[name] for name in own.values()}
+
+
+def _header_bytes(tensors: dict[str, Tensor], added: int) -> int:
+    """An upper bound of what a weights file holds besides numbers: names, types, shapes and places of tensors."""
+    longest = max(tensors, key=len)
+    entries = [_header_entry(name, tensor) for name, tensor in tensors.items()]
+    return _FILE_BYTES + sum(map(len, entries)) + added * len(_header_entry(longest, tensors[longest]))
+
+
+def _header_entry(name: str, tensor: Tensor) -> str:
+    return json.dumps({name: {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [_LARGE_OFFSET] * 2}})
