@@ -10,7 +10,7 @@ import torch
 from scipy.cluster.vq import kmeans2
 from torch import Tensor
 
-from optimum_otprune.configuration import FUNCTION_FIELDS, OTPruningConfig
+from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.errors import ConfigurationError
 from optimum_otprune.functional.compensation import Refit, constant_bias, refit_down
 from optimum_otprune.functional.costs import CostInputs, TransportCost, channel_vectors, transport_cost
@@ -28,6 +28,7 @@ from optimum_otprune.functional.rescue import self_share, transported_mass
 from optimum_otprune.functional.selection import obs_channels, top_channels
 from optimum_otprune.functional.solvers import SolverSettings, solve_transport
 from optimum_otprune.registry import GRADIENTS, Entry
+from optimum_otprune.resolution import FUNCTION_FIELDS
 
 _KMEANS_ITERATIONS = 20
 

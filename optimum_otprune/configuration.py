@@ -3,7 +3,6 @@
 import copy
 import inspect
 import json
-import math
 import os
 import warnings
 from collections.abc import Mapping
@@ -12,21 +11,11 @@ from typing import Any
 from optimum.configuration_utils import BaseConfig
 
 from optimum_otprune.errors import ConfigurationError
-from optimum_otprune.functional.costs import costs
-from optimum_otprune.functional.importance import NOT_AGGREGATED, importances
-from optimum_otprune.functional.marginals import distributions, mixtures, strategies
-from optimum_otprune.functional.solvers import solvers
-from optimum_otprune.methods import (
-    METHOD_FIELDS,
-    METHODS,
-    QUALITIES,
-    QUALITY_FIELDS,
-    RIDGE_FIELDS,
-    TRANSPORT_FIELDS,
-)
-from optimum_otprune.options import BUDGET_FIELDS, OPTIONS, OPTIONS_BY_NAME, Option
-from optimum_otprune.quantities import parse_quantity
-from optimum_otprune.registry import Registry, unknown_name
+from optimum_otprune.methods import METHOD_FIELDS, QUALITY_FIELDS
+from optimum_otprune.option_checks import check_option
+from optimum_otprune.options import BUDGET_FIELDS, OPTIONS, OPTIONS_BY_NAME
+from optimum_otprune.registry import unknown_name
+from optimum_otprune.resolution import resolve
 from optimum_otprune.version import __version__
 
 CONFIG_FILE = "otprune_config.json"
@@ -34,25 +23,6 @@ CONFIG_FILE = "otprune_config.json"
 _VERSION_KEY = "optimum_otprune_version"
 # Keys that transformers and optimum write into, or pass to, any configuration.
 _FOREIGN_KEYS = frozenset({"model_type", "transformers_version", "optimum_version", "name_or_path", "_commit_hash"})
-# Fields that name a registered function; `prune()` takes a plain callable for each.
-FUNCTION_FIELDS: dict[str, Registry] = {
-    "importance": importances,
-    "cost": costs,
-    "source_distribution": distributions,
-    "target_distribution": distributions,
-    "statistics": mixtures,
-    "solver": solvers,
-}
-STRATEGY_FIELDS = ("statistics", "source_distribution", "target_distribution")
-# Fields that make the method what its name says.
-FIXED_FIELDS = {
-    "random": ("importance",),
-    "magnitude": ("importance",),
-    "fo_snip": ("importance",),
-    "wanda_sp": ("importance",),
-    "flap": ("importance", "compensation"),
-    "least_squares": ("compensation",),
-}
 
 
 class OTPruningConfig(BaseConfig):
@@ -94,7 +64,7 @@ class OTPruningConfig(BaseConfig):
             for option in OPTIONS
         }
         explicit = {name for name, value in given.items() if value is not None}
-        values.update(_resolve(values, explicit))
+        values.update(resolve(values, explicit))
         for name, value in values.items():
             setattr(self, name, value)
         self.optimum_otprune_version = str(options.get(_VERSION_KEY, __version__))
@@ -229,178 +199,3 @@ def _absent_budgets(given: Mapping[str, Any]) -> set[str]:
 def _without_replaced_budget(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     replaced = BUDGET_FIELDS if any(changes.get(name) is not None for name in BUDGET_FIELDS) else ()
     return {name: value for name, value in values.items() if name not in replaced}
-
-
-def check_option(option: Option, value: Any) -> Any:
-    """Return the value in the option's type, or raise with the option's name, what was got and what would be right."""
-    if value is None:
-        if option.optional:
-            return None
-        raise ConfigurationError(f"`{option.name}` is None; want {_wanted(option)}.")
-    problem = ConfigurationError(f"`{option.name}` is {value!r}; want {_wanted(option)}.")
-    if option.kind is tuple:
-        return _checked_names(option, value, problem)
-    if option.units is not None and isinstance(value, str):
-        return _checked_quantity(option, value, problem)
-    if isinstance(value, bool) or not isinstance(value, (int, float) if option.kind is float else option.kind):
-        raise problem
-    if option.kind is float:
-        value = float(value)  # type: ignore[arg-type]
-    if option.kind is not str and not _in_range(option, value):
-        raise problem
-    if option.choices is not None and value not in option.choices:
-        raise ConfigurationError(unknown_name(f"`{option.name}`", value, option.choices))
-    return value
-
-
-def _checked_quantity(option: Option, value: str, problem: ConfigurationError) -> str:
-    """The string as it was given, once it is known to be a quantity in range."""
-    assert option.units is not None
-    try:
-        quantity = parse_quantity(value, option.units)
-    except ValueError as error:
-        raise problem from error
-    if not _in_range(option, quantity):
-        raise problem
-    return value
-
-
-def _checked_names(option: Option, value: Any, problem: ConfigurationError) -> tuple[str, ...]:
-    assert option.choices is not None
-    if isinstance(value, str) or not isinstance(value, (list, tuple, set, frozenset)):
-        raise problem
-    for name in value:
-        if name not in option.choices:
-            raise ConfigurationError(unknown_name(f"entry of `{option.name}`", name, option.choices))
-    return tuple(name for name in option.choices if name in value)
-
-
-def _in_range(option: Option, value: float) -> bool:
-    return (
-        math.isfinite(value)
-        and (option.minimum is None or value >= option.minimum)
-        and (option.maximum is None or value <= option.maximum)
-        and (option.below is None or value < option.below)
-        and (option.above is None or value > option.above)
-    )
-
-
-def _wanted(option: Option) -> str:
-    kind = {float: "a number", int: "an integer", str: "a string", tuple: "a list"}[option.kind]
-    if option.units is not None:
-        kind += f" or a string with a unit ({', '.join(filter(None, option.units))})"
-    bounds = [
-        f"{sign} {bound:g}"
-        for sign, bound in (
-            (">=", option.minimum),
-            (">", option.above),
-            ("<=", option.maximum),
-            ("<", option.below),
-        )
-        if bound is not None
-    ]
-    of = f" of {', '.join(option.choices)}" if option.choices else ""
-    return kind + of + (" " + " and ".join(bounds) if bounds else "")
-
-
-def _resolve(values: dict[str, Any], explicit: set[str]) -> dict[str, Any]:
-    """Fill in what the method decides, and refuse what contradicts it or another option."""
-    method = values["method"]
-    preset = METHODS[method]
-    for name in FIXED_FIELDS.get(method, ()):
-        if name in explicit and values[name] != preset[name]:
-            raise ConfigurationError(
-                f"`{name}={values[name]!r}` contradicts `method={method!r}`, which means {preset[name]!r}. Leave it "
-                "out, or use method='otprune' and set the fields one by one."
-            )
-    chosen = {name: preset[name] if values[name] is None else values[name] for name in METHOD_FIELDS}
-    for name, registry in FUNCTION_FIELDS.items():
-        if chosen[name] is not None and chosen[name] not in registry:
-            raise ConfigurationError(unknown_name(f"`{name}`", chosen[name], registry.names()))
-    _apply_strategy(chosen, values, explicit)
-    if chosen["compensation"] == "bias" and "intercept" not in explicit:
-        chosen["intercept"] = "always"
-    if "importance" in explicit and "selection" not in explicit and chosen["selection"] == "obs":
-        warnings.warn(
-            f"With selection='obs' the importance {chosen['importance']!r} only breaks ties; set selection='top' to "
-            "select by it, or selection='obs' to silence this.",
-            stacklevel=4,
-        )
-    unused = unused_fields(chosen)
-    for name, reason in unused.items():
-        if name in explicit:
-            raise ConfigurationError(f"`{name}={values[name]!r}` would be ignored: {reason}.")
-        chosen[name] = None
-    for name in METHOD_FIELDS:
-        if chosen[name] is None and name not in unused:
-            chosen[name] = METHODS["otprune"][name]  # switched on by an override of a method that has no use for it
-    _check_combinations(chosen)
-    for name in QUALITY_FIELDS:
-        chosen[name] = QUALITIES[str(chosen["quality"])][name] if values[name] is None else values[name]
-    if "error_weighting" in explicit and chosen["error_weighting"] != "uniform" and not chosen["reconstruction_steps"]:
-        raise ConfigurationError(
-            f"`error_weighting={chosen['error_weighting']!r}` would be ignored: only reconstruction reads it. Set "
-            "`reconstruction_steps`, or quality='balanced' or 'best'."
-        )
-    return chosen
-
-
-def _apply_strategy(chosen: dict[str, Any], values: dict[str, Any], explicit: set[str]) -> None:
-    if chosen["strategy"] is None:
-        return
-    if chosen["strategy"] not in strategies:
-        raise ConfigurationError(unknown_name("`strategy`", chosen["strategy"], strategies))
-    strategy = strategies[chosen["strategy"]]._asdict()
-    contradicted = [name for name in STRATEGY_FIELDS if name in explicit and values[name] != strategy[name]]
-    if contradicted and "strategy" in explicit:
-        name = contradicted[0]
-        raise ConfigurationError(
-            f"`{name}={values[name]!r}` contradicts `strategy={chosen['strategy']!r}`, which sets {strategy[name]!r}. "
-            "Leave one of them out."
-        )
-    for name in STRATEGY_FIELDS:
-        if name not in explicit:
-            chosen[name] = strategy[name]
-    if contradicted:
-        chosen["strategy"] = None  # the method's strategy, no longer what is done
-
-
-def unused_fields(chosen: Mapping[str, Any]) -> dict[str, str]:
-    """Return the method fields that nothing reads, given the others, with the reason."""
-    unused: dict[str, str] = {}
-    ridge = chosen["compensation"] == "ridge"
-    transport = bool(chosen["fuse"]) or (ridge and chosen["ridge_prior"] == "transport")
-    if not ridge:
-        unused.update(dict.fromkeys(RIDGE_FIELDS, "only compensation='ridge' refits the down projection"))
-    if chosen["compensation"] == "none":
-        unused["intercept"] = "without compensation there is no intercept"
-    if not transport:
-        reason = "nothing is transported, since `fuse` is empty and the refit has no transport prior"
-        unused.update(dict.fromkeys((*TRANSPORT_FIELDS, "strategy", "statistics"), reason))
-    else:
-        if chosen["solver"] == "nearest":
-            unused["target_distribution"] = "the solver 'nearest' knows no capacities; choose another, such as 'emd'"
-    if chosen["importance"] in NOT_AGGREGATED:
-        unused["aggregation"] = f"the importance {chosen['importance']!r} has no weight scores to aggregate"
-    return unused
-
-
-def _check_combinations(chosen: dict[str, Any]) -> None:
-    centroids = chosen["target"] == "cluster_centroid"
-    if centroids and chosen["normalization"] == "identity":
-        raise ConfigurationError(
-            "`target='cluster_centroid'` contradicts `normalization='identity'`: centroids are no channels that "
-            "could stay as they are. Use normalization='corrected'."
-        )
-    if centroids and chosen["cost"] == "activation":
-        raise ConfigurationError(
-            "`target='cluster_centroid'` contradicts `cost='activation'`: centroids of weights have no activations. "
-            "Use cost='weight'."
-        )
-    if chosen["compensation"] == "bias" and chosen["intercept"] != "always":
-        raise ConfigurationError("`compensation='bias'` is an intercept: it needs `intercept='always'`.")
-    if chosen["ridge_prior"] == "transport" and "down" not in (chosen["fuse"] or ()):
-        raise ConfigurationError(
-            "`ridge_prior='transport'` shrinks towards the fused down projection, so `fuse` must hold 'down'. "
-            "Add it, or use ridge_prior='identity'."
-        )

@@ -4,11 +4,13 @@ import random
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
-from optimum_otprune.configuration import FIXED_FIELDS, STRATEGY_FIELDS, OTPruningConfig, check_option, unused_fields
+from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.errors import ConfigurationError
-from optimum_otprune.methods import METHOD_FIELDS, METHODS
+from optimum_otprune.methods import METHOD_FIELDS, METHODS, QUALITY_FIELDS
+from optimum_otprune.option_checks import check_option
 from optimum_otprune.options import BUDGET_FIELDS, OPTIONS_BY_NAME
 from optimum_otprune.registry import unknown_name
+from optimum_otprune.resolution import FIXED_FIELDS, STRATEGY_FIELDS, unused_fields
 
 
 class Range(NamedTuple):
@@ -197,6 +199,8 @@ def unread_fields(config: OTPruningConfig) -> dict[str, str]:
         unread |= dict.fromkeys(("importance", "aggregation"), "with selection='obs' the importance only breaks ties")
     if config.compensation != "ridge" and not config.reconstruction_steps:
         unread["holdout_share"] = "without a refit or reconstruction nothing is chosen on held-out tokens"
+    if not config.reconstruction_steps:
+        unread["error_weighting"] = "only reconstruction reads it"
     read = _SOLVER_SETTINGS.get(config.solver or "nearest", ("epsilon", "mass_share", "marginal_penalty"))
     for name in {"epsilon", "mass_share", "marginal_penalty"} - set(read):
         unread[name] = "the transport solver, if there is one, does not read it"
@@ -215,7 +219,9 @@ def assemble(base: OTPruningConfig, sampled: Mapping[str, Any]) -> OTPruningConf
     """
     values = {name: getattr(base, name) for name in OPTIONS_BY_NAME}
     if sampled.get("method", base.method) != base.method:
-        values |= dict.fromkeys(METHOD_FIELDS)
+        values |= dict.fromkeys((*METHOD_FIELDS, *QUALITY_FIELDS))
+    elif sampled.get("quality", base.quality) != base.quality:
+        values |= dict.fromkeys(QUALITY_FIELDS)
     if "strategy" in sampled:
         values |= dict.fromkeys(STRATEGY_FIELDS)
     elif set(STRATEGY_FIELDS) & set(sampled):

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from optimum_otprune.configuration import OTPruningConfig, check_option
+from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.errors import ConfigurationError
+from optimum_otprune.option_checks import check_option
 from optimum_otprune.options import OPTIONS_BY_NAME
 
 

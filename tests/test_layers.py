@@ -12,9 +12,9 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if "_optimum_register" not
 
 # Each line may import from itself and from the lines above it.
 LAYERS = (
-    ("version", "errors", "registry", "methods", "quantities", "options"),
+    ("version", "errors", "registry", "methods", "quantities", "options", "option_checks"),
     ("functional",),
-    ("configuration", "report"),
+    ("resolution", "configuration", "report"),
     ("devices",),
     ("architectures",),
     (

@@ -129,7 +129,7 @@ def test_a_refit_never_does_worse_on_held_out_tokens_than_what_it_shrinks_toward
 
 
 def test_plain_dropping_rescues_nothing_and_dilutes_nothing(llama, tokens):
-    report = prune(llama, tokens, compensation="none", fuse=[]).report
+    report = prune(llama, tokens, compensation="none", fuse=[], quality="fast").report
     assert (report.rescue_ratio, report.dilution_ratio) == (0.0, 0.0)
 
 
@@ -261,11 +261,14 @@ def test_a_nan_in_the_weights_names_the_layer_before_anything_is_changed(llama, 
     assert llama.model.layers[0].mlp.up_proj.out_features == 48
 
 
-def test_a_nan_in_the_activations_names_the_layer(llama, tokens):
+@pytest.mark.parametrize(
+    ("token_weighting", "what"), [("residual", "hidden states behind the block"), ("uniform", "channel activations")]
+)
+def test_a_nan_in_the_activations_names_the_layer(llama, tokens, token_weighting, what):
     with torch.no_grad():
         llama.model.layers[1].post_attention_layernorm.weight[0] = float("inf")
-    with pytest.raises(NumericalError, match="^Layer 1: the channel activations are NaN or infinite"):
-        prune(llama, tokens)
+    with pytest.raises(NumericalError, match=f"^Layer 1: the {what} are NaN or infinite"):
+        prune(llama, tokens, token_weighting=token_weighting)
 
 
 def test_a_nan_in_the_scores_names_the_layer(llama, tokens):

@@ -400,7 +400,7 @@ def test_every_combination_of_a_wide_space_is_a_valid_configuration(method):
 
 
 def test_the_default_space_is_what_the_method_leaves_open():
-    ours = default_search_space(OTPruningConfig(), residual=True, can_hold_intercept=True)
+    ours = default_search_space(OTPruningConfig(quality="fast"), residual=True, can_hold_intercept=True)
     assert {"selection", "importance", "ridge_prior", "target_correction", "intercept", "holdout_share"} == set(ours)
     assert {"target_correction", "intercept"} & set(default_search_space(OTPruningConfig(), False, False)) == set()
     trained = default_search_space(OTPruningConfig(reconstruction_steps=100), True, True)
@@ -422,6 +422,7 @@ def test_assembling_drops_what_sampled_fields_leave_without_a_use():
     assert (config.solver, config.ridge_prior, config.intercept) == (None, None, None)
     assert "target_correction" in unread_fields(config)
     assert assemble(OTPruningConfig(), {"method": "flap"}) == OTPruningConfig(method="flap")
+    assert assemble(OTPruningConfig(), {"quality": "best"}) == OTPruningConfig(quality="best")
 
 
 def seconds_by_width(model) -> float:

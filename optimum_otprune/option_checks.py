@@ -1,0 +1,81 @@
+"""Is the value of one option of the right type and in range?"""
+
+import math
+from typing import Any
+
+from optimum_otprune.errors import ConfigurationError
+from optimum_otprune.options import Option
+from optimum_otprune.quantities import parse_quantity
+from optimum_otprune.registry import unknown_name
+
+
+def check_option(option: Option, value: Any) -> Any:
+    """Return the value in the option's type, or raise with the option's name, what was got and what would be right."""
+    if value is None:
+        if option.optional:
+            return None
+        raise ConfigurationError(f"`{option.name}` is None; want {_wanted(option)}.")
+    problem = ConfigurationError(f"`{option.name}` is {value!r}; want {_wanted(option)}.")
+    if option.kind is tuple:
+        return _checked_names(option, value, problem)
+    if option.units is not None and isinstance(value, str):
+        return _checked_quantity(option, value, problem)
+    if isinstance(value, bool) or not isinstance(value, (int, float) if option.kind is float else option.kind):
+        raise problem
+    if option.kind is float:
+        value = float(value)  # type: ignore[arg-type]
+    if option.kind is not str and not _in_range(option, value):
+        raise problem
+    if option.choices is not None and value not in option.choices:
+        raise ConfigurationError(unknown_name(f"`{option.name}`", value, option.choices))
+    return value
+
+
+def _checked_quantity(option: Option, value: str, problem: ConfigurationError) -> str:
+    """The string as it was given, once it is known to be a quantity in range."""
+    assert option.units is not None
+    try:
+        quantity = parse_quantity(value, option.units)
+    except ValueError as error:
+        raise problem from error
+    if not _in_range(option, quantity):
+        raise problem
+    return value
+
+
+def _checked_names(option: Option, value: Any, problem: ConfigurationError) -> tuple[str, ...]:
+    assert option.choices is not None
+    if isinstance(value, str) or not isinstance(value, (list, tuple, set, frozenset)):
+        raise problem
+    for name in value:
+        if name not in option.choices:
+            raise ConfigurationError(unknown_name(f"entry of `{option.name}`", name, option.choices))
+    return tuple(name for name in option.choices if name in value)
+
+
+def _in_range(option: Option, value: float) -> bool:
+    return (
+        math.isfinite(value)
+        and (option.minimum is None or value >= option.minimum)
+        and (option.maximum is None or value <= option.maximum)
+        and (option.below is None or value < option.below)
+        and (option.above is None or value > option.above)
+    )
+
+
+def _wanted(option: Option) -> str:
+    kind = {float: "a number", int: "an integer", str: "a string", tuple: "a list"}[option.kind]
+    if option.units is not None:
+        kind += f" or a string with a unit ({', '.join(filter(None, option.units))})"
+    bounds = [
+        f"{sign} {bound:g}"
+        for sign, bound in (
+            (">=", option.minimum),
+            (">", option.above),
+            ("<=", option.maximum),
+            ("<", option.below),
+        )
+        if bound is not None
+    ]
+    of = f" of {', '.join(option.choices)}" if option.choices else ""
+    return kind + of + (" " + " and ".join(bounds) if bounds else "")

@@ -1,0 +1,143 @@
+"""How the method, the strategy and the quality fill in the options that are left unset, and what contradicts what."""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from optimum_otprune.errors import ConfigurationError
+from optimum_otprune.functional.costs import costs
+from optimum_otprune.functional.importance import NOT_AGGREGATED, importances
+from optimum_otprune.functional.marginals import distributions, mixtures, strategies
+from optimum_otprune.functional.solvers import solvers
+from optimum_otprune.methods import (
+    METHOD_FIELDS,
+    METHODS,
+    QUALITIES,
+    QUALITY_FIELDS,
+    RIDGE_FIELDS,
+    TRANSPORT_FIELDS,
+)
+from optimum_otprune.registry import Registry, unknown_name
+
+# Fields that name a registered function; `prune()` takes a plain callable for each.
+FUNCTION_FIELDS: dict[str, Registry] = {
+    "importance": importances,
+    "cost": costs,
+    "source_distribution": distributions,
+    "target_distribution": distributions,
+    "statistics": mixtures,
+    "solver": solvers,
+}
+STRATEGY_FIELDS = ("statistics", "source_distribution", "target_distribution")
+# Fields that make the method what its name says.
+FIXED_FIELDS = {
+    "random": ("importance",),
+    "magnitude": ("importance",),
+    "fo_snip": ("importance",),
+    "wanda_sp": ("importance",),
+    "flap": ("importance", "compensation"),
+    "least_squares": ("compensation",),
+}
+
+
+def resolve(values: dict[str, Any], explicit: set[str]) -> dict[str, Any]:
+    """Fill in what the method decides, and refuse what contradicts it or another option."""
+    method = values["method"]
+    preset = METHODS[method]
+    for name in FIXED_FIELDS.get(method, ()):
+        if name in explicit and values[name] != preset[name]:
+            raise ConfigurationError(
+                f"`{name}={values[name]!r}` contradicts `method={method!r}`, which means {preset[name]!r}. Leave it "
+                "out, or use method='otprune' and set the fields one by one."
+            )
+    chosen = {name: preset[name] if values[name] is None else values[name] for name in METHOD_FIELDS}
+    for name, registry in FUNCTION_FIELDS.items():
+        if chosen[name] is not None and chosen[name] not in registry:
+            raise ConfigurationError(unknown_name(f"`{name}`", chosen[name], registry.names()))
+    _apply_strategy(chosen, values, explicit)
+    if chosen["compensation"] == "bias" and "intercept" not in explicit:
+        chosen["intercept"] = "always"
+    if "importance" in explicit and "selection" not in explicit and chosen["selection"] == "obs":
+        warnings.warn(
+            f"With selection='obs' the importance {chosen['importance']!r} only breaks ties; set selection='top' to "
+            "select by it, or selection='obs' to silence this.",
+            stacklevel=4,
+        )
+    unused = unused_fields(chosen)
+    for name, reason in unused.items():
+        if name in explicit:
+            raise ConfigurationError(f"`{name}={values[name]!r}` would be ignored: {reason}.")
+        chosen[name] = None
+    for name in METHOD_FIELDS:
+        if chosen[name] is None and name not in unused:
+            chosen[name] = METHODS["otprune"][name]  # switched on by an override of a method that has no use for it
+    _check_combinations(chosen)
+    for name in QUALITY_FIELDS:
+        chosen[name] = QUALITIES[str(chosen["quality"])][name] if values[name] is None else values[name]
+    if "error_weighting" in explicit and chosen["error_weighting"] != "uniform" and not chosen["reconstruction_steps"]:
+        raise ConfigurationError(
+            f"`error_weighting={chosen['error_weighting']!r}` would be ignored: only reconstruction reads it. Set "
+            "`reconstruction_steps`, or quality='balanced' or 'best'."
+        )
+    return chosen
+
+
+def _apply_strategy(chosen: dict[str, Any], values: dict[str, Any], explicit: set[str]) -> None:
+    if chosen["strategy"] is None:
+        return
+    if chosen["strategy"] not in strategies:
+        raise ConfigurationError(unknown_name("`strategy`", chosen["strategy"], strategies))
+    strategy = strategies[chosen["strategy"]]._asdict()
+    contradicted = [name for name in STRATEGY_FIELDS if name in explicit and values[name] != strategy[name]]
+    if contradicted and "strategy" in explicit:
+        name = contradicted[0]
+        raise ConfigurationError(
+            f"`{name}={values[name]!r}` contradicts `strategy={chosen['strategy']!r}`, which sets {strategy[name]!r}. "
+            "Leave one of them out."
+        )
+    for name in STRATEGY_FIELDS:
+        if name not in explicit:
+            chosen[name] = strategy[name]
+    if contradicted:
+        chosen["strategy"] = None  # the method's strategy, no longer what is done
+
+
+def unused_fields(chosen: Mapping[str, Any]) -> dict[str, str]:
+    """Return the method fields that nothing reads, given the others, with the reason."""
+    unused: dict[str, str] = {}
+    ridge = chosen["compensation"] == "ridge"
+    transport = bool(chosen["fuse"]) or (ridge and chosen["ridge_prior"] == "transport")
+    if not ridge:
+        unused.update(dict.fromkeys(RIDGE_FIELDS, "only compensation='ridge' refits the down projection"))
+    if chosen["compensation"] == "none":
+        unused["intercept"] = "without compensation there is no intercept"
+    if not transport:
+        reason = "nothing is transported, since `fuse` is empty and the refit has no transport prior"
+        unused.update(dict.fromkeys((*TRANSPORT_FIELDS, "strategy", "statistics"), reason))
+    else:
+        if chosen["solver"] == "nearest":
+            unused["target_distribution"] = "the solver 'nearest' knows no capacities; choose another, such as 'emd'"
+    if chosen["importance"] in NOT_AGGREGATED:
+        unused["aggregation"] = f"the importance {chosen['importance']!r} has no weight scores to aggregate"
+    return unused
+
+
+def _check_combinations(chosen: dict[str, Any]) -> None:
+    centroids = chosen["target"] == "cluster_centroid"
+    if centroids and chosen["normalization"] == "identity":
+        raise ConfigurationError(
+            "`target='cluster_centroid'` contradicts `normalization='identity'`: centroids are no channels that "
+            "could stay as they are. Use normalization='corrected'."
+        )
+    if centroids and chosen["cost"] == "activation":
+        raise ConfigurationError(
+            "`target='cluster_centroid'` contradicts `cost='activation'`: centroids of weights have no activations. "
+            "Use cost='weight'."
+        )
+    if chosen["compensation"] == "bias" and chosen["intercept"] != "always":
+        raise ConfigurationError("`compensation='bias'` is an intercept: it needs `intercept='always'`.")
+    if chosen["ridge_prior"] == "transport" and "down" not in (chosen["fuse"] or ()):
+        raise ConfigurationError(
+            "`ridge_prior='transport'` shrinks towards the fused down projection, so `fuse` must hold 'down'. "
+            "Add it, or use ridge_prior='identity'."
+        )
