@@ -6,6 +6,6 @@ setup(
     packages=[*find_packages(include=["optimum_otprune", "optimum_otprune.*"]), "optimum.commands.register"],
     # optimum-cli finds subcommands in the namespace package `optimum.commands.register`.
     package_dir={"optimum.commands.register": "optimum_otprune/_optimum_register"},
-    package_data={"optimum_otprune": ["py.typed", "templates/*.md", "demo_model/*"]},
+    package_data={"optimum_otprune": ["py.typed", "templates/*", "demo_model/*"]},
     zip_safe=False,
 )

@@ -1,6 +1,8 @@
 """From a target, in parameters or bytes, to the widest FFNs that meet it."""
 
 import json
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from torch import Tensor
@@ -8,9 +10,10 @@ from transformers import PreTrainedModel
 
 from optimum_otprune.architectures.block import FFNBlock, native_intercept
 from optimum_otprune.configuration import OTPruningConfig
-from optimum_otprune.errors import ConfigurationError, UnsupportedModelError
+from optimum_otprune.errors import ConfigurationError
 from optimum_otprune.functional.selection import sensible_multiple
 from optimum_otprune.quantities import COUNT_UNITS, SIZE_UNITS, parse_quantity
+from optimum_otprune.widths import dense_width, given_widths
 
 _LARGE_OFFSET = 10**15  # no weights file is longer
 _FILE_BYTES = 256  # length field, format note and padding of a weights file
@@ -62,7 +65,14 @@ def with_pruning_ratio(config: OTPruningConfig, model: PreTrainedModel, blocks: 
     given = getattr(config, name)
     unit, units = ("parameters", COUNT_UNITS) if name == "target_parameters" else ("bytes", SIZE_UNITS)
     target = parse_quantity(given, units)
-    width = uniform_width(blocks)
+    width = dense_width(blocks)
+    decided = given_widths(blocks, config)
+    _check_format(config, name, decided)
+    if len(decided) == len(blocks):
+        raise ConfigurationError(
+            f"`{name}={given!r}` would be ignored: `skip_layers` and `layer_ratios` decide the width of every layer. "
+            "Leave one of them out."
+        )
     dense = _footprint(model, blocks, unit, with_biases=False).at(width)
     if target >= dense:
         raise ConfigurationError(
@@ -70,70 +80,84 @@ def with_pruning_ratio(config: OTPruningConfig, model: PreTrainedModel, blocks: 
         )
     multiple = sensible_multiple(width, config.multiple_of)
     may_add_biases = config.intercept in ("auto", "always") and native_intercept(model, blocks[0].spec)
-    footprint = _footprint(model, blocks, unit, may_add_biases)
+    footprint = _footprint(model, blocks, unit, may_add_biases, decided)
     kept = footprint.widest(target, multiple)
     if kept < multiple:
         raise ConfigurationError(
-            f"`{name}={given!r}` cannot be met: with only {multiple} of {width} channels left in every FFN the model "
-            f"still has {footprint.at(multiple):,} {unit}, since attention and embeddings are not pruned. Give a "
-            "larger target."
+            f"`{name}={given!r}` cannot be met: with only {multiple} of {width} channels left in every FFN that may "
+            f"be pruned the model still has {footprint.at(multiple):,} {unit}, since attention and embeddings are not "
+            "pruned. Give a larger target."
         )
-    return config.replace(pruning_ratio=1 - kept / width)
+    return config.replace(pruning_ratio=max(0.0, 1 - kept / width))
 
 
-def uniform_width(blocks: list[FFNBlock]) -> int:
-    """Return the width that all FFNs have.
+def _check_format(config: OTPruningConfig, name: str, decided: Mapping[int, int]) -> None:
+    """Filling up with zeros would miss the target; what a layer is filled up to is known only in the end."""
+    if (config.allocation == "adaptive" or decided) and config.non_uniform_format == "pad":
+        raise ConfigurationError(
+            f"`{name}` cannot be met by layers of different widths that are filled up to the widest. Use "
+            "non_uniform_format='per_layer_config', allocation='uniform' without `skip_layers` and `layer_ratios`, or "
+            "`pruning_ratio`."
+        )
 
-    Raises:
-        UnsupportedModelError: If they differ.
+
+def _footprint(
+    model: PreTrainedModel,
+    blocks: list[FFNBlock],
+    unit: str,
+    with_biases: bool,
+    decided: Mapping[int, int] = MappingProxyType({}),
+) -> Footprint:
+    """Of the model as it is, or as it will be when its FFNs have gained the biases that they lack.
+
+    Layers whose width is decided already are part of what is fixed.
     """
-    widths = {block.intermediate_size for block in blocks}
-    if len(widths) > 1:
-        raise UnsupportedModelError(
-            f"The layers of this model have different FFN widths ({min(widths)} to {max(widths)}), from which no one "
-            "ratio follows that meets a target. Prune the dense model instead, or give `pruning_ratio`."
-        )
-    return widths.pop()
-
-
-def _footprint(model: PreTrainedModel, blocks: list[FFNBlock], unit: str, with_biases: bool) -> Footprint:
-    """Of the model as it is, or as it will be when its FFNs have gained the biases that they lack."""
     tensors = _saved_tensors(model)
-    added_per_layer, added_per_channel = _added_biases(blocks, unit) if with_biases else (0, 0)
-    per_channel = added_per_channel
-    for block in blocks:
-        for name in ("gate", "up", "down"):
-            weight = getattr(block.projection(name), "weight", None)
-            if weight is not None:
-                per_channel += weight.numel() // block.intermediate_size * _cost(weight, unit)
-            bias = getattr(block.projection(name), "bias", None)
-            if bias is not None and name != "down":
-                per_channel += _cost(bias, unit)
-    total = sum(tensor.numel() * _cost(tensor, unit) for tensor in tensors.values())
+    fixed = sum(tensor.numel() * _cost(tensor, unit) for tensor in tensors.values())
     if unit == "bytes":
-        total += _header_bytes(tensors, added=3 * len(blocks) if with_biases else 0)
-    # What is there of the channels now is taken off; biases that come are on top.
-    width = blocks[0].intermediate_size
-    return Footprint(total - (per_channel - added_per_channel) * width + added_per_layer, per_channel)
+        fixed += _header_bytes(tensors, added=3 * len(blocks) if with_biases else 0)
+    per_channel = 0
+    for block in blocks:
+        now = _channel_cost(block, unit)
+        added_once, added_each = _added_biases(block, unit) if with_biases else (0, 0)
+        # What is there of the channels now is taken off; biases that come are on top.
+        fixed += added_once - now * block.intermediate_size
+        if block.layer in decided:
+            fixed += (now + added_each) * decided[block.layer]
+        else:
+            per_channel += now + added_each
+    return Footprint(fixed, per_channel)
+
+
+def _channel_cost(block: FFNBlock, unit: str) -> int:
+    """Of one channel of one layer."""
+    cost = 0
+    for name in ("gate", "up", "down"):
+        weight = getattr(block.projection(name), "weight", None)
+        if weight is not None:
+            cost += weight.numel() // block.intermediate_size * _cost(weight, unit)
+        bias = getattr(block.projection(name), "bias", None)
+        if bias is not None and name != "down":
+            cost += _cost(bias, unit)
+    return cost
 
 
 def _cost(tensor: Tensor, unit: str) -> int:
     return tensor.element_size() if unit == "bytes" else 1
 
 
-def _added_biases(blocks: list[FFNBlock], unit: str) -> tuple[int, int]:
-    """What zero biases cost that the FFNs may gain: once, and for each channel."""
+def _added_biases(block: FFNBlock, unit: str) -> tuple[int, int]:
+    """What zero biases cost that an FFN may gain: once, and for each channel."""
     once = each = 0
-    for block in blocks:
-        for name in ("gate", "up", "down"):
-            module = block.projection(name)
-            if module is None or getattr(module, "bias", None) is not None:
-                continue
-            weight: Tensor = module.weight  # type: ignore[assignment]
-            if name == "down":
-                once += weight.numel() // block.intermediate_size * _cost(weight, unit)
-            else:
-                each += _cost(weight, unit)
+    for name in ("gate", "up", "down"):
+        module = block.projection(name)
+        if module is None or getattr(module, "bias", None) is not None:
+            continue
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        if name == "down":
+            once += weight.numel() // block.intermediate_size * _cost(weight, unit)
+        else:
+            each += _cost(weight, unit)
     return once, each
 
 

@@ -15,6 +15,8 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from optimum_otprune.architectures.remote_code import MODELING_FILE, modeling_code
+from optimum_otprune.architectures.spec import find_spec
 from optimum_otprune.card import model_card
 from optimum_otprune.configuration import CONFIG_FILE, OTPruningConfig
 from optimum_otprune.errors import ModelLoadError, OutputError
@@ -256,7 +258,7 @@ def save_checkpoint(
     check_output_folder(folder, overwrite, size)
     with _writing(folder) as partial:
         _make_generation_config_valid(model)
-        model.save_pretrained(partial, max_shard_size=max_shard_size)
+        _save_model(model, partial, max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         config.save_pretrained(partial)
@@ -266,6 +268,18 @@ def save_checkpoint(
         (partial / "README.md").write_text(card, encoding="utf-8")
         _make_durable(partial)
     return folder
+
+
+def _save_model(model: PreTrainedModel, folder: Path, max_shard_size: int | str) -> None:
+    """The model, with a modeling file if its layers differ in width."""
+    if not getattr(model.config, "is_heterogeneous", False):
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        return
+    code = modeling_code(model, find_spec(model)[1])
+    model.config.auto_map = code.auto_map
+    # Tensors named as the modeling file has them: transformers converts older names for its own classes only.
+    model.save_pretrained(folder, max_shard_size=max_shard_size, save_original_format=False)
+    (folder / MODELING_FILE).write_text(code.text, encoding="utf-8")
 
 
 @contextmanager

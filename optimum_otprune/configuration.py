@@ -72,7 +72,8 @@ class OTPruningConfig(BaseConfig):
     def to_dict(self) -> dict[str, Any]:
         """Own fields and the version that wrote them, JSON-ready."""
         values: dict[str, Any] = {name: copy.deepcopy(getattr(self, name)) for name in OPTIONS_BY_NAME}
-        values["fuse"] = list(values["fuse"])
+        values["fuse"], values["skip_layers"] = list(values["fuse"]), list(values["skip_layers"])
+        values["layer_ratios"] = {str(layer): ratio for layer, ratio in values["layer_ratios"].items()}
         values[_VERSION_KEY] = self.optimum_otprune_version
         return values
 

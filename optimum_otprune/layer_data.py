@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from optimum_otprune.architectures.block import FFNBlock
+from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.errors import NumericalError
 from optimum_otprune.functional.ffn import FFNWeights, channel_activations, ffn_forward
 from optimum_otprune.functional.gram import GramStatistics, gram_statistics
@@ -123,6 +125,34 @@ class LayerData(NamedTuple):
     correction: float
     is_heldout: Tensor
     token_weights: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        block: FFNBlock,
+        dense: FFNWeights,
+        passed: BlockPass,
+        is_heldout: Tensor,
+        config: OTPruningConfig,
+        correction: float = 0.0,
+    ) -> "LayerData":
+        """Of a block, its tokens weighted as the configuration says.
+
+        Args:
+            block: The block.
+            dense: Its FFN.
+            passed: From `CalibrationStream.dense_pass`.
+            is_heldout: BoolTensor over all tokens.
+            config: What is done.
+            correction: See the attribute.
+
+        Raises:
+            NumericalError: If a hidden state is NaN or infinite.
+        """
+        weights = torch.ones(len(is_heldout))
+        if config.token_weighting == "residual":
+            weights = residual_token_weights(passed.outputs_energy, is_heldout)
+        return cls(dense.map(Tensor.float), block.activation, passed, correction, is_heldout, weights)
 
     def batches(self) -> Iterator[TokenBatch]:
         """The calibration tokens, a batch at a time.

@@ -1,6 +1,7 @@
 """Is the value of one option of the right type and in range?"""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from optimum_otprune.errors import ConfigurationError
@@ -17,7 +18,9 @@ def check_option(option: Option, value: Any) -> Any:
         raise ConfigurationError(f"`{option.name}` is None; want {_wanted(option)}.")
     problem = ConfigurationError(f"`{option.name}` is {value!r}; want {_wanted(option)}.")
     if option.kind is tuple:
-        return _checked_names(option, value, problem)
+        return _checked_layers(value, problem) if option.choices is None else _checked_names(option, value, problem)
+    if option.kind is dict:
+        return _checked_by_layer(option, value, problem)
     if option.units is not None and isinstance(value, str):
         return _checked_quantity(option, value, problem)
     if isinstance(value, bool) or not isinstance(value, (int, float) if option.kind is float else option.kind):
@@ -53,6 +56,29 @@ def _checked_names(option: Option, value: Any, problem: ConfigurationError) -> t
     return tuple(name for name in option.choices if name in value)
 
 
+def _checked_layers(value: Any, problem: ConfigurationError) -> tuple[int, ...]:
+    if isinstance(value, str) or not isinstance(value, (list, tuple, set, frozenset)):
+        raise problem
+    if any(isinstance(layer, bool) or not isinstance(layer, int) or layer < 0 for layer in value):
+        raise problem
+    return tuple(sorted(set(value)))
+
+
+def _checked_by_layer(option: Option, value: Any, problem: ConfigurationError) -> dict[int, float]:
+    """Numbers by layer; files have the layers as strings."""
+    if not isinstance(value, Mapping):
+        raise problem
+    checked = {}
+    for layer, number in value.items():
+        index = int(layer) if isinstance(layer, str) and layer.isascii() and layer.isdigit() else layer
+        if isinstance(index, bool) or not isinstance(index, int) or index < 0 or index in checked:
+            raise problem
+        if isinstance(number, bool) or not isinstance(number, (int, float)) or not _in_range(option, number):
+            raise problem
+        checked[index] = float(number)
+    return dict(sorted(checked.items()))
+
+
 def _in_range(option: Option, value: float) -> bool:
     return (
         math.isfinite(value)
@@ -64,7 +90,13 @@ def _in_range(option: Option, value: float) -> bool:
 
 
 def _wanted(option: Option) -> str:
-    kind = {float: "a number", int: "an integer", str: "a string", tuple: "a list"}[option.kind]
+    kind = {
+        float: "a number",
+        int: "an integer",
+        str: "a string",
+        tuple: "a list" if option.choices else "a list of integers",
+        dict: "a dictionary of numbers by layer (an integer >= 0), each",
+    }[option.kind]
     if option.units is not None:
         kind += f" or a string with a unit ({', '.join(filter(None, option.units))})"
     bounds = [

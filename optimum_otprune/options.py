@@ -17,7 +17,8 @@ class Option(NamedTuple):
     """One field of `OTPruningConfig`.
 
     A None default means "the method decides" for method fields, "derived from the model" for `seqlen`, and "not asked
-    for" for targets. Numbers lie in [minimum, maximum], or in [minimum, below); with `units` they may be strings.
+    for" for targets. Numbers lie in [minimum, maximum], or in [minimum, below); with `units` they may be strings. A
+    tuple holds some of `choices`, or indices of layers where there are none; a dict holds numbers by layer.
     """
 
     name: str
@@ -56,6 +57,24 @@ OPTIONS: tuple[Option, ...] = (
         1,
         optional=True,
         units=SIZE_UNITS,
+    ),
+    Option(
+        "allocation",
+        str,
+        "uniform",
+        "width of each layer: the same for all, or by what removing channels costs there as the loss feels it "
+        "(adaptive: the same number of channels in all; needs a backward pass)",
+        choices=("uniform", "adaptive"),
+    ),
+    Option("skip_layers", tuple, (), "layers that are not pruned, by index; the ratio is that of the others", 0),
+    Option("layer_ratios", dict, {}, "pruning ratios of single layers, by index", 0.0, below=1.0),
+    Option(
+        "non_uniform_format",
+        str,
+        "pad",
+        "how layers of different widths are saved: filled up with zeros to the widest (pad: loads everywhere), or as "
+        "they are with a modeling file beside them (per_layer_config: loads with trust_remote_code)",
+        choices=("pad", "per_layer_config"),
     ),
     Option("method", str, "otprune", "preset of the fields below that are left unset", choices=tuple(METHODS)),
     Option(

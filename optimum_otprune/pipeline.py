@@ -1,7 +1,6 @@
 """Prune every layer of a model, in order: the steps of one `prune()` call."""
 
 import logging
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -13,28 +12,29 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PreTrainedModel
 
-from optimum_otprune.architectures.block import FFNBlock, add_biases, native_intercept, resize_config
+from optimum_otprune.architectures.block import FFNBlock, native_intercept
+from optimum_otprune.architectures.remote_code import modeling_code
+from optimum_otprune.architectures.resize import finish_resize
 from optimum_otprune.compression import Compression, LayerInputs, Recipe, compress
 from optimum_otprune.configuration import OTPruningConfig
-from optimum_otprune.errors import ConfigurationError, OTPruneError, UnsupportedModelError
+from optimum_otprune.errors import ConfigurationError, OTPruneError
 from optimum_otprune.functional.compensation import refit_down
 from optimum_otprune.functional.ffn import FFNWeights, check_weights
-from optimum_otprune.functional.reconstruction import ReconstructionSettings, error_metric, reconstruct
+from optimum_otprune.functional.metric import error_metric
+from optimum_otprune.functional.reconstruction import ReconstructionSettings, reconstruct
 from optimum_otprune.functional.rescue import RescueEnergies, dilution_ratio, relative_error, rescue_ratio
-from optimum_otprune.functional.selection import kept_width, sensible_multiple
 from optimum_otprune.gradients import GradientScores, gradient_moments, gradient_scores
 from optimum_otprune.layer_data import (
     LayerData,
     heldout_mask,
     layer_statistics,
     measure_rescue,
-    residual_token_weights,
     token_sets,
 )
-from optimum_otprune.options import OPTIONS_BY_NAME
 from optimum_otprune.report import LayerReport
 from optimum_otprune.self_calibration import self_calibration_tokens
-from optimum_otprune.streaming import BlockPass, CalibrationStream
+from optimum_otprune.streaming import CalibrationStream
+from optimum_otprune.widths import adaptive_widths, plan_widths
 
 logger = logging.getLogger(__name__)
 
@@ -51,10 +51,22 @@ class PassSettings(NamedTuple):
     progress: bool = True
 
 
+class PrunedLayers(NamedTuple):
+    """What pruning all layers left behind.
+
+    Attributes:
+        reports: One per layer.
+        padding_parameters: Zeros in the model that only fill up layers to a common width.
+    """
+
+    reports: list[LayerReport]
+    padding_parameters: int
+
+
 def prune_model(
     model: PreTrainedModel, blocks: list[FFNBlock], recipe: Recipe, tokens: Tensor, settings: PassSettings
-) -> list[LayerReport]:
-    """Prune the FFN of every block in place and write the new width into the model's configuration.
+) -> PrunedLayers:
+    """Prune the FFN of every block in place and write the new widths into the model's configuration.
 
     Args:
         model: The dense model.
@@ -63,59 +75,65 @@ def prune_model(
         tokens: Calibration samples, LongTensor `(num_samples, seqlen)`.
         settings: Of the passes.
 
-    Returns:
-        One report per layer.
-
     Raises:
         OTPruneError: Of the kind that fits; the message names the layer.
     """
-    kept_size = plan_width(blocks, recipe.config)
+    config = recipe.config
+    widths = plan_widths(blocks, config)
     for block in blocks:
         with _named(block):
             check_weights(block.read(), "the FFN")
-    if kept_size == blocks[0].intermediate_size:
-        return [_untouched(block) for block in blocks]
+    if all(width == block.intermediate_size for width, block in zip(widths, blocks)):
+        return PrunedLayers([_untouched(block) for block in blocks], 0)
     can_hold_intercept = native_intercept(model, blocks[0].spec)
-    if recipe.config.intercept == "always" and not can_hold_intercept:
+    if config.intercept == "always" and not can_hold_intercept:
         raise ConfigurationError(
             "`intercept='always'` (as method 'flap' has it) needs an output bias, which this architecture cannot hold "
             "so that plain loading finds it. Use intercept='auto' or 'never' with compensation='ridge'."
         )
+    may_differ = config.allocation == "adaptive" or len(set(widths)) > 1
+    if may_differ and config.non_uniform_format == "per_layer_config":
+        modeling_code(model, blocks[0].spec)  # raises before any work, if the result could not be saved
     model.eval()
-    prepared = _prepare(model, blocks, recipe, tokens, settings)
-    correction = (recipe.config.target_correction or 0.0) if blocks[0].spec.residual else 0.0
+    prepared = _prepare(model, blocks, widths, recipe, tokens, settings)
+    correction = (config.target_correction or 0.0) if blocks[0].spec.residual else 0.0
     stream = CalibrationStream(model, blocks, prepared.tokens, settings.batch_size, track_dense=correction > 0)
     reports = []
     with logging_redirect_tqdm([logging.getLogger("optimum_otprune")]):
-        for block in tqdm(blocks, desc="Pruning", unit="layer", disable=not settings.progress):
+        for block, width in tqdm(
+            list(zip(blocks, prepared.widths)), desc="Pruning", unit="layer", disable=not settings.progress
+        ):
+            if width == block.intermediate_size:
+                reports.append(_untouched(block))
+                stream.skip(block)
+                continue
             with _named(block):
                 dense = block.read()
-                passed = stream.dense_pass(block)
-                data = _layer_data(block, dense, passed, recipe.config, correction, prepared.is_heldout)
+                data = LayerData.of(block, dense, stream.dense_pass(block), prepared.is_heldout, config, correction)
                 inputs = _layer_inputs(block, dense, data, prepared.scores, recipe, can_hold_intercept)
-                compression = compress(inputs, recipe, kept_size)
+                compression = compress(inputs, recipe, width)
                 refitted = compression.judged
-                if recipe.config.reconstruction_steps:
-                    compression = _reconstructed(block, compression, data, recipe.config, prepared.moments)
+                if config.reconstruction_steps:
+                    compression = _reconstructed(block, compression, data, config, prepared.moments)
                 block.install(compression.weights)
                 reports.append(_report(block, data, compression, refitted))
                 stream.advance(block)
             logger.info("%s", reports[-1])
-    has_bias = add_biases(blocks)
-    resize_config(model, blocks[0].spec, kept_size, has_bias)
-    return reports
+    return PrunedLayers(reports, finish_resize(model, blocks, config.non_uniform_format))
 
 
 class _Prepared(NamedTuple):
     """What the dense model is asked for before any layer is touched.
 
     Attributes:
+        widths: Of the layers after.
         tokens: Calibration samples, those that the model wrote itself after the given ones.
         is_heldout: BoolTensor over all their tokens; no token that the model wrote is held out.
         scores: One entry per layer, or None where nothing reads them.
         moments: Second moments of the loss's gradients by the FFNs' outputs, or None where nothing reads them.
     """
 
+    widths: list[int]
     tokens: Tensor
     is_heldout: Tensor
     scores: list[GradientScores] | None
@@ -123,58 +141,30 @@ class _Prepared(NamedTuple):
 
 
 def _prepare(
-    model: PreTrainedModel, blocks: list[FFNBlock], recipe: Recipe, tokens: Tensor, settings: PassSettings
+    model: PreTrainedModel,
+    blocks: list[FFNBlock],
+    widths: list[int],
+    recipe: Recipe,
+    tokens: Tensor,
+    settings: PassSettings,
 ) -> _Prepared:
     config = recipe.config
     is_heldout = heldout_mask(tokens.shape[0], tokens.shape[1], config.holdout_share, config.seed)
     scores = moments = None
     if recipe.needs_gradients:
         scores = gradient_scores(model, blocks, tokens, config.score_batch_size, settings.progress)
+    is_weighted = bool(config.reconstruction_steps) and config.error_weighting == "gradient"
+    if is_weighted or config.allocation == "adaptive":
+        moments = gradient_moments(model, blocks, tokens, config.score_batch_size, settings.progress)
+        if config.allocation == "adaptive":
+            widths = adaptive_widths(model, blocks, widths, config, tokens, is_heldout, moments, settings.batch_size)
     if config.self_calibration:
         written = self_calibration_tokens(
             model, tokens, config.self_calibration, settings.batch_size, config.seed, settings.progress
         )
         tokens = torch.cat([tokens, written])
         is_heldout = torch.cat([is_heldout, torch.zeros(written.numel(), dtype=torch.bool)])
-    if config.reconstruction_steps and config.error_weighting == "gradient":
-        moments = gradient_moments(model, blocks, tokens, config.score_batch_size, settings.progress)
-    return _Prepared(tokens, is_heldout, scores, moments)
-
-
-def plan_width(blocks: list[FFNBlock], config: OTPruningConfig) -> int:
-    """Return the width that every layer will have.
-
-    Raises:
-        UnsupportedModelError: If the layers differ in width now.
-        ConfigurationError: If no width is a multiple of what was asked for.
-    """
-    widths = {block.intermediate_size for block in blocks}
-    if len(widths) > 1:
-        raise UnsupportedModelError(
-            f"The layers of this model have different FFN widths ({min(widths)} to {max(widths)}), which uniform "
-            "pruning cannot keep. Prune the dense model instead."
-        )
-    width = widths.pop()
-    if config.pruning_ratio == 0:
-        return width
-    multiple = config.multiple_of
-    if multiple > width and multiple != OPTIONS_BY_NAME["multiple_of"].default:
-        kept_width(width, config.pruning_ratio, multiple)  # raises, and says why
-    sensible = sensible_multiple(width, multiple)
-    if sensible != multiple:
-        warnings.warn(
-            f"`multiple_of` is lowered from {multiple} to {sensible}: the layers have only {width} channels, and "
-            "rounding to more would miss the pruning ratio by far.",
-            stacklevel=4,
-        )
-    kept = kept_width(width, config.pruning_ratio, sensible)
-    if kept == width:
-        warnings.warn(
-            f"Nothing is pruned: {config.pruning_ratio} of {width} channels is less than half of `multiple_of` = "
-            f"{sensible}.",
-            stacklevel=4,
-        )
-    return kept
+    return _Prepared(widths, tokens, is_heldout, scores, moments if is_weighted else None)
 
 
 def layer_seed(config: OTPruningConfig, layer: int) -> int:
@@ -189,15 +179,6 @@ def _named(block: FFNBlock) -> Iterator[None]:
         yield
     except OTPruneError as error:
         raise type(error)(f"Layer {block.layer}: {error}") from error
-
-
-def _layer_data(
-    block: FFNBlock, dense: FFNWeights, passed: BlockPass, config: OTPruningConfig, correction: float, mask: Tensor
-) -> LayerData:
-    weights = torch.ones(len(mask))
-    if config.token_weighting == "residual":
-        weights = residual_token_weights(passed.outputs_energy, mask)
-    return LayerData(dense.map(Tensor.float), block.activation, passed, correction, mask, weights)
 
 
 def _layer_inputs(

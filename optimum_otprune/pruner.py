@@ -163,12 +163,13 @@ class OTPruner:
         recipe = Recipe.resolve(with_pruning_ratio(self.config, self.model, blocks), functions)
         data = calibration_tokens(calibration_data, self.config, self.tokenizer, self.limits)
         parameters_before = self.model.num_parameters()
-        layers = prune_model(self.model, blocks, recipe, data.tokens, PassSettings(batch_size, progress))
+        pruned = prune_model(self.model, blocks, recipe, data.tokens, PassSettings(batch_size, progress))
         self.report = PruningReport(
             config=self.config.to_dict(),
-            layers=tuple(layers),
+            layers=tuple(pruned.reports),
             parameters_before=parameters_before,
-            parameters_after=self.model.num_parameters(),
+            parameters_after=self.model.num_parameters() - pruned.padding_parameters,
+            padding_parameters=pruned.padding_parameters,
             calibration=data.describe(),
             base_model=self.base_model,
             evaluations=tuple(self._evaluations),

@@ -74,12 +74,13 @@ class PruningReport:
         config: The configuration as a dictionary.
         layers: One report per layer, in order.
         parameters_before: Of the whole model.
-        parameters_after: Of the whole model.
+        parameters_after: Of the whole model, zeros that only fill up layers not counted.
         calibration: What it was calibrated on: `data`, `num_samples`, `seqlen`, `num_tokens`.
         base_model: Hub id of the model that was pruned, or None.
         evaluations: Results of `evaluate`, oldest first, each with its protocol.
         custom_functions: Functions given in place of registered names, by field.
         versions: Of this package and its libraries.
+        padding_parameters: Zeros saved with the model that fill up layers to a common width.
     """
 
     config: Mapping[str, Any]
@@ -91,6 +92,12 @@ class PruningReport:
     evaluations: tuple[Mapping[str, Any], ...] = ()
     custom_functions: Mapping[str, str] = dataclasses.field(default_factory=dict)
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    padding_parameters: int = 0
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each layer after."""
+        return tuple(layer.intermediate_size_after for layer in self.layers)
 
     @property
     def energies(self) -> RescueEnergies:
@@ -208,6 +215,14 @@ def _dilution_words(ratio: float) -> str:
     return "low (< 20 %)" if ratio < 0.2 else "moderate (< 50 %)" if ratio < 0.5 else "high (>= 50 %)"
 
 
+def _width_range(widths: tuple[int, ...]) -> str:
+    return f" ({min(widths):,} to {max(widths):,} a layer)" if len(set(widths)) > 1 else ""
+
+
+def _padding(report: PruningReport) -> str:
+    return f" (+ {report.padding_parameters:,} zeros that fill up)" if report.padding_parameters else ""
+
+
 def _summary(report: PruningReport) -> str:
     rule = "=" * _WIDTH
     pruned = sum(layer.pruned_channels for layer in report.layers)
@@ -220,8 +235,8 @@ def _summary(report: PruningReport) -> str:
         "Model Overview",
         f"  Layers analyzed: {len(report.layers)}",
         f"  Pruned channels: {pruned:,} ({report.pruning_ratio:.1%})",
-        f"  Kept channels: {kept:,}",
-        f"  Parameters: {report.parameters_before:,} -> {report.parameters_after:,}",
+        f"  Kept channels: {kept:,}" + _width_range(report.widths),
+        f"  Parameters: {report.parameters_before:,} -> {report.parameters_after:,}" + _padding(report),
         "Global Rescue Effect",
         f"  Rescued {report.rescue_ratio:.3f} ({report.rescue_ratio:.1%}) of the pruned channels' output energy",
         "Global Dilution Effect",

@@ -42,6 +42,7 @@ FIXED_FIELDS = {
 
 def resolve(values: dict[str, Any], explicit: set[str]) -> dict[str, Any]:
     """Fill in what the method decides, and refuse what contradicts it or another option."""
+    _check_layers(values)
     method = values["method"]
     preset = METHODS[method]
     for name in FIXED_FIELDS.get(method, ()):
@@ -80,6 +81,15 @@ def resolve(values: dict[str, Any], explicit: set[str]) -> dict[str, Any]:
             "`reconstruction_steps`, or quality='balanced' or 'best'."
         )
     return chosen
+
+
+def _check_layers(values: dict[str, Any]) -> None:
+    twice = sorted(set(values["skip_layers"]) & set(values["layer_ratios"]))
+    if twice:
+        raise ConfigurationError(
+            f"`layer_ratios` says how much to prune of layer {twice[0]}, which `skip_layers` leaves as it is. Take it "
+            "out of one of them."
+        )
 
 
 def _apply_strategy(chosen: dict[str, Any], values: dict[str, Any], explicit: set[str]) -> None:

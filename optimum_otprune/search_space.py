@@ -31,7 +31,8 @@ Domain: TypeAlias = Range | Choices
 Pick: TypeAlias = Callable[[str, str, Domain], Any]
 
 _SHARED = {
-    **dict.fromkeys((*BUDGET_FIELDS, "multiple_of"), "how much is pruned"),
+    **dict.fromkeys((*BUDGET_FIELDS, "multiple_of", "skip_layers", "layer_ratios"), "how much is pruned"),
+    "non_uniform_format": "how the result is saved",
     **dict.fromkeys(
         ("dataset", "dataset_config", "calibration_split", "evaluation_split", "text_column", "num_samples", "seqlen"),
         "the data",

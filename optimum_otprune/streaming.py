@@ -75,6 +75,12 @@ class CalibrationStream:
         """Run a block as it is now, so that the next one sees its outputs."""
         self._hidden = [self._run(block, hidden) for hidden in self._hidden]
 
+    def skip(self, block: FFNBlock) -> None:
+        """Run a block that stays as it is, on the dense model's hidden states too if they are tracked."""
+        self.advance(block)
+        if self._dense_hidden is not None:
+            self._dense_hidden = [self._run(block, hidden) for hidden in self._dense_hidden]
+
     @torch.no_grad()
     def _run(self, block: FFNBlock, hidden: Tensor) -> Tensor:
         args, kwargs = self._calls[len(hidden)][block.layer]

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from optimum_otprune.architectures.block import FFNBlock, native_intercept, unchanged
-from optimum_otprune.budget import uniform_width, with_pruning_ratio
+from optimum_otprune.budget import with_pruning_ratio
 from optimum_otprune.compression import Recipe
 from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.errors import (
@@ -42,6 +42,7 @@ from optimum_otprune.search_space import (
     sample_config,
 )
 from optimum_otprune.trials import Trial, TuningResult, TuningSettings, plain_value
+from optimum_otprune.widths import dense_width
 
 if TYPE_CHECKING:
     import optuna
@@ -214,7 +215,7 @@ def _at_latency(
         return base
     if "pruning_ratio" not in study.user_attrs:
         assert settings.latency_shape is not None
-        width = uniform_width(blocks)
+        width = dense_width(blocks)
         kept = width_for_latency(
             model,
             blocks,

@@ -176,15 +176,15 @@ def test_a_field_that_the_method_has_no_use_for_is_none():
 
 
 def test_a_file_of_a_newer_version_loads_with_a_warning(tmp_path):
-    values = {**OTPruningConfig(seed=3).to_dict(), "optimum_otprune_version": "99.0", "allocation": "adaptive"}
+    values = {**OTPruningConfig(seed=3).to_dict(), "optimum_otprune_version": "99.0", "telepathy": "on"}
     (tmp_path / CONFIG_FILE).write_text(json.dumps(values))
-    with pytest.warns(UserWarning, match=r"written by optimum_otprune 99.0.*left out: allocation"):
+    with pytest.warns(UserWarning, match=r"written by optimum_otprune 99.0.*left out: telepathy"):
         assert OTPruningConfig.from_pretrained(tmp_path).seed == 3
 
 
 def test_an_unknown_key_in_a_file_of_this_version_is_an_error(tmp_path):
-    (tmp_path / CONFIG_FILE).write_text(json.dumps({**OTPruningConfig().to_dict(), "allocation": "adaptive"}))
-    with pytest.raises(ConfigurationError, match="Unknown option 'allocation'"):
+    (tmp_path / CONFIG_FILE).write_text(json.dumps({**OTPruningConfig().to_dict(), "telepathy": "on"}))
+    with pytest.raises(ConfigurationError, match="Unknown option 'telepathy'"):
         OTPruningConfig.from_pretrained(tmp_path)
 
 

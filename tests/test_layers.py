@@ -27,6 +27,7 @@ LAYERS = (
         "perplexity",
         "compression",
     ),
+    ("widths",),
     ("budget", "pipeline", "card", "checkpoint"),
     ("search_space", "latency", "trials", "fingerprint", "tuning"),
     ("pruner",),

@@ -159,38 +159,6 @@ def ffn_blocks(model: PreTrainedModel) -> list[FFNBlock]:
     return blocks
 
 
-def add_biases(blocks: list[FFNBlock]) -> bool:
-    """Give zero biases to the FFNs that lack them if any FFN has gained one: a configuration knows all or none.
-
-    Returns:
-        Whether the FFNs have biases now.
-    """
-    weights = [block.read() for block in blocks]
-    if all(weight.down_bias is None for weight in weights):
-        return False
-    for block, weight in zip(blocks, weights):
-        gate_bias = None if weight.gate is None else _bias_or_zeros(weight.gate_bias, weight.gate)
-        block.install(
-            weight._replace(
-                up_bias=_bias_or_zeros(weight.up_bias, weight.up),
-                gate_bias=gate_bias,
-                down_bias=_bias_or_zeros(weight.down_bias, weight.down),
-            )
-        )
-    return True
-
-
-def _bias_or_zeros(bias: Tensor | None, weight: Tensor) -> Tensor:
-    return weight.new_zeros(weight.shape[0]) if bias is None else bias
-
-
-def resize_config(model: PreTrainedModel, spec: FFNSpec, intermediate_size: int, has_bias: bool) -> None:
-    """Write the new width, and the biases if there are any, into the model's configuration."""
-    setattr(model.config, spec.size_key, intermediate_size)
-    if has_bias and spec.bias_key is not None:
-        setattr(model.config, spec.bias_key, True)
-
-
 def native_intercept(model: PreTrainedModel, spec: FFNSpec) -> bool:
     """Return whether the architecture can hold a bias on the down projection, so that plain loading finds it.
 

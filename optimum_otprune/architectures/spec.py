@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from optimum_otprune.errors import RegistryError, UnsupportedModelError
 
@@ -86,9 +86,14 @@ def submodule(module: nn.Module, path: str) -> nn.Module | None:
     return current  # type: ignore[return-value]
 
 
+def _has_size(config: PreTrainedConfig, key: str) -> bool:
+    """Whether a configuration holds a width, for all layers or one by one (then reading it raises)."""
+    return key in (getattr(config, "per_layer_attributes", None) or ()) or hasattr(config, key)
+
+
 def _fits(model: PreTrainedModel, spec: FFNSpec) -> bool:
     layers = submodule(model.base_model, spec.layers)
-    if not isinstance(layers, nn.ModuleList) or len(layers) == 0 or not hasattr(model.config, spec.size_key):
+    if not isinstance(layers, nn.ModuleList) or len(layers) == 0 or not _has_size(model.config, spec.size_key):
         return False
     if any(submodule(block, path) is None for block in layers for path in spec.requires):
         return False
@@ -150,3 +155,4 @@ register_architecture(
         residual=False,
     ),
 )
+BUILT_IN = tuple(ARCHITECTURES)

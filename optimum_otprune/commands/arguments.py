@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from optimum_otprune.options import OPTIONS, Option
+from optimum_otprune.options import OPTIONS, OPTIONS_BY_NAME, Option
 
 DATA_HELP = (
     "Hub dataset name, file (text, JSON lines, or token ids as .npy, .safetensors or .pt) or folder; "
@@ -20,10 +20,14 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _argument(option: Option) -> dict[str, Any]:
-    default = "" if option.default is None else f" (default: {option.default})"
+    default = "" if option.default in (None, (), {}) else f" (default: {option.default})"
     argument: dict[str, Any] = {"default": None, "help": (option.help + default).replace("%", "%%")}
+    if option.kind is tuple and option.choices is None:
+        return argument | {"nargs": "*", "type": int, "metavar": "LAYER"}
     if option.kind is tuple:
         return argument | {"nargs": "*", "choices": option.choices}
+    if option.kind is dict:
+        return argument | {"nargs": "*", "type": _by_layer, "metavar": "LAYER=X"}
     if option.choices is not None:
         return argument | {"choices": option.choices}
     if option.units is not None:
@@ -31,9 +35,19 @@ def _argument(option: Option) -> dict[str, Any]:
     return argument | {"type": option.kind, "metavar": {int: "N", float: "X", str: "NAME"}[option.kind]}
 
 
+def _by_layer(text: str) -> tuple[int, float]:
+    """`"3=0.5"`: a number of a layer."""
+    layer, _, number = text.partition("=")
+    try:
+        return int(layer), float(number)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form LAYER=X, such as 3=0.5") from None
+
+
 def config_options(args: argparse.Namespace) -> dict[str, Any]:
     """The configuration options that were given."""
-    return {option.name: value for option in OPTIONS if (value := getattr(args, option.name)) is not None}
+    given = {option.name: value for option in OPTIONS if (value := getattr(args, option.name)) is not None}
+    return {name: dict(value) if OPTIONS_BY_NAME[name].kind is dict else value for name, value in given.items()}
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:

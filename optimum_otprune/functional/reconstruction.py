@@ -16,7 +16,6 @@ from optimum_otprune.functional.ffn import FFNWeights, ffn_forward
 
 _CHECKS = 20  # held-out evaluations over the whole schedule
 _WARM_UP = 0.05  # of the steps
-_METRIC_FLOOR = 0.1
 _BLOCK = 4096  # tokens of an evaluation at a time
 
 
@@ -62,27 +61,6 @@ class Reconstruction(NamedTuple):
     heldout_error_before: float
     heldout_error_after: float
     best_step: int
-
-
-def error_metric(gradient_moment: Tensor) -> Tensor:
-    """Return how the loss feels errors of a layer's output: a root of the gradients' second moment.
-
-    The loss grows by about `(gᵀ e)²/2` with an error e where g is the gradient of the loss by the output, so errors
-    count by `M = E[g gᵀ]`, of which a tenth of the mean eigenvalue is put in the place of a tenth, so that no
-    direction is free.
-
-    Args:
-        gradient_moment: Σ g gᵀ `(hidden_size, hidden_size)`.
-
-    Returns:
-        Symmetric `R` with `R R ∝ M`, `(hidden_size, hidden_size)`, float32; the identity if all gradients are zero.
-    """
-    values, vectors = torch.linalg.eigh(gradient_moment.double())
-    values = values.clamp_min(0)
-    if values.sum() == 0:
-        return torch.eye(len(values), device=values.device)
-    values = (1 - _METRIC_FLOOR) * values / values.mean() + _METRIC_FLOOR
-    return ((vectors * values.sqrt()) @ vectors.T).float()
 
 
 @torch.no_grad()

@@ -1,5 +1,7 @@
 """Which channels stay: width rounding, top importance, and greedy elimination (OBS)."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -79,7 +81,19 @@ def top_channels(importance: Tensor, kept_size: int) -> Tensor:
     return order[:kept_size].sort().values
 
 
-def obs_channels(gram: Tensor, down: Tensor, kept_size: int, importance: Tensor | None = None) -> Tensor:
+class Elimination(NamedTuple):
+    """Channels in the order in which they were removed.
+
+    Attributes:
+        channels: LongTensor `(num_removed,)`.
+        costs: Error that each removal added, float64 `(num_removed,)`; their cumulative sum is the removal curve.
+    """
+
+    channels: Tensor
+    costs: Tensor
+
+
+def obs_elimination(gram: Tensor, down: Tensor, num_removed: int, importance: Tensor | None = None) -> Elimination:
     """Eliminate channels greedily, each time the one whose loss the others can best make up for.
 
     With `G` the Gram matrix of the channels that are left, removing j and refitting the others costs
@@ -88,14 +102,12 @@ def obs_channels(gram: Tensor, down: Tensor, kept_size: int, importance: Tensor 
 
     Args:
         gram: `(intermediate_size, intermediate_size)` second moment of the channel activations.
-        down: `(hidden_size, intermediate_size)`.
-        kept_size: How many to keep.
+        down: `(hidden_size, intermediate_size)`; multiplied from the left by a root of a metric, errors count by it.
+        num_removed: How many to remove, at most all.
         importance: `(intermediate_size,)`, breaks ties: of equal costs the least important goes first.
 
-    Returns:
-        LongTensor `(kept_size,)`, sorted.
-
     Raises:
+        ShapeError: If the Gram matrix does not fit the down projection.
         NumericalError: If the Gram matrix is not finite.
     """
     n = down.shape[1]
@@ -107,18 +119,44 @@ def obs_channels(gram: Tensor, down: Tensor, kept_size: int, importance: Tensor 
     inverse = torch.cholesky_inverse(damped_cholesky(gram, _OBS_DAMPING, "the Gram matrix of the channels"))
     alive = torch.ones(n, dtype=torch.bool, device=gram.device)
     batch = max(1, n // _OBS_STEPS)
-    left = n - kept_size
+    channels, costs, left = [], [], num_removed
     while left > 0:
         cost = columns.square().sum(dim=0) / inverse.diagonal()  # (intermediate_size,)
         cost = torch.where(alive, cost, torch.inf)
         removed = _uncoupled(torch.argsort(cost, stable=True)[: min(2 * batch, left)], inverse, min(batch, left))
+        channels.append(order[removed])
+        costs.append(cost[removed])
         solved = torch.linalg.solve(inverse[removed][:, removed], inverse[removed])  # (removed, intermediate_size)
         columns -= columns[:, removed] @ solved
         inverse -= inverse[:, removed] @ solved
         alive[removed] = False
         inverse.diagonal()[~alive] = 1.0  # keeps the quotient above finite; these channels cost infinity anyway
         left -= len(removed)
-    return order[alive].sort().values
+    if not channels:
+        return Elimination(order[:0], gram.new_zeros(0))
+    return Elimination(torch.cat(channels), torch.cat(costs))
+
+
+def obs_channels(gram: Tensor, down: Tensor, kept_size: int, importance: Tensor | None = None) -> Tensor:
+    """Return the channels that greedy elimination leaves.
+
+    Args:
+        gram: See `obs_elimination`.
+        down: See `obs_elimination`.
+        kept_size: How many to keep.
+        importance: See `obs_elimination`.
+
+    Returns:
+        LongTensor `(kept_size,)`, sorted.
+
+    Raises:
+        NumericalError: If the Gram matrix is not finite.
+    """
+    n = down.shape[1]
+    removed = obs_elimination(gram, down, n - kept_size, importance).channels
+    kept = torch.ones(n, dtype=torch.bool, device=removed.device)
+    kept[removed] = False
+    return kept.nonzero().flatten()
 
 
 def _uncoupled(candidates: Tensor, inverse: Tensor, wanted: int) -> Tensor:

@@ -26,7 +26,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from optimum_otprune.architectures.block import add_biases, ffn_blocks, native_intercept, resize_config
+from optimum_otprune import OTPruner
+from optimum_otprune.architectures.block import ffn_blocks, native_intercept
+from optimum_otprune.architectures.resize import finish_resize
 from optimum_otprune.architectures.spec import ARCHITECTURES, FFNSpec, find_spec, register_architecture
 from optimum_otprune.errors import RegistryError, UnsupportedModelError
 from optimum_otprune.functional.ffn import check_weights, ffn_forward
@@ -117,7 +119,7 @@ def test_a_shrunk_model_runs_and_loads_plainly_with_equal_logits(name, tokens, t
     kept = torch.arange(1, 48, 3)
     for block in blocks:
         block.install(block.read().select(kept))
-    resize_config(model, blocks[0].spec, len(kept), add_biases(blocks))
+    assert finish_resize(model, blocks, "pad") == 0
     assert all(block.intermediate_size == len(kept) for block in ffn_blocks(model))
     with torch.no_grad():
         before = model(input_ids=tokens).logits
@@ -129,15 +131,39 @@ def test_a_shrunk_model_runs_and_loads_plainly_with_equal_logits(name, tokens, t
         torch.testing.assert_close(loaded(input_ids=tokens).logits, before, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("non_uniform_format", ["pad", "per_layer_config"])
+def test_layers_of_different_widths_load_with_equal_logits(name, non_uniform_format, tokens, tmp_path):
+    model = build(name)
+    blocks = ffn_blocks(model)
+    for block, kept_size in zip(blocks, (16, 31)):
+        block.install(block.read().select(torch.arange(kept_size)))
+    with torch.no_grad():
+        narrow = model(input_ids=tokens).logits
+    padding = finish_resize(model, blocks, non_uniform_format)
+    assert (padding > 0) == (non_uniform_format == "pad")
+    with torch.no_grad():
+        before = model(input_ids=tokens).logits
+    torch.testing.assert_close(before, narrow)
+    OTPruner.from_pretrained(model).save_pretrained(tmp_path / "out")
+    loaded, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", output_loading_info=True, trust_remote_code=non_uniform_format == "per_layer_config"
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.eval()(input_ids=tokens).logits, before, rtol=0, atol=0)
+
+
 def test_biases_are_given_to_all_layers_or_none(tokens, tmp_path):
     model = make_llama()
     blocks = ffn_blocks(model)
-    assert not add_biases(blocks)
+    finish_resize(model, blocks, "pad")
+    assert not model.config.mlp_bias
     with torch.no_grad():
         before = model(input_ids=tokens).logits
     blocks[1].install(blocks[1].read()._replace(down_bias=torch.zeros(32)))
-    assert add_biases(blocks)
-    resize_config(model, blocks[0].spec, 48, has_bias=True)
+    finish_resize(model, blocks, "pad")
+    assert model.config.mlp_bias
     with torch.no_grad():
         torch.testing.assert_close(model(input_ids=tokens).logits, before)
     model.save_pretrained(tmp_path)

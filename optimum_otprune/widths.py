@@ -1,0 +1,141 @@
+"""How many channels each layer keeps: the same number, what was asked of a layer, or what its removal costs allow."""
+
+import warnings
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from optimum_otprune.architectures.block import FFNBlock
+from optimum_otprune.configuration import OTPruningConfig
+from optimum_otprune.errors import ConfigurationError, UnsupportedModelError
+from optimum_otprune.functional.allocation import allocate_widths
+from optimum_otprune.functional.metric import metric_root
+from optimum_otprune.functional.selection import kept_width, obs_elimination, sensible_multiple
+from optimum_otprune.layer_data import LayerData, layer_statistics
+from optimum_otprune.options import OPTIONS_BY_NAME
+from optimum_otprune.streaming import CalibrationStream
+
+
+def dense_width(blocks: list[FFNBlock]) -> int:
+    """Return the width that all FFNs have now.
+
+    Raises:
+        UnsupportedModelError: If they differ.
+    """
+    widths = {block.intermediate_size for block in blocks}
+    if len(widths) > 1:
+        raise UnsupportedModelError(
+            f"The layers of this model have different FFN widths ({min(widths)} to {max(widths)}): it was pruned "
+            "already. Prune the dense model instead."
+        )
+    return widths.pop()
+
+
+def given_widths(blocks: list[FFNBlock], config: OTPruningConfig) -> dict[int, int]:
+    """Return the widths that `skip_layers` and `layer_ratios` decide, by layer.
+
+    Raises:
+        ConfigurationError: If there is no such layer.
+        UnsupportedModelError: If the layers differ in width now.
+    """
+    width = dense_width(blocks)
+    for name in ("skip_layers", "layer_ratios"):
+        missing = [layer for layer in getattr(config, name) if layer >= len(blocks)]
+        if missing:
+            raise ConfigurationError(
+                f"`{name}` names layer {missing[0]}, but the model has {len(blocks)} layers, 0 to {len(blocks) - 1}."
+            )
+    multiple = sensible_multiple(width, config.multiple_of)
+    return {
+        **dict.fromkeys(config.skip_layers, width),
+        **{layer: kept_width(width, ratio, multiple) for layer, ratio in config.layer_ratios.items()},
+    }
+
+
+def plan_widths(blocks: list[FFNBlock], config: OTPruningConfig) -> list[int]:
+    """Return the width that each layer will have; with `allocation="adaptive"`, what the others share is their mean.
+
+    Raises:
+        UnsupportedModelError: If the layers differ in width now.
+        ConfigurationError: If no width is a multiple of what was asked for, or a layer does not exist.
+    """
+    width = dense_width(blocks)
+    given = given_widths(blocks, config)
+    if config.allocation == "adaptive" and len(blocks) - len(given) < 2:
+        raise ConfigurationError(
+            f"`allocation='adaptive'` has nothing to share out: `skip_layers` and `layer_ratios` decide "
+            f"{len(given)} of {len(blocks)} layers. Use allocation='uniform'."
+        )
+    free = _free_width(width, config) if len(given) < len(blocks) else width
+    return [given.get(block.layer, free) for block in blocks]
+
+
+def _free_width(width: int, config: OTPruningConfig) -> int:
+    """Of the layers about which nothing else is said."""
+    assert config.pruning_ratio is not None
+    if config.pruning_ratio == 0:
+        return width
+    multiple = config.multiple_of
+    if multiple > width and multiple != OPTIONS_BY_NAME["multiple_of"].default:
+        kept_width(width, config.pruning_ratio, multiple)  # raises, and says why
+    sensible = sensible_multiple(width, multiple)
+    if sensible != multiple:
+        warnings.warn(
+            f"`multiple_of` is lowered from {multiple} to {sensible}: the layers have only {width} channels, and "
+            "rounding to more would miss the pruning ratio by far.",
+            stacklevel=5,
+        )
+    kept = kept_width(width, config.pruning_ratio, sensible)
+    if kept == width:
+        warnings.warn(
+            f"Nothing is pruned: {config.pruning_ratio} of {width} channels is less than half of `multiple_of` = "
+            f"{sensible}.",
+            stacklevel=5,
+        )
+    return kept
+
+
+def adaptive_widths(
+    model: PreTrainedModel,
+    blocks: list[FFNBlock],
+    widths: list[int],
+    config: OTPruningConfig,
+    tokens: Tensor,
+    is_heldout: Tensor,
+    moments: list[Tensor],
+    batch_size: int,
+) -> list[int]:
+    """Share the channels of the layers that nothing else was said of by what removing them costs the loss.
+
+    The cost of a removal is that of greedy elimination (OBS) with a refit of the others, on the dense model's hidden
+    states, the output's error counted by the second moment of the loss's gradient: half of `E[(gᵀ e)²]`, the
+    empirical Fisher's estimate of what the loss gains.
+
+    Args:
+        model: The dense model.
+        blocks: All its FFN blocks.
+        widths: From `plan_widths`.
+        config: What is done.
+        tokens: Calibration samples, LongTensor `(num_samples, seqlen)`.
+        is_heldout: BoolTensor over all their tokens.
+        moments: From `gradient_moments`.
+        batch_size: Samples per forward pass.
+
+    Returns:
+        Widths by layer, in sum at most that of `widths`.
+    """
+    given = given_widths(blocks, config)
+    free = [block for block in blocks if block.layer not in given]
+    budget = sum(widths[block.layer] for block in free)
+    stream = CalibrationStream(model, blocks, tokens, batch_size, track_dense=False)
+    costs = []
+    for block in blocks:
+        dense = block.read()
+        if block.layer not in given:
+            data = LayerData.of(block, dense, stream.dense_pass(block), is_heldout, config)
+            weighed = metric_root(moments[block.layer]).to(dense.down) @ dense.down
+            costs.append(obs_elimination(layer_statistics(data).total.gram, weighed, dense.intermediate_size).costs)
+        stream.advance(block)
+    multiple = sensible_multiple(blocks[0].intermediate_size, config.multiple_of)
+    shared = iter(allocate_widths([part.cpu() for part in costs], budget, multiple))
+    return [given[block.layer] if block.layer in given else next(shared) for block in blocks]
