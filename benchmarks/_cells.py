@@ -30,8 +30,9 @@ from optimum_otprune.perplexity import PROTOCOL
 from optimum_otprune.report import versions
 
 DEFAULT = "otprune"
-_STEP = {"reconstruction_steps": 0}
-_REFIT = {**_STEP, "target_correction": 0.0, "intercept": "never"}
+_FAST = {"quality": "fast"}
+_REFIT = {**_FAST, "target_correction": 0.0, "intercept": "never"}
+_ADAPTIVE = {"allocation": "adaptive"}
 
 # The presets, as a user gets them.
 METHODS: dict[str, dict] = {
@@ -42,18 +43,23 @@ METHODS: dict[str, dict] = {
     "flap": {"method": "flap"},
     "reference": {"method": "structured_afr_with_intrafusion"},
     "least_squares": {"method": "least_squares"},
+    "otprune, fast": _FAST,
     DEFAULT: {},
-    "otprune, 300 steps": {"reconstruction_steps": 300},
+    "otprune, adaptive": _ADAPTIVE,
 }
-# From dropping to the default and beyond: the same selection, one more step in every line.
+# From dropping to the default and beyond: one more step in every line.
 ABLATION: dict[str, dict] = {
-    "drop": {**_STEP, "compensation": "none", "fuse": []},
-    "transport only": {**_STEP, "compensation": "none"},
+    "drop": {**_FAST, "compensation": "none", "fuse": []},
+    "transport only": {**_FAST, "compensation": "none"},
     "refit to zero": {**_REFIT, "fuse": [], "ridge_prior": "zero"},
     "refit to identity": {**_REFIT, "fuse": [], "ridge_prior": "identity"},
     "refit to transport": _REFIT,
+    "otprune, fast": _FAST,
     DEFAULT: {},
-    "otprune, 300 steps": METHODS["otprune, 300 steps"],
+    "otprune, best": {"quality": "best"},
+    "otprune, fast, adaptive": {**_FAST, **_ADAPTIVE},
+    "otprune, adaptive": _ADAPTIVE,
+    "otprune, best, adaptive": {"quality": "best", **_ADAPTIVE},
 }
 # Measured only where asked for by name.
 OTHERS: dict[str, dict] = {

@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 TRANSPORT_FIELDS = ("cost", "source_distribution", "target_distribution", "target", "solver", "normalization")
 RIDGE_FIELDS = ("ridge_prior", "target_correction")
-QUALITY_FIELDS = ("reconstruction_steps", "error_weighting", "self_calibration")
+QUALITY_FIELDS = ("reconstruction_steps", "error_weighting", "self_calibration", "target_correction")
 METHOD_FIELDS = (
     "quality",
     "token_weighting",
@@ -99,12 +99,28 @@ METHODS: Mapping[str, Mapping[str, object]] = MappingProxyType(
     }
 )
 
-# How much work goes into a layer after the refit, with any method.
+# How much work goes into a layer after the refit, with any method. A method that corrects nothing of earlier layers'
+# errors keeps to that; where nothing follows the refit, it pays to correct more.
 QUALITIES: Mapping[str, Mapping[str, object]] = MappingProxyType(
     {
-        "fast": {"reconstruction_steps": 0, "error_weighting": "uniform", "self_calibration": 0},
-        "balanced": {"reconstruction_steps": 300, "error_weighting": "uniform", "self_calibration": 0},
-        "best": {"reconstruction_steps": 1000, "error_weighting": "uniform", "self_calibration": 3},
+        "fast": {
+            "reconstruction_steps": 0,
+            "error_weighting": "uniform",
+            "self_calibration": 0,
+            "target_correction": 0.75,
+        },
+        "balanced": {
+            "reconstruction_steps": 300,
+            "error_weighting": "uniform",
+            "self_calibration": 0,
+            "target_correction": 0.5,
+        },
+        "best": {
+            "reconstruction_steps": 1000,
+            "error_weighting": "uniform",
+            "self_calibration": 3,
+            "target_correction": 0.5,
+        },
     }
 )
 

@@ -74,7 +74,11 @@ def resolve(values: dict[str, Any], explicit: set[str]) -> dict[str, Any]:
             chosen[name] = METHODS["otprune"][name]  # switched on by an override of a method that has no use for it
     _check_combinations(chosen)
     for name in QUALITY_FIELDS:
-        chosen[name] = QUALITIES[str(chosen["quality"])][name] if values[name] is None else values[name]
+        decides = name not in METHOD_FIELDS or chosen[name]  # not where the method says none
+        if values[name] is None and decides:
+            chosen[name] = QUALITIES[str(chosen["quality"])][name]
+        elif name not in METHOD_FIELDS:
+            chosen[name] = values[name]
     if "error_weighting" in explicit and chosen["error_weighting"] != "uniform" and not chosen["reconstruction_steps"]:
         raise ConfigurationError(
             f"`error_weighting={chosen['error_weighting']!r}` would be ignored: only reconstruction reads it. Set "

@@ -276,3 +276,22 @@ def test_a_gram_matrix_that_is_not_finite_is_refused():
     gram[2, 2] = float("nan")
     with pytest.raises(NumericalError, match="the Gram matrix of the channels is NaN or infinite"):
         obs_channels(gram, torch.ones(3, 5), 2)
+
+
+def test_the_costs_of_elimination_add_up_to_the_error_of_the_best_refit():
+    hidden = torch.randn(60, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    down = torch.randn(3, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    gram = hidden.T @ hidden
+    elimination = selection.obs_elimination(gram, down, 4)
+    damped = gram + selection._OBS_DAMPING * gram.diagonal().mean() * torch.eye(7, dtype=torch.float64)
+    kept = torch.tensor([channel for channel in range(7) if channel not in elimination.channels])
+    refit = down @ damped[:, kept] @ torch.linalg.inv(damped[kept][:, kept])
+    error = down - refit @ torch.eye(7, dtype=torch.float64)[kept]
+    torch.testing.assert_close(elimination.costs.sum(), ((error @ damped) * error).sum())
+    assert sorted(kept.tolist()) == selection.obs_channels(gram, down, 3).tolist()
+
+
+def test_elimination_may_take_every_channel_or_none():
+    gram, down = torch.eye(5, dtype=torch.float64), torch.arange(5.0, dtype=torch.float64)[None] + 1
+    assert selection.obs_elimination(gram, down, 5).channels.tolist() == [0, 1, 2, 3, 4]
+    assert len(selection.obs_elimination(gram, down, 0).channels) == 0
