@@ -80,6 +80,10 @@ class PruningReport:
         evaluations: Results of `evaluate`, oldest first, each with its protocol.
         custom_functions: Functions given in place of registered names, by field.
         versions: Of this package and its libraries.
+        size_before: Bytes of the dense model's weights, shared ones once; None where it was not recorded.
+        size_after: Bytes of the pruned model's.
+        model_type: Of the architecture, as transformers names it, or None.
+        base_card: License and language of the base model, as its card states them; see `base_card.read_base_card`.
     """
 
     config: Mapping[str, Any]
@@ -91,6 +95,10 @@ class PruningReport:
     evaluations: tuple[Mapping[str, Any], ...] = ()
     custom_functions: Mapping[str, str] = dataclasses.field(default_factory=dict)
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    size_before: int | None = None
+    size_after: int | None = None
+    model_type: str | None = None
+    base_card: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def energies(self) -> RescueEnergies:
