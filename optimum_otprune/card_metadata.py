@@ -67,7 +67,7 @@ def copied_metadata(report: PruningReport) -> dict[str, Any]:
 
 def _architecture(report: PruningReport) -> list[str]:
     known = report.model_type
-    return [known] if isinstance(known, str) and re.fullmatch(r"[a-z0-9_-]{1,50}", known) else []
+    return [known] if known is not None and re.fullmatch(r"[a-z0-9_-]{1,50}", known) else []
 
 
 def _results(config: OTPruningConfig, pair: Comparison) -> list[EvalResult]:

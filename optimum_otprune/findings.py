@@ -142,6 +142,9 @@ def check_readable(report: PruningReport) -> None:
             _check(f"layers[{index}].energies.{name}", value, float)
     for name in ("parameters_before", "parameters_after"):
         _check(name, getattr(report, name), int)
+    for name, kind in (("size_before", int), ("size_after", int), ("base_model", str), ("model_type", str)):
+        if getattr(report, name) is not None:
+            _check(name, getattr(report, name), kind)
     for name in ("calibration", "custom_functions", "versions", "base_card"):
         _check(name, getattr(report, name), Mapping)
     for name in ("custom_functions", "versions"):
