@@ -111,7 +111,9 @@ def _facts(config: OTPruningConfig, report: PruningReport, name: str) -> dict[st
         "functions": {escape(key): escape(value) for key, value in report.custom_functions.items()},
         "versions": ", ".join(f"{escape(key)} {escape(value)}" for key, value in sorted(report.versions.items())),
         "license": {
-            key: escape(str(value)) for key, value in copied_metadata(report).items() if key.startswith("license")
+            key: link(value, value) if key == "license_link" else escape(value)
+            for key, value in copied_metadata(report).items()
+            if key.startswith("license")
         },
         "citations": [
             {

@@ -142,7 +142,8 @@ def check_readable(report: PruningReport) -> None:
             _check(f"layers[{index}].energies.{name}", value, float)
     for name in ("parameters_before", "parameters_after"):
         _check(name, getattr(report, name), int)
-    for name, kind in (("size_before", int), ("size_after", int), ("base_model", str), ("model_type", str)):
+    optional: dict[str, type] = {"size_before": int, "size_after": int, "base_model": str, "model_type": str}
+    for name, kind in optional.items():
         if getattr(report, name) is not None:
             _check(name, getattr(report, name), kind)
     for name in ("calibration", "custom_functions", "versions", "base_card"):
@@ -150,7 +151,7 @@ def check_readable(report: PruningReport) -> None:
     for name in ("custom_functions", "versions"):
         for value in getattr(report, name).values():
             _check(name, value, str)
-    kinds = {"data": str, "num_samples": int, "seqlen": int, "num_tokens": int}
+    kinds: dict[str, type] = {"data": str, "num_samples": int, "seqlen": int, "num_tokens": int}
     for name, kind in kinds.items():
         _check(f"calibration.{name}", report.calibration.get(name), kind)
     kinds = {"data": str, "seqlen": int, "num_tokens": int, "num_windows": int, "perplexity": float}

@@ -52,6 +52,7 @@ def save_rescue_plot(report: PruningReport, path: Path) -> None:
         panels[1].bar(layers, widths, width=0.8, color=_WIDTHS)
         panels[1].set_ylabel("channels kept")
     panels[-1].set_xlabel("layer")
+    panels[-1].set_xlim(min(layers) - 0.7, max(layers) + 0.7)
     panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     for panel in panels:
         panel.spines[["top", "right"]].set_visible(False)
@@ -74,8 +75,8 @@ def _draw_ratios(axes: Any, report: PruningReport) -> None:
                 if len(report.layers) <= _MAX_LABELS:
                     _label(axes, layer.layer + offset, height, f"{value:.2f}" if abs(value) < 10 else f"{value:.0f}")
     axes.axhline(0.0, color="black", linewidth=0.8)
-    is_harmed = any(layer.rescue_ratio < 0 for layer in report.layers)
-    axes.set_ylim(_FLOOR - 0.15 if is_harmed else 0.0, _CEILING + 0.08)
+    lowest = max(_FLOOR, min((layer.rescue_ratio for layer in report.layers if layer.rescue_ratio < 0), default=0.0))
+    axes.set_ylim(1.15 * lowest, _CEILING + 0.08)
     axes.set_ylabel("ratio, cut off at ±1" if cut else "ratio")
 
 

@@ -72,8 +72,7 @@ def python_lines(config: OTPruningConfig, run: Run) -> str:
     """Return the same in five lines of Python."""
     options = changed_options(config)
     if _can_be_typed(options):
-        arguments = ", ".join(f"{name}={literal(value)}" for name, value in options.items())
-        made = f"OTPruningConfig({arguments})"
+        made = _call("OTPruningConfig", [f"{name}={literal(value)}" for name, value in options.items()])
     else:
         made = f"OTPruningConfig.from_pretrained({literal(CONFIG_FILE)})"
     data = "" if run.calibration_data is None else literal(run.calibration_data)
@@ -122,6 +121,19 @@ def _option_words(name: str, value: Any) -> list[str]:
         return [flag, *map(str, value)]
     text = str(value)
     return [f"{flag}={text}"] if text.startswith("-") else [flag, text]
+
+
+def _call(function: str, arguments: list[str]) -> str:
+    """A call on one line, or with as many arguments a line as fit."""
+    whole = f"{function}({', '.join(arguments)})"
+    if len(whole) <= _WIDTH:
+        return whole
+    lines = ["   "]
+    for argument in arguments:
+        if len(lines[-1]) + len(argument) > _WIDTH and lines[-1].strip():
+            lines.append("   ")
+        lines[-1] += f" {argument},"
+    return "\n".join([f"{function}(", *lines, ")"])
 
 
 def _wrapped(groups: list[list[str]]) -> str:

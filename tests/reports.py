@@ -70,7 +70,7 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         self.texts.append(data)
-        if self.elements[-1] == "h1":
+        if self.elements[-1:] == ["h1"]:
             self.title += data.rstrip("\n")
 
     @property

@@ -69,8 +69,8 @@ def test_the_first_lines_say_what_it_is_and_what_it_costs():
     text = words(model_card(CONFIG, make_report(), "user/llama-half"))
     assert (
         "meta-llama/Llama-3.2-1B with 50.0 % of its FFN channels and 30.0 % of its parameters removed by "
-        "optimum_otprune, method otprune, without fine-tuning. That raises its perplexity from 10.00 to 12.00 (×1.20), "
-        "measured on Salesforce/wikitext (wikitext-2-raw-v1, split test)."
+        "optimum_otprune, method otprune, without fine-tuning. That raises its perplexity from 10.00 to 12.00 (×1.20)"
+        ", measured on Salesforce/wikitext (wikitext-2-raw-v1, split test)."
     ) in text
     for row in (
         "Parameters 1,000 700 −30.0 %",
@@ -188,6 +188,14 @@ def test_the_license_is_that_of_the_base_model_or_said_to_be_unknown():
     assert "The license of the base model is not known here" in words(
         model_card(CONFIG, make_report(base_card={}), "x")
     )
+
+
+def test_the_text_of_a_license_is_a_link():
+    base_card = {"license": "other", "license_name": "house", "license_link": "LICENSE.txt"}
+    card = model_card(CONFIG, make_report(base_card=base_card), "x")
+    address = "https://huggingface.co/meta-llama/Llama-3.2-1B/blob/main/LICENSE.txt"
+    assert ("a", "href", address) in Page(card).attributes
+    assert f"as its card states it: other, house ({address})." in words(card)
 
 
 def test_a_model_that_was_not_pruned_says_so():

@@ -48,9 +48,17 @@ def test_the_printed_command_and_lines_make_an_equal_configuration(options):
         warnings.simplefilter("ignore")
         config = OTPruningConfig(**options)
         assert parsed(command(config, RUN)) == config
-        line = python_lines(config, RUN).splitlines()[2]
-        assert line.startswith("config = ")
-        assert eval(line.removeprefix("config = "), {"OTPruningConfig": OTPruningConfig}) == config
+        namespace: dict = {}
+        exec(python_lines(config, RUN).split("pruner = ")[0], namespace)
+        assert namespace["config"] == config
+
+
+def test_long_lines_of_python_and_of_the_command_are_wrapped():
+    config = OTPruningConfig(
+        method="structured_afr_with_intrafusion", multiple_of=32, num_samples=64, seqlen=256, seed=1
+    )
+    for text in (python_lines(config, RUN), command(config, RUN)):
+        assert max(map(len, text.splitlines())) <= 110
 
 
 def test_only_what_differs_from_the_method_is_printed():
