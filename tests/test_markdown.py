@@ -49,6 +49,13 @@ def test_no_text_ends_the_block_of_code_that_holds_it(text):
     assert Page(f"\n---\n{fenced(text, 'json')}\n\nafter").elements == ["pre", "code", "p"]
 
 
+@pytest.mark.parametrize("run", ["```", "````", "`" * 50])
+def test_a_block_of_code_holds_lines_of_backticks(run):
+    page = Page(f"\n---\n{fenced(f'a{chr(10)}{run}{chr(10)}<b>x</b>', 'json')}")
+    assert page.elements == ["pre", "code"]
+    assert page.text.strip() == f"a\n{run}\n<b>x</b>"
+
+
 @pytest.mark.parametrize("text", HOSTILE)
 def test_a_link_holds_any_text_and_any_address(text):
     page = Page(f"\n---\n{link(text, 'https://huggingface.co/' + text.encode('ascii', 'replace').decode())}")
