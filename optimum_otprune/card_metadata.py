@@ -8,7 +8,13 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from optimum_otprune.base_card import checked_base_card
 from optimum_otprune.configuration import OTPruningConfig
-from optimum_otprune.findings import UNNAMED_DATA, Comparison, comparisons, hub_name
+from optimum_otprune.findings import (
+    UNNAMED_DATA,
+    Comparison,
+    comparisons,
+    evaluated_on_calibration_data,
+    hub_name,
+)
 from optimum_otprune.markdown import plain_text
 from optimum_otprune.options import BUDGET_FIELDS
 from optimum_otprune.report import PruningReport
@@ -38,7 +44,7 @@ def card_metadata(config: OTPruningConfig, report: PruningReport | None, name: s
     widths = [layer.intermediate_size_after for layer in report.layers]
     extra["intermediate_size"] = widths if len(set(widths)) > 1 else next(iter(widths), None)
     extra |= {"rescue_ratio": _rounded(report.rescue_ratio), "dilution_ratio": _rounded(report.dilution_ratio)}
-    results = [result for pair in comparisons(report) for result in _results(config, pair)]
+    results = [result for pair in comparisons(report) for result in _results(config, report, pair)]
     dataset = hub_name(report.calibration["data"])
     return ModelCardData(
         base_model=hub_name(report.base_model),
@@ -70,9 +76,10 @@ def _architecture(report: PruningReport) -> list[str]:
     return [known] if known is not None and re.fullmatch(r"[a-z0-9_-]{1,50}", known) else []
 
 
-def _results(config: OTPruningConfig, pair: Comparison) -> list[EvalResult]:
+def _results(config: OTPruningConfig, report: PruningReport, pair: Comparison) -> list[EvalResult]:
     dataset = hub_name(pair.data)
     known = dataset is not None and dataset == config.dataset
+    caution = ", on calibration data" if evaluated_on_calibration_data(config, report, pair) else ""
     results = []
     for evaluation, what in ((pair.pruned, "pruned"), (pair.dense, "base model")):
         value = None if evaluation is None else _rounded(evaluation["perplexity"])
@@ -87,7 +94,7 @@ def _results(config: OTPruningConfig, pair: Comparison) -> list[EvalResult]:
                     dataset_config=plain_text(config.dataset_config) if known and config.dataset_config else None,
                     dataset_split=plain_text(config.evaluation_split) if dataset is not None else None,
                     metric_type="perplexity",
-                    metric_name=f"Perplexity ({what})",
+                    metric_name=f"Perplexity ({what}{caution})",
                     metric_value=value,
                     metric_args={name: int(evaluation[name]) for name in ("seqlen", "num_tokens")},
                 )

@@ -127,6 +127,12 @@ def test_the_license_is_copied_and_never_invented(base_card, base_model, expecte
     assert found.get("license", "mit") in LICENSES
 
 
+def test_results_on_calibration_data_are_named_so():
+    found = metadata(evaluations=(evaluation("pruned", 12.0, seen_windows=1),))
+    metric = found["model-index"][0]["results"][0]["metrics"][0]
+    assert metric["name"] == "Perplexity (pruned, on calibration data)"
+
+
 def test_widths_that_differ_are_all_given():
     layers = (layer_report(0, after=4), layer_report(1, after=6))
     assert metadata(layers=layers)["otprune"]["intermediate_size"] == [4, 6]
