@@ -7,7 +7,7 @@ BENCH_READY = $(VENV)/.bench-ready
 # Two processes that use all cores slow each other down many times over; the tests run one thread each.
 WORKERS ?= 2
 
-.PHONY: demo test test-slow quality style bench bench-quality bench-calibration clean
+.PHONY: demo test test-slow quality style bench bench-quality bench-calibration cards clean
 
 demo: $(READY)
 	$(BIN)/otprune demo
@@ -43,6 +43,10 @@ bench-calibration: $(BENCH_READY)
 
 bench: bench-quality
 
+# The examples in model_cards, from the reports beside them; CARDS_ARGS=--prune prunes the embedded model again first.
+cards: $(READY)
+	$(BIN)/python model_cards/render.py $(CARDS_ARGS)
+
 $(BENCH_READY): $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
 	@touch $@
@@ -52,7 +56,7 @@ $(READY): pyproject.toml setup.py constraints.txt
 	  { echo "Python 3.11 or newer is needed; $(PYTHON) is older. Try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[quality,tests,tune]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[plots,quality,tests,tune]"
 	@touch $@
 
 clean:

@@ -42,6 +42,16 @@ class TokenData(NamedTuple):
         num_samples, seqlen = self.tokens.shape
         return {"data": self.source, "num_samples": num_samples, "seqlen": seqlen, "num_tokens": self.tokens.numel()}
 
+    def count_shared_with(self, other: "TokenData") -> int:
+        """Return how many of these samples are, token by token, samples of the other too.
+
+        Example:
+            >>> TokenData(torch.tensor([[1, 2], [3, 4]]), "").count_shared_with(TokenData(torch.tensor([[3, 4]]), ""))
+            1
+        """
+        others = {sample.numpy().tobytes() for sample in other.tokens.long().cpu()}
+        return sum(sample.numpy().tobytes() in others for sample in self.tokens.long().cpu())
+
 
 class ModelLimits(NamedTuple):
     """What a model accepts.

@@ -17,14 +17,18 @@ from transformers.utils import cached_file
 
 from optimum_otprune.architectures.remote_code import MODELING_FILE, modeling_code
 from optimum_otprune.architectures.spec import find_spec
+from optimum_otprune.base_card import read_base_card
 from optimum_otprune.card import model_card
 from optimum_otprune.configuration import CONFIG_FILE, OTPruningConfig
 from optimum_otprune.errors import ModelLoadError, OutputError
+from optimum_otprune.plots import PLOT_FILE, can_plot, save_rescue_plot
 from optimum_otprune.report import REPORT_FILE, PruningReport
+
+CARD_FILE = "README.md"
 
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
 _SPACE_MARGIN = 1.1
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -42,12 +46,14 @@ class Checkpoint(NamedTuple):
         tokenizer: Its tokenizer, or None.
         config: The pruning configuration, if it was pruned by this package.
         report: The report, if it was pruned by this package.
+        base_card: What the card beside the model says of license and language.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     config: OTPruningConfig | None
     report: PruningReport | None
+    base_card: Mapping[str, Any]
 
 
 def load_checkpoint(name: str, options: Mapping[str, Any]) -> Checkpoint:
@@ -80,6 +86,7 @@ def load_checkpoint(name: str, options: Mapping[str, Any]) -> Checkpoint:
         _load_tokenizer(name, hub, remote),
         None if config_file is None else OTPruningConfig.from_pretrained(config_file),
         None if report_file is None else PruningReport.load(report_file),
+        _base_card(name, hub),
     )
 
 
@@ -146,7 +153,7 @@ def _check_complete(name: str, info: Mapping[str, Any]) -> None:
 
 def _load_tokenizer(name: str, hub: dict[str, Any], remote: dict[str, Any]) -> PreTrainedTokenizerBase | None:
     """None only where there is no tokenizer; one that cannot be read is an error."""
-    if all(_optional_file(name, file, hub) is None for file in _TOKENIZER_FILES):
+    if all(_optional_file(name, file, hub) is None for file in TOKENIZER_FILES):
         return None
     with _loading(name):
         return AutoTokenizer.from_pretrained(name, **hub, **remote)
@@ -165,6 +172,25 @@ def _optional_file(name: str, file: str, hub: dict[str, Any]) -> str | None:
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=True,
         )
+
+
+def _base_card(name: str, hub: dict[str, Any]) -> dict[str, Any]:
+    """A card is welcome but not needed: a repository without one, or out of reach, says nothing."""
+    if Path(name).is_dir():
+        file = _optional_file(name, CARD_FILE, hub)
+    else:
+        file = cached_file(
+            name,
+            CARD_FILE,
+            **hub,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    if file is None:
+        return {}
+    with _loading(name):
+        return read_base_card(Path(file).read_text(encoding="utf-8", errors="replace"))
 
 
 def check_output_folder(folder: Path, overwrite: bool, needed_bytes: int = 0) -> None:
@@ -264,8 +290,11 @@ def save_checkpoint(
         config.save_pretrained(partial)
         if report is not None:
             report.save(partial / REPORT_FILE)
-        card = model_card(config, report, folder.name, has_tokenizer=tokenizer is not None)
-        (partial / "README.md").write_text(card, encoding="utf-8")
+        has_plot = report is not None and bool(report.layers) and can_plot()
+        if report is not None and has_plot:
+            save_rescue_plot(report, partial / PLOT_FILE)
+        card = model_card(config, report, folder.name, has_tokenizer=tokenizer is not None, has_plot=has_plot)
+        (partial / CARD_FILE).write_text(card, encoding="utf-8")
         _make_durable(partial)
     return folder
 

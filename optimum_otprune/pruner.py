@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_otprune.architectures.block import ffn_blocks
 from optimum_otprune.budget import with_pruning_ratio
-from optimum_otprune.calibration import ModelLimits, TokenSource, calibration_tokens, evaluation_tokens
+from optimum_otprune.calibration import ModelLimits, TokenData, TokenSource, calibration_tokens, evaluation_tokens
 from optimum_otprune.checkpoint import hub_id, load_checkpoint, save_checkpoint
 from optimum_otprune.compression import Recipe
 from optimum_otprune.configuration import OTPruningConfig
@@ -55,13 +55,16 @@ class OTPruner:
         tokenizer: PreTrainedTokenizerBase | None = None,
         report: PruningReport | None = None,
         base_model: str | None = None,
+        base_card: Mapping[str, Any] | None = None,
     ):
         self.model = model
         self.config = config or OTPruningConfig()
         self.tokenizer = tokenizer
         self.report = report
         self.base_model = base_model
+        self.base_card = dict(base_card or {})
         self.tuning: TuningResult | None = None
+        self._calibrated_on: TokenData | None = None
         self._evaluations: list[Mapping[str, Any]] = list(report.evaluations) if report else []
 
     @classmethod
@@ -123,7 +126,8 @@ class OTPruner:
         ffn_blocks(loaded.model)
         report = loaded.report if given is None or given == loaded.config else None
         base_model = loaded.report.base_model if loaded.report else hub_id(str(model_name_or_path))
-        return cls(loaded.model, given or loaded.config, tokenizer or loaded.tokenizer, report, base_model)
+        base_card = loaded.report.base_card if loaded.report else loaded.base_card
+        return cls(loaded.model, given or loaded.config, tokenizer or loaded.tokenizer, report, base_model, base_card)
 
     @property
     def limits(self) -> ModelLimits:
@@ -162,7 +166,7 @@ class OTPruner:
         blocks = ffn_blocks(self.model)
         recipe = Recipe.resolve(with_pruning_ratio(self.config, self.model, blocks), functions)
         data = calibration_tokens(calibration_data, self.config, self.tokenizer, self.limits)
-        parameters_before = self.model.num_parameters()
+        parameters_before, size_before = self.model.num_parameters(), _weight_bytes(self.model)
         pruned = prune_model(self.model, blocks, recipe, data.tokens, PassSettings(batch_size, progress))
         self.report = PruningReport(
             config=self.config.to_dict(),
@@ -175,7 +179,12 @@ class OTPruner:
             evaluations=tuple(self._evaluations),
             custom_functions={name: recipe.functions[name].name for name in functions if name in recipe.functions},
             versions=versions(),
+            size_before=size_before,
+            size_after=_weight_bytes(self.model),
+            model_type=self.model.config.model_type,
+            base_card=self.base_card,
         )
+        self._calibrated_on = data
         return self.report
 
     def tune(
@@ -257,7 +266,8 @@ class OTPruner:
 
         Returns:
             `perplexity`, `nll` (nats per token), `num_tokens`, and the protocol: `num_windows`, `seqlen`, `stride`,
-            `dtype`, `protocol`, `data`, and `stage` (`"dense"` or `"pruned"`).
+            `dtype`, `protocol`, `data`, and `stage` (`"dense"` or `"pruned"`); after `prune`, where windows and
+            calibration samples are of one length, also `seen_windows`: how many of the windows are such samples.
 
         Raises:
             CalibrationDataError: If the data cannot be used.
@@ -268,6 +278,8 @@ class OTPruner:
         measured = evaluate_perplexity(self.model, tokens.tokens, batch_size, progress)
         stage = "dense" if self.report is None else "pruned"
         metrics = {**measured, "data": tokens.source, "stage": stage}
+        if self._calibrated_on is not None and tokens.tokens.shape[1] == self._calibrated_on.tokens.shape[1]:
+            metrics["seen_windows"] = tokens.count_shared_with(self._calibrated_on)
         self._evaluations.append(metrics)
         if self.report is not None:
             self.report = dataclasses.replace(self.report, evaluations=tuple(self._evaluations))
@@ -293,6 +305,11 @@ class OTPruner:
         return save_checkpoint(
             Path(save_directory), self.model, self.tokenizer, self.config, self.report, overwrite, max_shard_size
         )
+
+
+def _weight_bytes(model: PreTrainedModel) -> int:
+    """Shared weights once."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 def _as_config(config: Any, options: Mapping[str, Any]) -> OTPruningConfig:

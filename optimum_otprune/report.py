@@ -81,6 +81,10 @@ class PruningReport:
         custom_functions: Functions given in place of registered names, by field.
         versions: Of this package and its libraries.
         padding_parameters: Zeros saved with the model that fill up layers to a common width.
+        size_before: Bytes of the dense model's weights, shared ones once; None where it was not recorded.
+        size_after: Bytes of the pruned model's.
+        model_type: Of the architecture, as transformers names it, or None.
+        base_card: License and language of the base model, as its card states them; see `base_card.read_base_card`.
     """
 
     config: Mapping[str, Any]
@@ -92,6 +96,10 @@ class PruningReport:
     evaluations: tuple[Mapping[str, Any], ...] = ()
     custom_functions: Mapping[str, str] = dataclasses.field(default_factory=dict)
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    size_before: int | None = None
+    size_after: int | None = None
+    model_type: str | None = None
+    base_card: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     padding_parameters: int = 0
 
     @property

@@ -4,18 +4,16 @@ import errno
 import json
 import os
 import stat
-from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from optimum_otprune import OTPruner, OTPruningConfig, checkpoint
-from optimum_otprune.card import model_card
+from optimum_otprune import OTPruner, OTPruningConfig, checkpoint, plots
 from optimum_otprune.errors import ModelLoadError, OutputError, ReportError
+from optimum_otprune.folder_card import folder_card
 from optimum_otprune.functional.rescue import RescueEnergies
 from optimum_otprune.report import LayerReport, PruningReport
 from tests.conftest import make_llama
@@ -193,47 +191,57 @@ def test_a_file_that_is_no_report_is_one_clear_error(tmp_path, content):
         PruningReport.load(tmp_path / "report.json")
 
 
-def front_matter(card: str) -> dict:
-    return yaml.safe_load(card.split("---\n")[1])
+def test_a_folder_has_a_card_made_of_its_configuration_and_report(pruner, tmp_path):
+    folder = pruner.save_pretrained(tmp_path / "out")
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert card == folder_card(folder)
+    assert 'from_pretrained("out")' in card
+    assert ("rescue.png" in card) is (folder / "rescue.png").is_file() is plots.can_plot()
 
 
-def test_a_card_has_plain_metadata_both_ratios_and_how_to_load(pruner, tmp_path):
-    card = (pruner.save_pretrained(tmp_path / "out") / "README.md").read_text(encoding="utf-8")
-    metadata = front_matter(card)
-    assert metadata["library_name"] == "transformers"
-    assert metadata["otprune"]["intermediate_size"] == 24
-    assert metadata["otprune"]["rescue_ratio"] == pytest.approx(pruner.report.rescue_ratio, abs=1e-6)
-    assert "dilution_ratio" in metadata["otprune"]
-    assert "!!python" not in card
-    assert "AutoModelForCausalLM.from_pretrained" in card
-    assert "not evaluated" in card
-
-
-def test_a_card_says_that_a_negative_rescue_is_worse_than_dropping():
-    card = model_card(OTPruningConfig(), make_report(-0.5), "out")
-    assert "further from the dense ones than plain dropping" in " ".join(card.split())
-
-
-@pytest.mark.parametrize(
-    "name", ["a\n---\nlicense: evil", "<script>x</script>", "`rm`", "!!python/object:x", "![](u)"]
-)
-def test_hostile_names_are_harmless_in_a_card(name):
-    card = model_card(OTPruningConfig(), make_report(), name)
-    assert "license" not in front_matter(card)
-    assert not any(text in card for text in ("<script", "`rm`", "!!python", "!["))
+def test_without_matplotlib_there_is_no_plot_and_no_word_of_it(pruner, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "can_plot", lambda: False)
+    folder = pruner.save_pretrained(tmp_path / "out")
+    assert not (folder / "rescue.png").exists()
+    assert "rescue.png" not in (folder / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_model_that_was_not_pruned_can_be_saved(llama, tmp_path):
     folder = OTPruner.from_pretrained(llama).save_pretrained(tmp_path / "out")
     assert "has not been pruned yet" in (folder / "README.md").read_text(encoding="utf-8")
+    assert not (folder / "rescue.png").exists()
     assert OTPruner.from_pretrained(folder).report is None
 
 
-EXAMPLE = Path(__file__).parents[1] / "model_cards" / "demo-llama-half"
+CARD = "---\nlicense: llama3.2\nlanguage: [en]\n---\n# Dense\n"
 
 
-def test_the_example_card_is_what_its_configuration_and_report_give():
-    card = model_card(
-        OTPruningConfig.from_pretrained(EXAMPLE), PruningReport.load(EXAMPLE / "otprune_report.json"), EXAMPLE.name
-    )
-    assert card == (EXAMPLE / "README.md").read_text(encoding="utf-8")
+def test_the_license_of_a_local_base_model_reaches_the_card_and_stays_when_pruned_again(
+    llama_folder, tokens, tmp_path
+):
+    (llama_folder / "README.md").write_text(CARD)
+    pruner = OTPruner.from_pretrained(llama_folder, OTPruningConfig(pruning_ratio=0.5, multiple_of=1))
+    report = pruner.prune(tokens, progress=False)
+    assert report.base_card == {"license": "llama3.2", "language": ["en"]}
+    folder = pruner.save_pretrained(tmp_path / "out")
+    assert "\nlicense: llama3.2\n" in (folder / "README.md").read_text(encoding="utf-8")
+    again = OTPruner.from_pretrained(folder, OTPruningConfig(pruning_ratio=0.1, multiple_of=1))
+    assert again.base_card == report.base_card
+
+
+def test_the_license_of_a_base_model_in_the_cache_of_the_hub_is_found_offline(llama_folder, tmp_path):
+    snapshot = tmp_path / "hub" / "models--user--dense" / "snapshots" / ("0" * 40)
+    snapshot.parent.mkdir(parents=True)
+    llama_folder.rename(snapshot)
+    refs = snapshot.parents[1] / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("0" * 40)
+    without = OTPruner.from_pretrained("user/dense", cache_dir=tmp_path / "hub")
+    assert (without.base_model, without.base_card) == ("user/dense", {})
+    (snapshot / "README.md").write_text(CARD)
+    assert OTPruner.from_pretrained("user/dense", cache_dir=tmp_path / "hub").base_card["license"] == "llama3.2"
+
+
+def test_a_card_that_is_no_text_is_no_obstacle(llama_folder):
+    (llama_folder / "README.md").write_bytes(b"---\nlicense: \xff\xfe\n---\n\x00")
+    assert OTPruner.from_pretrained(llama_folder).base_card == {}

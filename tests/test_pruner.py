@@ -401,3 +401,19 @@ def test_counts_that_are_no_positive_integers_are_refused(llama, tokens, count):
     ):
         with pytest.raises(ConfigurationError, match="want an integer >= 1"):
             call()
+
+
+def test_evaluation_counts_the_windows_that_were_calibrated_on(llama, tokens):
+    pruner = OTPruner.from_pretrained(llama, OTPruningConfig(pruning_ratio=0.5, multiple_of=1))
+    assert "seen_windows" not in pruner.evaluate(tokens, progress=False)
+    pruner.prune(tokens[:8], progress=False)
+    assert pruner.evaluate(tokens, progress=False)["seen_windows"] == 8
+    assert pruner.evaluate(tokens[8:], progress=False)["seen_windows"] == 0
+    assert "seen_windows" not in pruner.evaluate(tokens[:, :10], progress=False)
+
+
+def test_a_report_has_the_bytes_of_the_weights_and_the_architecture(llama, tokens):
+    pruner = OTPruner.from_pretrained(llama, OTPruningConfig(pruning_ratio=0.5, multiple_of=1))
+    report = pruner.prune(tokens, progress=False)
+    assert (report.size_before, report.size_after) == (4 * report.parameters_before, 4 * report.parameters_after)
+    assert report.model_type == "llama"

@@ -15,6 +15,7 @@ from optimum_otprune.commands.arguments import config_options, loading_options
 from optimum_otprune.commands.demo import run_demo
 from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.errors import ConfigurationError, ReportError, UsageError
+from optimum_otprune.folder_card import folder_card, replace_card
 from optimum_otprune.options import BUDGET_FIELDS
 from optimum_otprune.pruner import OTPruner
 from optimum_otprune.report import REPORT_FILE, PruningReport
@@ -112,6 +113,18 @@ def report(args: argparse.Namespace) -> None:
     print(saved)
     for metrics in saved.evaluations:
         print(f"Perplexity of the {metrics['stage']} model: {metrics['perplexity']:.2f} ({_protocol(metrics)})")
+
+
+def card(args: argparse.Namespace) -> None:
+    """Print the model card of a saved model, or write it."""
+    folder = Path(args.folder)
+    text = folder_card(folder, args.name)
+    if not args.write:
+        print(text, end="")
+        return
+    if replace_card(folder, text):
+        print("warning: README.md had other text, perhaps edited by hand; it was replaced.", file=sys.stderr)
+    print(f"Saved the model card of {folder.resolve().name}.")
 
 
 def demo(args: argparse.Namespace) -> None:

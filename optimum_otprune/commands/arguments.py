@@ -31,7 +31,7 @@ def _argument(option: Option) -> dict[str, Any]:
     if option.choices is not None:
         return argument | {"choices": option.choices}
     if option.units is not None:
-        return argument | {"metavar": "N"}  # a number or a string with a unit; the configuration tells
+        return argument | {"metavar": "N", "type": _number_or_text}
     return argument | {"type": option.kind, "metavar": {int: "N", float: "X", str: "NAME"}[option.kind]}
 
 
@@ -42,6 +42,11 @@ def _by_layer(text: str) -> tuple[int, float]:
         return int(layer), float(number)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form LAYER=X, such as 3=0.5") from None
+
+
+def _number_or_text(text: str) -> int | str:
+    """A number, or a string with a unit that the configuration understands."""
+    return int(text) if text.isdecimal() and text.isascii() else text
 
 
 def config_options(args: argparse.Namespace) -> dict[str, Any]:

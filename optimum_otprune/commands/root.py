@@ -113,6 +113,22 @@ class ReportCommand(_Command):
         add_debug_option(parser)
 
 
+class CardCommand(_Command):
+    """`otprune card`."""
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        """Options."""
+        parser.add_argument("folder", metavar="OUT", help="folder that `otprune prune` wrote")
+        parser.add_argument("--name", help="of the model, such as user/name (default: the folder's)")
+        parser.add_argument(
+            "--write",
+            action="store_true",
+            help="replace README.md in the folder, edits by hand included, in place of printing",
+        )
+        add_debug_option(parser)
+
+
 class DemoCommand(_Command):
     """`otprune demo`."""
 
@@ -136,5 +152,6 @@ class OTPruneCommand(BaseOptimumCLICommand):
         CommandInfo("tune", "Search for a better configuration and write it to a file.", TuneCommand),
         CommandInfo("evaluate", "Measure the perplexity of a model, pruned or not.", EvaluateCommand),
         CommandInfo("report", "Print what pruning did to a saved model.", ReportCommand),
+        CommandInfo("card", "Make the model card of a saved model again.", CardCommand),
         CommandInfo("demo", "Prune the small model that the package carries; works offline.", DemoCommand),
     )

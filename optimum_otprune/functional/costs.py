@@ -83,7 +83,7 @@ def channel_vectors(weights: FFNWeights) -> Tensor:
     return torch.nn.functional.normalize(torch.cat([part.double() for part in parts], dim=1), dim=1)
 
 
-@costs.register("weight", reference="https://arxiv.org/abs/2402.05146")
+@costs.register("weight", reference="https://arxiv.org/abs/2402.07839")
 def weight_cost(inputs: CostInputs, kept_channels: Tensor) -> TransportCost:
     """Sum of absolute differences (p = 1) between the unit weight vectors of two channels."""
     vectors = channel_vectors(inputs.weights)

@@ -1,0 +1,55 @@
+"""The card of a saved folder, made again from the configuration and report in it."""
+
+from pathlib import Path
+
+from optimum_otprune.card import model_card
+from optimum_otprune.checkpoint import CARD_FILE, TOKENIZER_FILES, save_text
+from optimum_otprune.configuration import CONFIG_FILE, OTPruningConfig
+from optimum_otprune.errors import ReportError
+from optimum_otprune.plots import PLOT_FILE
+from optimum_otprune.report import REPORT_FILE, PruningReport
+
+
+def folder_card(folder: Path, name: str | None = None, has_tokenizer: bool | None = None) -> str:
+    """Render the card of a folder that `OTPruner.save_pretrained` wrote.
+
+    Args:
+        folder: With `otprune_config.json`; without a report, the model was not pruned yet.
+        name: Of the model; default: the folder's.
+        has_tokenizer: Whether one belongs to the model; default: whether its files are in the folder.
+
+    Raises:
+        ReportError: If there is no configuration, or the report is damaged.
+        ConfigurationError: If the configuration is damaged.
+    """
+    if not (folder / CONFIG_FILE).is_file():
+        raise ReportError(f"{folder.name!r} has no {CONFIG_FILE}: it is no folder that `otprune prune` wrote.")
+    report_file = folder / REPORT_FILE
+    if has_tokenizer is None:
+        has_tokenizer = any((folder / file).is_file() for file in TOKENIZER_FILES)
+    return model_card(
+        OTPruningConfig.from_pretrained(folder),
+        PruningReport.load(report_file) if report_file.is_file() else None,
+        folder.resolve().name if name is None else name,
+        has_tokenizer=has_tokenizer,
+        has_plot=(folder / PLOT_FILE).is_file(),
+    )
+
+
+def replace_card(folder: Path, text: str) -> bool:
+    """Write a card into a folder: the whole one or none.
+
+    Args:
+        folder: As for `folder_card`.
+        text: From it.
+
+    Returns:
+        Whether another text was there, such as one edited by hand.
+
+    Raises:
+        OutputError: If it cannot be written.
+    """
+    file = folder / CARD_FILE
+    differs = file.is_file() and file.read_bytes() != text.encode()
+    save_text(file, text, overwrite=True)
+    return differs

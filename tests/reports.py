@@ -1,0 +1,79 @@
+"""Reports without a model, and a strict reader of rendered Markdown."""
+
+from html.parser import HTMLParser
+
+from markdown_it import MarkdownIt
+
+from optimum_otprune.configuration import OTPruningConfig
+from optimum_otprune.functional.rescue import RescueEnergies
+from optimum_otprune.report import LayerReport, PruningReport
+
+
+def layer_report(index: int = 0, rescue: float = 0.5, before: int = 8, after: int = 4) -> LayerReport:
+    """One layer whose ratios follow from its energies."""
+    energies = RescueEnergies(output=10.0, pruned=4.0, error=4.0 * (1 - rescue), kept=8.0, shift=0.8)
+    kept = tuple(range(after))
+    return LayerReport(index, before, after, kept, rescue, 0.1, 0.5, 1.0, 0.4, 0.3, 0.2, float("inf"), False, energies)
+
+
+def evaluation(stage: str, perplexity: float, **changes) -> dict:
+    """What `OTPruner.evaluate` records."""
+    return {
+        "perplexity": perplexity,
+        "nll": 1.0,
+        "num_tokens": 40_000,
+        "num_windows": 20,
+        "seqlen": 2001,
+        "stride": 2001,
+        "dtype": "float32",
+        "protocol": "windows",
+        "data": "Salesforce/wikitext",
+        "stage": stage,
+        **changes,
+    }
+
+
+def make_report(config: OTPruningConfig | None = None, **changes) -> PruningReport:
+    """A report of two layers, evaluated before and after."""
+    settings = {
+        "config": (config or OTPruningConfig()).to_dict(),
+        "layers": (layer_report(0), layer_report(1, rescue=0.25)),
+        "parameters_before": 1000,
+        "parameters_after": 700,
+        "calibration": {"data": "Salesforce/wikitext", "num_samples": 4, "seqlen": 100, "num_tokens": 400},
+        "base_model": "meta-llama/Llama-3.2-1B",
+        "evaluations": (evaluation("dense", 10.0), evaluation("pruned", 12.0)),
+        "versions": {"torch": "2.13.0"},
+        "size_before": 4_000_000,
+        "size_after": 2_800_000,
+        "model_type": "llama",
+        "base_card": {"license": "llama3.2", "language": ["en"]},
+    }
+    return PruningReport(**{**settings, **changes})
+
+
+class Page(HTMLParser):
+    """Elements and attributes of a card's body, rendered with raw HTML allowed as the Hub does before it sanitizes."""
+
+    def __init__(self, card: str):
+        super().__init__()
+        self.elements: list[str] = []
+        self.attributes: list[tuple[str, str, str | None]] = []
+        self.texts: list[str] = []
+        self.title = ""
+        body = card.split("\n---\n", 1)[1]
+        self.feed(MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).render(body))
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append(tag)
+        self.attributes += [(tag, name, value) for name, value in attrs]
+
+    def handle_data(self, data):
+        self.texts.append(data)
+        if self.elements[-1:] == ["h1"]:
+            self.title += data.rstrip("\n")
+
+    @property
+    def text(self) -> str:
+        """All text."""
+        return "".join(self.texts)

@@ -1,0 +1,157 @@
+"""What a report means is said in words that follow from its numbers."""
+
+import dataclasses
+
+import pytest
+import torch
+from datasets import Dataset
+
+from optimum_otprune.calibration import ModelLimits, calibration_tokens
+from optimum_otprune.configuration import OTPruningConfig
+from optimum_otprune.errors import ReportError
+from optimum_otprune.findings import (
+    UNNAMED_DATA,
+    check_readable,
+    comparisons,
+    evaluated_on_calibration_data,
+    hub_name,
+    limitations,
+)
+from optimum_otprune.functional.rescue import RescueEnergies
+from tests.hostile import HOSTILE
+from tests.reports import evaluation, layer_report, make_report
+
+CONFIG = OTPruningConfig()
+
+
+def said(report, config=CONFIG) -> str:
+    return " ".join(limitations(config, report))
+
+
+def test_evaluations_are_paired_by_data_and_protocol_and_the_latest_counts():
+    report = make_report(
+        evaluations=(
+            evaluation("pruned", 30.0, seqlen=64),
+            evaluation("dense", 10.0),
+            evaluation("pruned", 13.0),
+            evaluation("pruned", 12.0),
+        )
+    )
+    first, second = comparisons(report)
+    assert (first.dense["perplexity"], first.pruned["perplexity"], first.factor) == (10.0, 12.0, 1.2)
+    assert (second.dense, second.factor, second.one["seqlen"]) == (None, None, 64)
+
+
+@pytest.mark.parametrize("dense", [0.0, float("inf"), float("nan")])
+def test_a_factor_that_is_not_finite_is_none(dense):
+    report = make_report(evaluations=(evaluation("dense", dense), evaluation("pruned", float("inf"))))
+    assert comparisons(report)[0].factor is None
+
+
+@pytest.mark.parametrize("name", ["user/name", "gpt2", "meta-llama/Llama-3.2-1B"])
+def test_names_of_the_hub_are_known(name):
+    assert hub_name(name) == name
+
+
+@pytest.mark.parametrize("name", [None, 3, "", "a/b/c", "/abs/path", "./rel", "../x", "token ids", "texts"])
+def test_what_cannot_be_a_name_of_the_hub_is_none(name):
+    assert hub_name(name) is None
+
+
+def test_of_hostile_strings_only_words_pass_as_names():
+    passed = {name for name in HOSTILE if hub_name(name) is not None}
+    assert passed == {"null", "yes", "0x10", "1e3", "2020-01-01", "www.evil.example"}
+
+
+def test_data_without_a_name_are_called_as_calibration_calls_them(tmp_path, tokenizer):
+    text = " ".join(f"w{index % 60}" for index in range(400))
+    (tmp_path / "folder").mkdir()
+    for file in (tmp_path / "file.txt", tmp_path / "folder" / "file.txt"):
+        file.write_text(text)
+    config = OTPruningConfig(seqlen=20)
+    kinds = [[text], tmp_path / "file.txt", tmp_path / "folder", Dataset.from_dict({"text": [text]}), torch.arange(40)]
+    sources = {calibration_tokens(data, config, tokenizer, ModelLimits(64, 40)).source for data in kinds}
+    assert sources == set(UNNAMED_DATA)
+
+
+@pytest.mark.parametrize(
+    ("changes", "seen", "config", "answer"),
+    [
+        ({}, None, {}, False),
+        ({}, None, {"evaluation_split": "train"}, True),
+        ({"data": "user/other"}, None, {"evaluation_split": "train"}, False),
+        ({"data": "texts"}, None, {}, False),
+        ({"data": "texts"}, 3, {}, True),
+        ({}, 1, {}, True),
+    ],
+)
+def test_evaluation_on_calibration_data_is_recognized(changes, seen, config, answer):
+    extra = {} if seen is None else {"seen_windows": seen}
+    report = make_report(evaluations=(evaluation("pruned", 12.0, **changes, **extra),))
+    assert evaluated_on_calibration_data(OTPruningConfig(**config), report, comparisons(report)[0]) is answer
+
+
+@pytest.mark.parametrize(("seen", "answer"), [({}, None), ({"seen_windows": 0}, False)])
+def test_for_unnamed_data_only_the_recorded_windows_tell(seen, answer):
+    report = make_report(
+        calibration={"data": "texts", "num_samples": 4, "seqlen": 100, "num_tokens": 400},
+        evaluations=(evaluation("pruned", 12.0, data="texts", **seen),),
+    )
+    assert evaluated_on_calibration_data(CONFIG, report, comparisons(report)[0]) is answer
+
+
+def test_a_good_report_has_only_the_limitations_of_all():
+    layers = (layer_report(after=6),)
+    assert len(limitations(CONFIG, make_report(layers=layers))) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"layers": (layer_report(rescue=-3.0), layer_report(1))}, "The rescue ratio is negative"),
+        ({"layers": (layer_report(rescue=-0.1), layer_report(1, 0.9))}, "The rescue ratio of layer 0 is negative"),
+        (
+            {"layers": (layer_report(0, -0.1), layer_report(1, 0.9), layer_report(2, 0.9), layer_report(3, -0.2))},
+            "The rescue ratio of layers 0 and 3 is negative",
+        ),
+        ({}, "50% of the FFN channels are gone"),
+        ({"evaluations": ()}, "The pruned model was not evaluated"),
+        ({"evaluations": (evaluation("dense", 10.0),)}, "The pruned model was not evaluated"),
+        ({"evaluations": (evaluation("pruned", 10.0),)}, "The dense model was not evaluated"),
+        ({"evaluations": (evaluation("pruned", 10.0, num_tokens=50),)}, "on only 50 tokens"),
+        ({"evaluations": (evaluation("pruned", 10.0, seen_windows=2),)}, "on data that it was calibrated on"),
+        (
+            {"calibration": {"data": "texts", "num_samples": 1, "seqlen": 15, "num_tokens": 15}},
+            "calibrated on 15 tokens, fewer than twice the FFN width of 8",
+        ),
+        ({}, "not fine-tuned"),
+        ({}, "Perplexity is not everything"),
+    ],
+)
+def test_each_limitation_is_said_where_it_holds(changes, sentence):
+    assert sentence in said(make_report(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"calibration": {}}, "calibration.data"),
+        ({"calibration": {"data": "x", "num_samples": "4", "seqlen": 1, "num_tokens": 1}}, "calibration.num_samples"),
+        ({"evaluations": (3,)}, r"evaluations\[0\]"),
+        ({"evaluations": (evaluation("pruned", "low"),)}, r"evaluations\[0\].perplexity"),
+        ({"evaluations": (evaluation("pruned", 1.0, seen_windows=None),)}, r"evaluations\[0\].seen_windows"),
+        ({"parameters_after": None}, "parameters_after"),
+        ({"parameters_after": True}, "parameters_after"),
+        ({"size_before": "big"}, "size_before"),
+        ({"versions": {"torch": 2}}, "versions"),
+        ({"custom_functions": []}, "custom_functions"),
+        ({"layers": (dataclasses.replace(layer_report(), rescue_ratio="x"),)}, r"layers\[0\].rescue_ratio"),
+        (
+            {"layers": (dataclasses.replace(layer_report(), energies=RescueEnergies(1, 1, None, 1, 1)),)},
+            r"layers\[0\].energies.error",
+        ),
+    ],
+)
+def test_a_report_that_lacks_what_a_card_says_is_refused_by_name(changes, name):
+    with pytest.raises(ReportError, match=f"`{name}` of the report is .*; want .* Restore `otprune_report.json`"):
+        check_readable(make_report(**changes))
