@@ -18,6 +18,7 @@ from transformers.utils import cached_file
 from optimum_otprune.card import model_card
 from optimum_otprune.configuration import CONFIG_FILE, OTPruningConfig
 from optimum_otprune.errors import ModelLoadError, OutputError
+from optimum_otprune.manifest import CARD_FILE, write_manifest
 from optimum_otprune.report import REPORT_FILE, PruningReport
 
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
@@ -263,7 +264,8 @@ def save_checkpoint(
         if report is not None:
             report.save(partial / REPORT_FILE)
         card = model_card(config, report, folder.name, has_tokenizer=tokenizer is not None)
-        (partial / "README.md").write_text(card, encoding="utf-8")
+        (partial / CARD_FILE).write_text(card, encoding="utf-8")
+        write_manifest(partial)
         _make_durable(partial)
     return folder
 
