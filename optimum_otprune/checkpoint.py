@@ -18,6 +18,7 @@ from transformers.utils import cached_file
 from optimum_otprune.card import model_card
 from optimum_otprune.configuration import CONFIG_FILE, OTPruningConfig
 from optimum_otprune.errors import ModelLoadError, OutputError
+from optimum_otprune.hub import verify_saved
 from optimum_otprune.manifest import CARD_FILE, write_manifest
 from optimum_otprune.report import REPORT_FILE, PruningReport
 
@@ -58,9 +59,14 @@ def load_checkpoint(name: str, options: Mapping[str, Any]) -> Checkpoint:
 
     Raises:
         ModelLoadError: If it cannot be found or read, or tensors are missing.
+        IntegrityError: If it was to be verified and is not what was saved.
+        HubError: If it was to be verified and the Hub does not answer.
     """
     _check_source(name)
     hub = {option: options[option] for option in _HUB_OPTIONS if options[option] is not None}
+    if options["verify"]:
+        commit = verify_saved(name, **hub)
+        hub |= {} if commit is None else {"revision": commit}  # what was verified is what is loaded
     remote = {"trust_remote_code": bool(options["trust_remote_code"])}
     placement = {
         option: options[option]

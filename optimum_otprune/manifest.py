@@ -1,4 +1,4 @@
-"""`otprune_manifest.json`: size and SHA-256 of every file of a saved folder, so that damage is told rather than loaded."""
+"""`otprune_manifest.json`: size and SHA-256 of every file of a saved folder, so that damage is told, not loaded."""
 
 import hashlib
 import json
@@ -101,8 +101,8 @@ def read_manifest(folder: Path) -> dict[str, FileEntry]:
     files = content.get("files") if isinstance(content, dict) else None
     if not isinstance(files, dict) or not files or content.get("format") != _FORMAT:
         raise IntegrityError(
-            f"{MANIFEST_FILE} is damaged, or of another format than {_FORMAT}. Get the folder again, or use the version "
-            "of optimum_otprune that wrote it."
+            f"{MANIFEST_FILE} is damaged, or of another format than {_FORMAT}. Get the folder again, or use the "
+            "version of optimum_otprune that wrote it."
         )
     return {_checked_name(name): _checked_entry(name, entry) for name, entry in files.items()}
 
@@ -164,8 +164,8 @@ def describe_problems(problems: Mapping[str, list[str]]) -> str:
         for kind, names in problems.items()
     ]
     return (
-        f"The files are not those that were saved ({'; '.join(parts)}). Remove extra files, and get changed or missing "
-        "ones again."
+        f"The files are not those that were saved ({'; '.join(parts)}). Remove extra files, and get changed or "
+        "missing ones again."
     )
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from optimum_otprune.checkpoint import hub_id, load_checkpoint, save_checkpoint
 from optimum_otprune.compression import Recipe
 from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.errors import ConfigurationError
+from optimum_otprune.hub import PushResult, check_hub_access, push_folder
 from optimum_otprune.perplexity import evaluate_perplexity
 from optimum_otprune.pipeline import PassSettings, prune_model
+from optimum_otprune.registry import unknown_name
 from optimum_otprune.report import PruningReport, versions
 from optimum_otprune.trials import TuningResult, TuningSettings, check_positive
 from optimum_otprune.tuning import tune_model
@@ -32,7 +35,9 @@ _LOADING_DEFAULTS = {
     "cache_dir": None,
     "local_files_only": False,
     "trust_remote_code": False,
+    "verify": False,
 }
+PUSH_OPTIONS = ("repo_id", "private", "token", "revision", "create_pr", "commit_message", "deadline")
 
 
 class OTPruner:
@@ -80,6 +85,7 @@ class OTPruner:
         cache_dir: str | os.PathLike | None = None,
         local_files_only: bool = False,
         trust_remote_code: bool = False,
+        verify: bool = False,
     ) -> "OTPruner":
         """Load a model to prune, or a pruned one with its configuration and report.
 
@@ -97,9 +103,13 @@ class OTPruner:
             cache_dir: Of downloads.
             local_files_only: Never ask the Hub.
             trust_remote_code: Whether to run modeling code from the repository.
+            verify: First compare every file with the SHA-256 in the manifest that `save_pretrained` wrote; a flipped
+                byte or a stale file loads without an error otherwise.
 
         Raises:
             ModelLoadError: If the model cannot be found, downloaded or read, or its weights are not all there.
+            IntegrityError: With `verify`, if files are changed, missing or extra, or there is no manifest.
+            HubError: With `verify`, if the Hub does not give the files.
             UnsupportedModelError: If it has no known FFN, or is quantized.
             ConfigurationError: If `config` is not valid.
         """
@@ -113,6 +123,7 @@ class OTPruner:
             "cache_dir": cache_dir,
             "local_files_only": local_files_only,
             "trust_remote_code": trust_remote_code,
+            "verify": verify,
         }
         given = None if config is None else _as_config(config, options)
         if isinstance(model_name_or_path, PreTrainedModel):
@@ -273,14 +284,25 @@ class OTPruner:
         return dict(metrics)
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike, *, overwrite: bool = False, max_shard_size: int | str = "5GB"
+        self,
+        save_directory: str | os.PathLike,
+        *,
+        overwrite: bool = False,
+        max_shard_size: int | str = "5GB",
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **push_options: Any,
     ) -> Path:
-        """Save model, tokenizer, configuration, report and card; the folder appears complete or not at all.
+        """Save model, tokenizer, configuration, report, card and manifest; the folder appears complete or not at all.
 
         Args:
             save_directory: Must not exist, or be empty, unless `overwrite`.
             overwrite: Replace a folder that is not empty.
             max_shard_size: Of one safetensors file.
+            push_to_hub: Also push the folder; whether that will be allowed is checked before saving.
+            repo_id: Where to; default: the folder's name, under the token's own user.
+            **push_options: `private`, `token`, `revision`, `create_pr`, `commit_message`, `deadline`, as for
+                `push_to_hub`.
 
         Returns:
             The folder.
@@ -288,10 +310,85 @@ class OTPruner:
         Raises:
             OutputError: If the folder is not empty, cannot be written, or the disk is full; nothing half-written
                 stays.
+            HubError: If pushing fails; the folder is there all the same, unless access was refused beforehand.
         """
-        return save_checkpoint(
-            Path(save_directory), self.model, self.tokenizer, self.config, self.report, overwrite, max_shard_size
-        )
+        folder = Path(save_directory)
+        if not push_to_hub:
+            _refuse_push_options({"repo_id": repo_id, **push_options})
+            return self._save(folder, overwrite, max_shard_size)
+        options = _push_options(push_options)
+        name = _check_access(repo_id or folder.absolute().name, options)
+        self._save(folder, overwrite, max_shard_size)
+        push_folder(folder, name, **options)
+        return folder
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str | None = None,
+        deadline: float | None = None,
+        max_shard_size: int | str = "5GB",
+    ) -> PushResult:
+        """Push what is in memory, in one commit, by way of a temporary folder that is removed again.
+
+        That takes room for the model where `TMPDIR` points to. To keep a folder of one's own use
+        `save_pretrained(..., push_to_hub=True)`; one that is saved already is pushed by `otprune push`.
+
+        Args:
+            repo_id: `user/name`, or a name alone for the token's own user; made if it does not exist.
+            private: Of a new repository; None is the account's default.
+            token: Hub token; None and True are the saved one.
+            revision: Branch, made if it does not exist; default: the main one.
+            create_pr: Open a pull request instead.
+            commit_message: First line of the commit.
+            deadline: In seconds; default: one hour, and more for a model that needs more at 2 MB/s.
+            max_shard_size: Of one safetensors file.
+
+        Returns:
+            Where it is, and whether there was anything to commit.
+
+        Raises:
+            HubError: Of the fitting kind; the model in memory is unharmed, and the same call may be repeated.
+            OutputError: If there is no room for the temporary folder.
+        """
+        options = {
+            "private": private,
+            "token": token,
+            "revision": revision,
+            "create_pr": create_pr,
+            "commit_message": commit_message,
+            "deadline": deadline,
+        }
+        name = _check_access(repo_id, options)
+        with tempfile.TemporaryDirectory(prefix="otprune-push-") as parent:
+            folder = self._save(Path(parent) / name.split("/")[-1], False, max_shard_size)
+            return push_folder(folder, name, **options)
+
+    def _save(self, folder: Path, overwrite: bool, max_shard_size: int | str) -> Path:
+        return save_checkpoint(folder, self.model, self.tokenizer, self.config, self.report, overwrite, max_shard_size)
+
+
+def _push_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    unknown = sorted(set(given) - set(PUSH_OPTIONS))
+    if unknown:
+        raise ConfigurationError(unknown_name("push option", unknown[0], PUSH_OPTIONS))
+    return dict(given)
+
+
+def _refuse_push_options(given: Mapping[str, Any]) -> None:
+    names = [name for name, value in _push_options(given).items() if value is not None]
+    if names:
+        raise ConfigurationError(f"`{names[0]}` would be ignored without `push_to_hub=True`. Set it, or leave it out.")
+
+
+def _check_access(repo_id: str, options: Mapping[str, Any]) -> str:
+    where = {name: options[name] for name in ("private", "token", "revision", "create_pr") if name in options}
+    return check_hub_access(repo_id, **where)
 
 
 def _as_config(config: Any, options: Mapping[str, Any]) -> OTPruningConfig:

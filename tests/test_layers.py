@@ -14,7 +14,7 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if "_optimum_register" not
 LAYERS = (
     ("version", "errors", "registry", "methods", "quantities", "options", "option_checks"),
     ("functional",),
-    ("manifest", "hub"),
+    ("manifest", "retries", "hub_client", "hub"),
     ("resolution", "configuration", "report"),
     ("devices",),
     ("architectures",),

@@ -1,4 +1,4 @@
-"""Every flipped bit, missing file and stale file beside the weights is told, and the manifest itself is not trusted."""
+"""Flipped bits, missing files and stale files beside the weights are told; the manifest itself is not trusted."""
 
 import json
 import os

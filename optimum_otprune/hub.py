@@ -1,0 +1,404 @@
+"""Pushing to the Hub: one commit of an explicit list of files, retried without committing twice."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, is_offline_mode
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.hf_api import RepoFile
+
+from optimum_otprune.errors import (
+    HubConflictError,
+    HubNotFoundError,
+    HubPermissionError,
+    HubRejectedError,
+    IntegrityError,
+)
+from optimum_otprune.hub_client import HubClient
+from optimum_otprune.manifest import (
+    CARD_FILE,
+    MANIFEST_FILE,
+    FileEntry,
+    describe_problems,
+    digest,
+    find_problems,
+    is_weights_file,
+    manifest_text,
+    read_manifest,
+    unlisted,
+    verify_folder,
+)
+from optimum_otprune.retries import Deadline, with_retries
+
+_DEADLINE = 3600.0
+_LONGEST_DOWNLOAD = 7 * 86400.0
+_SLOWEST = 2e6  # bytes per second that a push of a large folder is given time for
+_MESSAGE = "Upload a model pruned with optimum_otprune"
+
+
+class PushResult(NamedTuple):
+    """What a push came to.
+
+    Attributes:
+        repo_id: `user/name`.
+        commit: Of the files; the head, where nothing had changed.
+        url: Of the repository, or of the pull request.
+        changed: Whether there was anything to commit.
+    """
+
+    repo_id: str
+    commit: str
+    url: str
+    changed: bool
+
+
+class _Push(NamedTuple):
+    """What shall be in a repository afterwards.
+
+    Attributes:
+        repo_id: `user/name`.
+        files: Contents by name: a file, or bytes.
+        entries: Sizes and digests by name.
+        replaces_weights: Whether weights that are not among the files are deleted.
+        revision: Branch, or None for the main one.
+        create_pr: Whether to open a pull request.
+        message: Of the commit.
+    """
+
+    repo_id: str
+    files: Mapping[str, Path | bytes]
+    entries: Mapping[str, FileEntry]
+    replaces_weights: bool
+    revision: str | None
+    create_pr: bool
+    message: str
+
+    def holds(self, tree: Mapping[str, RepoFile]) -> bool:
+        """Whether a tree is what this push wants."""
+        return not self.stale(tree) and all(name in tree and self._same(name, tree[name]) for name in self.files)
+
+    def stale(self, tree: Mapping[str, RepoFile]) -> list[str]:
+        """Weights of an earlier push; a loader would prefer or mix them."""
+        return sorted(
+            name for name in tree if self.replaces_weights and is_weights_file(name) and name not in self.files
+        )
+
+    def operations(self, tree: Mapping[str, RepoFile]) -> list[Any]:
+        """What makes a tree hold this; the client uses operations up, so every attempt needs new ones."""
+        deletions: list[Any] = [CommitOperationDelete(name) for name in self.stale(tree)]
+        return deletions + [
+            CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
+            for name, content in self.files.items()
+        ]
+
+    def _same(self, name: str, there: RepoFile) -> bool:
+        if there.size != self.entries[name].size:
+            return False
+        if there.lfs is not None:
+            return there.lfs.sha256 == self.entries[name].sha256
+        content = self.files[name]
+        data = content if isinstance(content, bytes) else content.read_bytes()
+        return there.blob_id == hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def check_hub_access(
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    deadline: float = 120.0,
+) -> str:
+    """Check what would let a push fail, before hours of work; changes nothing on the Hub.
+
+    Args:
+        repo_id: `user/name`, or a name alone for the token's own user.
+        private: As for the push.
+        token: Hub token; None and True are the saved one.
+        revision: As for the push.
+        create_pr: Whether the push will be a pull request, which needs no right to write.
+        deadline: In seconds.
+
+    Returns:
+        `user/name`.
+
+    Raises:
+        HubError: If the name is not valid, the token is missing, expired or may only read, the repository cannot be
+            written or created, or the Hub cannot be reached.
+    """
+    client = HubClient(repo_id, token, Deadline(deadline))
+
+    def check() -> str:
+        user = client.user()
+        if "/" not in client.repo_id:
+            client.repo_id = f"{user['name']}/{client.repo_id}"
+        _check_role(user, client.repo_id)
+        info = client.repository()
+        if info is None:
+            _check_namespace(user, client.repo_id)
+        else:
+            _check_visibility(client.repo_id, private, info.private)
+            client.probe_upload(revision if client.head(revision) is not None else None, create_pr)
+        return client.repo_id
+
+    return client.deadline.run(check)
+
+
+def push_folder(
+    folder: Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    deadline: float | None = None,
+) -> PushResult:
+    """Make a repository hold what a saved folder holds, in one commit; the folder stays as it is.
+
+    Sends the files that the manifest lists, and no others; weights in the repository that are not among them are
+    deleted, other files stay. The card may have been edited since it was saved. What the repository holds already
+    is not sent again, and where nothing changed there is no commit, so a push can be repeated at any time.
+
+    Args:
+        folder: A folder that `save_pretrained` wrote.
+        repo_id: `user/name`, or a name alone for the token's own user; made if it does not exist.
+        private: Of a new repository; None is the account's default.
+        token: Hub token; None and True are the saved one.
+        revision: Branch, made if it does not exist; default: the main one.
+        create_pr: Open a pull request instead.
+        commit_message: First line of the commit.
+        deadline: In seconds; default: one hour, and more for a folder that needs more at 2 MB/s.
+
+    Returns:
+        Where it is.
+
+    Raises:
+        IntegrityError: If the folder is not as it was saved; nothing was sent.
+        HubError: Of the fitting kind; the repository is as before or complete, and the same call may be repeated.
+    """
+    listed = read_manifest(folder)
+    entries = dict(listed)
+    if (folder / CARD_FILE).is_file():
+        entries[CARD_FILE] = digest(folder / CARD_FILE)
+    _raise_problems(find_problems(folder, entries))
+    manifest = (folder / MANIFEST_FILE).read_bytes() if entries == listed else manifest_text(entries).encode()
+    files: dict[str, Path | bytes] = {**{name: folder / name for name in entries}, MANIFEST_FILE: manifest}
+    entries[MANIFEST_FILE] = FileEntry(len(manifest), hashlib.sha256(manifest).hexdigest())
+    push = _Push(repo_id, files, entries, True, revision, create_pr, commit_message or _MESSAGE)
+    return _start(push, private, token, deadline)
+
+
+def push_files(
+    folder: Path,
+    names: Sequence[str],
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    deadline: float | None = None,
+) -> PushResult:
+    """Send some files of a folder in one commit; the other arguments, and what is raised, are `push_folder`'s.
+
+    Args:
+        folder: Where they are.
+        names: Of the files.
+        repo_id: See `push_folder`.
+        private: See `push_folder`.
+        token: See `push_folder`.
+        revision: See `push_folder`.
+        create_pr: See `push_folder`.
+        commit_message: See `push_folder`.
+        deadline: See `push_folder`.
+    """
+    files = {name: folder / name for name in names}
+    entries = {name: digest(folder / name) for name in names}
+    push = _Push(repo_id, files, entries, False, revision, create_pr, commit_message or _MESSAGE)
+    return _start(push, private, token, deadline)
+
+
+def verify_repository(
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | None = None,
+    local_files_only: bool = False,
+) -> str:
+    """Download what a repository's manifest lists and compare it with the manifest.
+
+    Args:
+        repo_id: `user/name`.
+        revision: Branch, tag or commit.
+        token: Hub token.
+        cache_dir: Of downloads.
+        local_files_only: Never ask the Hub.
+
+    Returns:
+        The commit that was verified.
+
+    Raises:
+        IntegrityError: If there is no manifest, or files are changed, missing or extra.
+        HubError: If the repository cannot be read.
+    """
+    client = HubClient(repo_id, token, Deadline(_LONGEST_DOWNLOAD))
+    where: dict[str, Any] = {"cache_dir": cache_dir, "local_files_only": local_files_only}
+    manifest = client.fetch(MANIFEST_FILE, revision, **where)
+    if manifest is None:
+        raise IntegrityError(
+            f"{client.what} has no {MANIFEST_FILE}, so nothing can be checked. `otprune push` of this version "
+            "sends one."
+        )
+    folder, entries = manifest.parent, read_manifest(manifest.parent)
+    commit = folder.name
+    client.fetch_all(entries, commit, **where)
+    problems = find_problems(folder, entries)
+    if not local_files_only and not is_offline_mode():
+        extra = unlisted(client.tree(commit), entries)
+        problems |= {"extra": extra} if extra else {}
+    _raise_problems(problems)
+    return commit
+
+
+def _raise_problems(problems: Mapping[str, list[str]]) -> None:
+    if problems:
+        raise IntegrityError(describe_problems(problems))
+
+
+def verify_saved(name: str, **where: Any) -> str | None:
+    """Check a folder, or a repository if there is no folder of that name.
+
+    Args:
+        name: Folder or `user/name`.
+        **where: As for `verify_repository`.
+
+    Returns:
+        The commit that was verified, or None for a folder.
+
+    Raises:
+        IntegrityError: If files are changed, missing or extra, or there is no manifest.
+        HubError: If the repository cannot be read.
+    """
+    if Path(name).is_dir():
+        verify_folder(Path(name))
+        return None
+    return verify_repository(name, **where)
+
+
+def _start(push: _Push, private: bool | None, token: str | bool | None, deadline: float | None) -> PushResult:
+    size = sum(entry.size for entry in push.entries.values())
+    limit = Deadline(max(_DEADLINE, size / _SLOWEST) if deadline is None else deadline)
+    client = HubClient(push.repo_id, token, limit)
+    return limit.run(lambda: _send(client, push, private))
+
+
+def _send(client: HubClient, push: _Push, private: bool | None) -> PushResult:
+    """Repository, branch, and then one commit on top of a known one, unless all is there."""
+    client.create(private)
+    info = client.repository()
+    if info is not None:
+        _check_visibility(client.repo_id, private, info.private)
+    parent = _branch_head(client, push)
+    tree = client.tree(parent)
+    if push.holds(tree):
+        return PushResult(client.repo_id, parent, client.url, changed=False)
+    pulls = client.pull_requests() if push.create_pr else set()
+    attempted = False
+
+    def attempt() -> PushResult:
+        nonlocal attempted
+        landed = _landed(client, push, parent, pulls) if attempted else None
+        attempted = True
+        if landed is not None:
+            return landed
+        try:
+            done = client.commit(push.operations(tree), push.message, push.revision, push.create_pr, parent)
+        except HfHubHTTPError as error:
+            landed = _landed(client, push, parent, pulls) if error.response.status_code == 412 else None
+            if landed is None:
+                raise
+            return landed
+        return PushResult(client.repo_id, done.oid, done.pr_url or client.url, changed=True)
+
+    return with_retries(attempt, client.what, client.deadline)
+
+
+def _landed(client: HubClient, push: _Push, parent: str, pulls: set[str]) -> PushResult | None:
+    """The commit whose answer was lost, if there is one.
+
+    Raises:
+        HubConflictError: If the branch moved to something else than what was sent.
+    """
+    if push.create_pr:
+        for ref in sorted(client.pull_requests() - pulls):
+            head = client.head(ref)
+            if head is not None and push.holds(client.tree(head)):
+                return PushResult(client.repo_id, head, f"{client.url}/discussions/{ref.rsplit('/')[-1]}", True)
+        return None
+    head = _branch_head(client, push)
+    if head == parent:
+        return None
+    if push.holds(client.tree(head)):
+        return PushResult(client.repo_id, head, client.url, changed=True)
+    raise HubConflictError(
+        f"{client.what} was changed by somebody else meanwhile: its head is now {head[:12]}. Look at what changed "
+        "there; nothing local is lost, so run it again to put this on top."
+    )
+
+
+def _branch_head(client: HubClient, push: _Push) -> str:
+    head = client.head(push.revision)
+    if head is None and push.revision is not None:
+        client.create_branch(push.revision)
+        head = client.head(push.revision)
+    if head is None:
+        raise HubNotFoundError(
+            f"{client.what} has no such revision. Give the name of a branch. Nothing local is lost."
+        )
+    return head
+
+
+def _check_visibility(repo_id: str, private: bool | None, is_private: bool | None) -> None:
+    if private and is_private is False:
+        raise HubRejectedError(
+            f"The repository {repo_id!r} exists and is public, but `private` was asked for. Make it private on its "
+            "settings page, or give another name. Nothing local is lost."
+        )
+
+
+def _check_role(user: Mapping[str, Any], repo_id: str) -> None:
+    """Refuse a token that may only read."""
+    token = user.get("auth", {}).get("accessToken", {})
+    role = token.get("role")
+    allowed = role != "read"
+    if role == "fineGrained" and "fineGrained" in token:
+        names = {repo_id.lower(), repo_id.split("/")[0].lower()}
+        allowed = any(
+            "repo.write" in scope.get("permissions", ())
+            and str(scope.get("entity", {}).get("name", "")).lower() in names
+            for scope in token["fineGrained"].get("scoped", ())
+        )
+    if not allowed:
+        raise HubPermissionError(
+            f"The Hub token may only read, but {repo_id!r} shall be written. Make one with the role 'write' on the "
+            "Hub's settings page for tokens, and run it again with that one."
+        )
+
+
+def _check_namespace(user: Mapping[str, Any], repo_id: str) -> None:
+    """A repository that does not exist can be made under one's own name and that of an organization."""
+    writable = {str(user["name"]).lower()} | {
+        str(each.get("name", "")).lower() for each in user.get("orgs", ()) if each.get("roleInOrg") != "read"
+    }
+    if repo_id.split("/")[0].lower() not in writable:
+        raise HubPermissionError(
+            f"The repository {repo_id!r} does not exist, and the token may not make it under that name. Give a name "
+            "of your own or of an organization that you may write to."
+        )
