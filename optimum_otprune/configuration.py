@@ -13,7 +13,7 @@ from typing import Any
 from optimum.configuration_utils import BaseConfig
 
 from optimum_otprune.errors import ConfigurationError
-from optimum_otprune.hub import PushResult, push_files
+from optimum_otprune.hub import PushResult, push_file
 from optimum_otprune.methods import METHOD_FIELDS, QUALITY_FIELDS
 from optimum_otprune.option_checks import check_option
 from optimum_otprune.options import BUDGET_FIELDS, OPTIONS, OPTIONS_BY_NAME
@@ -187,7 +187,7 @@ class OTPruningConfig(BaseConfig):
         kwargs.setdefault("commit_message", "Upload a pruning configuration")
         with tempfile.TemporaryDirectory(prefix="otprune-push-") as folder:
             self.save_pretrained(folder)
-            return push_files(Path(folder), [CONFIG_FILE], repo_id, **kwargs)
+            return push_file(Path(folder) / CONFIG_FILE, repo_id, **kwargs)
 
 
 OTPruningConfig.__init__.__signature__ = inspect.Signature(  # type: ignore[attr-defined]

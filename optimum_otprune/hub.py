@@ -1,7 +1,7 @@
 """Pushing to the Hub: one commit of an explicit list of files, retried without committing twice."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -193,9 +193,8 @@ def push_folder(
     return _start(push, private, token, deadline)
 
 
-def push_files(
-    folder: Path,
-    names: Sequence[str],
+def push_file(
+    file: Path,
     repo_id: str,
     *,
     private: bool | None = None,
@@ -205,22 +204,10 @@ def push_files(
     commit_message: str | None = None,
     deadline: float | None = None,
 ) -> PushResult:
-    """Send some files of a folder in one commit; the other arguments, and what is raised, are `push_folder`'s.
-
-    Args:
-        folder: Where they are.
-        names: Of the files.
-        repo_id: See `push_folder`.
-        private: See `push_folder`.
-        token: See `push_folder`.
-        revision: See `push_folder`.
-        create_pr: See `push_folder`.
-        commit_message: See `push_folder`.
-        deadline: See `push_folder`.
-    """
-    files = {name: folder / name for name in names}
-    entries = {name: digest(folder / name) for name in names}
-    push = _Push(repo_id, files, entries, False, revision, create_pr, commit_message or _MESSAGE)
+    """Put one file into a repository, whose other files stay; arguments and errors are those of `push_folder`."""
+    push = _Push(
+        repo_id, {file.name: file}, {file.name: digest(file)}, False, revision, create_pr, commit_message or _MESSAGE
+    )
     return _start(push, private, token, deadline)
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,11 @@ from optimum_otprune.checkpoint import hub_id, load_checkpoint, save_checkpoint
 from optimum_otprune.compression import Recipe
 from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.errors import ConfigurationError
-from optimum_otprune.hub import PushResult, check_hub_access, push_folder
+from optimum_otprune.hub import push_folder
 from optimum_otprune.perplexity import evaluate_perplexity
 from optimum_otprune.pipeline import PassSettings, prune_model
-from optimum_otprune.registry import unknown_name
 from optimum_otprune.report import PruningReport, versions
+from optimum_otprune.sharing import HubMixin, check_push, checked_push_options, refuse_push_options
 from optimum_otprune.trials import TuningResult, TuningSettings, check_positive
 from optimum_otprune.tuning import tune_model
 
@@ -37,10 +36,9 @@ _LOADING_DEFAULTS = {
     "trust_remote_code": False,
     "verify": False,
 }
-PUSH_OPTIONS = ("repo_id", "private", "token", "revision", "create_pr", "commit_message", "deadline")
 
 
-class OTPruner:
+class OTPruner(HubMixin):
     """Prunes the feed-forward layers of a causal language model in place.
 
     Make one by `from_pretrained`.
@@ -314,81 +312,16 @@ class OTPruner:
         """
         folder = Path(save_directory)
         if not push_to_hub:
-            _refuse_push_options({"repo_id": repo_id, **push_options})
+            refuse_push_options({"repo_id": repo_id, **push_options})
             return self._save(folder, overwrite, max_shard_size)
-        options = _push_options(push_options)
-        name = _check_access(repo_id or folder.absolute().name, options)
+        options = checked_push_options(push_options)
+        name = check_push(repo_id or folder.absolute().name, options)
         self._save(folder, overwrite, max_shard_size)
         push_folder(folder, name, **options)
         return folder
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        commit_message: str | None = None,
-        deadline: float | None = None,
-        max_shard_size: int | str = "5GB",
-    ) -> PushResult:
-        """Push what is in memory, in one commit, by way of a temporary folder that is removed again.
-
-        That takes room for the model where `TMPDIR` points to. To keep a folder of one's own use
-        `save_pretrained(..., push_to_hub=True)`; one that is saved already is pushed by `otprune push`.
-
-        Args:
-            repo_id: `user/name`, or a name alone for the token's own user; made if it does not exist.
-            private: Of a new repository; None is the account's default.
-            token: Hub token; None and True are the saved one.
-            revision: Branch, made if it does not exist; default: the main one.
-            create_pr: Open a pull request instead.
-            commit_message: First line of the commit.
-            deadline: In seconds; default: one hour, and more for a model that needs more at 2 MB/s.
-            max_shard_size: Of one safetensors file.
-
-        Returns:
-            Where it is, and whether there was anything to commit.
-
-        Raises:
-            HubError: Of the fitting kind; the model in memory is unharmed, and the same call may be repeated.
-            OutputError: If there is no room for the temporary folder.
-        """
-        options = {
-            "private": private,
-            "token": token,
-            "revision": revision,
-            "create_pr": create_pr,
-            "commit_message": commit_message,
-            "deadline": deadline,
-        }
-        name = _check_access(repo_id, options)
-        with tempfile.TemporaryDirectory(prefix="otprune-push-") as parent:
-            folder = self._save(Path(parent) / name.split("/")[-1], False, max_shard_size)
-            return push_folder(folder, name, **options)
-
     def _save(self, folder: Path, overwrite: bool, max_shard_size: int | str) -> Path:
         return save_checkpoint(folder, self.model, self.tokenizer, self.config, self.report, overwrite, max_shard_size)
-
-
-def _push_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    unknown = sorted(set(given) - set(PUSH_OPTIONS))
-    if unknown:
-        raise ConfigurationError(unknown_name("push option", unknown[0], PUSH_OPTIONS))
-    return dict(given)
-
-
-def _refuse_push_options(given: Mapping[str, Any]) -> None:
-    names = [name for name, value in _push_options(given).items() if value is not None]
-    if names:
-        raise ConfigurationError(f"`{names[0]}` would be ignored without `push_to_hub=True`. Set it, or leave it out.")
-
-
-def _check_access(repo_id: str, options: Mapping[str, Any]) -> str:
-    where = {name: options[name] for name in ("private", "token", "revision", "create_pr") if name in options}
-    return check_hub_access(repo_id, **where)
 
 
 def _as_config(config: Any, options: Mapping[str, Any]) -> OTPruningConfig:

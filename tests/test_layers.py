@@ -30,7 +30,7 @@ LAYERS = (
     ),
     ("budget", "pipeline", "card", "checkpoint"),
     ("search_space", "latency", "trials", "fingerprint", "tuning"),
-    ("pruner",),
+    ("sharing", "pruner"),
     ("commands", "__main__"),
     ("__init__",),
 )
