@@ -1,4 +1,4 @@
-"""One Hub for all tests of a process, emptied before each; one worker process per way to upload, started when needed."""
+"""One Hub for all tests of a process, emptied before each; a worker process per way to upload, started when needed."""
 
 import json
 import os

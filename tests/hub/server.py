@@ -1,10 +1,9 @@
 """A small Hub on loopback for the tests: the HTTP that the client speaks, in memory, with faults to order.
 
-Tokens: `hf_write` may write as the user `me`, `hf_read` may only read, `hf_fine` may write to `me/fine`; others are not
-valid. Every request is recorded with its step, method, path, headers and body.
+Tokens: `hf_write` may write as the user `me`, `hf_read` may only read, `hf_fine` may write to `me/fine`; others are
+not valid. Every request is recorded with its step, method, path, headers and body.
 """
 
-import hashlib
 import json
 import re
 import socket
@@ -55,6 +54,7 @@ class _Nowhere:
 
 class Handler(Answers):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # headers and body are sent apart, which would wait for an acknowledgment
     hub: Hub
 
     def log_message(self, *args: Any) -> None:

@@ -40,9 +40,9 @@ def git_oid(data: bytes) -> str:
 class Fault:
     """What happens instead of, or beside, an answer.
 
-    `kind`: a status such as `"503"`, `"cut before"` (nothing is read), `"cut body"` (half is read), `"answer lost"` (the
-    work is done), `"delay"`, `"corrupt"` (a byte of the answer is flipped), `"truncate"` (half of the answer), `"html"` (a
-    proxy's error page), or `"other commit"` (somebody else commits first).
+    `kind`: a status such as `"503"`, `"cut before"` (nothing is read), `"cut body"` (half is read), `"answer lost"`
+    (the work is done), `"delay"`, `"corrupt"` (a byte of the answer is flipped), `"truncate"` (half of the answer),
+    `"html"` (a proxy's error page), or `"other commit"` (somebody else commits first).
     """
 
     step: str
