@@ -8,8 +8,6 @@ import json
 import sys
 from pathlib import Path
 
-sys.modules["optimum_otprune"] = None  # type: ignore[assignment]  # importing it fails
-
 import torch
 from huggingface_hub import snapshot_download
 from transformers import AutoModelForCausalLM
@@ -26,5 +24,7 @@ def pull(repo_id: str) -> dict[str, object]:
 
 
 if __name__ == "__main__":
+    assert "optimum_otprune" not in sys.modules
+    sys.modules["optimum_otprune"] = None  # type: ignore[assignment]  # importing it would fail
     torch.set_num_threads(1)
-    print(json.dumps({repo_id: pull(repo_id) for repo_id in sys.argv[1:]}))
+    json.dump({repo_id: pull(repo_id) for repo_id in sys.argv[1:]}, sys.stdout)

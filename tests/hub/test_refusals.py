@@ -70,10 +70,8 @@ def test_a_fine_grained_token_may_write_where_it_says(hub, worker, saved):
 )
 def test_a_refusal_in_the_middle_is_not_retried_and_a_second_push_completes(hub, worker, saved, step, status, error):
     hub.state.faults.append(Fault(step, status, times=-1))
-    if step == "whoami":
-        answer = worker("check", repo_id="me/x")
-    else:
-        answer = worker("push", folder=str(saved), repo_id="me/x")
+    arguments = {} if step == "whoami" else {"folder": str(saved)}
+    answer = worker("push" if arguments else "check", repo_id="me/x", **arguments)
     assert answer.errors[0] == error, answer
     assert answer.waits == []
     assert sum(request["step"] == step for request in hub.state.requests) == 1

@@ -20,7 +20,9 @@ XET = {"HF_HUB_DISABLE_XET": "0"}
 
 @pytest.fixture
 def pruned(llama, tokens, tokenizer, tmp_path) -> Path:
-    pruner = OTPruner.from_pretrained(llama, OTPruningConfig(pruning_ratio=0.5, multiple_of=1), tokenizer=tokenizer)
+    pruner = OTPruner.from_pretrained(
+        llama, OTPruningConfig(method="flap", pruning_ratio=0.5, multiple_of=1), tokenizer=tokenizer
+    )
     pruner.prune(tokens, progress=False)
     return pruner.save_pretrained(tmp_path / "pruned", max_shard_size="20KB")
 
@@ -214,7 +216,16 @@ def test_the_command_line_pushes_and_verifies(hub, worker, saved, tmp_path):
 def test_the_command_line_prunes_and_pushes_what_it_saved(hub, worker, llama_folder, tokens, tmp_path):
     torch.save(tokens, tmp_path / "ids.pt")
     arguments = ["prune", str(llama_folder), "-o", str(tmp_path / "out"), "--pruning-ratio", "0.5", "--quiet"]
-    arguments += ["--multiple-of", "1", "--calibration-data", str(tmp_path / "ids.pt"), "--push-to-hub", "half"]
+    arguments += [
+        "--method",
+        "flap",
+        "--multiple-of",
+        "1",
+        "--calibration-data",
+        str(tmp_path / "ids.pt"),
+        "--push-to-hub",
+        "half",
+    ]
     assert worker("command", arguments=arguments).result == 0
     assert hub.state.files("me/half") == contents(tmp_path / "out")
     card = hub.state.files("me/half")["README.md"].decode()
