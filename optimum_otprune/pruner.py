@@ -111,18 +111,7 @@ class OTPruner(HubMixin):
             UnsupportedModelError: If it has no known FFN, or is quantized.
             ConfigurationError: If `config` is not valid.
         """
-        options = {
-            "dtype": dtype,
-            "device_map": device_map,
-            "max_memory": max_memory,
-            "offload_folder": offload_folder,
-            "revision": revision,
-            "token": token,
-            "cache_dir": cache_dir,
-            "local_files_only": local_files_only,
-            "trust_remote_code": trust_remote_code,
-            "verify": verify,
-        }
+        options = {name: value for name, value in locals().items() if name in _LOADING_DEFAULTS}
         given = None if config is None else _as_config(config, options)
         if isinstance(model_name_or_path, PreTrainedModel):
             _refuse_loading_options(options)

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from optimum_otprune import OTPruner, OTPruningConfig, checkpoint
 from optimum_otprune.card import model_card
-from optimum_otprune.errors import ModelLoadError, OutputError, ReportError
+from optimum_otprune.errors import IntegrityError, ModelLoadError, OutputError, ReportError
 from optimum_otprune.functional.rescue import RescueEnergies
+from optimum_otprune.manifest import MANIFEST_FILE, verify_folder
 from optimum_otprune.report import LayerReport, PruningReport
 from tests.conftest import make_llama
 
@@ -221,6 +222,26 @@ def test_hostile_names_are_harmless_in_a_card(name):
     card = model_card(OTPruningConfig(), make_report(), name)
     assert "license" not in front_matter(card)
     assert not any(text in card for text in ("<script", "`rm`", "!!python", "!["))
+
+
+def test_a_saved_folder_is_what_its_manifest_says_and_is_loaded_verified(pruner, tokens, tmp_path):
+    folder = pruner.save_pretrained(tmp_path / "out", max_shard_size="8KB")
+    assert set(verify_folder(folder)) == {path.name for path in folder.iterdir()} - {MANIFEST_FILE}
+    assert OTPruner.from_pretrained(folder, verify=True).report == pruner.report
+
+
+def test_a_flipped_byte_and_a_stale_file_are_told_by_a_verified_load_only(pruner, tmp_path):
+    folder = pruner.save_pretrained(tmp_path / "out", max_shard_size="8KB")
+    shard = sorted(folder.glob("model-*.safetensors"))[0]
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    OTPruner.from_pretrained(folder)
+    with pytest.raises(IntegrityError, match=f"changed: '{shard.name}'"):
+        OTPruner.from_pretrained(folder, verify=True)
+    shard.write_bytes(content)
+    save_file(pruner.model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(IntegrityError, match=r"extra: 'model.safetensors'"):
+        OTPruner.from_pretrained(folder, verify=True)
 
 
 def test_a_model_that_was_not_pruned_can_be_saved(llama, tmp_path):

@@ -105,6 +105,16 @@ def test_a_library_is_imported_through_its_door_only(library):
     assert users == DOORS[library]
 
 
+def test_the_hub_is_spoken_to_in_one_place_and_never_by_a_push_of_transformers():
+    speakers = {path.name for path in FILES if "HfApi" in path.read_text(encoding="utf-8")}
+    assert speakers == {"hub_client.py"}
+    for path in FILES:
+        text = path.read_text(encoding="utf-8")
+        assert not any(name in text for name in ("upload_folder", "super().push_to_hub", "model.push_to_hub")), (
+            path.name
+        )
+
+
 def test_the_mathematics_knows_no_models():
     for path in (PACKAGE / "functional").glob("*.py"):
         assert not {"transformers", "accelerate", "optimum"} & {name.split(".")[0] for name in imports(path)}

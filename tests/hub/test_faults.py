@@ -1,5 +1,7 @@
 """R1: a fault in any request of a push, once or for good, ends in exactly one good state."""
 
+import time
+
 import pytest
 
 from tests.hub.conftest import contents
@@ -101,6 +103,11 @@ def test_a_push_that_hangs_ends_at_its_deadline_and_never_commits_later(hub, wor
     assert "TimeoutError" in answer.errors
     assert "set HF_HUB_DISABLE_XET=1" in answer.message
     assert answer.seconds < 1.4
+    end = time.monotonic() + 10
+    while hub.state.requests[-1]["step"] != "verify" and time.monotonic() < end:
+        time.sleep(0.05)  # the upload that nobody waits for any more goes on
+    time.sleep(0.3)
+    assert hub.state.requests[-1]["step"] == "verify"
     again = worker("push", folder=str(saved), repo_id="me/x")
     assert again.result["changed"]
     assert len(hub.state.repositories["me/x"].commits) == 2

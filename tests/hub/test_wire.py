@@ -5,7 +5,7 @@ import re
 
 from tests.hub.conftest import contents
 
-# The requests of a push in order, each with what its body must hold; `?` is one that need not be there.
+# The requests of a push in order, each with the names that its JSON body must hold.
 PUSH = (
     ("create", "POST", {"name", "organization"}),
     ("info", "GET", set()),
@@ -40,7 +40,6 @@ def test_a_push_sends_what_the_protocol_says_in_one_commit(hub, worker, saved, r
     assert re.fullmatch(r"/api/models/me/x/preupload/main", sent[5]["path"])
     assert json.loads(sent[6]["body"])["transfers"] == ["basic", "multipart"]
     lines = [json.loads(line) for line in sent[-1]["body"].splitlines()]
-    assert [line["key"] for line in lines] == ["header", "file", "lfsFile", "file", "file"][: len(lines)] or True
     assert lines[0]["key"] == "header"
     assert set(lines[0]["value"]) >= {"summary", "description", "parentCommit"}
     kinds = {line["value"]["path"]: line["key"] for line in lines[1:]}
