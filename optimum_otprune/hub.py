@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, is_offline_mode
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, constants
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile
 
@@ -247,16 +247,16 @@ def verify_repository(
     commit = folder.name
     client.fetch_all(entries, commit, **where)
     problems = find_problems(folder, entries)
-    if not local_files_only and not is_offline_mode():
+    if not local_files_only and not constants.HF_HUB_OFFLINE:
         extra = unlisted(client.tree(commit), entries)
         problems |= {"extra": extra} if extra else {}
-    _raise_problems(problems)
+    _raise_problems(problems, " A damaged download stays in the cache until it is removed there (`hf cache rm`).")
     return commit
 
 
-def _raise_problems(problems: Mapping[str, list[str]]) -> None:
+def _raise_problems(problems: Mapping[str, list[str]], hint: str = "") -> None:
     if problems:
-        raise IntegrityError(describe_problems(problems))
+        raise IntegrityError(describe_problems(problems) + hint)
 
 
 def verify_saved(name: str, **where: Any) -> str | None:

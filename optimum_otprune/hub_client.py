@@ -1,5 +1,7 @@
 """The Hub's client with retries and a deadline: the only door to `HfApi`."""
 
+import logging
+import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,17 @@ from huggingface_hub.utils import validate_repo_id
 
 from optimum_otprune.errors import HubTimeoutError
 from optimum_otprune.retries import Deadline, with_retries
+
+
+class _WithoutSignatures(logging.Filter):
+    """Takes the query off addresses in the client's warnings: whoever has a signed one can write there for an hour."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = re.sub(r"(https?://[^\s?]+)\?\S+", r"\1?…", record.getMessage()), None
+        return True
+
+
+_FILTER = _WithoutSignatures()
 
 
 class _Api(HfApi):
@@ -44,6 +57,7 @@ class HubClient:
         self.repo_id = repo_id
         self.deadline = deadline
         self._api = _Api(token, deadline)
+        logging.getLogger("huggingface_hub.utils._http").addFilter(_FILTER)  # once, however often it is added
 
     @property
     def what(self) -> str:

@@ -1,6 +1,7 @@
 """Bounded retries against the Hub: what is worth another attempt, how long to wait, and what is said in the end."""
 
 import json
+import os
 import re
 import threading
 import time
@@ -198,6 +199,11 @@ def explained(error: BaseException, what: str) -> HubError:
         return HubUnavailableError(
             f"{what}: the Hub failed {ATTEMPTS} times ({how}). {_AGAIN} later; what was uploaded is not sent twice. "
             "If uploads fail only here, set HF_HUB_DISABLE_XET=1."
+        )
+    if isinstance(error, OSError) and not isinstance(error, HfHubHTTPError) and error.errno is not None:
+        return HubError(
+            f"{what}: a file of this machine could not be read or written ({os.strerror(error.errno)}). Mend that, "
+            "and run it again."
         )
     return HubRejectedError(
         f"{what}: the Hub refused what was sent ({_reason(error, status)}). Nothing local is lost; correct it and run "

@@ -113,6 +113,13 @@ def test_a_push_that_hangs_ends_at_its_deadline_and_never_commits_later(hub, wor
     assert len(hub.state.repositories["me/x"].commits) == 2
 
 
+def test_no_wait_is_longer_than_five_minutes(hub, worker, saved):
+    hub.state.faults.append(Fault("create", "503", headers={"Retry-After": "100000"}))
+    answer = worker("push", folder=str(saved), repo_id="me/x")
+    assert answer.errors == [], answer.message
+    assert answer.waits == [300]
+
+
 def test_a_wait_that_would_pass_the_deadline_is_not_begun(hub, worker, saved):
     hub.state.faults.append(Fault("create", "503", headers={"Retry-After": "100"}))
     answer = worker("push", folder=str(saved), repo_id="me/x", deadline=50.0)

@@ -193,6 +193,31 @@ def test_a_repository_without_a_manifest_cannot_be_checked(hub, worker, tmp_path
     assert "has no otprune_manifest.json" in answer.message
 
 
+def test_what_was_downloaded_is_verified_offline(hub, worker, worker_of, saved, tmp_path):
+    assert worker("push", folder=str(saved), repo_id="me/x").errors == []
+    cache = tmp_path / "cache"
+    assert worker("verify", repo_id="me/x", cache_dir=str(cache)).errors == []
+    offline = worker_of(HF_HUB_OFFLINE="1")
+    hub.state.requests.clear()
+    answer = offline("verify", repo_id="me/x", cache_dir=str(cache))
+    assert answer.result == hub.state.repositories["me/x"].refs["main"], answer.message
+    weights = next(cache.glob("models--me--x/snapshots/*/model.safetensors")).resolve()
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    answer = offline("verify", repo_id="me/x", cache_dir=str(cache))
+    assert "changed: 'model.safetensors'" in answer.message
+    assert "`hf cache rm`" in answer.message
+    assert hub.state.requests == []
+
+
+def test_a_cache_that_cannot_be_written_is_not_blamed_on_the_hub(hub, worker, saved, tmp_path):
+    assert worker("push", folder=str(saved), repo_id="me/x").errors == []
+    (tmp_path / "cache").write_text("a file")
+    answer = worker("verify", repo_id="me/x", cache_dir=str(tmp_path / "cache"))
+    assert "HubError" in answer.errors
+    assert "a file of this machine could not be read or written" in answer.message
+    assert str(tmp_path) not in answer.message
+
+
 @pytest.mark.parametrize("kind", ["500", "503", "truncate", "cut before"])
 def test_a_verified_download_survives_a_fault(hub, worker, saved, tmp_path, kind):
     assert worker("push", folder=str(saved), repo_id="me/x").errors == []
