@@ -12,10 +12,9 @@ from huggingface_hub.hf_api import RepoFile
 from optimum_otprune.errors import (
     HubConflictError,
     HubNotFoundError,
-    HubPermissionError,
-    HubRejectedError,
     IntegrityError,
 )
+from optimum_otprune.hub_access import check_visibility
 from optimum_otprune.hub_client import HubClient
 from optimum_otprune.manifest import (
     CARD_FILE,
@@ -65,6 +64,7 @@ class _Push(NamedTuple):
         revision: Branch, or None for the main one.
         create_pr: Whether to open a pull request.
         message: Of the commit.
+        former: Files that an earlier push sent.
     """
 
     repo_id: str
@@ -74,15 +74,18 @@ class _Push(NamedTuple):
     revision: str | None
     create_pr: bool
     message: str
+    former: frozenset[str] = frozenset()
 
     def holds(self, tree: Mapping[str, RepoFile]) -> bool:
         """Whether a tree is what this push wants."""
         return not self.stale(tree) and all(name in tree and self._same(name, tree[name]) for name in self.files)
 
     def stale(self, tree: Mapping[str, RepoFile]) -> list[str]:
-        """Weights of an earlier push; a loader would prefer or mix them."""
+        """Weights, and files of an earlier push, that are not among the files: a loader would mix them with these."""
         return sorted(
-            name for name in tree if self.replaces_weights and is_weights_file(name) and name not in self.files
+            name
+            for name in tree
+            if self.replaces_weights and (is_weights_file(name) or name in self.former) and name not in self.files
         )
 
     def operations(self, tree: Mapping[str, RepoFile]) -> list[Any]:
@@ -103,50 +106,6 @@ class _Push(NamedTuple):
         return there.blob_id == hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
-def check_hub_access(
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    token: str | bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    deadline: float = 120.0,
-) -> str:
-    """Check what would let a push fail, before hours of work; changes nothing on the Hub.
-
-    Args:
-        repo_id: `user/name`, or a name alone for the token's own user.
-        private: As for the push.
-        token: Hub token; None and True are the saved one.
-        revision: As for the push.
-        create_pr: Whether the push will be a pull request, which needs no right to write.
-        deadline: In seconds.
-
-    Returns:
-        `user/name`.
-
-    Raises:
-        HubError: If the name is not valid, the token is missing, expired or may only read, the repository cannot be
-            written or created, or the Hub cannot be reached.
-    """
-    client = HubClient(repo_id, token, Deadline(deadline))
-
-    def check() -> str:
-        user = client.user()
-        if "/" not in client.repo_id:
-            client.repo_id = f"{user['name']}/{client.repo_id}"
-        _check_role(user, client.repo_id)
-        info = client.repository()
-        if info is None:
-            _check_namespace(user, client.repo_id)
-        else:
-            _check_visibility(client.repo_id, private, info.private)
-            client.probe_upload(revision if client.head(revision) is not None else None, create_pr)
-        return client.repo_id
-
-    return client.deadline.run(check)
-
-
 def push_folder(
     folder: Path,
     repo_id: str,
@@ -160,9 +119,10 @@ def push_folder(
 ) -> PushResult:
     """Make a repository hold what a saved folder holds, in one commit; the folder stays as it is.
 
-    Sends the files that the manifest lists, and no others; weights in the repository that are not among them are
-    deleted, other files stay. The card may have been edited since it was saved. What the repository holds already
-    is not sent again, and where nothing changed there is no commit, so a push can be repeated at any time.
+    Sends the files that the manifest lists, and no others; weights in the repository, and files of an earlier push,
+    that are not among them are deleted, other files stay. The card may have been edited since it was saved. What the
+    repository holds already is not sent again, and where nothing changed there is no commit, so a push can be
+    repeated at any time.
 
     Args:
         folder: A folder that `save_pretrained` wrote.
@@ -291,11 +251,13 @@ def _send(client: HubClient, push: _Push, private: bool | None) -> PushResult:
     client.create(private)
     info = client.repository()
     if info is not None:
-        _check_visibility(client.repo_id, private, info.private)
+        check_visibility(client.repo_id, private, info.private)
     parent = _branch_head(client, push)
     tree = client.tree(parent)
     if push.holds(tree):
         return PushResult(client.repo_id, parent, client.url, changed=False)
+    if push.replaces_weights and MANIFEST_FILE in tree:
+        push = push._replace(former=_former_files(client, parent))
     pulls = client.pull_requests() if push.create_pr else set()
     attempted = False
 
@@ -315,6 +277,15 @@ def _send(client: HubClient, push: _Push, private: bool | None) -> PushResult:
         return PushResult(client.repo_id, done.oid, done.pr_url or client.url, changed=True)
 
     return with_retries(attempt, client.what, client.deadline)
+
+
+def _former_files(client: HubClient, parent: str) -> frozenset[str]:
+    """What the manifest of an earlier push lists."""
+    manifest = client.fetch(MANIFEST_FILE, parent)
+    try:
+        return frozenset() if manifest is None else frozenset(read_manifest(manifest.parent))
+    except IntegrityError:
+        return frozenset()  # a damaged one says nothing of what was sent, and is replaced now
 
 
 def _landed(client: HubClient, push: _Push, parent: str, pulls: set[str]) -> PushResult | None:
@@ -350,42 +321,3 @@ def _branch_head(client: HubClient, push: _Push) -> str:
             f"{client.what} has no such revision. Give the name of a branch. Nothing local is lost."
         )
     return head
-
-
-def _check_visibility(repo_id: str, private: bool | None, is_private: bool | None) -> None:
-    if private and is_private is False:
-        raise HubRejectedError(
-            f"The repository {repo_id!r} exists and is public, but `private` was asked for. Make it private on its "
-            "settings page, or give another name. Nothing local is lost."
-        )
-
-
-def _check_role(user: Mapping[str, Any], repo_id: str) -> None:
-    """Refuse a token that may only read."""
-    token = user.get("auth", {}).get("accessToken", {})
-    role = token.get("role")
-    allowed = role != "read"
-    if role == "fineGrained" and "fineGrained" in token:
-        names = {repo_id.lower(), repo_id.split("/")[0].lower()}
-        allowed = any(
-            "repo.write" in scope.get("permissions", ())
-            and str(scope.get("entity", {}).get("name", "")).lower() in names
-            for scope in token["fineGrained"].get("scoped", ())
-        )
-    if not allowed:
-        raise HubPermissionError(
-            f"The Hub token may only read, but {repo_id!r} shall be written. Make one with the role 'write' on the "
-            "Hub's settings page for tokens, and run it again with that one."
-        )
-
-
-def _check_namespace(user: Mapping[str, Any], repo_id: str) -> None:
-    """A repository that does not exist can be made under one's own name and that of an organization."""
-    writable = {str(user["name"]).lower()} | {
-        str(each.get("name", "")).lower() for each in user.get("orgs", ()) if each.get("roleInOrg") != "read"
-    }
-    if repo_id.split("/")[0].lower() not in writable:
-        raise HubPermissionError(
-            f"The repository {repo_id!r} does not exist, and the token may not make it under that name. Give a name "
-            "of your own or of an organization that you may write to."
-        )

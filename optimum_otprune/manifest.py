@@ -19,9 +19,8 @@ _CHUNK = 1 << 20
 _NAME = re.compile(r"(additional_chat_templates/)?[A-Za-z0-9_][A-Za-z0-9_.\- ]*")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 # What a loader could read although nobody listed it: it would be preferred to, or mixed with, the listed files.
-_LOADABLE = frozenset(
-    {".safetensors", ".bin", ".pt", ".pth", ".json", ".py", ".model", ".jinja", ".txt", ".h5", ".gguf"}
-)
+_LOADABLE = frozenset({".safetensors", ".bin", ".pt", ".pth", ".json", ".py", ".model", ".jinja", ".h5", ".gguf"})
+_LOADABLE_NAMES = frozenset({"vocab.txt", "merges.txt"})
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|h5|msgpack)(\.index\.json)?")
 
 
@@ -152,7 +151,7 @@ def unlisted(names: Any, entries: Mapping[str, FileEntry]) -> list[str]:
         if name not in entries
         and name != MANIFEST_FILE
         and not name.startswith(".")
-        and Path(name).suffix.lower() in _LOADABLE
+        and (Path(name).suffix.lower() in _LOADABLE or name in _LOADABLE_NAMES)
         and ("/" not in name or name.startswith("additional_chat_templates/"))
     )
 

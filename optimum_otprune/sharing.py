@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from optimum_otprune.errors import ConfigurationError
-from optimum_otprune.hub import PushResult, check_hub_access, push_folder
+from optimum_otprune.hub import PushResult, push_folder
+from optimum_otprune.hub_access import check_hub_access
 from optimum_otprune.registry import unknown_name
 
 PUSH_OPTIONS = ("private", "token", "revision", "create_pr", "commit_message", "deadline")
@@ -97,7 +98,7 @@ def check_push(repo_id: str, options: Mapping[str, Any]) -> str:
     """Check before any work that a push with these options will be allowed; returns `user/name`.
 
     Raises:
-        HubError: See `optimum_otprune.hub.check_hub_access`.
+        HubError: See `optimum_otprune.hub_access.check_hub_access`.
     """
     where = {name: options[name] for name in ("private", "token", "revision", "create_pr") if name in options}
     return check_hub_access(repo_id, **where)

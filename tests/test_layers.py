@@ -14,7 +14,7 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if "_optimum_register" not
 LAYERS = (
     ("version", "errors", "registry", "methods", "quantities", "options", "option_checks"),
     ("functional",),
-    ("manifest", "retries", "hub_client", "hub"),
+    ("manifest", "retries", "hub_client", "hub_access", "hub"),
     ("resolution", "configuration", "report"),
     ("devices",),
     ("architectures",),

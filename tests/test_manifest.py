@@ -70,7 +70,15 @@ def test_missing_longer_and_extra_files_are_told_apart(folder):
 
 
 @pytest.mark.parametrize(
-    "name", ["pytorch_model.bin", "model.safetensors.index.json", "adapter_config.json", "x.py", "chat_template.jinja"]
+    "name",
+    [
+        "pytorch_model.bin",
+        "model.safetensors.index.json",
+        "adapter_config.json",
+        "x.py",
+        "chat_template.jinja",
+        "vocab.txt",
+    ],
 )
 def test_a_file_that_a_loader_would_read_must_be_listed(folder, name):
     (folder / name).write_bytes(b"x")
@@ -80,7 +88,7 @@ def test_a_file_that_a_loader_would_read_must_be_listed(folder, name):
 
 def test_licenses_pictures_and_hidden_files_may_be_added(folder):
     (folder / ".cache").mkdir()
-    for name in (".gitattributes", "LICENSE", "plot.png", ".cache/model.safetensors"):
+    for name in (".gitattributes", "LICENSE", "notes.txt", "plot.png", ".cache/model.safetensors"):
         (folder / name).write_bytes(b"x")
     verify_folder(folder)
 

@@ -15,7 +15,8 @@ from optimum_otprune.commands.arguments import config_options, loading_options
 from optimum_otprune.commands.demo import run_demo
 from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.errors import ConfigurationError, ReportError, UsageError
-from optimum_otprune.hub import PushResult, check_hub_access, push_folder, verify_saved
+from optimum_otprune.hub import PushResult, push_folder, verify_saved
+from optimum_otprune.hub_access import check_hub_access
 from optimum_otprune.options import BUDGET_FIELDS
 from optimum_otprune.pruner import OTPruner
 from optimum_otprune.report import REPORT_FILE, PruningReport

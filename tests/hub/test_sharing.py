@@ -131,6 +131,25 @@ def test_only_listed_files_are_sent_and_only_stale_weights_are_deleted(hub, work
     assert len(state.repositories["me/x"].commits) == 3
 
 
+@pytest.mark.parametrize("damaged", [False, True])
+def test_files_of_an_earlier_push_that_are_gone_are_deleted(hub, worker, saved, tmp_path, damaged):
+    (saved / "tokenizer.json").write_text("{}")
+    write_manifest(saved)
+    assert worker("push", folder=str(saved), repo_id="me/x").errors == []
+    hub.state.blobs[git_oid(b"notes")] = b"notes"
+    hub.state.add_commit("me/x", "main", {"notes.txt": ("regular", git_oid(b"notes"))})
+    if damaged:
+        hub.state.add_commit("me/x", "main", {"otprune_manifest.json": ("regular", git_oid(b"notes"))})
+    (saved / "tokenizer.json").unlink()
+    write_manifest(saved)
+    answer = worker("push", folder=str(saved), repo_id="me/x")
+    assert answer.errors == [], answer.message
+    kept = {"notes.txt": b"notes"} | ({"tokenizer.json": b"{}"} if damaged else {})
+    assert hub.state.files("me/x") == {**contents(saved), **kept}
+    verified = worker("verify", repo_id="me/x", cache_dir=str(tmp_path / "cache"))
+    assert verified.errors[:1] == (["IntegrityError"] if damaged else []), verified.message
+
+
 def test_an_edited_card_is_sent_with_a_manifest_that_fits_it(hub, worker, saved, tmp_path):
     (saved / "README.md").write_text("---\nlicense: mit\n---\n# Edited\n")
     before = contents(saved)

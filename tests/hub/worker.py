@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from optimum_otprune.errors import OTPruneError
-from optimum_otprune.hub import check_hub_access, push_folder, verify_repository
+from optimum_otprune.hub import push_folder, verify_repository
+from optimum_otprune.hub_access import check_hub_access
 
 WAITS: list[float] = []
 
