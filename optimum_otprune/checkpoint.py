@@ -21,10 +21,10 @@ from optimum_otprune.base_card import read_base_card
 from optimum_otprune.card import model_card
 from optimum_otprune.configuration import CONFIG_FILE, OTPruningConfig
 from optimum_otprune.errors import ModelLoadError, OutputError
+from optimum_otprune.hub import verify_saved
+from optimum_otprune.manifest import CARD_FILE, write_manifest
 from optimum_otprune.plots import PLOT_FILE, can_plot, save_rescue_plot
 from optimum_otprune.report import REPORT_FILE, PruningReport
-
-CARD_FILE = "README.md"
 
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
 _SPACE_MARGIN = 1.1
@@ -65,9 +65,14 @@ def load_checkpoint(name: str, options: Mapping[str, Any]) -> Checkpoint:
 
     Raises:
         ModelLoadError: If it cannot be found or read, or tensors are missing.
+        IntegrityError: If it was to be verified and is not what was saved.
+        HubError: If it was to be verified and the Hub does not answer.
     """
     _check_source(name)
     hub = {option: options[option] for option in _HUB_OPTIONS if options[option] is not None}
+    if options["verify"]:
+        commit = verify_saved(name, **hub)
+        hub |= {} if commit is None else {"revision": commit}  # what was verified is what is loaded
     remote = {"trust_remote_code": bool(options["trust_remote_code"])}
     placement = {
         option: options[option]
@@ -295,6 +300,7 @@ def save_checkpoint(
             save_rescue_plot(report, partial / PLOT_FILE)
         card = model_card(config, report, folder.name, has_tokenizer=tokenizer is not None, has_plot=has_plot)
         (partial / CARD_FILE).write_text(card, encoding="utf-8")
+        write_manifest(partial)
         _make_durable(partial)
     return folder
 

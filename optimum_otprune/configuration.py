@@ -4,13 +4,16 @@ import copy
 import inspect
 import json
 import os
+import tempfile
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from optimum.configuration_utils import BaseConfig
 
 from optimum_otprune.errors import ConfigurationError
+from optimum_otprune.hub import PushResult, push_file
 from optimum_otprune.methods import METHOD_FIELDS, QUALITY_FIELDS
 from optimum_otprune.option_checks import check_option
 from optimum_otprune.options import BUDGET_FIELDS, OPTIONS, OPTIONS_BY_NAME
@@ -167,9 +170,25 @@ class OTPruningConfig(BaseConfig):
             push_to_hub: Also upload the file to the repository `repo_id` (default: the folder's name).
             **kwargs: For `push_to_hub`.
         """
-        super().save_pretrained(str(save_directory), push_to_hub=False)  # its own upload calls a method that is gone
+        super().save_pretrained(str(save_directory), push_to_hub=False)
         if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory))), **kwargs)
+            self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory))), **kwargs)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> PushResult:  # type: ignore[override]
+        """Put `otprune_config.json` into a repository, whose other files stay.
+
+        Args:
+            repo_id: `user/name`, or a name alone for the token's own user; made if it does not exist.
+            **kwargs: `private`, `token`, `revision`, `create_pr`, `commit_message`, `deadline`, as for
+                `OTPruner.push_to_hub`.
+
+        Raises:
+            HubError: Of the fitting kind.
+        """
+        kwargs.setdefault("commit_message", "Upload a pruning configuration")
+        with tempfile.TemporaryDirectory(prefix="otprune-push-") as folder:
+            self.save_pretrained(folder)
+            return push_file(Path(folder) / CONFIG_FILE, repo_id, **kwargs)
 
 
 OTPruningConfig.__init__.__signature__ = inspect.Signature(  # type: ignore[attr-defined]

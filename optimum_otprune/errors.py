@@ -55,3 +55,39 @@ class MissingExtraError(OTPruneError, ImportError):
 
 class StudyError(OTPruneError, ValueError):
     """The file of a tuning study is damaged, or belongs to another model, data or configuration."""
+
+
+class IntegrityError(OTPruneError, OSError):
+    """Files are not those that were saved: changed, missing, or others beside them."""
+
+
+class HubError(OTPruneError, OSError):
+    """The Hub did not do what was asked; nothing local is lost."""
+
+
+class HubAuthenticationError(HubError, PermissionError):
+    """There is no token, or it is not valid any more."""
+
+
+class HubPermissionError(HubError, PermissionError):
+    """The token may not write there."""
+
+
+class HubNotFoundError(HubError, FileNotFoundError):
+    """The repository or revision does not exist, or is private and the token may not see it."""
+
+
+class HubConflictError(HubError):
+    """Somebody else changed the repository meanwhile."""
+
+
+class HubRejectedError(HubError, ValueError):
+    """The Hub refuses what was sent, such as the card's metadata."""
+
+
+class HubUnavailableError(HubError, ConnectionError):
+    """The Hub cannot be reached, or keeps failing; also in offline mode."""
+
+
+class HubTimeoutError(HubError, TimeoutError):
+    """The deadline passed."""

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from optimum_otprune.card import model_card
-from optimum_otprune.checkpoint import CARD_FILE, TOKENIZER_FILES, save_text
+from optimum_otprune.checkpoint import TOKENIZER_FILES, save_text
 from optimum_otprune.configuration import CONFIG_FILE, OTPruningConfig
 from optimum_otprune.errors import ReportError
+from optimum_otprune.manifest import CARD_FILE, MANIFEST_FILE, digest, manifest_text, read_manifest
 from optimum_otprune.plots import PLOT_FILE
 from optimum_otprune.report import REPORT_FILE, PruningReport
 
@@ -49,7 +50,17 @@ def replace_card(folder: Path, text: str) -> bool:
     Raises:
         OutputError: If it cannot be written.
     """
-    file = folder / CARD_FILE
+    file, manifest = folder / CARD_FILE, folder / MANIFEST_FILE
     differs = file.is_file() and file.read_bytes() != text.encode()
     save_text(file, text, overwrite=True)
+    if manifest.is_file():
+        save_text(manifest, manifest_text({**read_manifest(folder), CARD_FILE: digest(file)}), overwrite=True)
     return differs
+
+
+def repository_card(folder: Path, repo_id: str) -> str | None:
+    """The card of a saved folder, naming the repository that it is pushed to; None where it was edited by hand."""
+    file = folder / CARD_FILE
+    if not (folder / CONFIG_FILE).is_file() or not file.is_file():
+        return None
+    return folder_card(folder, repo_id) if file.read_text(encoding="utf-8") == folder_card(folder) else None

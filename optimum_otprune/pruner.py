@@ -19,6 +19,7 @@ from optimum_otprune.errors import ConfigurationError
 from optimum_otprune.perplexity import evaluate_perplexity
 from optimum_otprune.pipeline import PassSettings, prune_model
 from optimum_otprune.report import PruningReport, versions
+from optimum_otprune.sharing import HubMixin, check_push, checked_push_options, push_saved, refuse_push_options
 from optimum_otprune.trials import TuningResult, TuningSettings, check_positive
 from optimum_otprune.tuning import tune_model
 
@@ -32,10 +33,11 @@ _LOADING_DEFAULTS = {
     "cache_dir": None,
     "local_files_only": False,
     "trust_remote_code": False,
+    "verify": False,
 }
 
 
-class OTPruner:
+class OTPruner(HubMixin):
     """Prunes the feed-forward layers of a causal language model in place.
 
     Make one by `from_pretrained`.
@@ -83,6 +85,7 @@ class OTPruner:
         cache_dir: str | os.PathLike | None = None,
         local_files_only: bool = False,
         trust_remote_code: bool = False,
+        verify: bool = False,
     ) -> "OTPruner":
         """Load a model to prune, or a pruned one with its configuration and report.
 
@@ -100,23 +103,17 @@ class OTPruner:
             cache_dir: Of downloads.
             local_files_only: Never ask the Hub.
             trust_remote_code: Whether to run modeling code from the repository.
+            verify: First compare every file with the SHA-256 in the manifest that `save_pretrained` wrote; a flipped
+                byte or a stale file loads without an error otherwise.
 
         Raises:
             ModelLoadError: If the model cannot be found, downloaded or read, or its weights are not all there.
+            IntegrityError: With `verify`, if files are changed, missing or extra, or there is no manifest.
+            HubError: With `verify`, if the Hub does not give the files.
             UnsupportedModelError: If it has no known FFN, or is quantized.
             ConfigurationError: If `config` is not valid.
         """
-        options = {
-            "dtype": dtype,
-            "device_map": device_map,
-            "max_memory": max_memory,
-            "offload_folder": offload_folder,
-            "revision": revision,
-            "token": token,
-            "cache_dir": cache_dir,
-            "local_files_only": local_files_only,
-            "trust_remote_code": trust_remote_code,
-        }
+        options = {name: value for name, value in locals().items() if name in _LOADING_DEFAULTS}
         given = None if config is None else _as_config(config, options)
         if isinstance(model_name_or_path, PreTrainedModel):
             _refuse_loading_options(options)
@@ -286,14 +283,25 @@ class OTPruner:
         return dict(metrics)
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike, *, overwrite: bool = False, max_shard_size: int | str = "5GB"
+        self,
+        save_directory: str | os.PathLike,
+        *,
+        overwrite: bool = False,
+        max_shard_size: int | str = "5GB",
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **push_options: Any,
     ) -> Path:
-        """Save model, tokenizer, configuration, report and card; the folder appears complete or not at all.
+        """Save model, tokenizer, configuration, report, card and manifest; the folder appears complete or not at all.
 
         Args:
             save_directory: Must not exist, or be empty, unless `overwrite`.
             overwrite: Replace a folder that is not empty.
             max_shard_size: Of one safetensors file.
+            push_to_hub: Also push the folder; whether that will be allowed is checked before saving.
+            repo_id: Where to; default: the folder's name, under the token's own user.
+            **push_options: `private`, `token`, `revision`, `create_pr`, `commit_message`, `deadline`, as for
+                `push_to_hub`.
 
         Returns:
             The folder.
@@ -301,10 +309,20 @@ class OTPruner:
         Raises:
             OutputError: If the folder is not empty, cannot be written, or the disk is full; nothing half-written
                 stays.
+            HubError: If pushing fails; the folder is there all the same, unless access was refused beforehand.
         """
-        return save_checkpoint(
-            Path(save_directory), self.model, self.tokenizer, self.config, self.report, overwrite, max_shard_size
-        )
+        folder = Path(save_directory)
+        if not push_to_hub:
+            refuse_push_options({"repo_id": repo_id, **push_options})
+            return self._save(folder, overwrite, max_shard_size)
+        options = checked_push_options(push_options)
+        name = check_push(repo_id or folder.absolute().name, options)
+        self._save(folder, overwrite, max_shard_size)
+        push_saved(folder, name, **options)
+        return folder
+
+    def _save(self, folder: Path, overwrite: bool, max_shard_size: int | str) -> Path:
+        return save_checkpoint(folder, self.model, self.tokenizer, self.config, self.report, overwrite, max_shard_size)
 
 
 def _weight_bytes(model: PreTrainedModel) -> int:

@@ -14,6 +14,33 @@ VOCAB_SIZE = 64
 WORDS = [f"w{index}" for index in range(VOCAB_SIZE - 1)]
 
 
+@pytest.fixture
+def record_figure(record_property):
+    """Count a published figure: `record_figure("R3", tried=100, ok=100)`; without numbers, this test's outcome counts.
+
+    The totals are printed at the end of a run, whichever processes the tests ran in.
+    """
+
+    def record(name: str, tried: int = 1, ok: int | None = None) -> None:
+        record_property("figure", [name, tried, ok])
+
+    return record
+
+
+def pytest_terminal_summary(terminalreporter):
+    totals: dict[str, list[int]] = {}
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.stats.get(outcome, []):
+            for key, value in report.user_properties:
+                if key == "figure" and report.when == "call":
+                    name, tried, ok = value
+                    total = totals.setdefault(name, [0, 0])
+                    total[0] += tried
+                    total[1] += ok if ok is not None else tried * report.passed
+    for name, (tried, ok) in sorted(totals.items()):
+        terminalreporter.write_line(f"{name}: {tried} tried, {ok} ok")
+
+
 @pytest.fixture(autouse=True)
 def _one_thread_and_a_seed():
     torch.set_num_threads(1)

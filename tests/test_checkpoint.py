@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from optimum_otprune import OTPruner, OTPruningConfig, checkpoint, plots
-from optimum_otprune.errors import ModelLoadError, OutputError, ReportError
-from optimum_otprune.folder_card import folder_card
+from optimum_otprune.errors import IntegrityError, ModelLoadError, OutputError, ReportError
+from optimum_otprune.folder_card import folder_card, replace_card, repository_card
 from optimum_otprune.functional.rescue import RescueEnergies
+from optimum_otprune.manifest import MANIFEST_FILE, verify_folder
 from optimum_otprune.report import LayerReport, PruningReport
 from tests.conftest import make_llama
 
@@ -199,11 +200,46 @@ def test_a_folder_has_a_card_made_of_its_configuration_and_report(pruner, tmp_pa
     assert ("rescue.png" in card) is (folder / "rescue.png").is_file() is plots.can_plot()
 
 
+def test_a_card_made_again_leaves_the_folder_verified(pruner, tmp_path):
+    folder = pruner.save_pretrained(tmp_path / "out")
+    assert not replace_card(folder, folder_card(folder))
+    assert replace_card(folder, folder_card(folder, "user/name"))
+    assert 'from_pretrained("user/name")' in (folder / "README.md").read_text(encoding="utf-8")
+    verify_folder(folder)
+
+
+def test_a_card_for_a_repository_names_it_unless_it_was_edited(pruner, tmp_path):
+    folder = pruner.save_pretrained(tmp_path / "out")
+    assert 'from_pretrained("user/name")' in repository_card(folder, "user/name")
+    (folder / "README.md").write_text("mine")
+    assert repository_card(folder, "user/name") is None
+
+
 def test_without_matplotlib_there_is_no_plot_and_no_word_of_it(pruner, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "can_plot", lambda: False)
     folder = pruner.save_pretrained(tmp_path / "out")
     assert not (folder / "rescue.png").exists()
     assert "rescue.png" not in (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_saved_folder_is_what_its_manifest_says_and_is_loaded_verified(pruner, tokens, tmp_path):
+    folder = pruner.save_pretrained(tmp_path / "out", max_shard_size="8KB")
+    assert set(verify_folder(folder)) == {path.name for path in folder.iterdir()} - {MANIFEST_FILE}
+    assert OTPruner.from_pretrained(folder, verify=True).report == pruner.report
+
+
+def test_a_flipped_byte_and_a_stale_file_are_told_by_a_verified_load_only(pruner, tmp_path):
+    folder = pruner.save_pretrained(tmp_path / "out", max_shard_size="8KB")
+    shard = sorted(folder.glob("model-*.safetensors"))[0]
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    OTPruner.from_pretrained(folder)
+    with pytest.raises(IntegrityError, match=f"changed: '{shard.name}'"):
+        OTPruner.from_pretrained(folder, verify=True)
+    shard.write_bytes(content)
+    save_file(pruner.model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(IntegrityError, match=r"extra: 'model.safetensors'"):
+        OTPruner.from_pretrained(folder, verify=True)
 
 
 def test_a_model_that_was_not_pruned_can_be_saved(llama, tmp_path):

@@ -14,6 +14,7 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if "_optimum_register" not
 LAYERS = (
     ("version", "errors", "registry", "methods", "quantities", "options", "option_checks"),
     ("functional",),
+    ("manifest", "retries", "hub_client", "hub_access", "hub"),
     ("resolution", "configuration", "report"),
     ("devices",),
     ("architectures",),
@@ -32,7 +33,7 @@ LAYERS = (
     ("markdown", "base_card", "reproduction", "citations", "plots", "findings", "card_metadata", "card"),
     ("checkpoint", "folder_card"),
     ("search_space", "latency", "trials", "fingerprint", "tuning"),
-    ("pruner",),
+    ("sharing", "pruner"),
     ("commands", "__main__"),
     ("__init__",),
 )
@@ -108,6 +109,16 @@ def test_a_library_is_imported_through_its_door_only(library):
         if any(name.split(".")[0] == library for name in imports(path))
     }
     assert users == DOORS[library]
+
+
+def test_the_hub_is_spoken_to_in_one_place_and_never_by_a_push_of_transformers():
+    speakers = {path.name for path in FILES if "HfApi" in path.read_text(encoding="utf-8")}
+    assert speakers == {"hub_client.py"}
+    for path in FILES:
+        text = path.read_text(encoding="utf-8")
+        assert not any(name in text for name in ("upload_folder", "super().push_to_hub", "model.push_to_hub")), (
+            path.name
+        )
 
 
 def test_the_mathematics_knows_no_models():

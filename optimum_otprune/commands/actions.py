@@ -16,9 +16,12 @@ from optimum_otprune.commands.demo import run_demo
 from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.errors import ConfigurationError, ReportError, UsageError
 from optimum_otprune.folder_card import folder_card, replace_card
+from optimum_otprune.hub import PushResult, verify_saved
+from optimum_otprune.hub_access import check_hub_access
 from optimum_otprune.options import BUDGET_FIELDS
 from optimum_otprune.pruner import OTPruner
 from optimum_otprune.report import REPORT_FILE, PruningReport
+from optimum_otprune.sharing import push_saved
 from optimum_otprune.trials import TuningResult
 
 
@@ -27,9 +30,13 @@ def prune(args: argparse.Namespace) -> None:
     _speak(args.quiet)
     if args.eval_data is not None and not args.eval:
         raise UsageError("`--eval-data` would be ignored without `--eval`.")
+    if args.private and args.push_to_hub is None:
+        raise UsageError("`--private` would be ignored without `--push-to-hub`.")
     config = _config(args)
     output = Path(args.output)
     check_output_folder(output, args.overwrite)
+    target = {"private": args.private or None, "token": args.token}
+    repo_id = None if args.push_to_hub is None else check_hub_access(args.push_to_hub, **target)
     pruner = OTPruner.from_pretrained(args.model, config, **loading_options(args))
     passes = {"batch_size": args.batch_size, "progress": not args.quiet}
     if args.eval:
@@ -43,6 +50,8 @@ def prune(args: argparse.Namespace) -> None:
         )
     pruner.save_pretrained(output, overwrite=args.overwrite)
     print(f"Saved to {output}. Load it with AutoModelForCausalLM.from_pretrained({str(output)!r}).")
+    if repo_id is not None:
+        _tell_push(push_saved(output, repo_id, **target))
 
 
 def tune(args: argparse.Namespace) -> None:
@@ -125,6 +134,35 @@ def card(args: argparse.Namespace) -> None:
     if replace_card(folder, text):
         print("warning: README.md had other text, perhaps edited by hand; it was replaced.", file=sys.stderr)
     print(f"Saved the model card of {folder.resolve().name}.")
+
+
+def push(args: argparse.Namespace) -> None:
+    """Push a saved model."""
+    folder = Path(args.folder)
+    if not folder.is_dir():
+        raise UsageError(f"{folder.name!r} is no folder. Give one that `otprune prune` wrote.")
+    _tell_push(
+        push_saved(
+            folder,
+            args.repo_id,
+            private=args.private or None,
+            token=args.token,
+            revision=args.revision,
+            create_pr=args.create_pr,
+            commit_message=args.commit_message,
+            deadline=args.deadline,
+        )
+    )
+
+
+def _tell_push(result: PushResult) -> None:
+    print(f"Pushed to {result.url}." if result.changed else f"{result.url} holds it already; nothing was sent.")
+
+
+def verify(args: argparse.Namespace) -> None:
+    """Check a saved model's files."""
+    commit = verify_saved(args.source, revision=args.revision, token=args.token, cache_dir=args.cache_dir)
+    print(f"All files are as they were saved{'' if commit is None else f' (commit {commit})'}.")
 
 
 def demo(args: argparse.Namespace) -> None:

@@ -47,6 +47,10 @@ class PruneCommand(_Command):
             "-o", "--output", required=True, metavar="OUT", help="folder to write; must be new or empty"
         )
         parser.add_argument("--overwrite", action="store_true", help="replace the output folder if it is not empty")
+        parser.add_argument(
+            "--push-to-hub", metavar="REPO", help="also push the result there; checked before the model is loaded"
+        )
+        parser.add_argument("--private", action="store_true", help="make that repository private if it is new")
         parser.add_argument("--calibration-data", metavar="DATA", help=DATA_HELP)
         parser.add_argument("--eval", action="store_true", help="measure perplexity before and after")
         parser.add_argument("--eval-data", metavar="DATA", help=f"what to measure it on: {DATA_HELP}")
@@ -129,6 +133,38 @@ class CardCommand(_Command):
         add_debug_option(parser)
 
 
+class PushCommand(_Command):
+    """`otprune push`."""
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        """Options."""
+        parser.add_argument("folder", metavar="OUT", help="folder that `otprune prune` wrote")
+        parser.add_argument("repo_id", metavar="REPO", help="user/name; made if it does not exist")
+        parser.add_argument("--private", action="store_true", help="make the repository private if it is new")
+        parser.add_argument("--revision", help="branch; made if it does not exist (default: the main one)")
+        parser.add_argument("--create-pr", action="store_true", help="open a pull request instead")
+        parser.add_argument("--commit-message", metavar="TEXT", help="first line of the commit")
+        parser.add_argument("--token", help="Hub token (default: the one that `hf auth login` saved)")
+        parser.add_argument(
+            "--deadline", type=float, metavar="S", help="give up after so many seconds (default: 3600)"
+        )
+        add_debug_option(parser)
+
+
+class VerifyCommand(_Command):
+    """`otprune verify`."""
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        """Options."""
+        parser.add_argument("source", metavar="OUT", help="folder that `otprune prune` wrote, or user/name")
+        parser.add_argument("--revision", help="branch, tag or commit of the repository")
+        parser.add_argument("--token", help="Hub token (default: the one that `hf auth login` saved)")
+        parser.add_argument("--cache-dir", metavar="DIR", help="of downloads")
+        add_debug_option(parser)
+
+
 class DemoCommand(_Command):
     """`otprune demo`."""
 
@@ -153,5 +189,7 @@ class OTPruneCommand(BaseOptimumCLICommand):
         CommandInfo("evaluate", "Measure the perplexity of a model, pruned or not.", EvaluateCommand),
         CommandInfo("report", "Print what pruning did to a saved model.", ReportCommand),
         CommandInfo("card", "Make the model card of a saved model again.", CardCommand),
+        CommandInfo("push", "Push a saved model to the Hub, in one commit.", PushCommand),
+        CommandInfo("verify", "Check every file of a saved model against its manifest.", VerifyCommand),
         CommandInfo("demo", "Prune the small model that the package carries; works offline.", DemoCommand),
     )

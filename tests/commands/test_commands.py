@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from optimum_otprune import OTPruner
 from optimum_otprune.commands.arguments import config_options
 from optimum_otprune.commands.main import main
 from optimum_otprune.commands.root import OTPruneCommand, PruneCommand
@@ -87,6 +88,7 @@ def test_a_saved_configuration_is_the_start_and_options_override_it(llama_folder
         (["--solver", "sinkhon"], "Did you mean 'sinkhorn'"),
         (["--method", "flap", "--solver", "emd"], "would be ignored"),
         (["--eval-data", "x.txt"], "without `--eval`"),
+        (["--private"], "ignored without `--push-to-hub`"),
         (["--no-such-option"], "unrecognized arguments"),
     ],
 )
@@ -119,6 +121,18 @@ def test_an_output_folder_that_is_not_empty_is_refused_before_the_model_is_loade
 def test_a_report_of_a_folder_without_one_says_so(tmp_path, capsys):
     assert run("report", tmp_path) == 1
     assert "has no otprune_report.json" in capsys.readouterr().err
+
+
+def test_verify_tells_a_changed_file_and_push_a_folder_that_is_none(llama, tmp_path, capsys):
+    folder = OTPruner.from_pretrained(llama).save_pretrained(tmp_path / "out")
+    assert run("verify", folder) == 0
+    assert "All files are as they were saved." in capsys.readouterr().out
+    (folder / "config.json").write_text("{}")
+    for command in (["verify", folder], ["push", folder, "me/x"]):
+        assert run(*command) == 1
+        assert "(changed: 'config.json')" in capsys.readouterr().err
+    assert run("push", tmp_path / "absent", "me/x") == 2
+    assert "'absent' is no folder" in capsys.readouterr().err
 
 
 def test_no_subcommand_prints_the_help_and_exits_with_2(capsys):

@@ -1,0 +1,197 @@
+"""`otprune_manifest.json`: size and SHA-256 of every file of a saved folder, so that damage is told, not loaded."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from optimum_otprune.errors import IntegrityError
+from optimum_otprune.version import __version__
+
+MANIFEST_FILE = "otprune_manifest.json"
+CARD_FILE = "README.md"
+
+_FORMAT = 1
+_CHUNK = 1 << 20
+# The one folder that a tokenizer may write has chat templates in it; everything else lies side by side.
+_NAME = re.compile(r"(additional_chat_templates/)?[A-Za-z0-9_][A-Za-z0-9_.\- ]*")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+# What a loader could read although nobody listed it: it would be preferred to, or mixed with, the listed files.
+_LOADABLE = frozenset({".safetensors", ".bin", ".pt", ".pth", ".json", ".py", ".model", ".jinja", ".h5", ".gguf"})
+_LOADABLE_NAMES = frozenset({"vocab.txt", "merges.txt"})
+_WEIGHTS = re.compile(r".*\.(safetensors|bin|h5|msgpack)(\.index\.json)?")
+
+
+class FileEntry(NamedTuple):
+    """What the manifest says of one file.
+
+    Attributes:
+        size: In bytes.
+        sha256: Hexadecimal.
+    """
+
+    size: int
+    sha256: str
+
+
+def digest(file: Path) -> FileEntry:
+    """Size and SHA-256 of a file."""
+    hashed, size = hashlib.sha256(), 0
+    with file.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            hashed.update(chunk)
+            size += len(chunk)
+    return FileEntry(size, hashed.hexdigest())
+
+
+def manifest_text(entries: Mapping[str, FileEntry]) -> str:
+    """The file's text, the same for the same entries."""
+    content = {
+        "format": _FORMAT,
+        "optimum_otprune_version": __version__,
+        "files": {name: entries[name]._asdict() for name in sorted(entries)},
+    }
+    return json.dumps(content, indent=2) + "\n"
+
+
+def write_manifest(folder: Path) -> Path:
+    """List every file of a folder but the manifest itself.
+
+    Args:
+        folder: Complete but for the manifest.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        IntegrityError: If a file's name could not be listed.
+    """
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    entries = {_checked_name(name): digest(folder / name) for name in names if name != MANIFEST_FILE}
+    manifest = folder / MANIFEST_FILE
+    manifest.write_text(manifest_text(entries), encoding="utf-8")
+    return manifest
+
+
+def read_manifest(folder: Path) -> dict[str, FileEntry]:
+    """Read what a folder should hold; the file is treated as untrusted input.
+
+    Args:
+        folder: A saved folder.
+
+    Returns:
+        Entries by file name.
+
+    Raises:
+        IntegrityError: If there is no manifest, or it is damaged.
+    """
+    file = folder / MANIFEST_FILE
+    if not file.is_file():
+        raise IntegrityError(
+            f"There is no {MANIFEST_FILE}, so nothing can be checked. Folders that `save_pretrained` of this version "
+            "wrote have one; save the model again."
+        )
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise IntegrityError(f"{MANIFEST_FILE} is damaged: it is not valid JSON. Get the folder again.") from error
+    files = content.get("files") if isinstance(content, dict) else None
+    if not isinstance(files, dict) or not files or content.get("format") != _FORMAT:
+        raise IntegrityError(
+            f"{MANIFEST_FILE} is damaged, or of another format than {_FORMAT}. Get the folder again, or use the "
+            "version of optimum_otprune that wrote it."
+        )
+    return {_checked_name(name): _checked_entry(name, entry) for name, entry in files.items()}
+
+
+def verify_folder(folder: Path) -> dict[str, FileEntry]:
+    """Compare every file with the manifest.
+
+    Files that are not listed count only where a loader would read them, such as a stale `model.safetensors`; hidden
+    files, licenses and pictures may be added.
+
+    Args:
+        folder: A saved folder.
+
+    Returns:
+        The manifest's entries.
+
+    Raises:
+        IntegrityError: If there is no manifest, it is damaged, or files are changed, missing or extra; names them.
+    """
+    entries = read_manifest(folder)
+    problems = find_problems(folder, entries)
+    if problems:
+        raise IntegrityError(describe_problems(problems))
+    return entries
+
+
+def find_problems(folder: Path, entries: Mapping[str, FileEntry]) -> dict[str, list[str]]:
+    """File names by what is wrong with them: `changed`, `missing`, `extra`; empty if all is well."""
+    missing = [name for name in sorted(entries) if not (folder / name).is_file()]
+    changed = [
+        name
+        for name in sorted(entries)
+        if name not in missing
+        and ((folder / name).stat().st_size != entries[name].size or digest(folder / name) != entries[name])
+    ]
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    extra = unlisted(names, entries)
+    found = {"changed": changed, "missing": missing, "extra": extra}
+    return {kind: names for kind, names in found.items() if names}
+
+
+def unlisted(names: Any, entries: Mapping[str, FileEntry]) -> list[str]:
+    """Of the names of files beside the manifest, those that a loader could read though they are not listed."""
+    return sorted(
+        name
+        for name in names
+        if name not in entries
+        and name != MANIFEST_FILE
+        and not name.startswith(".")
+        and (Path(name).suffix.lower() in _LOADABLE or name in _LOADABLE_NAMES)
+        and ("/" not in name or name.startswith("additional_chat_templates/"))
+    )
+
+
+def describe_problems(problems: Mapping[str, list[str]]) -> str:
+    """One sentence on what is wrong and one on what to do."""
+    parts = [
+        f"{kind}: {', '.join(repr(name) for name in names[:5])}{' …' if len(names) > 5 else ''}"
+        for kind, names in problems.items()
+    ]
+    return (
+        f"The files are not those that were saved ({'; '.join(parts)}). Remove extra files, and get changed or "
+        "missing ones again."
+    )
+
+
+def is_weights_file(name: str) -> bool:
+    """Whether a loader takes weights, or an index of them, from a file of this name.
+
+    Example:
+        >>> is_weights_file("model-00001-of-00002.safetensors"), is_weights_file("config.json")
+        (True, False)
+    """
+    return "/" not in name and _WEIGHTS.fullmatch(name) is not None
+
+
+def _checked_name(name: Any) -> str:
+    if not isinstance(name, str) or _NAME.fullmatch(name) is None or len(name) > 200:
+        raise IntegrityError(
+            f"{MANIFEST_FILE} cannot list {str(name)[:80]!r}: want the plain name of a file, without a path. Get the "
+            "folder again from somebody you trust."
+        )
+    return name
+
+
+def _checked_entry(name: str, entry: Any) -> FileEntry:
+    size, sha256 = (entry.get("size"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
+    if type(size) is not int or size < 0 or not isinstance(sha256, str) or _DIGEST.fullmatch(sha256) is None:
+        raise IntegrityError(
+            f"{MANIFEST_FILE} is damaged at {name!r}: want a size in bytes and a SHA-256 in hexadecimal. Get the "
+            "folder again."
+        )
+    return FileEntry(size, sha256)

@@ -1,0 +1,21 @@
+"""What the client writes into logs."""
+
+import logging
+
+from optimum_otprune.hub_client import HubClient
+from optimum_otprune.retries import Deadline
+
+
+def test_signed_addresses_do_not_reach_the_logs(caplog, monkeypatch):
+    for _ in range(2):
+        HubClient("me/x", "hf_canary", Deadline(1.0))
+    monkeypatch.setattr(logging.getLogger("huggingface_hub"), "propagate", True)  # off in the client
+    logger = logging.getLogger("huggingface_hub.utils._http")
+    logger.warning(
+        "HTTP Error %s thrown while requesting %s %s", 500, "PUT", "https://s3.example/a?X-Amz-Signature=abc&b=c"
+    )
+    logger.warning("Retrying in 1s [Retry 1/5].")
+    assert caplog.messages == [
+        "HTTP Error 500 thrown while requesting PUT https://s3.example/a?…",
+        "Retrying in 1s [Retry 1/5].",
+    ]
