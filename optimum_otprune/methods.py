@@ -9,7 +9,13 @@ from types import MappingProxyType
 
 TRANSPORT_FIELDS = ("cost", "source_distribution", "target_distribution", "target", "solver", "normalization")
 RIDGE_FIELDS = ("ridge_prior", "target_correction")
-QUALITY_FIELDS = ("reconstruction_steps", "error_weighting", "self_calibration", "target_correction")
+QUALITY_FIELDS = (
+    "reconstruction_steps",
+    "reconstruction_batch_tokens",
+    "error_weighting",
+    "self_calibration",
+    "target_correction",
+)
 METHOD_FIELDS = (
     "quality",
     "token_weighting",
@@ -105,18 +111,21 @@ QUALITIES: Mapping[str, Mapping[str, object]] = MappingProxyType(
     {
         "fast": {
             "reconstruction_steps": 0,
+            "reconstruction_batch_tokens": 1024,
             "error_weighting": "uniform",
             "self_calibration": 0,
             "target_correction": 0.75,
         },
         "balanced": {
             "reconstruction_steps": 300,
+            "reconstruction_batch_tokens": 1024,
             "error_weighting": "uniform",
             "self_calibration": 0,
             "target_correction": 0.5,
         },
         "best": {
             "reconstruction_steps": 1000,
+            "reconstruction_batch_tokens": 2048,
             "error_weighting": "uniform",
             "self_calibration": 3,
             "target_correction": 0.5,

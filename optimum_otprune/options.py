@@ -148,7 +148,7 @@ OPTIONS: tuple[Option, ...] = (
     ),
     _method_option(
         "quality",
-        "preset of the three fields that follow, where they are unset: closed form only (fast), short reconstruction "
+        "preset of the four fields that follow and of target_correction, where they are unset: closed form only (fast), short reconstruction "
         "(balanced), long reconstruction on more tokens (best)",
         choices=tuple(QUALITIES),
     ),
@@ -158,6 +158,7 @@ OPTIONS: tuple[Option, ...] = (
         kind=int,
         minimum=0,
     ),
+    _method_option("reconstruction_batch_tokens", "tokens of a minibatch of reconstruction", kind=int, minimum=1),
     _method_option(
         "error_weighting",
         "which directions of a layer's output error reconstruction heeds: all alike, or as the loss feels them "

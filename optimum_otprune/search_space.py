@@ -201,7 +201,7 @@ def unread_fields(config: OTPruningConfig) -> dict[str, str]:
     if config.compensation != "ridge" and not config.reconstruction_steps:
         unread["holdout_share"] = "without a refit or reconstruction nothing is chosen on held-out tokens"
     if not config.reconstruction_steps:
-        unread["error_weighting"] = "only reconstruction reads it"
+        unread |= dict.fromkeys(("error_weighting", "reconstruction_batch_tokens"), "only reconstruction reads it")
     read = _SOLVER_SETTINGS.get(config.solver or "nearest", ("epsilon", "mass_share", "marginal_penalty"))
     for name in {"epsilon", "mass_share", "marginal_penalty"} - set(read):
         unread[name] = "the transport solver, if there is one, does not read it"
