@@ -59,7 +59,6 @@ ABLATION: dict[str, dict] = {
     "otprune, best": {"quality": "best"},
     "otprune, fast, adaptive": {**_FAST, **_ADAPTIVE},
     "otprune, adaptive": _ADAPTIVE,
-    "otprune, best, adaptive": {"quality": "best", **_ADAPTIVE},
 }
 # Measured only where asked for by name.
 OTHERS: dict[str, dict] = {

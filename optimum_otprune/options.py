@@ -148,8 +148,8 @@ OPTIONS: tuple[Option, ...] = (
     ),
     _method_option(
         "quality",
-        "preset of the four fields that follow and of target_correction, where they are unset: closed form only (fast), short reconstruction "
-        "(balanced), long reconstruction on more tokens (best)",
+        "preset of the four fields that follow and of target_correction, where they are unset: closed form only "
+        "(fast), short reconstruction (balanced), long reconstruction on more tokens (best)",
         choices=tuple(QUALITIES),
     ),
     _method_option(
