@@ -108,7 +108,7 @@ def gradient_moments(
     finally:
         for handle in handles:
             handle.remove()
-    for block in blocks:
+    for block in reversed(blocks):  # as gradients flow: the first that is not finite is where it began
         if not torch.isfinite(moments[block.layer]).all():
             raise NumericalError(
                 f"Layer {block.layer}: the gradient by the FFN's output is NaN or infinite. Load the model in float32."

@@ -12,8 +12,8 @@ from optimum_otprune.architectures.block import ffn_blocks
 from optimum_otprune.devices import execution_device, read_parameter, replace_parameter
 from optimum_otprune.errors import NumericalError
 from optimum_otprune.functional.gram import gram_statistics
-from optimum_otprune.gradients import gradient_scores
-from optimum_otprune.layer_data import LayerData, heldout_mask, layer_statistics
+from optimum_otprune.gradients import gradient_moments, gradient_scores
+from optimum_otprune.layer_data import LayerData, heldout_mask, layer_statistics, residual_token_weights
 from optimum_otprune.perplexity import TokenPerplexity, evaluate_perplexity
 from optimum_otprune.streaming import CalibrationStream
 from tests.architectures.test_contract import build
@@ -223,3 +223,57 @@ def test_the_metric_adds_up_over_batches_and_overflows_to_infinity():
     metric.add_batch(predictions=[4.0], references=[2])
     assert metric.compute() == {"perplexity": math.exp(2.0), "nll": 2.0, "num_tokens": 3}
     assert TokenPerplexity(keep_in_memory=True).compute(predictions=[1e6], references=[1])["perplexity"] == math.inf
+
+
+def test_gradient_moments_are_those_of_the_loss_by_the_ffn_outputs(llama, tokens):
+    outputs = []
+    handles = [
+        layer.mlp.register_forward_hook(lambda module, args, output: outputs.append(output) or output.retain_grad())
+        for layer in llama.model.layers
+    ]
+    llama(input_ids=tokens, labels=tokens).loss.backward()
+    for handle in handles:
+        handle.remove()
+    moments = gradient_moments(llama, ffn_blocks(llama), tokens, batch_size=12, progress=False)
+    for moment, output in zip(moments, outputs, strict=True):
+        rows = output.grad.flatten(end_dim=1).double() * tokens.numel()
+        torch.testing.assert_close(moment, rows.T @ rows, rtol=1e-5, atol=1e-8)
+
+
+def test_gradient_moments_depend_neither_on_the_batch_size_nor_on_the_placement(llama, offloaded, tokens):
+    moments = gradient_moments(llama, ffn_blocks(llama), tokens, batch_size=12, progress=False)
+    for model, batch_size in ((llama, 5), (offloaded, 12)):
+        others = gradient_moments(model, ffn_blocks(model), tokens, batch_size, progress=False)
+        for moment, other in zip(moments, others, strict=True):
+            torch.testing.assert_close(other, moment, rtol=1e-4, atol=1e-6 * float(moment.abs().max()))
+
+
+def test_a_nan_in_the_gradients_names_the_layer(llama, tokens):
+    llama.model.layers[1].mlp.down_proj.register_forward_hook(
+        lambda module, args, output: output.register_hook(lambda gradient: gradient * float("nan")) and None
+    )
+    with pytest.raises(NumericalError, match="Layer 1: the gradient by the FFN's output is NaN"):
+        gradient_moments(llama, ffn_blocks(llama), tokens, batch_size=12, progress=False)
+
+
+def test_tokens_count_by_the_inverse_of_the_hidden_states_squared_norm():
+    energy, is_heldout = torch.tensor([1.0, 2.0, 4.0, 1.0, 0.0]), torch.tensor([False, False, False, True, True])
+    weights = residual_token_weights([energy[:2], energy[2:]], is_heldout)
+    torch.testing.assert_close(weights[0] / weights[1], torch.tensor(2.0))
+    torch.testing.assert_close(weights[0] / weights[2], torch.tensor(4.0))
+    torch.testing.assert_close(weights[4] / weights[3], torch.tensor(100.0))  # counts as a tenth of the median's norm
+    torch.testing.assert_close(weights[~is_heldout].mean(), torch.tensor(1.0))
+    torch.testing.assert_close(weights[is_heldout].mean(), torch.tensor(1.0))
+
+
+def test_where_hidden_states_are_zero_all_tokens_count_the_same():
+    assert torch.equal(residual_token_weights([torch.zeros(4)], torch.arange(4) == 3), torch.ones(4))
+
+
+def test_a_token_of_weight_two_counts_as_two_tokens():
+    hidden, targets = torch.randn(5, 4, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
+    weighted = gram_statistics(hidden, targets, torch.tensor([1.0, 2.0, 1.0, 1.0, 1.0], dtype=torch.float64))
+    twice = torch.tensor([0, 1, 1, 2, 3, 4])
+    doubled = gram_statistics(hidden[twice], targets[twice])
+    for one, other in zip(weighted[:-1], doubled[:-1]):
+        torch.testing.assert_close(one, other)
