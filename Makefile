@@ -17,6 +17,7 @@ test: $(READY)
 
 test-slow: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "slow"
+	OMP_NUM_THREADS=1 LAW_EXAMPLES=200 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/functional
 
 quality: $(READY)
 	$(BIN)/ruff check .

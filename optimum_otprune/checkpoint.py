@@ -1,6 +1,7 @@
 """Load and save: a model with its tokenizer, configuration, report and card; a folder is complete or not there."""
 
 import errno
+import json
 import os
 import shutil
 import tempfile
@@ -13,7 +14,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from optimum_otprune.architectures.remote_code import MODELING_FILE, modeling_code
 from optimum_otprune.architectures.spec import find_spec
@@ -81,7 +82,7 @@ def load_checkpoint(name: str, options: Mapping[str, Any]) -> Checkpoint:
     }
     with _loading(name):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name, **hub, **remote, **placement, output_loading_info=True
+            name, **hub, **remote, **placement, use_safetensors=True, output_loading_info=True
         )
     model, info = loaded
     _check_complete(name, info)
@@ -114,10 +115,31 @@ def _check_source(name: str) -> None:
                 f"The folder {path.name!r} has no config.json, so it holds no model. Give the folder that "
                 "`save_pretrained` wrote."
             )
+        _check_index(path)
     elif path.is_file():
         raise ModelLoadError(f"{path.name!r} is a file. Give the folder that holds it, with its config.json.")
     elif hub_id(name) is None:
         raise ModelLoadError(f"{path.name!r} is neither a folder nor a valid Hub id of the form 'user/name'.")
+
+
+def _check_index(folder: Path) -> None:
+    """Shards lie in the folder: the loader would follow a name such as `../other.safetensors` out of it."""
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if not index.is_file():
+        return
+    try:
+        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        strange = sorted(repr(shard)[:60] for shard in shards if Path(shard).name != shard or "\\" in shard)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ModelLoadError(
+            f"{index.name} in {folder.name!r} is damaged: want an object with a `weight_map` from tensors to files. "
+            "Download it again."
+        ) from error
+    if strange:
+        raise ModelLoadError(
+            f"{index.name} in {folder.name!r} names a file outside the folder: {strange[0]}. Get the model from "
+            "somebody you trust."
+        )
 
 
 @contextmanager
@@ -129,16 +151,23 @@ def _loading(name: str) -> Iterator[None]:
             f"The weights of {_shown(name)} are damaged ({error}). Download or copy them again; a file of a few "
             "hundred bytes is a git-lfs pointer."
         ) from error
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, LookupError, TypeError) as error:
         local = Path(name).is_dir()
         why = (
-            "check the files in it"
+            "check the files in it; weights must be safetensors files, since loading others could run code"
             if local
             else "either it does not exist (or is private and needs `token`), or the Hub cannot be reached. Offline, "
             "give a local folder, or set HF_HUB_OFFLINE=1 to use what was downloaded before"
         )
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelLoadError(f"{_shown(name)} could not be loaded: {why}. ({first_line})") from error
+        raise ModelLoadError(f"{_shown(name)} could not be loaded: {why}. ({_without_path(error, name)})") from error
+
+
+def _without_path(error: Exception, name: str) -> str:
+    """First line of an error, a local folder named by its last part only."""
+    line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    for path in (str(Path(name).resolve()), str(Path(name).absolute()), name) if Path(name).exists() else ():
+        line = line.replace(path, Path(name).resolve().name)
+    return line
 
 
 def _shown(name: str) -> str:

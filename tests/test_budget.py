@@ -49,6 +49,7 @@ def test_a_quantity_is_read_with_its_unit(text, units, number):
     assert parse_quantity(text, units) == number
 
 
+@pytest.mark.figure("R6")
 @pytest.mark.parametrize("name", ["target_parameters", "target_size"])
 @pytest.mark.parametrize("value", ["", "B9", "-1", "1.2X", "1e9", "nan", "1,5GB", "0", 0, -1, 1.5, True, [1]])
 def test_a_target_that_is_no_quantity_is_an_error_that_lists_the_units(name, value):
@@ -63,6 +64,7 @@ def test_units_of_size_are_none_of_parameters():
         OTPruningConfig(target_parameters="2GB")
 
 
+@pytest.mark.figure("R6")
 @pytest.mark.parametrize(
     "options",
     [
@@ -172,6 +174,7 @@ def test_offloaded_weights_count_as_any(tokens):
         assert width_for(offloaded, **target) == width_for(plain, **target) < 48
 
 
+@pytest.mark.figure("R6")
 @pytest.mark.parametrize(("name", "value"), [("target_parameters", "1B"), ("target_size", "1TB")])
 def test_a_target_that_the_model_meets_already_is_an_error_with_its_size(llama, tokens, name, value):
     with pytest.raises(ConfigurationError, match=f"`{name}='{value}'` asks for no pruning: the model has [0-9,]+ "):
@@ -180,6 +183,7 @@ def test_a_target_that_the_model_meets_already_is_an_error_with_its_size(llama, 
         prune(llama, tokens, target_parameters=llama.num_parameters())
 
 
+@pytest.mark.figure("R6")
 @pytest.mark.parametrize(("name", "value"), [("target_parameters", 1000), ("target_size", "1kB")])
 def test_a_target_that_no_width_meets_is_an_error_with_the_smallest_size(llama, tokens, name, value):
     before = copy.deepcopy(llama.state_dict())

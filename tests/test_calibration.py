@@ -96,6 +96,7 @@ def test_the_window_is_2048_or_the_models_positions(max_positions, expected):
     assert ModelLimits(64, max_positions).seqlen(OTPruningConfig()) == expected
 
 
+@pytest.mark.figure("R6")
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -137,6 +138,7 @@ class Malicious:
         return (print, ("code of a pickle was run",))
 
 
+@pytest.mark.figure("R6")
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -238,7 +238,7 @@ def hostile_card(text: str) -> tuple[OTPruningConfig, PruningReport, str]:
     return config, report, model_card(config, report, text, has_plot=True)
 
 
-def test_r11_no_hostile_string_becomes_yaml_html_or_structure():
+def test_r11_no_hostile_string_becomes_yaml_html_or_structure(record_figure):
     benign = {text: assert_harmless(hostile_card(text)[2], has_plot=True).elements for text in ("no name", "a-name")}
     ok = 0
     for text in HOSTILE:
@@ -253,7 +253,7 @@ def test_r11_no_hostile_string_becomes_yaml_html_or_structure():
         assert page.title == (plain_text(text.rsplit("/", 1)[-1], max_length=96) or "Pruned model")
         assert len(card) < 120_000
         ok += 1
-    print(f"R11: {len(HOSTILE)} tried, {ok} ok")  # noqa: T201
+    record_figure("R11", tried=len(HOSTILE), ok=ok)
     assert ok == len(HOSTILE) >= 100
 
 

@@ -132,6 +132,7 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused_rather_than_filled_with_ran
         OTPruner.from_pretrained(llama_folder)
 
 
+@pytest.mark.figure("R6")
 @pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n", b"\x00" * 64])
 def test_damaged_weights_are_one_clear_error(llama_folder, content):
     (llama_folder / "model.safetensors").write_bytes(content)
@@ -185,6 +186,7 @@ def test_the_interpretation_follows_the_ratios(ratio, shift, words):
     assert words[1] in lines[2]
 
 
+@pytest.mark.figure("R6")
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"layers": 3}', '{"layers": [{}]}'])
 def test_a_file_that_is_no_report_is_one_clear_error(tmp_path, content):
     (tmp_path / "report.json").write_text(content)

@@ -41,12 +41,14 @@ def test_every_preset_survives_dictionary_file_pickle_and_copy(method, tmp_path)
 BAD_RATIOS = (-0.1, 1, 1.0, 1.5, float("nan"), float("inf"), "half", "0.5", True, None, [0.5], 1 + 0j)
 
 
+@pytest.mark.figure("R6")
 @pytest.mark.parametrize("ratio", BAD_RATIOS)
 def test_a_ratio_outside_its_range_is_an_error_that_names_it(ratio):
     with pytest.raises(ConfigurationError, match="`pruning_ratio` is .*; want a number >= 0 and < 1"):
         OTPruningConfig(pruning_ratio=ratio)
 
 
+@pytest.mark.figure("R6")
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -102,6 +104,7 @@ def test_a_value_of_the_wrong_kind_is_an_error_that_names_the_field(name, value)
     assert isinstance(caught.value, OTPruneError)
 
 
+@pytest.mark.figure("R6")
 @pytest.mark.parametrize(
     ("name", "suggestion"), [("solvr", "solver"), ("prunning_ratio", "pruning_ratio"), ("temperature", None)]
 )
@@ -111,6 +114,7 @@ def test_an_unknown_name_is_an_error_with_the_nearest_one(name, suggestion):
         OTPruningConfig(**{name: 1})
 
 
+@pytest.mark.figure("R6")
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -195,6 +199,7 @@ def test_overrides_while_loading_are_checked(tmp_path):
         OTPruningConfig.from_pretrained(tmp_path, pruning_ratio=5)
 
 
+@pytest.mark.figure("R6")
 @pytest.mark.parametrize("content", ["", "{", "[1, 2]", "not json"])
 def test_a_damaged_file_is_one_error(tmp_path, content):
     (tmp_path / CONFIG_FILE).write_text(content)

@@ -133,6 +133,7 @@ def test_plain_dropping_rescues_nothing_and_dilutes_nothing(llama, tokens):
     assert (report.rescue_ratio, report.dilution_ratio) == (0.0, 0.0)
 
 
+@pytest.mark.figure("R9")
 def test_two_runs_give_the_same_bits_and_another_seed_may_not(tokens):
     runs = [prune(make_llama(), tokens, method="random", seed=seed) for seed in (0, 0, 1)]
     kept = [[layer.kept_channels for layer in run.report.layers] for run in runs]
@@ -252,6 +253,7 @@ def test_functions_that_nothing_calls_are_refused(llama, tokens, functions, opti
         prune(llama, tokens, functions, **options)
 
 
+@pytest.mark.figure("R6")
 @pytest.mark.parametrize("part", ["gate_proj", "up_proj", "down_proj"])
 def test_a_nan_in_the_weights_names_the_layer_before_anything_is_changed(llama, tokens, part):
     with torch.no_grad():
@@ -261,6 +263,7 @@ def test_a_nan_in_the_weights_names_the_layer_before_anything_is_changed(llama, 
     assert llama.model.layers[0].mlp.up_proj.out_features == 48
 
 
+@pytest.mark.figure("R6")
 @pytest.mark.parametrize(
     ("token_weighting", "what"), [("residual", "hidden states behind the block"), ("uniform", "channel activations")]
 )
@@ -279,6 +282,7 @@ def test_a_nan_in_the_scores_names_the_layer(llama, tokens):
         prune(llama, tokens, {"importance": broken})
 
 
+@pytest.mark.figure("R6")
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -342,6 +346,7 @@ def test_a_config_of_another_kind_is_refused(llama):
         OTPruner.from_pretrained(llama, 0.5)
 
 
+@pytest.mark.figure("R6")
 @pytest.mark.parametrize("name", ["nobody/nothing", "nothing"])
 def test_a_model_that_cannot_be_reached_says_both_possibilities_and_what_to_do(name):
     with pytest.raises(
@@ -391,6 +396,7 @@ def test_an_intercept_that_the_architecture_cannot_hold_is_refused(tokens, optio
     assert prune(model, tokens).model.config.intermediate_size == 24  # "auto" goes without
 
 
+@pytest.mark.figure("R6")
 @pytest.mark.parametrize("count", [0, -1, 2.5, True])
 def test_counts_that_are_no_positive_integers_are_refused(llama, tokens, count):
     pruner = OTPruner.from_pretrained(llama, OTPruningConfig(pruning_ratio=0.5, multiple_of=1))

@@ -203,6 +203,7 @@ def test_an_architecture_of_a_users_own_is_refused_before_any_work(llama, tokens
         del ARCHITECTURES["own"]
 
 
+@pytest.mark.figure("R6")
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -230,6 +231,7 @@ def test_layers_that_do_not_fit_the_model_are_an_error(llama, tokens, options, m
     assert ffn_blocks(llama)[0].intermediate_size == 48
 
 
+@pytest.mark.figure("R6")
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -1,5 +1,6 @@
 """Layers, data and hypothesis settings that the tests of the mathematics share."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from optimum_otprune.functional.ffn import FFNWeights
 
-law = settings(max_examples=25, deadline=None, derandomize=True)
+EXAMPLES = int(os.environ.get("LAW_EXAMPLES", "25"))
+law = settings(max_examples=EXAMPLES, deadline=None, derandomize=EXAMPLES == 25)
 seeds = st.integers(0, 10_000)
 
 
