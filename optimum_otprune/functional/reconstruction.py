@@ -40,11 +40,14 @@ class ReconstructionSettings(NamedTuple):
         steps: Adam steps.
         learning_rate: At its peak, in units of the root mean square of each weight matrix.
         batch_tokens: Tokens of a minibatch.
+        mixed_precision: Whether steps multiply in bfloat16; weights, their updates and errors stay float32, and so does
+            the choice of what is kept. None: on a GPU.
     """
 
     steps: int
     learning_rate: float = 0.03
     batch_tokens: int = 1024
+    mixed_precision: bool | None = None
 
 
 class Reconstruction(NamedTuple):
@@ -126,9 +129,12 @@ def reconstruct(
     )
     energy = (fit.targets.square().sum(dim=1) * fit.weights).mean().clamp_min(torch.finfo(fit.targets.dtype).tiny)
     every = max(1, settings.steps // _CHECKS)
+    device = fit.inputs.device
+    is_mixed = device.type == "cuda" if settings.mixed_precision is None else settings.mixed_precision
     for step in range(1, settings.steps + 1):
-        chosen = torch.randint(len(fit.inputs), (settings.batch_tokens,), generator=generator).to(fit.inputs.device)
-        outputs = ffn_forward(scaled.weights(), fit.inputs[chosen], activation)
+        chosen = torch.randint(len(fit.inputs), (settings.batch_tokens,), generator=generator).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=is_mixed):
+            outputs = ffn_forward(scaled.weights(), fit.inputs[chosen], activation).float()
         error = (_squared_errors(outputs, fit.targets[chosen], metric) * fit.weights[chosen]).mean()
         optimizer.zero_grad()
         (error / energy).backward()

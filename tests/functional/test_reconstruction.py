@@ -52,6 +52,24 @@ def test_a_layer_that_lost_channels_gets_closer_to_the_dense_one_on_fresh_tokens
         assert new is None or not new.requires_grad
 
 
+def test_mixed_precision_multiplies_in_bfloat16_and_keeps_float32_weights():
+    dense = make_weights()
+    start = dense.select(torch.arange(8))
+    seen = []
+
+    def noted(inputs: torch.Tensor) -> torch.Tensor:
+        seen.append(inputs.dtype)
+        return ACTIVATION(inputs)
+
+    fit, heldout = make_tokens(dense, 400, seed=5), make_tokens(dense, 100, seed=6)
+    settings = ReconstructionSettings(200, batch_tokens=64, mixed_precision=True)
+    result = reconstruct(start, fit, heldout, noted, settings, torch.Generator().manual_seed(0))
+    assert seen.count(torch.bfloat16) == 200
+    assert seen.count(torch.float32) == 21  # the start and twenty checks on held-out tokens
+    assert result.weights.up.dtype == torch.float32
+    assert result.heldout_error_after < 0.7 * result.heldout_error_before
+
+
 def test_a_perfect_layer_stays_as_it_is():
     dense = make_weights()
     result = run(dense, dense)
