@@ -40,8 +40,8 @@ class ReconstructionSettings(NamedTuple):
         steps: Adam steps.
         learning_rate: At its peak, in units of the root mean square of each weight matrix.
         batch_tokens: Tokens of a minibatch.
-        mixed_precision: Whether steps multiply in bfloat16; weights, their updates and errors stay float32, and so does
-            the choice of what is kept. None: on a GPU.
+        mixed_precision: Whether steps multiply in bfloat16; weights, their updates and errors stay float32, and so
+            does the choice of what is kept. None: on a GPU.
     """
 
     steps: int
