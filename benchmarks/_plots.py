@@ -190,7 +190,7 @@ def _label(axes: Axes, name: str, color: str, bold: bool, height: float) -> None
 
 def _name_at_exit(axes: Axes, line: Line, level: float, color: str) -> None:
     """The name left of the line, where it crosses a level."""
-    above = next(index for index, mean in enumerate(line.mean) if mean > level)
+    above = next(index for index, mean in enumerate(line.mean[1:], start=1) if mean > level)
     (x0, x1), (y0, y1) = line.x[above - 1 : above + 1], map(math.log, line.mean[above - 1 : above + 1])
     share = (math.log(level) - y0) / (y1 - y0) if math.isfinite(y1) else 0.5
     axes.annotate(

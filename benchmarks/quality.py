@@ -87,7 +87,8 @@ def checks(found: Results) -> dict[str, Any]:
         if "mean" in (summary := found.get(name, {}).get(str(ratio), {}))
         and float(summary["mean"]) <= float(default[ratio]["mean"])
     ]
-    return {"falls": falls, "baselines_not_beaten": beaten}
+    failed = [f"{float(ratio):.0%}" for ratio, summary in found.get(DEFAULT, {}).items() if "error" in summary]
+    return {"falls": falls, "baselines_not_beaten": beaten, "failed": failed}
 
 
 def check_lines(found: Results) -> str:
@@ -97,10 +98,12 @@ def check_lines(found: Results) -> str:
         return "- Not checked: the default was not measured."
     compared = [name for name in BASELINES if name in found]
     below = f"no: {'; '.join(beaten)}" if beaten else "yes" if compared else "not checked, none was measured"
+    rises = f"no: {'; '.join(falls)}" if falls else "yes"
+    lost = f" (without {', '.join(outcome['failed'])}, where it failed)" if outcome["failed"] else ""
     return "\n".join(
         (
-            f"- Perplexity of the default rises with the ratio: {'no: ' + '; '.join(falls) if falls else 'yes'}.",
-            f"- Default below every baseline at every ratio: {below}.",
+            f"- Perplexity of the default rises with the ratio: {rises}{lost}.",
+            f"- Default below every baseline at every ratio: {below}{lost}.",
         )
     )
 
@@ -138,7 +141,11 @@ def page(store: Store, found: Results, args: argparse.Namespace) -> str:
     """The Markdown file."""
     parts = [
         f"# Quality: {store.content['subject']['model']['name']}\n",
-        heading(store, args.seeds, f"{args.num_samples} windows out of"),
+        heading(
+            store,
+            args.seeds,
+            f"{min(args.num_samples, store.content['subject']['calibration']['windows'])} windows out of",
+        ),
     ]
     if args.output.with_suffix(".png").exists():
         parts.append(f"![Perplexity against parameters removed]({args.output.with_suffix('.png').name})\n")

@@ -29,6 +29,10 @@ from optimum_otprune.report import REPORT_FILE, PruningReport
 
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
 _SPACE_MARGIN = 1.1
+_PER_LAYER_HINT = (
+    "its layers differ in width, which the code of transformers cannot build. Read the modeling file in it, then pass "
+    "`trust_remote_code=True` (`--trust-remote-code`)"
+)
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -154,10 +158,14 @@ def _loading(name: str) -> Iterator[None]:
     except (OSError, ValueError, RuntimeError, ImportError, LookupError, TypeError) as error:
         local = Path(name).is_dir()
         why = (
-            "check the files in it; weights must be safetensors files, since loading others could run code"
-            if local
-            else "either it does not exist (or is private and needs `token`), or the Hub cannot be reached. Offline, "
-            "give a local folder, or set HF_HUB_OFFLINE=1 to use what was downloaded before"
+            _PER_LAYER_HINT
+            if "per-layer attribute" in str(error)
+            else (
+                "check the files in it; weights must be safetensors files, since loading others could run code"
+                if local
+                else "either it does not exist (or is private and needs `token`), or the Hub cannot be reached. "
+                "Offline, give a local folder, or set HF_HUB_OFFLINE=1 to use what was downloaded before"
+            )
         )
         raise ModelLoadError(f"{_shown(name)} could not be loaded: {why}. ({_without_path(error, name)})") from error
 

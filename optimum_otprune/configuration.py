@@ -139,7 +139,9 @@ class OTPruningConfig(BaseConfig):
             values = {name: value for name, value in values.items() if name not in unknown}
         overrides = {name: value for name, value in kwargs.items() if name in OPTIONS_BY_NAME}
         unused = {name: value for name, value in kwargs.items() if name not in OPTIONS_BY_NAME}
-        config = cls(**{**_without_replaced_budget(values, overrides), **overrides})
+        config = cls(**values)
+        if overrides:
+            config = config.replace(**overrides)
         return (config, unused) if return_unused else config
 
     @classmethod

@@ -204,15 +204,21 @@ def layer_statistics(data: LayerData, compressed: FFNWeights | None = None) -> L
 
 
 def token_sets(data: LayerData) -> tuple[TokenSet, TokenSet]:
-    """Return inputs, targets (the FFN's own bias included) and weights of the fitted and of the held-out tokens."""
-    inputs, targets, weights, is_heldout = (
-        torch.cat(parts)
-        for parts in zip(*((batch.inputs, batch.targets, batch.weights, batch.is_heldout) for batch in data.batches()))
-    )
-    if data.dense.down_bias is not None:
-        targets = targets + data.dense.down_bias
-    fit, heldout = (TokenSet(inputs[mask], targets[mask], weights[mask]) for mask in (~is_heldout, is_heldout))
-    return fit, heldout
+    """Return inputs, targets (the FFN's own bias included) and weights of the fitted and of the held-out tokens.
+
+    They are float32 and on the CPU, whatever the FFN is on: all tokens of a layer may not fit beside a model.
+    """
+    parts: dict[bool, list[TokenSet]] = {False: [], True: []}
+    for batch in data.batches():
+        targets = batch.targets if data.dense.down_bias is None else batch.targets + data.dense.down_bias
+        for heldout, sets in parts.items():
+            chosen = batch.is_heldout == heldout
+            sets.append(TokenSet(*(part[chosen].cpu() for part in (batch.inputs, targets, batch.weights))))
+    return _joined(parts[False]), _joined(parts[True])
+
+
+def _joined(sets: list[TokenSet]) -> TokenSet:
+    return TokenSet(*map(torch.cat, zip(*sets)))
 
 
 def measure_rescue(data: LayerData, compressed: FFNWeights, kept_channels: Tensor) -> RescueEnergies:

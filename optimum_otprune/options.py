@@ -63,7 +63,7 @@ OPTIONS: tuple[Option, ...] = (
         str,
         "uniform",
         "width of each layer: the same for all, or by what removing channels costs there as the loss feels it "
-        "(adaptive: the same number of channels in all; needs a backward pass)",
+        "(adaptive: no more channels in all than uniform; needs a backward pass)",
         choices=("uniform", "adaptive"),
     ),
     Option("skip_layers", tuple, (), "layers that are not pruned, by index; the ratio is that of the others", 0),

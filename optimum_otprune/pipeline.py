@@ -1,6 +1,7 @@
 """Prune every layer of a model, in order: the steps of one `prune()` call."""
 
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -32,7 +33,7 @@ from optimum_otprune.layer_data import (
     token_sets,
 )
 from optimum_otprune.report import LayerReport
-from optimum_otprune.self_calibration import self_calibration_tokens
+from optimum_otprune.self_calibration import check_can_write, self_calibration_tokens
 from optimum_otprune.streaming import CalibrationStream
 from optimum_otprune.widths import adaptive_widths, plan_widths
 
@@ -91,6 +92,8 @@ def prune_model(
             "`intercept='always'` (as method 'flap' has it) needs an output bias, which this architecture cannot hold "
             "so that plain loading finds it. Use intercept='auto' or 'never' with compensation='ridge'."
         )
+    if config.self_calibration:
+        check_can_write(model, config.self_calibration)
     may_differ = config.allocation == "adaptive" or len(set(widths)) > 1
     if may_differ and config.non_uniform_format == "per_layer_config":
         modeling_code(model, blocks[0].spec)  # raises before any work, if the result could not be saved
@@ -119,7 +122,18 @@ def prune_model(
                 reports.append(_report(block, data, compression, refitted))
                 stream.advance(block)
             logger.info("%s", reports[-1])
-    return PrunedLayers(reports, finish_resize(model, blocks, config.non_uniform_format))
+    padding = finish_resize(model, blocks, config.non_uniform_format)
+    _warn_of_padding(reports, padding)
+    return PrunedLayers(reports, padding)
+
+
+def _warn_of_padding(reports: list[LayerReport], padding: int) -> None:
+    if padding and any(report.pruned_channels == 0 for report in reports):
+        warnings.warn(
+            f"The saved model is as large as the dense one: {padding:,} zeros fill up all layers to the width of one "
+            "that kept every channel. Use non_uniform_format='per_layer_config' to save memory.",
+            stacklevel=4,
+        )
 
 
 class _Prepared(NamedTuple):
@@ -160,7 +174,7 @@ def _prepare(
             widths = adaptive_widths(model, blocks, widths, config, tokens, is_heldout, moments, settings.batch_size)
     if config.self_calibration:
         written = self_calibration_tokens(
-            model, tokens, config.self_calibration, settings.batch_size, config.seed, settings.progress
+            model, tokens, config.self_calibration, config.score_batch_size, config.seed, settings.progress
         )
         tokens = torch.cat([tokens, written])
         is_heldout = torch.cat([is_heldout, torch.zeros(written.numel(), dtype=torch.bool)])

@@ -250,9 +250,10 @@ def _summary(report: PruningReport) -> str:
         "Global Dilution Effect",
         f"  Diluted {report.dilution_ratio:.3f} ({report.dilution_ratio:.1%}) of the kept channels' own contribution",
     ]
-    if report.layers:
-        rescued = [layer.rescue_ratio for layer in report.layers]
-        diluted = [layer.dilution_ratio for layer in report.layers]
+    touched = [layer for layer in report.layers if layer.pruned_channels] or report.layers
+    if touched:
+        rescued = [layer.rescue_ratio for layer in touched]
+        diluted = [layer.dilution_ratio for layer in touched]
         lines += ["Per-Layer Statistics"]
         lines += ["  " + line for line in _statistics_lines("Rescue ratio", rescued)]
         lines += ["  " + line for line in _statistics_lines("Dilution ratio", diluted)]

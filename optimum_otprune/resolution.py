@@ -84,6 +84,12 @@ def resolve(values: dict[str, Any], explicit: set[str]) -> dict[str, Any]:
             f"`error_weighting={chosen['error_weighting']!r}` would be ignored: only reconstruction reads it. Set "
             "`reconstruction_steps`, or quality='balanced' or 'best'."
         )
+    preset_batch = QUALITIES[str(chosen["quality"])]["reconstruction_batch_tokens"]
+    if chosen["reconstruction_batch_tokens"] != preset_batch and not chosen["reconstruction_steps"]:
+        raise ConfigurationError(
+            f"`reconstruction_batch_tokens={chosen['reconstruction_batch_tokens']}` would be ignored: only "
+            "reconstruction reads it. Set `reconstruction_steps`, or quality='balanced' or 'best'."
+        )
     return chosen
 
 

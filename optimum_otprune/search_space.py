@@ -228,6 +228,9 @@ def assemble(base: OTPruningConfig, sampled: Mapping[str, Any]) -> OTPruningConf
     elif set(STRATEGY_FIELDS) & set(sampled):
         values["strategy"] = None
     values |= sampled
+    if values["reconstruction_steps"] == 0:
+        unread = ("error_weighting", "reconstruction_batch_tokens")
+        values |= {name: None for name in unread if name not in sampled}
     preset = METHODS[values["method"]]
     unused = unused_fields({name: preset[name] if values[name] is None else values[name] for name in METHOD_FIELDS})
     if values["compensation"] == "bias":

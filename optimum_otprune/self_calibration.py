@@ -33,7 +33,7 @@ def self_calibration_tokens(
         model: The dense model.
         tokens: LongTensor `(num_samples, seqlen)`.
         times: New samples for each given one.
-        batch_size: Samples written at once.
+        batch_size: Samples written at once; other batches draw other numbers.
         seed: Of prompts and sampling.
         progress: Whether to show a progress bar.
 
@@ -43,11 +43,7 @@ def self_calibration_tokens(
     Raises:
         ConfigurationError: If the model cannot generate text.
     """
-    if not model.can_generate():
-        raise ConfigurationError(
-            f"`self_calibration={times}` lets the model write text, which a {type(model).__name__} cannot. Set "
-            "self_calibration=0."
-        )
+    check_can_write(model, times)
     seqlen = tokens.shape[1]
     length = min(_PROMPT_TOKENS, max(1, seqlen // 4))
     generator = torch.Generator().manual_seed(seed)
@@ -56,12 +52,25 @@ def self_calibration_tokens(
     prompts = samples.gather(1, starts[:, None] + torch.arange(length))  # (times · num_samples, length)
     device = input_device(model)
     written = []
-    with _plain_sampling(model, seqlen - length), torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with _plain_sampling(model, seqlen - length), torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         for batch in tqdm(prompts.split(batch_size), desc="Self-calibration", unit="batch", disable=not progress):
             prompt = batch.to(device)
             written.append(model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt)).cpu())  # type: ignore
     return torch.cat(written)
+
+
+def check_can_write(model: PreTrainedModel, times: int) -> None:
+    """Raise where a model cannot generate text.
+
+    Raises:
+        ConfigurationError: Says what to set.
+    """
+    if not model.can_generate():
+        raise ConfigurationError(
+            f"`self_calibration={times}` lets the model write text, which a {type(model).__name__} cannot. Set "
+            "self_calibration=0."
+        )
 
 
 @contextmanager

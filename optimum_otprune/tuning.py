@@ -213,6 +213,12 @@ def _at_latency(
     """The base with the ratio that meets the target latency, measured once for all runs of a study."""
     if settings.target_latency is None:
         return base
+    may_differ = base.allocation != "uniform" or base.skip_layers or base.layer_ratios
+    if may_differ or "allocation" in (settings.search_space or {}):
+        raise ConfigurationError(
+            "`target_latency` is measured with all layers of one width. Use allocation='uniform' without "
+            "`skip_layers` and `layer_ratios`, or a ratio in place of the latency."
+        )
     if "pruning_ratio" not in study.user_attrs:
         assert settings.latency_shape is not None
         width = dense_width(blocks)

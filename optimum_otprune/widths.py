@@ -66,18 +66,22 @@ def plan_widths(blocks: list[FFNBlock], config: OTPruningConfig) -> list[int]:
             f"`allocation='adaptive'` has nothing to share out: `skip_layers` and `layer_ratios` decide "
             f"{len(given)} of {len(blocks)} layers. Use allocation='uniform'."
         )
-    free = _free_width(width, config) if len(given) < len(blocks) else width
-    return [given.get(block.layer, free) for block in blocks]
-
-
-def _free_width(width: int, config: OTPruningConfig) -> int:
-    """Of the layers about which nothing else is said."""
     assert config.pruning_ratio is not None
-    if config.pruning_ratio == 0:
-        return width
+    _check_multiple(width, config)
+    free = kept_width(width, config.pruning_ratio, sensible_multiple(width, config.multiple_of))
+    widths = [given.get(block.layer, free) for block in blocks]
+    _warn_of_nothing(width, widths, config)
+    return widths
+
+
+def _check_multiple(width: int, config: OTPruningConfig) -> None:
+    """Raise where the multiple that was asked for cannot be met, and warn where it is lowered."""
+    ratios = [config.pruning_ratio, *config.layer_ratios.values()]
     multiple = config.multiple_of
+    if not any(ratios):
+        return
     if multiple > width and multiple != OPTIONS_BY_NAME["multiple_of"].default:
-        kept_width(width, config.pruning_ratio, multiple)  # raises, and says why
+        kept_width(width, 0.5, multiple)  # raises, and says why
     sensible = sensible_multiple(width, multiple)
     if sensible != multiple:
         warnings.warn(
@@ -85,14 +89,15 @@ def _free_width(width: int, config: OTPruningConfig) -> int:
             "rounding to more would miss the pruning ratio by far.",
             stacklevel=5,
         )
-    kept = kept_width(width, config.pruning_ratio, sensible)
-    if kept == width:
+
+
+def _warn_of_nothing(width: int, widths: list[int], config: OTPruningConfig) -> None:
+    if any((config.pruning_ratio, *config.layer_ratios.values())) and all(kept == width for kept in widths):
         warnings.warn(
             f"Nothing is pruned: {config.pruning_ratio} of {width} channels is less than half of `multiple_of` = "
-            f"{sensible}.",
+            f"{sensible_multiple(width, config.multiple_of)}.",
             stacklevel=5,
         )
-    return kept
 
 
 def adaptive_widths(
@@ -108,8 +113,8 @@ def adaptive_widths(
     """Share the channels of the layers that nothing else was said of by what removing them costs the loss.
 
     The cost of a removal is that of greedy elimination (OBS) with a refit of the others, on the dense model's hidden
-    states, the output's error counted by the second moment of the loss's gradient: half of `E[(gᵀ e)²]`, the
-    empirical Fisher's estimate of what the loss gains.
+    states: `tr(E[g gᵀ] E[e eᵀ])` with the output's error e, tokens weighted as everywhere, and the gradient g of the
+    loss by the output. That is twice the empirical Fisher's estimate of what the loss gains, were g and e independent.
 
     Args:
         model: The dense model.
@@ -133,7 +138,7 @@ def adaptive_widths(
         dense = block.read()
         if block.layer not in given:
             data = LayerData.of(block, dense, stream.dense_pass(block), is_heldout, config)
-            weighed = metric_root(moments[block.layer]).to(dense.down) @ dense.down
+            weighed = metric_root(moments[block.layer]).to(block.device) @ data.dense.down
             costs.append(obs_elimination(layer_statistics(data).total.gram, weighed, dense.intermediate_size).costs)
         stream.advance(block)
     multiple = sensible_multiple(blocks[0].intermediate_size, config.multiple_of)

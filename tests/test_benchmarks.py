@@ -156,9 +156,12 @@ def test_the_checks_name_every_violation():
     assert quality.checks(found) == {
         "falls": ["10% to 20%"],
         "baselines_not_beaten": ["random at 50% (19.00 against 20.00)", "flap at 20% (9.00 against 9.00)"],
+        "failed": [],
     }
     good = summaries(otprune={0.1: 10.0, 0.2: 11.0}, flap={0.1: 10.5, 0.2: 12.0})
     assert quality.check_lines(good).count(": yes.") == 2
+    good["otprune"]["0.5"] = {"error": "NumericalError"}
+    assert quality.check_lines(good).count(": yes (without 50%, where it failed).") == 2
 
 
 def test_every_variant_is_a_valid_configuration():

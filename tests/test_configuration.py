@@ -86,6 +86,9 @@ def test_a_ratio_outside_its_range_is_an_error_that_names_it(ratio):
         ("marginal_penalty", -1),
         ("holdout_share", 0.0),
         ("holdout_share", 0.6),
+        ("allocation", "greedy"),
+        ("non_uniform_format", "zip"),
+        ("reconstruction_batch_tokens", 0),
         ("score_batch_size", 0),
         ("dataset", 1),
         ("dataset", None),
@@ -190,6 +193,12 @@ def test_an_unknown_key_in_a_file_of_this_version_is_an_error(tmp_path):
     (tmp_path / CONFIG_FILE).write_text(json.dumps({**OTPruningConfig().to_dict(), "telepathy": "on"}))
     with pytest.raises(ConfigurationError, match="Unknown option 'telepathy'"):
         OTPruningConfig.from_pretrained(tmp_path)
+
+
+def test_an_override_while_loading_decides_as_replace_does(tmp_path):
+    OTPruningConfig().save_pretrained(tmp_path)
+    for changes in ({"quality": "best"}, {"method": "flap"}, {"target_parameters": 1000}):
+        assert OTPruningConfig.from_pretrained(tmp_path, **changes) == OTPruningConfig().replace(**changes)
 
 
 def test_overrides_while_loading_are_checked(tmp_path):

@@ -81,3 +81,21 @@ def test_what_the_model_wrote_is_fitted_but_never_judges(llama, tokens, monkeypa
     assert len(masks[0]) == 3 * tokens.numel()
     assert not masks[0][tokens.numel() :].any()
     assert report.calibration["num_samples"] == len(tokens)
+
+
+def test_what_is_written_does_not_depend_on_the_batch_size_of_a_run(tokens):
+    config = OTPruningConfig(pruning_ratio=0.5, multiple_of=1, quality="fast", self_calibration=2)
+    reports = []
+    for batch_size in (8, 5):
+        pruner = OTPruner.from_pretrained(make_llama(), config)
+        reports.append(pruner.prune(tokens, batch_size=batch_size, progress=False))
+    assert reports[0].rescue_ratio == pytest.approx(reports[1].rescue_ratio, rel=1e-3)
+    assert [layer.kept_channels for layer in reports[0].layers] == [layer.kept_channels for layer in reports[1].layers]
+
+
+def test_a_model_that_cannot_write_is_refused_before_any_pass(llama, tokens, monkeypatch):
+    monkeypatch.setattr(type(llama), "can_generate", lambda self: False)
+    monkeypatch.setattr(pipeline, "gradient_scores", None)  # a call would fail
+    config = OTPruningConfig(pruning_ratio=0.5, multiple_of=1, self_calibration=1, selection="top", importance="snip")
+    with pytest.raises(ConfigurationError, match="lets the model write text"):
+        OTPruner.from_pretrained(llama, config).prune(tokens, progress=False)

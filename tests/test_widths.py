@@ -12,7 +12,12 @@ from optimum_otprune import OTPruner, OTPruningConfig, register_architecture
 from optimum_otprune.architectures.block import ffn_blocks
 from optimum_otprune.architectures.remote_code import MODELING_FILE, modeling_code
 from optimum_otprune.architectures.spec import ARCHITECTURES, FFNSpec, find_spec
+from optimum_otprune.commands.main import main
 from optimum_otprune.errors import ConfigurationError, ModelLoadError, UnsupportedModelError
+from optimum_otprune.gradients import gradient_moments
+from optimum_otprune.layer_data import heldout_mask
+from optimum_otprune.streaming import CalibrationStream
+from optimum_otprune.widths import adaptive_widths
 from tests.conftest import make_llama
 
 FAST = {"pruning_ratio": 0.5, "multiple_of": 2, "quality": "fast"}
@@ -44,6 +49,65 @@ def test_a_layer_that_the_loss_hardly_feels_gives_up_more_channels_at_the_same_b
     assert all(width % 2 == 0 for width in report.widths)
 
 
+def test_a_layer_whose_outputs_no_later_layer_reads_is_cheap_only_to_the_loss(tokens):
+    model = make_llama()
+    with torch.no_grad():  # layer 1 writes much, but only where the norms that follow read nothing
+        model.model.layers[1].mlp.down_proj.weight[4:] = 0
+        model.model.layers[1].mlp.down_proj.weight[:4] *= 4
+        last = model.model.layers[2]
+        for norm in (last.input_layernorm, last.post_attention_layernorm, model.model.norm):
+            norm.weight[:4] = 0
+    blocks, config = ffn_blocks(model), OTPruningConfig(**FAST, allocation="adaptive")
+    felt = gradient_moments(model, blocks, tokens, 4, progress=False)
+    alike = [torch.eye(32, dtype=torch.float64)] * 3
+    is_heldout = heldout_mask(*tokens.shape, 0.25, 0)
+    widths, unweighed = (
+        adaptive_widths(model, blocks, [24] * 3, config, tokens, is_heldout, moments, 4) for moments in (felt, alike)
+    )
+    assert sum(widths) == sum(unweighed) == 72
+    assert widths[1] < widths[0]
+    assert widths[1] < unweighed[1]
+
+
+def test_layers_behind_a_skipped_one_know_what_the_dense_model_does(llama, tokens):
+    blocks = ffn_blocks(llama)
+    with torch.no_grad():
+        expected = llama(input_ids=tokens, output_hidden_states=True).hidden_states[2]
+    stream = CalibrationStream(llama, blocks, tokens, 5, track_dense=True)
+    with torch.no_grad():
+        stream.dense_pass(blocks[0])
+        llama.model.layers[0].mlp.down_proj.weight *= 0.5  # as pruned
+        stream.advance(blocks[0])
+    stream.skip(blocks[1])
+    torch.testing.assert_close(torch.cat(stream._dense_hidden), expected)
+    assert not torch.allclose(torch.cat(stream._hidden), expected)
+
+
+def test_a_model_that_padding_makes_as_large_as_before_is_warned_of(llama, tokens):
+    with pytest.warns(UserWarning, match="as large as the dense one: .* non_uniform_format='per_layer_config'"):
+        prune(llama, tokens, skip_layers=[0])
+
+
+def test_a_multiple_that_cannot_be_met_is_refused_for_given_ratios_too(llama, tokens):
+    for options in ({"layer_ratios": dict.fromkeys(range(3), 0.5)}, {"pruning_ratio": 0.0, "layer_ratios": {0: 0.5}}):
+        with pytest.raises(ConfigurationError, match="`multiple_of` is 100"):
+            prune(llama, tokens, multiple_of=100, **options)
+
+
+def test_a_ratio_of_a_layer_is_given_once_on_the_command_line(capsys):
+    for text, message in (("0=0.5 0=0.75", "names layer 0 twice"), ("0:0.5", "not of the form LAYER=X")):
+        with pytest.raises(SystemExit) as caught:
+            main(["prune", "model", "-o", "out", "--layer-ratios", *text.split()])
+        assert caught.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def test_untouched_layers_are_left_out_of_the_statistics_of_a_report(llama, tokens):
+    report = prune(llama, tokens, skip_layers=[0], non_uniform_format="per_layer_config").report
+    assert report.layers[0].rescue_ratio == 1.0
+    assert "to 1.000" not in str(report)
+
+
 def test_scaling_a_layer_inversely_in_up_and_down_changes_no_width(tokens):
     plain, scaled = make_uneven_llama(), make_uneven_llama()
     with torch.no_grad():
@@ -70,8 +134,9 @@ def test_skipped_layers_keep_their_bits_and_given_ratios_are_met(llama, tokens):
 
 
 def test_other_layers_see_no_difference_between_a_skipped_layer_and_one_of_ratio_zero(tokens):
-    skipped = prune(make_llama(), tokens, skip_layers=[1]).report
-    zero = prune(make_llama(), tokens, layer_ratios={1: 0.0}).report
+    own = {"non_uniform_format": "per_layer_config"}
+    skipped = prune(make_llama(), tokens, skip_layers=[1], **own).report
+    zero = prune(make_llama(), tokens, layer_ratios={1: 0.0}, **own).report
     assert skipped.layers == zero.layers
 
 
@@ -158,7 +223,7 @@ def test_a_per_layer_model_loads_with_remote_code_in_a_process_without_this_pack
 def test_a_per_layer_model_fails_closed_without_remote_code(llama, tokens, tmp_path):
     pruner = prune(llama, tokens, layer_ratios={0: 0.75}, non_uniform_format="per_layer_config")
     pruner.save_pretrained(tmp_path / "out")
-    with pytest.raises(ModelLoadError, match="per-layer attribute"):
+    with pytest.raises(ModelLoadError, match=r"layers differ in width.*`trust_remote_code=True`"):
         OTPruner.from_pretrained(tmp_path / "out")
 
 

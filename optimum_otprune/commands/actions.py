@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
+from optimum_otprune.card import needs_remote_code
 from optimum_otprune.checkpoint import check_output_file, check_output_folder, save_text
 from optimum_otprune.commands.arguments import config_options, loading_options
 from optimum_otprune.commands.demo import run_demo
@@ -49,7 +50,8 @@ def prune(args: argparse.Namespace) -> None:
             f"Perplexity: {dense['perplexity']:.2f} dense -> {pruned['perplexity']:.2f} pruned ({_protocol(pruned)})"
         )
     pruner.save_pretrained(output, overwrite=args.overwrite)
-    print(f"Saved to {output}. Load it with AutoModelForCausalLM.from_pretrained({str(output)!r}).")
+    trust = ", trust_remote_code=True" if needs_remote_code(config, report) else ""
+    print(f"Saved to {output}. Load it with AutoModelForCausalLM.from_pretrained({str(output)!r}{trust}).")
     if repo_id is not None:
         _tell_push(push_saved(output, repo_id, **target))
 

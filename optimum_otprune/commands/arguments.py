@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from optimum_otprune.errors import UsageError
 from optimum_otprune.options import OPTIONS, OPTIONS_BY_NAME, Option
 
 DATA_HELP = (
@@ -52,7 +53,15 @@ def _number_or_text(text: str) -> int | str:
 def config_options(args: argparse.Namespace) -> dict[str, Any]:
     """The configuration options that were given."""
     given = {option.name: value for option in OPTIONS if (value := getattr(args, option.name)) is not None}
-    return {name: dict(value) if OPTIONS_BY_NAME[name].kind is dict else value for name, value in given.items()}
+    return {name: _once(name, value) if OPTIONS_BY_NAME[name].kind is dict else value for name, value in given.items()}
+
+
+def _once(name: str, pairs: list[tuple[int, float]]) -> dict[int, float]:
+    layers = [layer for layer, _ in pairs]
+    twice = sorted({layer for layer in layers if layers.count(layer) > 1})
+    if twice:
+        raise UsageError(f"`--{name.replace('_', '-')}` names layer {twice[0]} twice. Give one ratio.")
+    return dict(pairs)
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:

@@ -22,7 +22,7 @@ def allocate_widths(removal_costs: Sequence[Tensor], kept_total: int, multiple_o
         multiple_of: What every width that is changed is a multiple of; at least one multiple stays.
 
     Returns:
-        Kept channels by layer; their sum is the largest that can be reached without exceeding the budget.
+        Kept channels by layer; their sum is at most the budget, and less than one multiple below it.
 
     Raises:
         ConfigurationError: If the budget is less than one multiple a layer.

@@ -20,7 +20,7 @@ _BLOCK = 4096  # tokens of an evaluation at a time
 
 
 class TokenSet(NamedTuple):
-    """Inputs of an FFN and what it should put out.
+    """Inputs of an FFN and what it should put out, on any device: they are moved to the FFN's a few at a time.
 
     Attributes:
         inputs: `(num_tokens, hidden_size)`.
@@ -79,7 +79,8 @@ def output_error(
         metric: Applied to the errors before they are squared, `(hidden_size, hidden_size)`; None is the identity.
     """
     total = 0.0
-    for inputs, targets, counts in zip(*(part.split(_BLOCK) for part in tokens)):
+    for block in zip(*(part.split(_BLOCK) for part in tokens)):
+        inputs, targets, counts = (part.to(weights.up.device) for part in block)
         errors = _squared_errors(ffn_forward(weights, inputs, activation), targets, metric)
         total += float((errors * counts).double().sum())
     return total / float(tokens.weights.double().sum())
@@ -128,14 +129,16 @@ def reconstruct(
         optimizer, settings.learning_rate, total_steps=settings.steps + 1, pct_start=_WARM_UP, cycle_momentum=False
     )
     energy = (fit.targets.square().sum(dim=1) * fit.weights).mean().clamp_min(torch.finfo(fit.targets.dtype).tiny)
+    energy = energy.to(weights.up.device)
     every = max(1, settings.steps // _CHECKS)
-    device = fit.inputs.device
+    device = weights.up.device
     is_mixed = device.type == "cuda" if settings.mixed_precision is None else settings.mixed_precision
     for step in range(1, settings.steps + 1):
-        chosen = torch.randint(len(fit.inputs), (settings.batch_tokens,), generator=generator).to(device)
+        chosen = torch.randint(len(fit.inputs), (settings.batch_tokens,), generator=generator)
+        inputs, targets, counts = (part[chosen.to(part.device)].to(device) for part in fit)
         with torch.autocast(device.type, torch.bfloat16, enabled=is_mixed):
-            outputs = ffn_forward(scaled.weights(), fit.inputs[chosen], activation).float()
-        error = (_squared_errors(outputs, fit.targets[chosen], metric) * fit.weights[chosen]).mean()
+            outputs = ffn_forward(scaled.weights(), inputs, activation).float()
+        error = (_squared_errors(outputs, targets, metric) * counts).mean()
         optimizer.zero_grad()
         (error / energy).backward()
         optimizer.step()
