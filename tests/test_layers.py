@@ -16,7 +16,8 @@ LAYERS = (
     ("functional",),
     ("manifest", "retries", "hub_client", "hub_access", "hub"),
     ("resolution", "configuration", "report"),
-    ("devices",),
+    ("state",),
+    ("devices", "digests"),
     ("architectures",),
     (
         "documentation",
@@ -28,7 +29,7 @@ LAYERS = (
         "perplexity",
         "compression",
     ),
-    ("widths",),
+    ("widths", "prepared", "layer_store", "resume"),
     ("budget", "pipeline"),
     ("markdown", "base_card", "reproduction", "citations", "plots", "findings", "card_metadata", "card"),
     ("checkpoint", "folder_card"),
