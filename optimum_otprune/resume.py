@@ -103,15 +103,17 @@ def forget_if_saved(folder: Path, report: PruningReport) -> bool:
         report: Of the saved folder.
 
     Returns:
-        Whether it was so: every layer of the report is finished in the state, with the same numbers.
+        Whether it was so: every layer of the report is finished in the state, with the same numbers, or the state was
+        being removed.
 
     Raises:
         StateError: If the state is in use or damaged.
         OutputError: If it cannot be removed.
     """
     with StateFolder.opened(folder) as state:
-        is_saved = state.is_saved or _has_layers(state, report)
-        if is_saved:
+        is_begun = state.fingerprint is not None
+        is_saved = not is_begun or state.is_saved or _has_layers(state, report)
+        if is_begun and is_saved:
             state.discard()
     return is_saved
 

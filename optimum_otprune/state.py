@@ -39,7 +39,8 @@ def default_state_folder(output: Path) -> Path:
         >>> default_state_folder(Path("models/llama-half")).as_posix()
         'models/.llama-half.otprune-state'
     """
-    return output.parent / f".{output.absolute().name}.otprune-state"
+    named = output if output.name not in ("", "..") else Path(os.path.abspath(output))
+    return named.with_name(f".{named.name}.otprune-state")
 
 
 def has_state(folder: Path) -> bool:
@@ -218,8 +219,9 @@ class StateFolder:
                     stream.flush()
                     os.fsync(stream.fileno())
                 os.replace(temporary, self.folder / name)
-            finally:
+            except BaseException:
                 temporary.unlink(missing_ok=True)
+                raise
             _sync_folder(self.folder)
 
 

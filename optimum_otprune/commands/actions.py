@@ -25,7 +25,7 @@ from optimum_otprune.pruner import OTPruner
 from optimum_otprune.report import REPORT_FILE, PruningReport
 from optimum_otprune.resume import forget_if_saved
 from optimum_otprune.sharing import push_saved
-from optimum_otprune.state import StateFolder, has_state
+from optimum_otprune.state import StateFolder
 from optimum_otprune.trials import TuningResult
 
 
@@ -54,7 +54,7 @@ def prune(args: argparse.Namespace) -> None:
 
 def _was_saved(output: Path, state: Path, config: OTPruningConfig) -> bool:
     """Whether an earlier run of this command ended between saving its result and removing its state."""
-    if not has_state(state) or not (output / REPORT_FILE).is_file():
+    if not state.is_dir() or not (output / REPORT_FILE).is_file():
         return False
     try:
         verify_folder(output)

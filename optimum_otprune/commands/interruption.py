@@ -1,4 +1,4 @@
-"""SIGTERM, as batch systems send it, ends a command as Ctrl-C does: what is half-written goes, and one line is said."""
+"""SIGTERM, as batch systems send, ends a command as Ctrl-C does: what is half-written goes, and one line is said."""
 
 import signal
 import threading
