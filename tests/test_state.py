@@ -121,7 +121,10 @@ def test_a_damaged_index_is_one_clear_error(folder, change, message):
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 100_000, b'{"format": NaN}', b"1" * 5000])
 def test_an_index_that_is_no_json_is_one_clear_error(folder, content):
     (folder / STATE_FILE).write_bytes(content)
-    with pytest.raises(StateError, match="'state' cannot be used: 'state.json' is damaged"), StateFolder.opened(folder):
+    with (
+        pytest.raises(StateError, match="'state' cannot be used: 'state.json' is damaged"),
+        StateFolder.opened(folder),
+    ):
         pass
 
 
@@ -151,9 +154,9 @@ def test_a_folder_that_cannot_be_made_is_one_clear_error(tmp_path, monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr("pathlib.Path.mkdir", read_only)
-    with pytest.raises(OutputError, match="'state' could not be written: Permission denied"):
-        with StateFolder.opened(tmp_path / "state"):
-            pass
+    message = "'state' could not be written: Permission denied"
+    with pytest.raises(OutputError, match=message), StateFolder.opened(tmp_path / "state"):
+        pass
 
 
 def test_the_default_is_a_hidden_folder_beside_the_output(tmp_path, monkeypatch):
