@@ -120,7 +120,8 @@ def _warn(what: str, error: StateError) -> None:
 
 
 def _blob(tensors: Mapping[str, Tensor]) -> bytes:
-    return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    # Cloned, for safetensors refuses tensors that share memory.
+    return save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()})
 
 
 def _tensors(blob: bytes) -> dict[str, Tensor]:
@@ -149,22 +150,24 @@ def _report(values: Any, layer: int, dense: FFNWeights, width: int) -> LayerRepo
     """Checked: numbers where numbers belong, of this layer and these widths."""
     try:
         report = LayerReport.from_dict(values)
+        is_right = _is_report(report, layer, dense, width)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise StateError("It is no report of a layer.") from error
-    kept = report.kept_channels
-    numbers = (
-        *(getattr(report, name) for name, kind in LayerReport.__annotations__.items() if kind is float),
-        *report.energies,
-    )
-    is_right = (
-        (report.layer, report.intermediate_size_before, report.intermediate_size_after)
-        == (layer, dense.intermediate_size, width)
-        and all(type(channel) is int and 0 <= channel < dense.intermediate_size for channel in kept)
-        and len(kept) == width
-        and all(type(number) is float and math.isfinite(number) for number in numbers)
-        and (report.ridge_lambda is None or report.ridge_lambda >= 0)
-        and isinstance(report.intercept, bool)
-    )
     if not is_right:
         raise StateError("It is no report of this layer.")
     return report
+
+
+def _is_report(report: LayerReport, layer: int, dense: FFNWeights, width: int) -> bool:
+    sizes = (report.layer, report.intermediate_size_before, report.intermediate_size_after)
+    kept, ridge = report.kept_channels, report.ridge_lambda
+    floats = [getattr(report, name) for name, kind in LayerReport.__annotations__.items() if kind is float]
+    return (
+        sizes == (layer, dense.intermediate_size, width)
+        and all(type(size) is int for size in (*sizes, *kept))
+        and len(kept) == width
+        and all(0 <= channel < dense.intermediate_size for channel in kept)
+        and all(type(number) in (int, float) and math.isfinite(number) for number in (*floats, *report.energies))
+        and (ridge is None or ridge >= 0)
+        and isinstance(report.intercept, bool)
+    )
