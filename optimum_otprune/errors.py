@@ -57,6 +57,10 @@ class StudyError(OTPruneError, ValueError):
     """The file of a tuning study is damaged, or belongs to another model, data or configuration."""
 
 
+class StateError(OTPruneError, ValueError):
+    """The state of an interrupted run is damaged, in use, or of another model, data, configuration or environment."""
+
+
 class IntegrityError(OTPruneError, OSError):
     """Files are not those that were saved: changed, missing, or others beside them."""
 

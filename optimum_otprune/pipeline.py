@@ -32,6 +32,8 @@ from optimum_otprune.layer_data import (
     measure_rescue,
     token_sets,
 )
+from optimum_otprune.layer_store import FinishedLayer, LayerStore
+from optimum_otprune.prepared import Expected, Prepared
 from optimum_otprune.report import LayerReport
 from optimum_otprune.self_calibration import check_can_write, self_calibration_tokens
 from optimum_otprune.streaming import CalibrationStream
@@ -65,7 +67,12 @@ class PrunedLayers(NamedTuple):
 
 
 def prune_model(
-    model: PreTrainedModel, blocks: list[FFNBlock], recipe: Recipe, tokens: Tensor, settings: PassSettings
+    model: PreTrainedModel,
+    blocks: list[FFNBlock],
+    recipe: Recipe,
+    tokens: Tensor,
+    settings: PassSettings,
+    store: LayerStore,
 ) -> PrunedLayers:
     """Prune the FFN of every block in place and write the new widths into the model's configuration.
 
@@ -75,6 +82,7 @@ def prune_model(
         recipe: What to do.
         tokens: Calibration samples, LongTensor `(num_samples, seqlen)`.
         settings: Of the passes.
+        store: Where finished layers are found and kept.
 
     Raises:
         OTPruneError: Of the kind that fits; the message names the layer.
@@ -98,9 +106,36 @@ def prune_model(
     if may_differ and config.non_uniform_format == "per_layer_config":
         modeling_code(model, blocks[0].spec)  # raises before any work, if the result could not be saved
     model.eval()
-    prepared = _prepare(model, blocks, widths, recipe, tokens, settings)
-    correction = (config.target_correction or 0.0) if blocks[0].spec.residual else 0.0
+    prepared = store.prepared(
+        lambda: _prepare(model, blocks, widths, recipe, tokens, settings),
+        Expected.of((block.read() for block in blocks), tokens, recipe.needs_gradients, _is_weighted(config)),
+    )
+    reports = _prune_layers(model, blocks, recipe, prepared, settings, store, can_hold_intercept)
+    padding = finish_resize(model, blocks, config.non_uniform_format)
+    _warn_of_padding(reports, padding)
+    return PrunedLayers(reports, padding)
+
+
+def _prune_layers(
+    model: PreTrainedModel,
+    blocks: list[FFNBlock],
+    recipe: Recipe,
+    prepared: Prepared,
+    settings: PassSettings,
+    store: LayerStore,
+    can_hold_intercept: bool,
+) -> list[LayerReport]:
+    """All layers in order, each on what those below it, pruned now or before, produce."""
+    correction = (recipe.config.target_correction or 0.0) if blocks[0].spec.residual else 0.0
     stream = CalibrationStream(model, blocks, prepared.tokens, settings.batch_size, track_dense=correction > 0)
+    prune_layer = partial(
+        _prune_layer,
+        stream=stream,
+        prepared=prepared,
+        recipe=recipe,
+        correction=correction,
+        can_hold_intercept=can_hold_intercept,
+    )
     reports = []
     with logging_redirect_tqdm([logging.getLogger("optimum_otprune")]):
         for block, width in tqdm(
@@ -112,19 +147,17 @@ def prune_model(
                 continue
             with _named(block):
                 dense = block.read()
-                data = LayerData.of(block, dense, stream.dense_pass(block), prepared.is_heldout, config, correction)
-                inputs = _layer_inputs(block, dense, data, prepared.scores, recipe, can_hold_intercept)
-                compression = compress(inputs, recipe, width)
-                refitted = compression.judged
-                if config.reconstruction_steps:
-                    compression = _reconstructed(block, compression, data, config, prepared.moments)
-                block.install(compression.weights)
-                reports.append(_report(block, data, compression, refitted))
+                finished = store.finished(block.layer, dense, width)
+                if finished is None:
+                    finished = prune_layer(block, dense, width)
+                    store.save(finished)
+                else:
+                    stream.follow_dense(block)
+                block.install(finished.weights)
+                reports.append(finished.report)
                 stream.advance(block)
             logger.info("%s", reports[-1])
-    padding = finish_resize(model, blocks, config.non_uniform_format)
-    _warn_of_padding(reports, padding)
-    return PrunedLayers(reports, padding)
+    return reports
 
 
 def _warn_of_padding(reports: list[LayerReport], padding: int) -> None:
@@ -136,22 +169,29 @@ def _warn_of_padding(reports: list[LayerReport], padding: int) -> None:
         )
 
 
-class _Prepared(NamedTuple):
-    """What the dense model is asked for before any layer is touched.
+def _prune_layer(
+    block: FFNBlock,
+    dense: FFNWeights,
+    width: int,
+    stream: CalibrationStream,
+    prepared: Prepared,
+    recipe: Recipe,
+    correction: float,
+    can_hold_intercept: bool,
+) -> FinishedLayer:
+    """One layer, on what the pruned layers below it produce; the block stays as it is."""
+    config = recipe.config
+    data = LayerData.of(block, dense, stream.dense_pass(block), prepared.is_heldout, config, correction)
+    inputs = _layer_inputs(block, dense, data, prepared.scores, recipe, can_hold_intercept)
+    compression = compress(inputs, recipe, width)
+    refitted = compression.judged
+    if config.reconstruction_steps:
+        compression = _reconstructed(block, compression, data, config, prepared.moments)
+    return FinishedLayer(compression.weights, _report(block, data, compression, refitted))
 
-    Attributes:
-        widths: Of the layers after.
-        tokens: Calibration samples, those that the model wrote itself after the given ones.
-        is_heldout: BoolTensor over all their tokens; no token that the model wrote is held out.
-        scores: One entry per layer, or None where nothing reads them.
-        moments: Second moments of the loss's gradients by the FFNs' outputs, or None where nothing reads them.
-    """
 
-    widths: list[int]
-    tokens: Tensor
-    is_heldout: Tensor
-    scores: list[GradientScores] | None
-    moments: list[Tensor] | None
+def _is_weighted(config: OTPruningConfig) -> bool:
+    return bool(config.reconstruction_steps) and config.error_weighting == "gradient"
 
 
 def _prepare(
@@ -161,14 +201,13 @@ def _prepare(
     recipe: Recipe,
     tokens: Tensor,
     settings: PassSettings,
-) -> _Prepared:
+) -> Prepared:
     config = recipe.config
     is_heldout = heldout_mask(tokens.shape[0], tokens.shape[1], config.holdout_share, config.seed)
     scores = moments = None
     if recipe.needs_gradients:
         scores = gradient_scores(model, blocks, tokens, config.score_batch_size, settings.progress)
-    is_weighted = bool(config.reconstruction_steps) and config.error_weighting == "gradient"
-    if is_weighted or config.allocation == "adaptive":
+    if _is_weighted(config) or config.allocation == "adaptive":
         moments = gradient_moments(model, blocks, tokens, config.score_batch_size, settings.progress)
         if config.allocation == "adaptive":
             widths = adaptive_widths(model, blocks, widths, config, tokens, is_heldout, moments, settings.batch_size)
@@ -178,7 +217,7 @@ def _prepare(
         )
         tokens = torch.cat([tokens, written])
         is_heldout = torch.cat([is_heldout, torch.zeros(written.numel(), dtype=torch.bool)])
-    return _Prepared(widths, tokens, is_heldout, scores, moments if is_weighted else None)
+    return Prepared(widths, tokens, is_heldout, scores, moments if _is_weighted(config) else None)
 
 
 def layer_seed(config: OTPruningConfig, layer: int) -> int:

@@ -12,13 +12,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from optimum_otprune.architectures.block import ffn_blocks
 from optimum_otprune.budget import with_pruning_ratio
 from optimum_otprune.calibration import ModelLimits, TokenData, TokenSource, calibration_tokens, evaluation_tokens
-from optimum_otprune.checkpoint import hub_id, load_checkpoint, save_checkpoint
+from optimum_otprune.checkpoint import save_checkpoint
 from optimum_otprune.compression import Recipe
 from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.errors import ConfigurationError
+from optimum_otprune.loading import hub_id, load_checkpoint
 from optimum_otprune.perplexity import evaluate_perplexity
 from optimum_otprune.pipeline import PassSettings, prune_model
 from optimum_otprune.report import PruningReport, versions
+from optimum_otprune.resume import forget, resumable, run_fingerprint
 from optimum_otprune.sharing import HubMixin, check_push, checked_push_options, push_saved, refuse_push_options
 from optimum_otprune.trials import TuningResult, TuningSettings, check_positive
 from optimum_otprune.tuning import tune_model
@@ -67,6 +69,7 @@ class OTPruner(HubMixin):
         self.base_card = dict(base_card or {})
         self.tuning: TuningResult | None = None
         self._calibrated_on: TokenData | None = None
+        self._unsaved_state: tuple[Path, Mapping[str, Any]] | None = None
         self._evaluations: list[Mapping[str, Any]] = list(report.evaluations) if report else []
 
     @classmethod
@@ -139,6 +142,7 @@ class OTPruner(HubMixin):
         *,
         batch_size: int = 8,
         progress: bool = True,
+        resume_from: str | os.PathLike | None = None,
         **functions: Any,
     ) -> PruningReport:
         """Prune the model in place.
@@ -148,6 +152,8 @@ class OTPruner(HubMixin):
                 dataset.
             batch_size: Samples per forward pass; changes nothing but speed, memory and rounding.
             progress: Whether to show progress bars.
+            resume_from: Folder that keeps every finished layer until `save_pretrained`, so that an interrupted run can
+                go on: load the dense model again and call this as before. The result is the same, bit for bit.
             **functions: Functions of the user's own in place of registered names: `importance`, `cost`,
                 `source_distribution`, `target_distribution`, `statistics`, `solver`.
 
@@ -158,13 +164,20 @@ class OTPruner(HubMixin):
             CalibrationDataError: If the data cannot be used; the model is untouched.
             NumericalError: If weights, activations or scores are NaN or infinite; names the layer.
             ConfigurationError: If the configuration does not fit the model.
+            StateError: If `resume_from` is in use, damaged, or of another model, data, configuration or environment.
+            OutputError: If `resume_from` cannot be written; finished layers are kept there.
         """
         check_positive(batch_size=batch_size)
         blocks = ffn_blocks(self.model)
         recipe = Recipe.resolve(with_pruning_ratio(self.config, self.model, blocks), functions)
         data = calibration_tokens(calibration_data, self.config, self.tokenizer, self.limits)
         parameters_before, size_before = self.model.num_parameters(), _weight_bytes(self.model)
-        pruned = prune_model(self.model, blocks, recipe, data.tokens, PassSettings(batch_size, progress))
+        settings = PassSettings(batch_size, progress)
+        state = None if resume_from is None else Path(resume_from)
+        run = {} if state is None else run_fingerprint(self.model, recipe, data.tokens, batch_size)
+        with resumable(state, run) as store:
+            pruned = prune_model(self.model, blocks, recipe, data.tokens, settings, store)
+        self._unsaved_state = None if state is None else (state, run)
         self.report = PruningReport(
             config=self.config.to_dict(),
             layers=tuple(pruned.reports),
@@ -314,11 +327,19 @@ class OTPruner(HubMixin):
         folder = Path(save_directory)
         if not push_to_hub:
             refuse_push_options({"repo_id": repo_id, **push_options})
-            return self._save(folder, overwrite, max_shard_size)
+            return self._save_for_good(folder, overwrite, max_shard_size)
         options = checked_push_options(push_options)
         name = check_push(repo_id or folder.absolute().name, options)
-        self._save(folder, overwrite, max_shard_size)
+        self._save_for_good(folder, overwrite, max_shard_size)
         push_saved(folder, name, **options)
+        return folder
+
+    def _save_for_good(self, folder: Path, overwrite: bool, max_shard_size: int | str) -> Path:
+        """Save, after which the state of the run is not needed any more."""
+        self._save(folder, overwrite, max_shard_size)
+        if self._unsaved_state is not None:
+            forget(*self._unsaved_state)
+            self._unsaved_state = None
         return folder
 
     def _save(self, folder: Path, overwrite: bool, max_shard_size: int | str) -> Path:

@@ -59,6 +59,15 @@ class LayerReport:
         """How many channels went."""
         return self.intermediate_size_before - self.intermediate_size_after
 
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, infinity as `"inf"`."""
+        return _layer_to_dict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "LayerReport":
+        """Make a report of what `to_dict` gave; a part that is missing or of another kind is some builtin error."""
+        return _layer_from_dict(values)
+
     def __str__(self) -> str:
         return (
             f"Layer {self.layer:02d}: Rescued {self.rescue_ratio:.3f} ({self.rescue_ratio:.1%}) of pruned channels, "

@@ -77,7 +77,11 @@ class CalibrationStream:
 
     def skip(self, block: FFNBlock) -> None:
         """Run a block that stays as it is, on the dense model's hidden states too if they are tracked."""
+        self.follow_dense(block)
         self.advance(block)
+
+    def follow_dense(self, block: FFNBlock) -> None:
+        """Run a block, its FFN still dense, on the dense model's hidden states alone, if they are tracked."""
         if self._dense_hidden is not None:
             self._dense_hidden = [self._run(block, hidden) for hidden in self._dense_hidden]
 

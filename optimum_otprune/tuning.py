@@ -30,6 +30,7 @@ from optimum_otprune.errors import (
 from optimum_otprune.fingerprint import check_same, fingerprint
 from optimum_otprune.functional.selection import sensible_multiple
 from optimum_otprune.latency import forward_seconds, width_for_latency
+from optimum_otprune.layer_store import NoStore
 from optimum_otprune.options import BUDGET_FIELDS
 from optimum_otprune.perplexity import evaluate_perplexity
 from optimum_otprune.pipeline import PassSettings, prune_model
@@ -245,7 +246,7 @@ def _perplexity(
     """Of the model pruned by a configuration; the model itself stays as it is."""
     recipe = Recipe.resolve(with_pruning_ratio(config, model, blocks), {})
     with unchanged(model, blocks):
-        prune_model(model, blocks, recipe, fit, PassSettings(batch_size, progress=False))
+        prune_model(model, blocks, recipe, fit, PassSettings(batch_size, progress=False), NoStore())
         perplexity = float(evaluate_perplexity(model, heldout, batch_size, progress=False)["perplexity"])
     if not math.isfinite(perplexity):
         raise NumericalError("The pruned model's perplexity on the held-out samples is infinite.")

@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -12,17 +13,20 @@ from transformers.utils import logging as transformers_logging
 
 from optimum_otprune.card import needs_remote_code
 from optimum_otprune.checkpoint import check_output_file, check_output_folder, save_text
-from optimum_otprune.commands.arguments import config_options, loading_options
+from optimum_otprune.commands.arguments import config_options, loading_options, state_folder
 from optimum_otprune.commands.demo import run_demo
 from optimum_otprune.configuration import OTPruningConfig
-from optimum_otprune.errors import ConfigurationError, ReportError, UsageError
+from optimum_otprune.errors import ConfigurationError, IntegrityError, ReportError, UsageError
 from optimum_otprune.folder_card import folder_card, replace_card
 from optimum_otprune.hub import PushResult, verify_saved
 from optimum_otprune.hub_access import check_hub_access
+from optimum_otprune.manifest import verify_folder
 from optimum_otprune.options import BUDGET_FIELDS
 from optimum_otprune.pruner import OTPruner
 from optimum_otprune.report import REPORT_FILE, PruningReport
+from optimum_otprune.resume import forget_if_saved
 from optimum_otprune.sharing import push_saved
+from optimum_otprune.state import StateFolder
 from optimum_otprune.trials import TuningResult
 
 
@@ -35,14 +39,50 @@ def prune(args: argparse.Namespace) -> None:
         raise UsageError("`--private` would be ignored without `--push-to-hub`.")
     config = _config(args)
     output = Path(args.output)
-    check_output_folder(output, args.overwrite)
+    state = state_folder(args)
+    is_saved = state is not None and _was_saved(output, state, config)
+    if not is_saved:
+        check_output_folder(output, args.overwrite)
     target = {"private": args.private or None, "token": args.token}
     repo_id = None if args.push_to_hub is None else check_hub_access(args.push_to_hub, **target)
+    if is_saved:
+        print(f"{output} is complete already; what was left of the run is removed.")
+    else:
+        _prune_and_save(args, config, output, state)
+    if repo_id is not None:
+        _tell_push(push_saved(output, repo_id, **target))
+
+
+def _was_saved(output: Path, state: Path, config: OTPruningConfig) -> bool:
+    """Whether an earlier run of this command ended between saving its result and removing its state."""
+    if not state.is_dir() or not (output / REPORT_FILE).is_file():
+        return False
+    try:
+        verify_folder(output)
+    except IntegrityError:
+        return False
+    report = PruningReport.load(output / REPORT_FILE)
+    return report.config == config.to_dict() and forget_if_saved(state, report)
+
+
+def _remove_partial_folders(output: Path) -> None:
+    """What a process that was killed while it saved left beside the output."""
+    if not output.absolute().parent.is_dir():
+        return
+    for path in output.absolute().parent.iterdir():
+        if path.name.startswith(f".{output.absolute().name}.partial-"):
+            shutil.rmtree(path)
+
+
+def _prune_and_save(args: argparse.Namespace, config: OTPruningConfig, output: Path, state: Path | None) -> None:
+    if state is not None:
+        with StateFolder.opened(state):  # what is wrong with it is told before a model is loaded
+            _remove_partial_folders(output)
     pruner = OTPruner.from_pretrained(args.model, config, **loading_options(args))
     passes = {"batch_size": args.batch_size, "progress": not args.quiet}
     if args.eval:
         dense = pruner.evaluate(args.eval_data, **passes)
-    report = pruner.prune(args.calibration_data, **passes)
+    report = pruner.prune(args.calibration_data, resume_from=state, **passes)
     print(report)
     if args.eval:
         pruned = pruner.evaluate(args.eval_data, **passes)
@@ -52,8 +92,6 @@ def prune(args: argparse.Namespace) -> None:
     pruner.save_pretrained(output, overwrite=args.overwrite)
     trust = ", trust_remote_code=True" if needs_remote_code(config, report) else ""
     print(f"Saved to {output}. Load it with AutoModelForCausalLM.from_pretrained({str(output)!r}{trust}).")
-    if repo_id is not None:
-        _tell_push(push_saved(output, repo_id, **target))
 
 
 def tune(args: argparse.Namespace) -> None:

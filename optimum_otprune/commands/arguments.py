@@ -1,10 +1,12 @@
 """Command-line options, made from the table of configuration options; nothing heavy is imported."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from optimum_otprune.errors import UsageError
 from optimum_otprune.options import OPTIONS, OPTIONS_BY_NAME, Option
+from optimum_otprune.state import default_state_folder
 
 DATA_HELP = (
     "Hub dataset name, file (text, JSON lines, or token ids as .npy, .safetensors or .pt) or folder; "
@@ -91,6 +93,24 @@ def loading_options(args: argparse.Namespace) -> dict[str, Any]:
         "trust_remote_code",
     )
     return {name: getattr(args, name) for name in names}
+
+
+def add_resume_option(parser: argparse.ArgumentParser) -> None:
+    """`--resume`; without a folder, the value is an empty string."""
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="DIR",
+        help="keep every finished layer in DIR (default: a hidden folder beside OUT) until OUT is saved, and go on "
+        "with what is there; write it last or as --resume=DIR",
+    )
+
+
+def state_folder(args: argparse.Namespace) -> Path | None:
+    """Where `--resume` keeps finished layers, or None without it."""
+    resume = getattr(args, "resume", None)
+    return None if resume is None else Path(resume) if resume else default_state_folder(Path(args.output))
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:

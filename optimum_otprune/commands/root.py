@@ -11,29 +11,49 @@ from optimum_otprune.commands.arguments import (
     add_config_options,
     add_debug_option,
     add_model_options,
+    add_resume_option,
     add_run_options,
+    state_folder,
 )
-from optimum_otprune.errors import OTPruneError, UsageError
+from optimum_otprune.commands.interruption import Terminated, sigterm_interrupts
+from optimum_otprune.errors import OTPruneError, StateError, UsageError
+from optimum_otprune.state import has_state
 
 
 class _Command(BaseOptimumCLICommand):
     """A subcommand that runs the function of its name in `optimum_otprune.commands.actions`.
 
-    Exit codes: 0 done, 2 wrong usage, 1 failed, 130 interrupted; a failure is one line unless `--debug`.
+    Exit codes: 0 done, 2 wrong usage, 1 failed, 130 interrupted, 143 terminated; a failure is one line unless
+    `--debug`.
     """
 
     def run(self) -> None:
         actions = import_module("optimum_otprune.commands.actions")
         assert self.args is not None
         try:
-            getattr(actions, self.COMMAND.name)(self.args)
+            with sigterm_interrupts():
+                getattr(actions, self.COMMAND.name)(self.args)
         except (OTPruneError, KeyboardInterrupt) as error:
             if self.args.debug:
                 raise
-            code = 130 if isinstance(error, KeyboardInterrupt) else 2 if isinstance(error, UsageError) else 1
-            message = "interrupted" if code == 130 else " ".join(str(error).split())
-            print(f"otprune {self.COMMAND.name}: error: {message}", file=sys.stderr)
+            code, message = _outcome(error)
+            print(f"otprune {self.COMMAND.name}: error: {message}{self._way_on(error)}", file=sys.stderr)
             raise SystemExit(code) from None
+
+    def _way_on(self, error: BaseException) -> str:
+        """What to do after a failure that left finished layers behind."""
+        assert self.args is not None
+        folder = state_folder(self.args)
+        if folder is None or isinstance(error, (UsageError, StateError)) or not has_state(folder):
+            return ""
+        return f" Finished layers are in {str(folder)!r}: run the same command again to go on."
+
+
+def _outcome(error: BaseException) -> tuple[int, str]:
+    """Exit code and message."""
+    if isinstance(error, KeyboardInterrupt):
+        return (143, "terminated.") if isinstance(error, Terminated) else (130, "interrupted.")
+    return 2 if isinstance(error, UsageError) else 1, " ".join(str(error).split())
 
 
 class PruneCommand(_Command):
@@ -54,6 +74,7 @@ class PruneCommand(_Command):
         parser.add_argument("--calibration-data", metavar="DATA", help=DATA_HELP)
         parser.add_argument("--eval", action="store_true", help="measure perplexity before and after")
         parser.add_argument("--eval-data", metavar="DATA", help=f"what to measure it on: {DATA_HELP}")
+        add_resume_option(parser)
         add_config_options(parser)
         add_run_options(parser)
 

@@ -1,0 +1,227 @@
+"""Load a model, pruned or not, with its tokenizer and what pruning left beside it; what is damaged is told."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
+
+from optimum_otprune.base_card import read_base_card
+from optimum_otprune.configuration import CONFIG_FILE, OTPruningConfig
+from optimum_otprune.errors import ModelLoadError
+from optimum_otprune.hub import verify_saved
+from optimum_otprune.manifest import CARD_FILE
+from optimum_otprune.report import REPORT_FILE, PruningReport
+
+_HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
+_PER_LAYER_HINT = (
+    "its layers differ in width, which the code of transformers cannot build. Read the modeling file in it, then pass "
+    "`trust_remote_code=True` (`--trust-remote-code`)"
+)
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+)
+
+
+class Checkpoint(NamedTuple):
+    """What a folder or repository holds.
+
+    Attributes:
+        model: The model.
+        tokenizer: Its tokenizer, or None.
+        config: The pruning configuration, if it was pruned by this package.
+        report: The report, if it was pruned by this package.
+        base_card: What the card beside the model says of license and language.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    config: OTPruningConfig | None
+    report: PruningReport | None
+    base_card: Mapping[str, Any]
+
+
+def load_checkpoint(name: str, options: Mapping[str, Any]) -> Checkpoint:
+    """Load a model, and what pruning left beside it.
+
+    Args:
+        name: Hub id or local folder.
+        options: Of loading, as `OTPruner.from_pretrained` has them.
+
+    Raises:
+        ModelLoadError: If it cannot be found or read, or tensors are missing.
+        IntegrityError: If it was to be verified and is not what was saved.
+        HubError: If it was to be verified and the Hub does not answer.
+    """
+    _check_source(name)
+    hub = {option: options[option] for option in _HUB_OPTIONS if options[option] is not None}
+    if options["verify"]:
+        commit = verify_saved(name, **hub)
+        hub |= {} if commit is None else {"revision": commit}  # what was verified is what is loaded
+    remote = {"trust_remote_code": bool(options["trust_remote_code"])}
+    placement = {
+        option: options[option]
+        for option in ("dtype", "device_map", "max_memory", "offload_folder")
+        if options[option] is not None
+    }
+    with _loading(name):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name, **hub, **remote, **placement, use_safetensors=True, output_loading_info=True
+        )
+    model, info = loaded
+    _check_complete(name, info)
+    config_file, report_file = (_optional_file(name, file, hub) for file in (CONFIG_FILE, REPORT_FILE))
+    return Checkpoint(
+        model,
+        _load_tokenizer(name, hub, remote),
+        None if config_file is None else OTPruningConfig.from_pretrained(config_file),
+        None if report_file is None else PruningReport.load(report_file),
+        _base_card(name, hub),
+    )
+
+
+def hub_id(name: str | None) -> str | None:
+    """Return the name if it is a Hub id rather than a path of this machine."""
+    if not name or os.path.exists(name):
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
+
+
+def _check_source(name: str) -> None:
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelLoadError(
+                f"The folder {path.name!r} has no config.json, so it holds no model. Give the folder that "
+                "`save_pretrained` wrote."
+            )
+        _check_index(path)
+    elif path.is_file():
+        raise ModelLoadError(f"{path.name!r} is a file. Give the folder that holds it, with its config.json.")
+    elif hub_id(name) is None:
+        raise ModelLoadError(f"{path.name!r} is neither a folder nor a valid Hub id of the form 'user/name'.")
+
+
+def _check_index(folder: Path) -> None:
+    """Shards lie in the folder: the loader would follow a name such as `../other.safetensors` out of it."""
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if not index.is_file():
+        return
+    try:
+        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        strange = sorted(repr(shard)[:60] for shard in shards if Path(shard).name != shard or "\\" in shard)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ModelLoadError(
+            f"{index.name} in {folder.name!r} is damaged: want an object with a `weight_map` from tensors to files. "
+            "Download it again."
+        ) from error
+    if strange:
+        raise ModelLoadError(
+            f"{index.name} in {folder.name!r} names a file outside the folder: {strange[0]}. Get the model from "
+            "somebody you trust."
+        )
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    try:
+        yield
+    except SafetensorError as error:
+        raise ModelLoadError(
+            f"The weights of {_shown(name)} are damaged ({error}). Download or copy them again; a file of a few "
+            "hundred bytes is a git-lfs pointer."
+        ) from error
+    except (OSError, ValueError, RuntimeError, ImportError, LookupError, TypeError) as error:
+        local = Path(name).is_dir()
+        why = (
+            _PER_LAYER_HINT
+            if "per-layer attribute" in str(error)
+            else (
+                "check the files in it; weights must be safetensors files, since loading others could run code"
+                if local
+                else "either it does not exist (or is private and needs `token`), or the Hub cannot be reached. "
+                "Offline, give a local folder, or set HF_HUB_OFFLINE=1 to use what was downloaded before"
+            )
+        )
+        raise ModelLoadError(f"{_shown(name)} could not be loaded: {why}. ({_without_path(error, name)})") from error
+
+
+def _without_path(error: Exception, name: str) -> str:
+    """First line of an error, a local folder named by its last part only."""
+    line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    for path in (str(Path(name).resolve()), str(Path(name).absolute()), name) if Path(name).exists() else ():
+        line = line.replace(path, Path(name).resolve().name)
+    return line
+
+
+def _shown(name: str) -> str:
+    return f"The folder {Path(name).name!r}" if Path(name).is_dir() else f"The model {name!r}"
+
+
+def _check_complete(name: str, info: Mapping[str, Any]) -> None:
+    for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
+        found = sorted(str(key) for key in info.get(kind) or ())
+        if found:
+            raise ModelLoadError(
+                f"{_shown(name)} lacks weights that fit its configuration: {kind.replace('_', ' ')} "
+                f"{', '.join(found[:3])}{' …' if len(found) > 3 else ''}. They would have been filled with random "
+                "numbers. Download it again."
+            )
+
+
+def _load_tokenizer(name: str, hub: dict[str, Any], remote: dict[str, Any]) -> PreTrainedTokenizerBase | None:
+    """None only where there is no tokenizer; one that cannot be read is an error."""
+    if all(_optional_file(name, file, hub) is None for file in TOKENIZER_FILES):
+        return None
+    with _loading(name):
+        return AutoTokenizer.from_pretrained(name, **hub, **remote)
+
+
+def _optional_file(name: str, file: str, hub: dict[str, Any]) -> str | None:
+    if Path(name).is_dir():
+        path = Path(name) / file
+        return str(path) if path.is_file() else None
+    with _loading(name):
+        return cached_file(
+            name,
+            file,
+            **hub,
+            _raise_exceptions_for_gated_repo=True,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=True,
+        )
+
+
+def _base_card(name: str, hub: dict[str, Any]) -> dict[str, Any]:
+    """A card is welcome but not needed: a repository without one, or out of reach, says nothing."""
+    if Path(name).is_dir():
+        file = _optional_file(name, CARD_FILE, hub)
+    else:
+        file = cached_file(
+            name,
+            CARD_FILE,
+            **hub,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    if file is None:
+        return {}
+    with _loading(name):
+        return read_base_card(Path(file).read_text(encoding="utf-8", errors="replace"))
