@@ -37,7 +37,7 @@ def pytest_runtest_makereport(item, call):
         return
     for marker in item.iter_markers("figure"):
         report.user_properties.append(("figure", [marker.args[0], 1, None]))
-    counts = re.findall(r"(\d+) passing examples", getattr(item, "hypothesis_statistics", ""))
+    counts = re.findall(r"(\d+) passing", getattr(item, "hypothesis_statistics", ""))
     if "functional" in item.path.parts and counts:
         report.user_properties.append(("figure", ["R7", sum(map(int, counts)), None]))
 

@@ -285,6 +285,7 @@ def test_an_interruption_says_in_one_line_how_to_go_on(runs, number, code, word,
         return original(block, *arguments, **options)
 
     handlers = signal.getsignal(signal.SIGTERM)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "_prune_layer", interrupted)
         assert runs.run() == code
@@ -293,6 +294,7 @@ def test_an_interruption_says_in_one_line_how_to_go_on(runs, number, code, word,
     assert f"error: {word}. Finished layers are in" in printed
     assert "run the same command again to go on." in printed
     assert signal.getsignal(signal.SIGTERM) is handlers
+    signal.signal(signal.SIGINT, before)
     runs.go_on()
 
 
