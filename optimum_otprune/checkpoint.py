@@ -36,6 +36,11 @@ def check_output_folder(folder: Path, overwrite: bool, needed_bytes: int = 0) ->
     """
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"The output {folder.name!r} is a file. Choose the name of a folder.")
+    if folder.is_symlink() or os.path.ismount(folder):
+        raise OutputError(
+            f"The output {folder.name!r} is a link or a mounted folder, which cannot appear complete or not at all. "
+            "Give a folder inside it."
+        )
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise OutputError(
             f"The output folder {folder.name!r} is not empty. Choose another, or set `overwrite` to replace it."
@@ -156,7 +161,7 @@ def _writing(folder: Path) -> Iterator[Path]:
         if isinstance(error, OutputError):
             raise
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        reason = "the disk is full" if full else str(error)
+        reason = "the disk is full" if full else getattr(error, "strerror", None) or type(error).__name__
         raise OutputError(
             f"The output folder {folder.name!r} could not be written: {reason}. Nothing was left there; the model in "
             "memory is unharmed, so save it again elsewhere."
@@ -168,14 +173,18 @@ def _writing(folder: Path) -> Iterator[Path]:
 
 def _move_into_place(partial: Path, target: Path) -> None:
     old: Path | None = None
-    if target.is_dir():
-        if any(target.iterdir()):
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
-            old.rmdir()
-            os.rename(target, old)
-        else:
-            target.rmdir()
-    os.rename(partial, target)
+    try:
+        if target.is_dir():
+            if any(target.iterdir()):
+                old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
+                old.rmdir()
+                os.rename(target, old)
+            else:
+                target.rmdir()
+        os.rename(partial, target)
+    finally:
+        if old is not None and old.is_dir() and not target.exists():
+            os.rename(old, target)  # the new one could not take its place
     _sync(target.parent)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)

@@ -62,6 +62,6 @@ def replace_card(folder: Path, text: str) -> bool:
 def repository_card(folder: Path, repo_id: str) -> str | None:
     """The card of a saved folder, naming the repository that it is pushed to; None where it was edited by hand."""
     file = folder / CARD_FILE
-    if not (folder / CONFIG_FILE).is_file() or not file.is_file():
+    if not all((folder / name).is_file() for name in (CONFIG_FILE, CARD_FILE, MANIFEST_FILE)):
         return None
-    return folder_card(folder, repo_id) if file.read_text(encoding="utf-8") == folder_card(folder) else None
+    return folder_card(folder, repo_id) if read_manifest(folder).get(CARD_FILE) == digest(file) else None

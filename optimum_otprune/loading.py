@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from optimum_otprune.hub import verify_saved
 from optimum_otprune.manifest import CARD_FILE
 from optimum_otprune.report import REPORT_FILE, PruningReport
 
+_FOLDERS = re.compile(r"(?<![\w:/.])/(?:[^\s'\"/]+/)+")  # of absolute paths, such as the cache's, but not of addresses
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
 _PER_LAYER_HINT = (
     "its layers differ in width, which the code of transformers cannot build. Read the modeling file in it, then pass "
@@ -167,7 +169,7 @@ def _without_path(error: Exception, name: str) -> str:
     line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     for path in (str(Path(name).resolve()), str(Path(name).absolute()), name) if Path(name).exists() else ():
         line = line.replace(path, Path(name).resolve().name)
-    return line
+    return _FOLDERS.sub("", line)
 
 
 def _shown(name: str) -> str:

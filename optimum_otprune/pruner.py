@@ -171,7 +171,7 @@ class OTPruner(HubMixin):
         blocks = ffn_blocks(self.model)
         recipe = Recipe.resolve(with_pruning_ratio(self.config, self.model, blocks), functions)
         data = calibration_tokens(calibration_data, self.config, self.tokenizer, self.limits)
-        parameters_before, size_before = self.model.num_parameters(), _weight_bytes(self.model)
+        parameters_before, size_before = self.model.num_parameters(), weight_bytes(self.model)
         settings = PassSettings(batch_size, progress)
         state = None if resume_from is None else Path(resume_from)
         run = {} if state is None else run_fingerprint(self.model, recipe, data.tokens, batch_size)
@@ -190,7 +190,7 @@ class OTPruner(HubMixin):
             custom_functions={name: recipe.functions[name].name for name in functions if name in recipe.functions},
             versions=versions(),
             size_before=size_before,
-            size_after=_weight_bytes(self.model),
+            size_after=weight_bytes(self.model),
             model_type=self.model.config.model_type,
             base_card=self.base_card,
         )
@@ -346,8 +346,8 @@ class OTPruner(HubMixin):
         return save_checkpoint(folder, self.model, self.tokenizer, self.config, self.report, overwrite, max_shard_size)
 
 
-def _weight_bytes(model: PreTrainedModel) -> int:
-    """Shared weights once."""
+def weight_bytes(model: PreTrainedModel) -> int:
+    """Return the size of a model's weights, shared ones once."""
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 

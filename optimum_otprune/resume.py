@@ -25,7 +25,7 @@ _OPAQUE = ("model", "model configuration", "calibration samples")
 
 
 def run_fingerprint(model: PreTrainedModel, recipe: Recipe, tokens: Tensor, batch_size: int) -> dict[str, Any]:
-    """Return everything that the bits of a run's result depend on, JSON-ready.
+    """Return everything that the bits of a run's result depend on, JSON-ready; functions count by their names.
 
     Args:
         model: The dense model; its weights count, not its name.

@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import httpx
 
 from optimum_otprune.errors import (
+    ConfigurationError,
     HubAuthenticationError,
     HubConflictError,
     HubError,
@@ -50,10 +51,15 @@ class Deadline:
     """Time that is left, and the wish to stop.
 
     Args:
-        seconds: From now.
+        seconds: From now; infinity waits for ever.
+
+    Raises:
+        ConfigurationError: If it is no number of seconds.
     """
 
     def __init__(self, seconds: float):
+        if not seconds >= 0:
+            raise ConfigurationError(f"`deadline` is {seconds!r}; want a number of seconds, not below 0.")
         self._end = time.monotonic() + seconds
         self.abandoned = threading.Event()
 
@@ -83,7 +89,7 @@ class Deadline:
         thread = threading.Thread(target=record, name="otprune-hub", daemon=True)
         thread.start()
         try:
-            thread.join(self.left)
+            thread.join(min(self.left, threading.TIMEOUT_MAX))
         finally:
             self.abandoned.set()
         if errors:

@@ -257,11 +257,17 @@ def _lock(folder: Path) -> int:
             descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             os.close(descriptor)
             raise StateError(
                 f"The state in {folder.name!r} is in use by another process. Wait for it to end, or give another "
                 "folder."
+            ) from error
+        except OSError as error:
+            os.close(descriptor)
+            raise OutputError(
+                f"The state in {folder.name!r} cannot be locked ({error.strerror}): its file system knows no locks. "
+                "Give a folder on a local disk."
             ) from error
         if _is_still_named(descriptor, lock):
             return descriptor

@@ -217,6 +217,38 @@ def test_a_card_for_a_repository_names_it_unless_it_was_edited(pruner, tmp_path)
     assert repository_card(folder, "user/name") is None
 
 
+def test_a_folder_that_was_moved_or_whose_card_is_no_text_can_be_pushed(pruner, tmp_path):
+    folder = pruner.save_pretrained(tmp_path / "out").rename(tmp_path / "moved")
+    assert 'from_pretrained("user/name")' in repository_card(folder, "user/name")
+    (folder / "README.md").write_bytes(b"\xff\xfe")
+    assert repository_card(folder, "user/name") is None
+
+
+def test_a_new_folder_that_cannot_take_its_place_leaves_the_old_one_there(pruner, tmp_path, monkeypatch):
+    folder = pruner.save_pretrained(tmp_path / "out")
+    before = verify_folder(folder)
+    rename = os.rename
+
+    def fail_once(source, target):
+        if ".partial-" in str(source):
+            raise OSError(errno.EIO, "Input/output error", str(tmp_path))
+        rename(source, target)
+
+    monkeypatch.setattr(checkpoint.os, "rename", fail_once)
+    with pytest.raises(OutputError, match=r"could not be written: Input/output error\.") as caught:
+        pruner.save_pretrained(folder, overwrite=True)
+    assert str(tmp_path) not in str(caught.value)
+    assert verify_folder(folder) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_output_that_is_a_link_is_refused_before_any_work(pruner, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with pytest.raises(OutputError, match="'link' is a link or a mounted folder"):
+        pruner.save_pretrained(tmp_path / "link")
+
+
 def test_without_matplotlib_there_is_no_plot_and_no_word_of_it(pruner, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "can_plot", lambda: False)
     folder = pruner.save_pretrained(tmp_path / "out")

@@ -20,9 +20,10 @@ from optimum_otprune.errors import ConfigurationError, IntegrityError, ReportErr
 from optimum_otprune.folder_card import folder_card, replace_card
 from optimum_otprune.hub import PushResult, verify_saved
 from optimum_otprune.hub_access import check_hub_access
+from optimum_otprune.loading import hub_id
 from optimum_otprune.manifest import verify_folder
 from optimum_otprune.options import BUDGET_FIELDS
-from optimum_otprune.pruner import OTPruner
+from optimum_otprune.pruner import OTPruner, weight_bytes
 from optimum_otprune.report import REPORT_FILE, PruningReport
 from optimum_otprune.resume import forget_if_saved
 from optimum_otprune.sharing import push_saved
@@ -40,7 +41,7 @@ def prune(args: argparse.Namespace) -> None:
     config = _config(args)
     output = Path(args.output)
     state = state_folder(args)
-    is_saved = state is not None and _was_saved(output, state, config)
+    is_saved = state is not None and not args.overwrite and _was_saved(args.model, output, state, config)
     if not is_saved:
         check_output_folder(output, args.overwrite)
     target = {"private": args.private or None, "token": args.token}
@@ -53,7 +54,7 @@ def prune(args: argparse.Namespace) -> None:
         _tell_push(push_saved(output, repo_id, **target))
 
 
-def _was_saved(output: Path, state: Path, config: OTPruningConfig) -> bool:
+def _was_saved(model: str, output: Path, state: Path, config: OTPruningConfig) -> bool:
     """Whether an earlier run of this command ended between saving its result and removing its state."""
     if not state.is_dir() or not (output / REPORT_FILE).is_file():
         return False
@@ -62,7 +63,8 @@ def _was_saved(output: Path, state: Path, config: OTPruningConfig) -> bool:
     except IntegrityError:
         return False
     report = PruningReport.load(output / REPORT_FILE)
-    return report.config == config.to_dict() and forget_if_saved(state, report)
+    is_same = report.config == config.to_dict() and report.base_model == hub_id(model)
+    return is_same and forget_if_saved(state, report)
 
 
 def _remove_partial_folders(output: Path) -> None:
@@ -70,8 +72,8 @@ def _remove_partial_folders(output: Path) -> None:
     if not output.absolute().parent.is_dir():
         return
     for path in output.absolute().parent.iterdir():
-        if path.name.startswith(f".{output.absolute().name}.partial-"):
-            shutil.rmtree(path)
+        if path.is_dir() and path.name.startswith(f".{output.absolute().name}.partial-"):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _prune_and_save(args: argparse.Namespace, config: OTPruningConfig, output: Path, state: Path | None) -> None:
@@ -79,6 +81,7 @@ def _prune_and_save(args: argparse.Namespace, config: OTPruningConfig, output: P
         with StateFolder.opened(state):  # what is wrong with it is told before a model is loaded
             _remove_partial_folders(output)
     pruner = OTPruner.from_pretrained(args.model, config, **loading_options(args))
+    check_output_folder(output, args.overwrite, weight_bytes(pruner.model))
     passes = {"batch_size": args.batch_size, "progress": not args.quiet}
     if args.eval:
         dense = pruner.evaluate(args.eval_data, **passes)

@@ -2,6 +2,9 @@
 
 import logging
 
+import pytest
+
+from optimum_otprune.errors import ConfigurationError
 from optimum_otprune.hub_client import HubClient
 from optimum_otprune.retries import Deadline
 
@@ -19,3 +22,13 @@ def test_signed_addresses_do_not_reach_the_logs(caplog, monkeypatch):
         "HTTP Error 500 thrown while requesting PUT https://s3.example/a?…",
         "Retrying in 1s [Retry 1/5].",
     ]
+
+
+@pytest.mark.parametrize("seconds", [-1.0, float("nan")])
+def test_a_deadline_that_is_no_time_is_refused(seconds):
+    with pytest.raises(ConfigurationError, match="`deadline` is"):
+        Deadline(seconds)
+
+
+def test_an_endless_deadline_waits_for_the_work():
+    assert Deadline(float("inf")).run(lambda: 3) == 3
