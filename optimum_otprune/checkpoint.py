@@ -19,6 +19,7 @@ from optimum_otprune.errors import OutputError
 from optimum_otprune.manifest import CARD_FILE, write_manifest
 from optimum_otprune.plots import PLOT_FILE, can_plot, save_rescue_plot
 from optimum_otprune.report import REPORT_FILE, PruningReport
+from optimum_otprune.state import sync
 
 _SPACE_MARGIN = 1.1
 
@@ -93,7 +94,7 @@ def save_text(file: Path, text: str, overwrite: bool) -> None:
     partial = file.with_name(f".{file.name}.partial-{os.getpid()}")
     try:
         partial.write_text(text, encoding="utf-8")
-        _sync(partial)
+        sync(partial)
         os.replace(partial, file)
     except OSError as error:
         raise OutputError(f"The output file {file.name!r} could not be written: {error.strerror}.") from error
@@ -185,7 +186,7 @@ def _move_into_place(partial: Path, target: Path) -> None:
     finally:
         if old is not None and old.is_dir() and not target.exists():
             os.rename(old, target)  # the new one could not take its place
-    _sync(target.parent)
+    sync(target.parent)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -197,17 +198,9 @@ def _make_durable(folder: Path) -> None:
     for file in folder.rglob("*"):
         if file.is_file():
             file.chmod(0o666 & ~umask)
-            _sync(file)
+            sync(file)
     folder.chmod(0o777 & ~umask)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(folder)
 
 
 def _make_generation_config_valid(model: PreTrainedModel) -> None:

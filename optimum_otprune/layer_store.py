@@ -35,7 +35,7 @@ class FinishedLayer(NamedTuple):
 class LayerStore(Protocol):
     """Where a run looks for what an earlier one finished, and puts what it finishes."""
 
-    def prepared(self, make: Callable[[], Prepared], expected: Expected) -> Prepared:
+    def prepared(self, make: Callable[[], Prepared], expected: Callable[[], Expected]) -> Prepared:
         """Return what the dense model was asked for, or ask it now."""
         ...
 
@@ -51,7 +51,7 @@ class LayerStore(Protocol):
 class NoStore:
     """Keeps nothing."""
 
-    def prepared(self, make: Callable[[], Prepared], expected: Expected) -> Prepared:
+    def prepared(self, make: Callable[[], Prepared], expected: Callable[[], Expected]) -> Prepared:
         """Ask the dense model."""
         return make()
 
@@ -73,11 +73,11 @@ class FolderStore:
     def __init__(self, state: StateFolder):
         self._state = state
 
-    def prepared(self, make: Callable[[], Prepared], expected: Expected) -> Prepared:
+    def prepared(self, make: Callable[[], Prepared], expected: Callable[[], Expected]) -> Prepared:
         """Return what is in the folder, or ask the dense model and put it there."""
         if PREPARED_FILE in self._state.names:
             try:
-                return from_tensors(_tensors(self._state.read(PREPARED_FILE)), expected)
+                return from_tensors(_tensors(self._state.read(PREPARED_FILE)), expected())
             except StateError as error:
                 _warn(f"The file {PREPARED_FILE!r} of the interrupted run is damaged and made again", error)
         made = make()

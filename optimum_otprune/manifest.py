@@ -35,6 +35,13 @@ class FileEntry(NamedTuple):
     size: int
     sha256: str
 
+    @classmethod
+    def parse(cls, entry: Any) -> "FileEntry | None":
+        """Make an entry of what a JSON file holds; None if that is no size in bytes and SHA-256."""
+        size, sha256 = (entry.get("size"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
+        is_right = type(size) is int and size >= 0 and isinstance(sha256, str) and _DIGEST.fullmatch(sha256)
+        return cls(size, sha256) if is_right else None  # type: ignore[arg-type]
+
 
 def digest(file: Path) -> FileEntry:
     """Size and SHA-256 of a file."""
@@ -188,10 +195,10 @@ def _checked_name(name: Any) -> str:
 
 
 def _checked_entry(name: str, entry: Any) -> FileEntry:
-    size, sha256 = (entry.get("size"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
-    if type(size) is not int or size < 0 or not isinstance(sha256, str) or _DIGEST.fullmatch(sha256) is None:
+    parsed = FileEntry.parse(entry)
+    if parsed is None:
         raise IntegrityError(
             f"{MANIFEST_FILE} is damaged at {name!r}: want a size in bytes and a SHA-256 in hexadecimal. Get the "
             "folder again."
         )
-    return FileEntry(size, sha256)
+    return parsed

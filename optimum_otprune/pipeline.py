@@ -108,7 +108,7 @@ def prune_model(
     model.eval()
     prepared = store.prepared(
         lambda: _prepare(model, blocks, widths, recipe, tokens, settings),
-        Expected.of((block.read() for block in blocks), tokens, recipe.needs_gradients, _is_weighted(config)),
+        lambda: Expected.of((block.read() for block in blocks), tokens, recipe.needs_gradients, _is_weighted(config)),
     )
     reports = _prune_layers(model, blocks, recipe, prepared, settings, store, can_hold_intercept)
     padding = finish_resize(model, blocks, config.non_uniform_format)

@@ -28,7 +28,6 @@ LOCK_FILE = "state.lock"
 _FORMAT = 1
 _NAME = re.compile(r"(layer-[0-9]{5}\.(safetensors|json)|prepared\.safetensors)")
 _TEMPORARY = re.compile(r"\.[a-z0-9-]+\.(safetensors|json)\.tmp")
-_DIGEST = re.compile(r"[0-9a-f]{64}")
 _LARGEST_JSON = 1 << 26
 
 
@@ -119,7 +118,7 @@ class StateFolder:
         self.fingerprint = dict(fingerprint)
         self._write_index()
         with _writing(self.folder):
-            _sync_folder(self.folder.absolute().parent)
+            sync(self.folder.absolute().parent)
 
     def read(self, name: str) -> bytes:
         """Return a file's bytes.
@@ -222,7 +221,7 @@ class StateFolder:
             except BaseException:
                 temporary.unlink(missing_ok=True)
                 raise
-            _sync_folder(self.folder)
+            sync(self.folder)
 
 
 @contextmanager
@@ -306,8 +305,9 @@ def _refuse_other_files(folder: Path) -> None:
         )
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -321,7 +321,7 @@ def _checked_name(name: str) -> str:
 
 
 def _checked_entry(name: str, entry: Any) -> FileEntry:
-    size, sha256 = (entry.get("size"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
-    if type(size) is not int or size < 0 or not isinstance(sha256, str) or _DIGEST.fullmatch(sha256) is None:
+    parsed = FileEntry.parse(entry)
+    if parsed is None:
         raise StateError(f"{STATE_FILE!r} is damaged at {name!r}: want a size in bytes and a SHA-256 in hexadecimal.")
-    return FileEntry(size, sha256)
+    return parsed

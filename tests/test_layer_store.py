@@ -92,8 +92,8 @@ EXPECTED = Expected.of([DENSE, DENSE], PREPARED.tokens, has_scores=True, has_mom
 
 
 def test_a_preparation_comes_back_as_it_was_saved(state):
-    assert FolderStore(state).prepared(lambda: PREPARED, EXPECTED) is PREPARED
-    found = FolderStore(state).prepared(None, EXPECTED)
+    assert FolderStore(state).prepared(lambda: PREPARED, lambda: EXPECTED) is PREPARED
+    found = FolderStore(state).prepared(None, lambda: EXPECTED)
     assert (found.widths, len(found.scores), len(found.moments)) == ([2, 4], 2, 2)
     assert all(torch.equal(tensor, to_tensors(PREPARED)[name]) for name, tensor in to_tensors(found).items())
 
