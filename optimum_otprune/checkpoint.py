@@ -102,6 +102,11 @@ def save_text(file: Path, text: str, overwrite: bool) -> None:
         partial.unlink(missing_ok=True)
 
 
+def weight_bytes(model: PreTrainedModel) -> int:
+    """Return the size of a model's weights, shared ones once."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
 def save_checkpoint(
     folder: Path,
     model: PreTrainedModel,
@@ -116,8 +121,7 @@ def save_checkpoint(
     Raises:
         OutputError: See `check_output_folder`; or if writing fails, in which case nothing of it stays.
     """
-    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    check_output_folder(folder, overwrite, size)
+    check_output_folder(folder, overwrite, weight_bytes(model))
     with _writing(folder) as partial:
         _make_generation_config_valid(model)
         _save_model(model, partial, max_shard_size)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from optimum_otprune.architectures.block import ffn_blocks
 from optimum_otprune.budget import with_pruning_ratio
 from optimum_otprune.calibration import ModelLimits, TokenData, TokenSource, calibration_tokens, evaluation_tokens
-from optimum_otprune.checkpoint import save_checkpoint
+from optimum_otprune.checkpoint import save_checkpoint, weight_bytes
 from optimum_otprune.compression import Recipe
 from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.errors import ConfigurationError
@@ -344,11 +344,6 @@ class OTPruner(HubMixin):
 
     def _save(self, folder: Path, overwrite: bool, max_shard_size: int | str) -> Path:
         return save_checkpoint(folder, self.model, self.tokenizer, self.config, self.report, overwrite, max_shard_size)
-
-
-def weight_bytes(model: PreTrainedModel) -> int:
-    """Return the size of a model's weights, shared ones once."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 def _as_config(config: Any, options: Mapping[str, Any]) -> OTPruningConfig:

@@ -12,7 +12,7 @@ from typing import Any
 from transformers.utils import logging as transformers_logging
 
 from optimum_otprune.card import needs_remote_code
-from optimum_otprune.checkpoint import check_output_file, check_output_folder, save_text
+from optimum_otprune.checkpoint import check_output_file, check_output_folder, save_text, weight_bytes
 from optimum_otprune.commands.arguments import config_options, loading_options, state_folder
 from optimum_otprune.commands.demo import run_demo
 from optimum_otprune.configuration import OTPruningConfig
@@ -23,7 +23,7 @@ from optimum_otprune.hub_access import check_hub_access
 from optimum_otprune.loading import hub_id
 from optimum_otprune.manifest import verify_folder
 from optimum_otprune.options import BUDGET_FIELDS
-from optimum_otprune.pruner import OTPruner, weight_bytes
+from optimum_otprune.pruner import OTPruner
 from optimum_otprune.report import REPORT_FILE, PruningReport
 from optimum_otprune.resume import forget_if_saved
 from optimum_otprune.sharing import push_saved
