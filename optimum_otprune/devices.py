@@ -1,6 +1,7 @@
 """Where tensors live: reading and replacing parameters that accelerate may have offloaded. Door to accelerate."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 from accelerate.utils import align_module_device, has_offloaded_params
@@ -54,6 +55,23 @@ def replace_parameter(module: nn.Module, name: str, value: Tensor) -> None:
     else:
         value = value.to(like.device).contiguous()
     module._parameters[name] = nn.Parameter(value, requires_grad=like.requires_grad)
+
+
+@contextmanager
+def onloaded(module: nn.Module) -> Iterator[None]:
+    """All weights of a module are on its device for a while, so that it can be run often and is loaded once.
+
+    Args:
+        module: Offloaded or not, as a whole or in parts; nothing is written back.
+    """
+    with ExitStack() as stack:
+        for part in module.modules():
+            if has_offloaded_params(part):
+                stack.enter_context(align_module_device(part))
+                hook = part._hf_hook
+                hook.offload = False  # type: ignore[union-attr] # else each forward pass loads, and drops, them again
+                stack.callback(setattr, hook, "offload", True)
+        yield
 
 
 def keep_parameters(module: nn.Module) -> Callable[[], None]:

@@ -8,9 +8,9 @@ import torch
 from transformers import PreTrainedModel
 
 from optimum_otprune.architectures.block import FFNBlock, unchanged
+from optimum_otprune.block_runner import input_device
 from optimum_otprune.errors import ConfigurationError
 from optimum_otprune.functional.ffn import FFNWeights
-from optimum_otprune.streaming import input_device
 
 _WARM_UP = 2
 _REPEATS = 9

@@ -1,6 +1,6 @@
 """What one layer is compressed on: its calibration tokens, their weights, and the statistics of them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,11 +9,12 @@ from torch import Tensor
 from optimum_otprune.architectures.block import FFNBlock
 from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.errors import NumericalError
-from optimum_otprune.functional.ffn import FFNWeights, channel_activations, ffn_forward
-from optimum_otprune.functional.gram import GramStatistics, gram_statistics
+from optimum_otprune.functional.ffn import FFNWeights, channel_activations
+from optimum_otprune.functional.gram import GramAccumulator, GramStatistics
 from optimum_otprune.functional.reconstruction import TokenSet
 from optimum_otprune.functional.rescue import RescueEnergies, pooled, rescue_energies
-from optimum_otprune.streaming import BlockPass
+from optimum_otprune.spill import StoredTensor
+from optimum_otprune.streaming import CalibrationStream, FFNTap
 
 _LEAST_ENERGY = 1e-2  # of the median
 
@@ -57,7 +58,7 @@ def heldout_mask(num_samples: int, seqlen: int, share: float, seed: int) -> Tens
     return mask.flatten()
 
 
-def residual_token_weights(outputs_energy: list[Tensor], is_heldout: Tensor) -> Tensor:
+def residual_token_weights(energy: Tensor, is_heldout: Tensor) -> Tensor:
     """Weigh tokens by how much an error of the FFN disturbs the hidden state behind it: 1 / its squared norm.
 
     What follows a block normalizes its input first, so the same error matters less where the hidden state is long;
@@ -65,7 +66,7 @@ def residual_token_weights(outputs_energy: list[Tensor], is_heldout: Tensor) -> 
     the median count as that.
 
     Args:
-        outputs_energy: Of `BlockPass`.
+        energy: From `CalibrationStream.energies`, `(num_tokens,)`.
         is_heldout: BoolTensor `(num_tokens,)`.
 
     Returns:
@@ -74,7 +75,6 @@ def residual_token_weights(outputs_energy: list[Tensor], is_heldout: Tensor) -> 
     Raises:
         NumericalError: If a hidden state is NaN or infinite.
     """
-    energy = torch.cat(outputs_energy)
     if not torch.isfinite(energy).all():
         raise NumericalError(
             "the hidden states behind the block are NaN or infinite on the calibration data. The weights are damaged, "
@@ -113,75 +113,138 @@ class LayerData(NamedTuple):
     Attributes:
         dense: The FFN before, float32, on the device to compute on.
         activation: Elementwise function.
-        passed: From `CalibrationStream.dense_pass`.
-        correction: Share c of the earlier layers' error that the targets `W_d h + c · (dense − pruned)` contain.
+        inputs: Of the FFN, `(num_tokens, hidden_size)` a batch.
+        corrections: What the targets have beside the dense FFN's own outputs: a share of the earlier layers' error;
+            None where nothing is corrected, or `statistics` are all that is asked for.
         is_heldout: BoolTensor over all tokens.
         token_weights: What each token's error counts, over all tokens.
+        statistics: Second moments of the dense FFN's channels and of the targets.
     """
 
     dense: FFNWeights
     activation: Callable[[Tensor], Tensor]
-    passed: BlockPass
-    correction: float
+    inputs: Sequence[StoredTensor]
+    corrections: Sequence[StoredTensor] | None
     is_heldout: Tensor
     token_weights: Tensor
+    statistics: LayerStatistics
 
     @classmethod
     def of(
         cls,
         block: FFNBlock,
         dense: FFNWeights,
-        passed: BlockPass,
+        stream: CalibrationStream,
         is_heldout: Tensor,
         config: OTPruningConfig,
         correction: float = 0.0,
+        advance: bool = False,
     ) -> "LayerData":
-        """Of a block, its tokens weighted as the configuration says.
+        """Run a block, its FFN still dense, and measure it.
 
         Args:
             block: The block.
             dense: Its FFN.
-            passed: From `CalibrationStream.dense_pass`.
+            stream: Before the block.
             is_heldout: BoolTensor over all tokens.
-            config: What is done.
-            correction: See the attribute.
+            config: What is done; says what tokens count and whether targets are read again.
+            correction: Share c of the earlier layers' error that the targets `W_d h + c · (dense − pruned)` contain.
+            advance: See `CalibrationStream.taps`.
 
         Raises:
-            NumericalError: If a hidden state is NaN or infinite.
+            NumericalError: If a hidden state or an activation is NaN or infinite.
         """
-        weights = torch.ones(len(is_heldout))
+        exact, activation = dense.map(Tensor.float), block.activation
+        token_weights = torch.ones(len(is_heldout))
         if config.token_weighting == "residual":
-            weights = residual_token_weights(passed.outputs_energy, is_heldout)
-        return cls(dense.map(Tensor.float), block.activation, passed, correction, is_heldout, weights)
-
-    def batches(self) -> Iterator[TokenBatch]:
-        """The calibration tokens, a batch at a time.
-
-        Raises:
-            NumericalError: If an activation is NaN or infinite.
-        """
+            token_weights = residual_token_weights(stream.energies(block), is_heldout)
+        elif correction:
+            stream.follow_dense(block)
+        n, d, device = dense.intermediate_size, dense.hidden_size, dense.up.device
+        sums = {heldout: GramAccumulator(n, d, torch.float32, device) for heldout in (False, True)}
+        keeps_corrections = bool(correction) and _reads_targets_again(config)
+        inputs, corrections = [], []
         start = 0
-        for index, inputs in enumerate(self.passed.ffn_inputs):
-            device = self.dense.down.device
+        for tap in stream.taps(block, advance):
+            hidden, targets = _exact_activations(tap, exact, activation)
+            if correction and tap.missing is not None:
+                missing = correction * tap.missing
+                targets = targets + missing
+                if keeps_corrections:
+                    corrections.append(stream.spill.put(missing))
+            inputs.append(stream.spill.put(tap.inputs))
+            part = slice(start, start + len(hidden))
+            for heldout, chosen in _sides(is_heldout[part]):
+                counts = token_weights[part][chosen].to(device)
+                chosen = chosen if isinstance(chosen, slice) else chosen.to(device)
+                sums[heldout].add(hidden[chosen], targets[chosen], counts)
+            start += len(hidden)
+        statistics = LayerStatistics(*(sums[heldout].statistics() for heldout in (False, True)))
+        _check_finite(statistics)
+        kept = corrections if keeps_corrections else None
+        return cls(exact, activation, inputs, kept, is_heldout, token_weights, statistics)
+
+    def batches(self, only_heldout: bool = False) -> Iterator[TokenBatch]:
+        """The calibration tokens once more, a batch at a time.
+
+        Args:
+            only_heldout: Leave out the others.
+        """
+        start, device = 0, self.dense.down.device
+        for index, stored in enumerate(self.inputs):
+            inputs = stored.load()
+            part = slice(start, start + len(inputs))
+            start += len(inputs)
+            mask, weights = self.is_heldout[part], self.token_weights[part]
+            correction = None if self.corrections is None else self.corrections[index].load()
+            if only_heldout:
+                if not mask.any():
+                    continue
+                inputs, weights = inputs[mask], weights[mask]
+                correction = None if correction is None else correction[mask]
+                mask = mask[mask]
             inputs = inputs.to(device).float()
             hidden = channel_activations(self.dense, inputs, self.activation)
-            if not torch.isfinite(hidden).all():
-                raise NumericalError(
-                    "the channel activations are NaN or infinite on the calibration data. The weights are damaged, or "
-                    "the model's dtype overflowed: load it in float32."
-                )
             targets = hidden @ self.dense.down.T
-            if self.passed.corrections is not None and self.correction:
-                targets = targets + self.correction * self.passed.corrections[index].to(device)
-            mask, weights = (
-                part[start : start + len(inputs)].to(device) for part in (self.is_heldout, self.token_weights)
-            )
-            yield TokenBatch(inputs, hidden, targets, mask, weights)
-            start += len(inputs)
+            if correction is not None:
+                targets = targets + correction.to(device)
+            yield TokenBatch(inputs, hidden, targets, mask.to(device), weights.to(device))
 
 
-def layer_statistics(data: LayerData, compressed: FFNWeights | None = None) -> LayerStatistics:
-    """Sum second moments of the channels and of the targets.
+def _reads_targets_again(config: OTPruningConfig) -> bool:
+    """Whether anything but the first statistics needs to know what the FFN should put out."""
+    return bool(config.reconstruction_steps) or bool({"gate", "up"} & set(config.fuse))
+
+
+def _exact_activations(
+    tap: FFNTap, dense: FFNWeights, activation: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Activations and outputs without bias in float32: the module's own, or computed anew if it is less precise."""
+    if tap.hidden.dtype != torch.float32:
+        hidden = channel_activations(dense, tap.inputs.float(), activation)
+        return hidden, hidden @ dense.down.T
+    return tap.hidden, tap.outputs if dense.down_bias is None else tap.outputs - dense.down_bias
+
+
+def _sides(is_heldout: Tensor) -> Iterator[tuple[bool, Tensor | slice]]:
+    """Which tokens of a batch are fitted, and which held out; a slice where it is all of them."""
+    if is_heldout.all() or not is_heldout.any():
+        yield bool(is_heldout.any()), slice(None)
+        return
+    yield False, ~is_heldout
+    yield True, is_heldout
+
+
+def _check_finite(statistics: LayerStatistics) -> None:
+    if not all(torch.isfinite(part.gram).all() and torch.isfinite(part.cross).all() for part in statistics):
+        raise NumericalError(
+            "the channel activations are NaN or infinite on the calibration data. The weights are damaged, or the "
+            "model's dtype overflowed: load it in float32."
+        )
+
+
+def remeasured_statistics(data: LayerData, compressed: FFNWeights) -> LayerStatistics:
+    """Sum second moments of the channels of another FFN and of the targets.
 
     Args:
         data: Of the layer.
@@ -190,17 +253,16 @@ def layer_statistics(data: LayerData, compressed: FFNWeights | None = None) -> L
     Raises:
         NumericalError: If an activation is NaN or infinite.
     """
-    parts: dict[bool, GramStatistics] = {}
+    compressed = compressed.map(Tensor.float)
+    n, d, device = compressed.intermediate_size, compressed.hidden_size, data.dense.up.device
+    sums = {heldout: GramAccumulator(n, d, torch.float32, device) for heldout in (False, True)}
     for batch in data.batches():
-        hidden = batch.hidden
-        if compressed is not None:
-            hidden = channel_activations(compressed.map(Tensor.float), batch.inputs, data.activation)
-        for heldout in (False, True):
-            chosen = batch.is_heldout == heldout
-            if chosen.any():
-                sums = gram_statistics(hidden[chosen], batch.targets[chosen], batch.weights[chosen])
-                parts[heldout] = parts[heldout] + sums if heldout in parts else sums
-    return LayerStatistics(parts[False], parts[True])
+        hidden = channel_activations(compressed, batch.inputs, data.activation)
+        for heldout, chosen in _sides(batch.is_heldout):
+            sums[heldout].add(hidden[chosen], batch.targets[chosen], batch.weights[chosen])
+    statistics = LayerStatistics(*(sums[heldout].statistics() for heldout in (False, True)))
+    _check_finite(statistics)
+    return statistics
 
 
 def token_sets(data: LayerData) -> tuple[TokenSet, TokenSet]:
@@ -221,26 +283,40 @@ def _joined(sets: list[TokenSet]) -> TokenSet:
     return TokenSet(*map(torch.cat, zip(*sets)))
 
 
-def measure_rescue(data: LayerData, compressed: FFNWeights, kept_channels: Tensor) -> RescueEnergies:
-    """Compare a compressed FFN with the dense one on the held-out tokens.
+def measure_rescue(data: LayerData, compressed: Sequence[FFNWeights], kept_channels: Tensor) -> list[RescueEnergies]:
+    """Compare compressed FFNs with the dense one on the held-out tokens.
 
     Args:
         data: Of the layer.
-        compressed: The FFN after.
+        compressed: FFNs after, all with the same kept channels.
         kept_channels: LongTensor `(kept_size,)`.
+
+    Returns:
+        One entry for each of `compressed`.
     """
-    dense, compressed = data.dense, compressed.map(Tensor.float)
-    energies = []
-    for batch in data.batches():
-        hidden, inputs = batch.hidden[batch.is_heldout], batch.inputs[batch.is_heldout]
-        energies.append(
-            rescue_energies(
-                outputs=torch.nn.functional.linear(hidden, dense.down, dense.down_bias),
-                compressed_outputs=ffn_forward(compressed, inputs, data.activation),
-                hidden=hidden,
-                compressed_hidden=channel_activations(compressed, inputs, data.activation),
-                down=dense.down,
-                kept_channels=kept_channels,
+    dense = data.dense
+    exact = [weights.map(Tensor.float) for weights in compressed]
+    only_selected = [_is_selection(weights, dense.select(kept_channels)) for weights in exact]
+    energies: list[list[RescueEnergies]] = [[] for _ in exact]
+    for batch in data.batches(only_heldout=True):
+        outputs = torch.nn.functional.linear(batch.hidden, dense.down, dense.down_bias)
+        kept = batch.hidden[:, kept_channels]
+        for weights, selected, found in zip(exact, only_selected, energies):
+            hidden = kept if selected else channel_activations(weights, batch.inputs, data.activation)
+            found.append(
+                rescue_energies(
+                    outputs=outputs,
+                    compressed_outputs=torch.nn.functional.linear(hidden, weights.down, weights.down_bias),
+                    hidden=batch.hidden,
+                    compressed_hidden=hidden,
+                    down=dense.down,
+                    kept_channels=kept_channels,
+                )
             )
-        )
-    return pooled(energies)
+    return [pooled(found) for found in energies]
+
+
+def _is_selection(weights: FFNWeights, selected: FFNWeights) -> bool:
+    """Whether the channels are those of the dense FFN, untouched."""
+    pairs = [(getattr(weights, name), getattr(selected, name)) for name in ("gate", "up", "gate_bias", "up_bias")]
+    return all(one is other if one is None or other is None else torch.equal(one, other) for one, other in pairs)

@@ -15,8 +15,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from optimum_otprune.block_runner import input_device
 from optimum_otprune.errors import NumericalError
-from optimum_otprune.streaming import input_device
 
 PROTOCOL = "non-overlapping windows, tail dropped, every token but a window's first, log-softmax in float32"
 

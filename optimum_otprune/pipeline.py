@@ -2,9 +2,10 @@
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -28,14 +29,15 @@ from optimum_otprune.gradients import GradientScores, gradient_moments, gradient
 from optimum_otprune.layer_data import (
     LayerData,
     heldout_mask,
-    layer_statistics,
     measure_rescue,
+    remeasured_statistics,
     token_sets,
 )
 from optimum_otprune.layer_store import FinishedLayer, LayerStore
 from optimum_otprune.prepared import Expected, Prepared
 from optimum_otprune.report import LayerReport
 from optimum_otprune.self_calibration import check_can_write, self_calibration_tokens
+from optimum_otprune.spill import DEFAULT_LIMIT, TensorSpill
 from optimum_otprune.streaming import CalibrationStream
 from optimum_otprune.widths import adaptive_widths, plan_widths
 
@@ -48,10 +50,18 @@ class PassSettings(NamedTuple):
     Attributes:
         batch_size: Samples per forward pass.
         progress: Whether to show progress bars.
+        max_hidden_memory: Bytes of hidden states that wait in memory; others wait in files.
+        spill_folder: Where those files are; default: the system's folder for temporary ones.
     """
 
     batch_size: int = 8
     progress: bool = True
+    max_hidden_memory: int = DEFAULT_LIMIT
+    spill_folder: Path | None = None
+
+    def spill(self) -> TensorSpill:
+        """Return where hidden states wait."""
+        return TensorSpill(self.max_hidden_memory, self.spill_folder)
 
 
 class PrunedLayers(NamedTuple):
@@ -106,11 +116,12 @@ def prune_model(
     if may_differ and config.non_uniform_format == "per_layer_config":
         modeling_code(model, blocks[0].spec)  # raises before any work, if the result could not be saved
     model.eval()
+    spill = settings.spill()
     prepared = store.prepared(
-        lambda: _prepare(model, blocks, widths, recipe, tokens, settings),
+        lambda: _prepare(model, blocks, widths, recipe, tokens, settings, spill),
         lambda: Expected.of((block.read() for block in blocks), tokens, recipe.needs_gradients, _is_weighted(config)),
     )
-    reports = _prune_layers(model, blocks, recipe, prepared, settings, store, can_hold_intercept)
+    reports = _prune_layers(model, blocks, recipe, prepared, settings, store, can_hold_intercept, spill)
     padding = finish_resize(model, blocks, config.non_uniform_format)
     _warn_of_padding(reports, padding)
     return PrunedLayers(reports, padding)
@@ -124,10 +135,12 @@ def _prune_layers(
     settings: PassSettings,
     store: LayerStore,
     can_hold_intercept: bool,
+    spill: TensorSpill,
 ) -> list[LayerReport]:
     """All layers in order, each on what those below it, pruned now or before, produce."""
     correction = (recipe.config.target_correction or 0.0) if blocks[0].spec.residual else 0.0
-    stream = CalibrationStream(model, blocks, prepared.tokens, settings.batch_size, track_dense=correction > 0)
+    tracks = correction > 0
+    stream = CalibrationStream(model, blocks, prepared.tokens, settings.batch_size, tracks, spill)
     prune_layer = partial(
         _prune_layer,
         stream=stream,
@@ -181,7 +194,7 @@ def _prune_layer(
 ) -> FinishedLayer:
     """One layer, on what the pruned layers below it produce; the block stays as it is."""
     config = recipe.config
-    data = LayerData.of(block, dense, stream.dense_pass(block), prepared.is_heldout, config, correction)
+    data = LayerData.of(block, dense, stream, prepared.is_heldout, config, correction)
     inputs = _layer_inputs(block, dense, data, prepared.scores, recipe, can_hold_intercept)
     compression = compress(inputs, recipe, width)
     refitted = compression.judged
@@ -201,16 +214,18 @@ def _prepare(
     recipe: Recipe,
     tokens: Tensor,
     settings: PassSettings,
+    spill: TensorSpill,
 ) -> Prepared:
     config = recipe.config
     is_heldout = heldout_mask(tokens.shape[0], tokens.shape[1], config.holdout_share, config.seed)
     scores = moments = None
     if recipe.needs_gradients:
-        scores = gradient_scores(model, blocks, tokens, config.score_batch_size, settings.progress)
+        scores = gradient_scores(model, blocks, tokens, config.score_batch_size, settings.progress, spill)
     if _is_weighted(config) or config.allocation == "adaptive":
-        moments = gradient_moments(model, blocks, tokens, config.score_batch_size, settings.progress)
+        moments = gradient_moments(model, blocks, tokens, config.score_batch_size, settings.progress, spill)
         if config.allocation == "adaptive":
-            widths = adaptive_widths(model, blocks, widths, config, tokens, is_heldout, moments, settings.batch_size)
+            stream = CalibrationStream(model, blocks, tokens, settings.batch_size, track_dense=False, spill=spill)
+            widths = adaptive_widths(blocks, widths, config, stream, is_heldout, moments, settings.progress)
     if config.self_calibration:
         written = self_calibration_tokens(
             model, tokens, config.self_calibration, config.score_batch_size, config.seed, settings.progress
@@ -238,20 +253,20 @@ def _layer_inputs(
     block: FFNBlock,
     dense: FFNWeights,
     data: LayerData,
-    scores: list[GradientScores] | None,
+    scores: Sequence[GradientScores] | None,
     recipe: Recipe,
     can_hold_intercept: bool,
 ) -> LayerInputs:
-    fit, heldout = layer_statistics(data)
+    of_layer = None if scores is None else scores[block.layer]
     return LayerInputs(
         weights=dense,
-        fit=fit,
-        heldout=heldout,
-        snip=None if scores is None else scores[block.layer].snip,
-        fo=None if scores is None else scores[block.layer].fo,
+        fit=data.statistics.fit,
+        heldout=data.statistics.heldout,
+        snip=None if of_layer is None else of_layer.snip,
+        fo=None if of_layer is None else of_layer.fo,
         seed=layer_seed(recipe.config, block.layer),
         can_hold_intercept=can_hold_intercept,
-        remeasure=partial(layer_statistics, data),
+        remeasure=partial(remeasured_statistics, data),
     )
 
 
@@ -260,7 +275,7 @@ def _reconstructed(
     compression: Compression,
     data: LayerData,
     config: OTPruningConfig,
-    moments: list[Tensor] | None,
+    moments: Sequence[Tensor] | None,
 ) -> Compression:
     """The compression after local optimization, or as it was where held-out tokens gain nothing."""
     like = compression.judged
@@ -281,7 +296,7 @@ def _reconstructed(
 
 def _refitted_once_more(trained: FFNWeights, data: LayerData) -> tuple[FFNWeights, FFNWeights]:
     """The down projection shrunk towards the trained one, fitted to all tokens, and without the held-out ones."""
-    fit, heldout = layer_statistics(data, trained)
+    fit, heldout = remeasured_statistics(data, trained)
     if trained.down_bias is not None:
         bias = trained.down_bias if data.dense.down_bias is None else trained.down_bias - data.dense.down_bias
         nothing = torch.zeros_like(fit.hidden_sum)
@@ -293,9 +308,9 @@ def _refitted_once_more(trained: FFNWeights, data: LayerData) -> tuple[FFNWeight
 
 def _report(block: FFNBlock, data: LayerData, compression: Compression, refitted: FFNWeights) -> LayerReport:
     kept = compression.kept_channels
-    energies, before_reconstruction, fused = (
-        measure_rescue(data, weights, kept) for weights in (compression.judged, refitted, compression.fused)
-    )
+    is_trained = compression.judged is not refitted
+    measured = measure_rescue(data, [compression.fused, refitted, *([compression.judged] if is_trained else [])], kept)
+    fused, before_reconstruction, energies = measured[0], measured[1], measured[-1]
     return LayerReport(
         layer=block.layer,
         intermediate_size_before=data.dense.intermediate_size,

@@ -1,6 +1,6 @@
 """What the dense model is asked for before any layer is touched, and the same as named tensors."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,8 +26,8 @@ class Prepared(NamedTuple):
     widths: list[int]
     tokens: Tensor
     is_heldout: Tensor
-    scores: list[GradientScores] | None
-    moments: list[Tensor] | None
+    scores: Sequence[GradientScores] | None
+    moments: Sequence[Tensor] | None
 
 
 def to_tensors(prepared: Prepared) -> dict[str, Tensor]:
@@ -37,11 +37,11 @@ def to_tensors(prepared: Prepared) -> dict[str, Tensor]:
         "tokens": prepared.tokens,
         "is_heldout": prepared.is_heldout,
     }
-    for layer, scores in enumerate(prepared.scores or []):
+    for layer, scores in enumerate(prepared.scores or ()):
         for kind, weights in scores._asdict().items():
             parts = weights._asdict().items()
             tensors |= {f"scores.{layer}.{kind}.{part}": value for part, value in parts if value is not None}
-    return tensors | {f"moments.{layer}": moment for layer, moment in enumerate(prepared.moments or [])}
+    return tensors | {f"moments.{layer}": moment for layer, moment in enumerate(prepared.moments or ())}
 
 
 class Expected(NamedTuple):

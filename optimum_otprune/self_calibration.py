@@ -15,8 +15,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
+from optimum_otprune.block_runner import input_device
 from optimum_otprune.errors import ConfigurationError
-from optimum_otprune.streaming import input_device
 
 _PROMPT_TOKENS = 16
 

@@ -1,9 +1,10 @@
 """How many channels each layer keeps: the same number, what was asked of a layer, or what its removal costs allow."""
 
 import warnings
+from collections.abc import Sequence
 
 from torch import Tensor
-from transformers import PreTrainedModel
+from tqdm.auto import tqdm
 
 from optimum_otprune.architectures.block import FFNBlock
 from optimum_otprune.configuration import OTPruningConfig
@@ -11,7 +12,7 @@ from optimum_otprune.errors import ConfigurationError, UnsupportedModelError
 from optimum_otprune.functional.allocation import allocate_widths
 from optimum_otprune.functional.metric import metric_root
 from optimum_otprune.functional.selection import kept_width, obs_elimination, sensible_multiple
-from optimum_otprune.layer_data import LayerData, layer_statistics
+from optimum_otprune.layer_data import LayerData
 from optimum_otprune.options import OPTIONS_BY_NAME
 from optimum_otprune.streaming import CalibrationStream
 
@@ -101,14 +102,13 @@ def _warn_of_nothing(width: int, widths: list[int], config: OTPruningConfig) -> 
 
 
 def adaptive_widths(
-    model: PreTrainedModel,
     blocks: list[FFNBlock],
     widths: list[int],
     config: OTPruningConfig,
-    tokens: Tensor,
+    stream: CalibrationStream,
     is_heldout: Tensor,
-    moments: list[Tensor],
-    batch_size: int,
+    moments: Sequence[Tensor],
+    progress: bool = True,
 ) -> list[int]:
     """Share the channels of the layers that nothing else was said of by what removing them costs the loss.
 
@@ -117,14 +117,13 @@ def adaptive_widths(
     loss by the output. That is twice the empirical Fisher's estimate of what the loss gains, were g and e independent.
 
     Args:
-        model: The dense model.
-        blocks: All its FFN blocks.
+        blocks: All FFN blocks of the dense model.
         widths: From `plan_widths`.
         config: What is done.
-        tokens: Calibration samples, LongTensor `(num_samples, seqlen)`.
+        stream: Of the calibration samples, before the first block.
         is_heldout: BoolTensor over all their tokens.
         moments: From `gradient_moments`.
-        batch_size: Samples per forward pass.
+        progress: Whether to show a progress bar.
 
     Returns:
         Widths by layer, in sum at most that of `widths`.
@@ -132,15 +131,15 @@ def adaptive_widths(
     given = given_widths(blocks, config)
     free = [block for block in blocks if block.layer not in given]
     budget = sum(widths[block.layer] for block in free)
-    stream = CalibrationStream(model, blocks, tokens, batch_size, track_dense=False)
     costs = []
-    for block in blocks:
+    for block in tqdm(blocks, desc="Removal costs", unit="layer", disable=not progress):
+        if block.layer in given:
+            stream.advance(block)
+            continue
         dense = block.read()
-        if block.layer not in given:
-            data = LayerData.of(block, dense, stream.dense_pass(block), is_heldout, config)
-            weighed = metric_root(moments[block.layer]).to(block.device) @ data.dense.down
-            costs.append(obs_elimination(layer_statistics(data).total.gram, weighed, dense.intermediate_size).costs)
-        stream.advance(block)
+        data = LayerData.of(block, dense, stream, is_heldout, config, advance=True)
+        weighed = metric_root(moments[block.layer]).to(block.device) @ data.dense.down
+        costs.append(obs_elimination(data.statistics.total.gram, weighed, dense.intermediate_size).costs)
     multiple = sensible_multiple(blocks[0].intermediate_size, config.multiple_of)
     shared = iter(allocate_widths([part.cpu() for part in costs], budget, multiple))
     return [given[block.layer] if block.layer in given else next(shared) for block in blocks]

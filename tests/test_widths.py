@@ -62,7 +62,10 @@ def test_a_layer_whose_outputs_no_later_layer_reads_is_cheap_only_to_the_loss(to
     alike = [torch.eye(32, dtype=torch.float64)] * 3
     is_heldout = heldout_mask(*tokens.shape, 0.25, 0)
     widths, unweighed = (
-        adaptive_widths(model, blocks, [24] * 3, config, tokens, is_heldout, moments, 4) for moments in (felt, alike)
+        adaptive_widths(
+            blocks, [24] * 3, config, CalibrationStream(model, blocks, tokens, 4, False), is_heldout, moments, False
+        )
+        for moments in (felt, alike)
     )
     assert sum(widths) == sum(unweighed) == 72
     assert widths[1] < widths[0]
@@ -75,12 +78,13 @@ def test_layers_behind_a_skipped_one_know_what_the_dense_model_does(llama, token
         expected = llama(input_ids=tokens, output_hidden_states=True).hidden_states[2]
     stream = CalibrationStream(llama, blocks, tokens, 5, track_dense=True)
     with torch.no_grad():
-        stream.dense_pass(blocks[0])
+        stream.energies(blocks[0])
         llama.model.layers[0].mlp.down_proj.weight *= 0.5  # as pruned
         stream.advance(blocks[0])
     stream.skip(blocks[1])
-    torch.testing.assert_close(torch.cat(stream._dense_hidden), expected)
-    assert not torch.allclose(torch.cat(stream._hidden), expected)
+    dense, pruned = (torch.cat([stored.load() for stored in part]) for part in (stream._dense_hidden, stream._hidden))
+    torch.testing.assert_close(dense, expected)
+    assert not torch.allclose(pruned, expected)
 
 
 def test_a_model_that_padding_makes_as_large_as_before_is_warned_of(llama, tokens):

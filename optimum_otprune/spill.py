@@ -1,0 +1,124 @@
+"""Tensors that wait on the CPU: in memory up to a limit, beyond it in files that are mapped when they are read."""
+
+import itertools
+import tempfile
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optimum_otprune.errors import OutputError
+
+DEFAULT_LIMIT = 4 * 10**9
+
+
+class StoredTensor:
+    """One tensor, in memory or in a file, until the last reference to it is gone."""
+
+    def __init__(self, tensor: Tensor, spill: "TensorSpill"):
+        self._shape, self._dtype = tensor.shape, tensor.dtype
+        size = tensor.numel() * tensor.element_size()
+        self._tensor: Tensor | None = tensor
+        self._path: Path | None = None
+        if spill.reserve(size):
+            weakref.finalize(self, spill.free, size)
+        elif size:
+            self._tensor, self._path = None, spill.write(tensor)
+            weakref.finalize(self, self._path.unlink, missing_ok=True)
+
+    def load(self) -> Tensor:
+        """The tensor; one from a file is mapped, and takes memory only while it is referred to."""
+        if self._path is None:
+            assert self._tensor is not None
+            return self._tensor
+        mapped = torch.from_file(str(self._path), shared=False, size=self._shape.numel(), dtype=self._dtype)
+        return mapped.view(self._shape)
+
+
+class TensorSpill:
+    """Where tensors wait.
+
+    Args:
+        limit: Bytes that are kept in memory, of all tensors together.
+        folder: Where the others are written, in a temporary folder of this object's; default: the system's.
+    """
+
+    def __init__(self, limit: int = DEFAULT_LIMIT, folder: Path | None = None):
+        self._left = limit
+        self._parent = folder
+        self._folder: tempfile.TemporaryDirectory | None = None
+        self._names = itertools.count()
+        self.spilled_bytes = 0
+
+    def put(self, tensor: Tensor) -> StoredTensor:
+        """Keep a tensor; it may be on any device.
+
+        Raises:
+            OutputError: If it has to be written and cannot be.
+        """
+        return StoredTensor(tensor.detach().cpu().contiguous(), self)
+
+    def reserve(self, size: int) -> bool:
+        """Take bytes of the memory that is left, if there are as many."""
+        if size > self._left:
+            return False
+        self._left -= size
+        return True
+
+    def free(self, size: int) -> None:
+        """Give bytes of memory back."""
+        self._left += size
+
+    def write(self, tensor: Tensor) -> Path:
+        """Write a tensor's bytes into a new file."""
+        try:
+            if self._folder is None:
+                self._folder = tempfile.TemporaryDirectory(prefix="otprune-", dir=self._parent)
+            path = Path(self._folder.name) / str(next(self._names))
+            # Written, not copied into a mapping: a full disk is then an error instead of a signal that kills.
+            with path.open("wb") as file:
+                file.write(tensor.flatten().view(torch.uint8).numpy().data)
+        except OSError as error:
+            raise OutputError(
+                f"Hidden states could not be written to a temporary file ({error.strerror}). Make room, choose "
+                "another `offload_folder`, or raise `max_hidden_memory`."
+            ) from error
+        self.spilled_bytes += tensor.numel() * tensor.element_size()
+        return path
+
+
+class StoredList(Sequence):
+    """A list of tensors, or of named tuples of them, of which each entry is read when it is asked for.
+
+    Args:
+        entries: Made by `store`.
+    """
+
+    def __init__(self, entries: Iterable[Any]):
+        self._entries = list(entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __getitem__(self, index: Any) -> Any:
+        return mapped(self._entries[index], lambda part: part.load())
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[index] for index in range(len(self)))
+
+
+def store(value: Any, spill: TensorSpill) -> Any:
+    """Return a tensor, or a named tuple of tensors, with each replaced by where it is stored."""
+    return mapped(value, spill.put)
+
+
+def mapped(value: Any, function: Callable[[Any], Any]) -> Any:
+    """Apply a function to the leaves of nested named tuples; None stays None."""
+    if value is None:
+        return None
+    if isinstance(value, tuple):
+        return type(value)(*(mapped(part, function) for part in value))
+    return function(value)
