@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optimum_otprune.errors import NumericalError
-from optimum_otprune.functional.gram import GramStatistics, damped_cholesky, gram_statistics
+from optimum_otprune.functional import gram as gram_module
+from optimum_otprune.functional.gram import GramAccumulator, GramStatistics, damped_cholesky, gram_statistics
 from tests.functional.helpers import law, normal, permutation, seeds, untouched
 
 
@@ -51,6 +52,36 @@ def test_adding_is_the_statistics_of_all_tokens_together(seed, first):
     with untouched(*parts[0][:-1], *parts[1][:-1]):
         added = parts[0] + parts[1]
     assert_equal_statistics(added, gram_statistics(hidden, targets))
+
+
+@law
+@given(seed=seeds, rows=st.sampled_from([1, 3, 4, 7, 20]), first=st.integers(0, 20), weighted=st.booleans())
+def test_accumulating_batches_in_blocks_is_the_statistics_of_all_tokens_together(seed, rows, first, weighted):
+    hidden, targets = data(seed)
+    weights = normal(seed + 6, 20).abs() if weighted else None
+    root = torch.ones(20, 1, dtype=torch.float64) if weights is None else weights[:, None].sqrt()
+    with pytest.MonkeyPatch.context() as patch, untouched(hidden, targets, weights):
+        patch.setattr(gram_module, "_LEAST_ROWS", rows)
+        patch.setattr(gram_module, "_BLOCK_ROWS", 8)
+        sums = GramAccumulator(7, 4, torch.float64)
+        for part in (slice(0, first), slice(first, 20)):
+            sums.add(hidden[part], targets[part], None if weights is None else weights[part])
+            found = sums.statistics()
+    assert torch.equal(found.gram, found.gram.T)
+    torch.testing.assert_close(found.gram, (hidden * root).T @ (hidden * root), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.cross, (targets * root).T @ (hidden * root), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.hidden_sum, (hidden * root.square()).sum(dim=0), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.target_sum, (targets * root.square()).sum(dim=0), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.target_energy, (targets * root).square().sum(), rtol=1e-12, atol=1e-12)
+    assert found.num_tokens == sums.num_tokens == 20
+
+
+def test_scaling_is_the_statistics_of_scaled_token_weights():
+    hidden, targets = data(2)
+    statistics, weights = gram_statistics(hidden, targets), torch.full((20,), 2.5, dtype=torch.float64)
+    with untouched(*statistics[:-1]):
+        scaled = statistics.scaled(2.5)
+    assert_equal_statistics(scaled, gram_statistics(hidden, targets, weights))
 
 
 @law
