@@ -1,14 +1,14 @@
 """Second moments of one FFN's channels and targets: all that selection, transport and refit need of the data."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from optimum_otprune.errors import NumericalError
+from optimum_otprune.functional.symmetric import add_product, gather, invert, mirror
 
-_BLOCK_ROWS = 8  # in which the upper triangle of a Gram matrix is summed; more save little and make thin products
-_LEAST_ROWS = 256  # of each, below which a product of matrices is not faster than the whole one
 _MAX_DAMPING = 1e-2  # of the mean diagonal; beyond it the matrix is not a Gram matrix
 
 
@@ -108,7 +108,6 @@ class GramAccumulator:
             dtype: Of the sums, and of the batches.
             device: Of the sums, and of the batches.
         """
-        self._rows = max(_LEAST_ROWS, -(-intermediate_size // _BLOCK_ROWS))
         self._gram = torch.zeros(intermediate_size, intermediate_size, dtype=dtype, device=device)
         self._cross = torch.zeros(hidden_size, intermediate_size, dtype=dtype, device=device)
         self._hidden_sum = torch.zeros(intermediate_size, dtype=dtype, device=device)
@@ -127,8 +126,7 @@ class GramAccumulator:
         weighted_hidden, weighted_targets = hidden, targets
         if token_weights is not None:
             weighted_hidden, weighted_targets = hidden * token_weights[:, None], targets * token_weights[:, None]
-        for start, end in self._block_rows():
-            self._gram[start:end, start:].addmm_(hidden[:, start:end].T, weighted_hidden[:, start:])
+        add_product(self._gram, hidden, weighted_hidden)
         self._cross.addmm_(targets.T, weighted_hidden)
         self._hidden_sum += weighted_hidden.sum(dim=0)
         self._target_sum += weighted_targets.sum(dim=0)
@@ -137,20 +135,9 @@ class GramAccumulator:
 
     def statistics(self) -> GramStatistics:
         """The sums so far; the tensors are the accumulator's own, and what is added later shows in them."""
-        n = len(self._gram)
-        for start, end in self._block_rows():
-            for below in range(start, n, self._rows):
-                block = self._gram[start:end, below : below + self._rows]
-                if below == start:
-                    block.copy_(block.triu() + block.triu(1).T)
-                else:
-                    self._gram[below : below + self._rows, start:end] = block.T
+        mirror(self._gram)
         sums = (self._gram, self._cross, self._hidden_sum, self._target_sum, self._target_energy)
         return GramStatistics(*sums, self.num_tokens)
-
-    def _block_rows(self) -> list[tuple[int, int]]:
-        n = len(self._gram)
-        return [(start, min(start + self._rows, n)) for start in range(0, n, self._rows)]
 
 
 def gram_statistics(hidden: Tensor, targets: Tensor, token_weights: Tensor | None = None) -> GramStatistics:
@@ -184,18 +171,59 @@ def damped_cholesky(matrix: Tensor, damping: float, what: str = "the Gram matrix
         NumericalError: If `matrix` is not finite, or not positive definite even with a hundredth of its mean diagonal
             added.
     """
-    if not torch.isfinite(matrix).all():
-        raise NumericalError(f"{what} is NaN or infinite: activations overflowed. Load the model in float32.")
-    scale = matrix.diagonal().mean().clamp_min(torch.finfo(matrix.dtype).tiny)
-    while True:
+    _check_finite(matrix, what)
+    scale = _mean_diagonal(matrix)
+    for share in _dampings(damping, what):
         damped = matrix.clone()
-        damped.diagonal().add_(damping * scale)
+        damped.diagonal().add_(share * scale)
         factor, info = torch.linalg.cholesky_ex(damped)
         if info == 0:
-            return factor
+            break
+    return factor
+
+
+def damped_inverse(matrix: Tensor, channels: Tensor, damping: float, what: str) -> Tensor:
+    """Invert `matrix[channels][:, channels]` with its diagonal damped; takes one float64 matrix and hardly more.
+
+    Args:
+        matrix: `(n, n)`, positive semidefinite.
+        channels: LongTensor `(count,)`.
+        damping: See `damped_cholesky`.
+        what: Named in the error.
+
+    Returns:
+        The upper triangle of the inverse, float64 `(count, count)`.
+
+    Raises:
+        NumericalError: See `damped_cholesky`.
+    """
+    _check_finite(matrix, what)
+    for share in _dampings(damping, what):
+        inverse = gather(matrix, channels, torch.float64)
+        inverse.diagonal().add_(share * _mean_diagonal(inverse))
+        if invert(inverse):
+            break
+    return inverse
+
+
+def _check_finite(matrix: Tensor, what: str) -> None:
+    if not torch.isfinite(matrix).all():
+        raise NumericalError(f"{what} is NaN or infinite: activations overflowed. Load the model in float32.")
+
+
+def _mean_diagonal(matrix: Tensor) -> Tensor:
+    """The unit of damping; 1 for a matrix of zeros."""
+    mean = matrix.diagonal().mean()
+    return torch.where(mean > 0, mean, 1.0)
+
+
+def _dampings(first: float, what: str) -> Iterator[float]:
+    """What to try one after the other, in units of the mean diagonal."""
+    damping = first
+    while damping <= max(first, _MAX_DAMPING):
+        yield damping
         damping = max(10 * damping, 1e-12)
-        if damping > _MAX_DAMPING:
-            raise NumericalError(
-                f"{what} is not positive semidefinite: its Cholesky factorization fails even with {_MAX_DAMPING} of "
-                "the mean diagonal added. Use more calibration tokens, or load the model in float32."
-            )
+    raise NumericalError(
+        f"{what} is not positive semidefinite: its Cholesky factorization fails even with {_MAX_DAMPING} of "
+        "the mean diagonal added. Use more calibration tokens, or load the model in float32."
+    )

@@ -1,17 +1,10 @@
 """Which channels stay: width rounding, top importance, and greedy elimination (OBS)."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from optimum_otprune.errors import ConfigurationError, NumericalError, ShapeError
-from optimum_otprune.functional.gram import damped_cholesky
-
-# Channels removed between two re-scorings are at most 1 in this many of the layer's width; exact below 2 048.
-_OBS_STEPS = 2048
-_OBS_COUPLING = 0.25  # squared partial correlation above which two channels do not go in one batch
-_OBS_DAMPING = 1e-3  # of the mean diagonal of the Gram matrix
+from optimum_otprune.functional.elimination import Elimination, eliminate
 
 
 def kept_width(intermediate_size: int, pruning_ratio: float, multiple_of: int = 1) -> int:
@@ -81,24 +74,12 @@ def top_channels(importance: Tensor, kept_size: int) -> Tensor:
     return order[:kept_size].sort().values
 
 
-class Elimination(NamedTuple):
-    """Channels in the order in which they were removed.
-
-    Attributes:
-        channels: LongTensor `(num_removed,)`.
-        costs: Error that each removal added, float64 `(num_removed,)`; their cumulative sum is the removal curve.
-    """
-
-    channels: Tensor
-    costs: Tensor
-
-
 def obs_elimination(gram: Tensor, down: Tensor, num_removed: int, importance: Tensor | None = None) -> Elimination:
     """Eliminate channels greedily, each time the one whose loss the others can best make up for.
 
     With `G` the Gram matrix of the channels that are left, removing j and refitting the others costs
     `‖w_j‖² / [G⁻¹]_jj`; `G⁻¹` and the down projection are downdated after each removal (Hassibi and Stork, "Optimal
-    Brain Surgeon", 1993, applied to whole columns). Layers wider than 2 048 lose a few channels at a time.
+    Brain Surgeon", 1993, applied to whole columns).
 
     Args:
         gram: `(intermediate_size, intermediate_size)` second moment of the channel activations.
@@ -114,27 +95,7 @@ def obs_elimination(gram: Tensor, down: Tensor, num_removed: int, importance: Te
     if gram.shape != (n, n):
         raise ShapeError(f"The Gram matrix has shape {tuple(gram.shape)}, but `down` has {n} channels: want {(n, n)}.")
     order = torch.arange(n) if importance is None else torch.argsort(importance.cpu(), stable=True)
-    order = order.to(gram.device)
-    gram, columns = gram.double()[order][:, order], down.double()[:, order]
-    inverse = torch.cholesky_inverse(damped_cholesky(gram, _OBS_DAMPING, "the Gram matrix of the channels"))
-    alive = torch.ones(n, dtype=torch.bool, device=gram.device)
-    batch = max(1, n // _OBS_STEPS)
-    channels, costs, left = [], [], num_removed
-    while left > 0:
-        cost = columns.square().sum(dim=0) / inverse.diagonal()  # (intermediate_size,)
-        cost = torch.where(alive, cost, torch.inf)
-        removed = _uncoupled(torch.argsort(cost, stable=True)[: min(2 * batch, left)], inverse, min(batch, left))
-        channels.append(order[removed])
-        costs.append(cost[removed])
-        solved = torch.linalg.solve(inverse[removed][:, removed], inverse[removed])  # (removed, intermediate_size)
-        columns -= columns[:, removed] @ solved
-        inverse -= inverse[:, removed] @ solved
-        alive[removed] = False
-        inverse.diagonal()[~alive] = 1.0  # keeps the quotient above finite; these channels cost infinity anyway
-        left -= len(removed)
-    if not channels:
-        return Elimination(order[:0], gram.new_zeros(0))
-    return Elimination(torch.cat(channels), torch.cat(costs))
+    return eliminate(gram, down, num_removed, order.to(gram.device))
 
 
 def obs_channels(gram: Tensor, down: Tensor, kept_size: int, importance: Tensor | None = None) -> Tensor:
@@ -157,19 +118,3 @@ def obs_channels(gram: Tensor, down: Tensor, kept_size: int, importance: Tensor 
     kept = torch.ones(n, dtype=torch.bool, device=removed.device)
     kept[removed] = False
     return kept.nonzero().flatten()
-
-
-def _uncoupled(candidates: Tensor, inverse: Tensor, wanted: int) -> Tensor:
-    """Return up to `wanted` of the candidates, the cheapest first, none of which makes up for another.
-
-    Of two duplicates each alone costs nothing, but both together cost all that they do.
-    """
-    if wanted == 1:
-        return candidates[:1]
-    block = inverse[candidates][:, candidates]
-    coupling = block.square() / torch.outer(block.diagonal(), block.diagonal())
-    chosen = [0]
-    for index in range(1, len(candidates)):
-        if len(chosen) < wanted and float(coupling[index, chosen].max()) <= _OBS_COUPLING:
-            chosen.append(index)
-    return candidates[chosen]

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optimum_otprune.errors import NumericalError
-from optimum_otprune.functional import gram as gram_module
+from optimum_otprune.functional import symmetric
 from optimum_otprune.functional.gram import GramAccumulator, GramStatistics, damped_cholesky, gram_statistics
 from tests.functional.helpers import law, normal, permutation, seeds, untouched
 
@@ -61,8 +61,7 @@ def test_accumulating_batches_in_blocks_is_the_statistics_of_all_tokens_together
     weights = normal(seed + 6, 20).abs() if weighted else None
     root = torch.ones(20, 1, dtype=torch.float64) if weights is None else weights[:, None].sqrt()
     with pytest.MonkeyPatch.context() as patch, untouched(hidden, targets, weights):
-        patch.setattr(gram_module, "_LEAST_ROWS", rows)
-        patch.setattr(gram_module, "_BLOCK_ROWS", 8)
+        patch.setattr(symmetric, "_LEAST_ROWS", rows)
         sums = GramAccumulator(7, 4, torch.float64)
         for part in (slice(0, first), slice(first, 20)):
             sums.add(hidden[part], targets[part], None if weights is None else weights[part])

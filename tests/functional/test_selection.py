@@ -6,7 +6,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from optimum_otprune.errors import ConfigurationError, NumericalError, ShapeError
-from optimum_otprune.functional import selection
+from optimum_otprune.functional import elimination, selection, symmetric
 from optimum_otprune.functional.gram import gram_statistics
 from optimum_otprune.functional.selection import kept_width, obs_channels, sensible_multiple, top_channels
 from tests.functional.helpers import law, normal, permutation, seeds, untouched
@@ -133,7 +133,7 @@ def refit_error(gram, down, kept):
 
 def greedy(gram, down, kept_size):
     """Remove, each time, the channel without which the others can be refitted best."""
-    damped = gram + selection._OBS_DAMPING * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    damped = gram + elimination._DAMPING * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
     alive = list(range(len(gram)))
     while len(alive) > kept_size:
         errors = {j: refit_error(damped, down, [k for k in alive if k != j]) for j in alive}
@@ -205,22 +205,66 @@ def test_of_exact_duplicates_one_stays(seed):
     assert is_one_of_each_pair(obs_channels(gram, down, 6))
 
 
-def test_a_pair_of_duplicates_never_goes_in_one_batch(monkeypatch):
-    monkeypatch.setattr(selection, "_OBS_STEPS", 6)  # 12 channels: as a layer of 4 096 is treated, two at a time
+def wide_layer(kind, seed, n=150, d=43):
+    """Hidden activations and down projection of a layer on which greedy elimination is tried in blocks."""
+    hidden = normal(seed, 60 if kind == "few tokens" else 3 * n, n)
+    if kind == "correlated":
+        hidden = hidden @ (normal(seed + 1, n, 20) @ normal(seed + 2, 20, n) / 10 + 0.2 * torch.eye(n).double())
+    if kind == "duplicates":
+        hidden = hidden[:, : n // 2].repeat_interleave(2, dim=1)
+    if kind == "dead":
+        hidden[:, permutation(seed, n)[:40]] = 0
+    return hidden, normal(seed + 3, d, n)
+
+
+def one_by_one(gram, down, count):
+    """Greedy elimination by its formulas, a whole matrix at a time."""
+    inverse = torch.linalg.inv(gram + elimination._DAMPING * gram.diagonal().mean() * torch.eye(len(gram)).double())
+    removed, costs, down = [], [], down.clone()
+    for _ in range(count):
+        cost = down.square().sum(dim=0) / inverse.diagonal()
+        cost[removed] = torch.inf
+        worst = int(cost.argmin())
+        removed.append(worst)
+        costs.append(float(cost[worst]))
+        row = inverse[worst] / inverse[worst, worst]
+        down -= torch.outer(down[:, worst], row)
+        inverse -= torch.outer(inverse[worst], row)
+        inverse[removed, removed] = 1.0
+    return removed, costs
+
+
+@pytest.mark.parametrize("kind", ["random", "correlated", "duplicates", "dead", "few tokens"])
+@pytest.mark.parametrize(("block", "rows", "dead"), [(1, 16, 0.0), (7, 16, 1 / 16), (16, 150, 0.5), (64, 32, 1.0)])
+def test_blocks_remove_what_one_at_a_time_removes(monkeypatch, kind, block, rows, dead):
+    monkeypatch.setattr(elimination, "_BLOCK", block)
+    monkeypatch.setattr(elimination, "_MOST_DEAD", dead)
+    monkeypatch.setattr(symmetric, "_LEAST_ROWS", rows)
+    monkeypatch.setattr(symmetric, "_PIVOTS", block + 3)
+    hidden, down = wide_layer(kind, block)
+    gram = hidden.T @ hidden
+    with untouched(gram, down):
+        found = selection.obs_elimination(gram, down, 150)
+    channels, costs = one_by_one(gram, down, 150)
+    assert sorted(found.channels.tolist()) == list(range(150))
+    scale = float(((down @ gram) * down).sum())
+    torch.testing.assert_close(found.costs, torch.tensor(costs).double(), rtol=1e-6, atol=1e-9 * scale)
+    damped = gram + elimination._DAMPING * gram.diagonal().mean() * torch.eye(150).double()
+    for kept_size in (10, 75, 120):
+        mine, theirs = (
+            refit_error(damped, down, sorted(part[150 - kept_size :])) for part in (found.channels.tolist(), channels)
+        )
+        assert mine <= theirs * (1 + 1e-6) + 1e-9 * scale
+
+
+def test_one_of_every_pair_of_duplicates_is_left_when_blocks_hold_both(monkeypatch):
+    monkeypatch.setattr(elimination, "_BLOCK", 5)
     hidden, gram, down = duplicates(0)
     kept = obs_channels(gram, down, 6)
     assert is_one_of_each_pair(kept)
     targets = hidden @ down.T
     refitted = torch.linalg.lstsq(hidden[:, kept], targets).solution
     torch.testing.assert_close(hidden[:, kept] @ refitted, targets, rtol=1e-8, atol=1e-8)
-
-
-@pytest.mark.parametrize("kept_size", [3, 4])  # a whole number of batches, and one that is cut short
-def test_batches_of_independent_channels_remove_the_same_as_one_at_a_time(monkeypatch, kept_size):
-    gram = torch.diag(torch.arange(1.0, 10.0).double())
-    down = torch.ones(2, 9, dtype=torch.float64)
-    monkeypatch.setattr(selection, "_OBS_STEPS", 3)
-    assert obs_channels(gram, down, kept_size).tolist() == list(range(9 - kept_size, 9))
 
 
 @pytest.mark.parametrize("kept_size", [1, 4, 8])
@@ -282,12 +326,12 @@ def test_the_costs_of_elimination_add_up_to_the_error_of_the_best_refit():
     hidden = torch.randn(60, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     down = torch.randn(3, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     gram = hidden.T @ hidden
-    elimination = selection.obs_elimination(gram, down, 4)
-    damped = gram + selection._OBS_DAMPING * gram.diagonal().mean() * torch.eye(7, dtype=torch.float64)
-    kept = torch.tensor([channel for channel in range(7) if channel not in elimination.channels])
+    found = selection.obs_elimination(gram, down, 4)
+    damped = gram + elimination._DAMPING * gram.diagonal().mean() * torch.eye(7, dtype=torch.float64)
+    kept = torch.tensor([channel for channel in range(7) if channel not in found.channels])
     refit = down @ damped[:, kept] @ torch.linalg.inv(damped[kept][:, kept])
     error = down - refit @ torch.eye(7, dtype=torch.float64)[kept]
-    torch.testing.assert_close(elimination.costs.sum(), ((error @ damped) * error).sum())
+    torch.testing.assert_close(found.costs.sum(), ((error @ damped) * error).sum())
     assert sorted(kept.tolist()) == selection.obs_channels(gram, down, 3).tolist()
 
 

@@ -1,0 +1,115 @@
+"""Large symmetric matrices of which only the upper triangle is computed, in block rows and in place.
+
+Entries below the diagonal are not kept up to date until `mirror` is called.
+"""
+
+import torch
+from torch import Tensor
+
+_BLOCK_ROWS = 8  # more save little and make thin products
+_LEAST_ROWS = 128  # of each; thinner products are not faster than one over the whole matrix
+_PIVOTS = 128  # eliminated together in an inversion
+
+
+def block_rows(size: int) -> list[tuple[int, int]]:
+    """First row, and row behind the last, of each block row.
+
+    Example:
+        >>> block_rows(300)
+        [(0, 128), (128, 256), (256, 300)]
+    """
+    rows = max(_LEAST_ROWS, -(-size // _BLOCK_ROWS))
+    return [(start, min(start + rows, size)) for start in range(0, size, rows)]
+
+
+def add_product(matrix: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0) -> None:
+    """Add `alpha · leftᵀ right`, which must be symmetric, to the upper triangle in place: 56 % of the work.
+
+    Args:
+        matrix: `(size, size)`.
+        left: `(rank, size)`.
+        right: `(rank, size)`.
+        alpha: A factor.
+    """
+    for start, end in block_rows(len(matrix)):
+        matrix[start:end, start:].addmm_(left[:, start:end].T, right[:, start:], alpha=alpha)
+
+
+def mirror(matrix: Tensor) -> None:
+    """Copy the upper triangle to the lower one."""
+    blocks = block_rows(len(matrix))
+    for start, end in blocks:
+        block = matrix[start:end, start:end]
+        block.copy_(block.triu() + block.triu(1).T)
+        for below, bottom in blocks:
+            if below > start:
+                matrix[below:bottom, start:end] = matrix[start:end, below:bottom].T
+
+
+def row(matrix: Tensor, index: int) -> Tensor:
+    """Return one row `(size,)`, read from the upper triangle."""
+    return torch.cat([matrix[:index, index], matrix[index, index:]])
+
+
+def gather(matrix: Tensor, channels: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the upper triangle of `matrix[channels][:, channels]`, with hardly more memory than it takes.
+
+    Args:
+        matrix: `(size, size)`, the whole of it.
+        channels: LongTensor `(count,)`.
+        dtype: Of the result.
+    """
+    count = len(channels)
+    gathered = torch.empty(count, count, dtype=dtype, device=matrix.device)
+    for start, end in block_rows(count):
+        gathered[start:end, start:] = matrix[channels[start:end]][:, channels[start:]]
+    return gathered
+
+
+def compact(matrix: Tensor, channels: Tensor) -> Tensor:
+    """Move some rows and columns to the front, in place.
+
+    Args:
+        matrix: `(size, size)`, its upper triangle.
+        channels: LongTensor `(count,)`, sorted.
+
+    Returns:
+        The view `matrix[:count, :count]`: the upper triangle of `matrix[channels][:, channels]`.
+    """
+    count = len(channels)
+    for start, end in block_rows(count):  # a row is never written before it was read: channels[i] >= i
+        matrix[start:end, start:count] = matrix[channels[start:end]][:, channels[start:]]
+    return matrix[:count, :count]
+
+
+def invert(matrix: Tensor) -> bool:
+    """Invert a positive definite matrix in place, upper triangle in, upper triangle out.
+
+    Blocks of rows are swept one after the other (Gauss and Jordan), each by one product of matrices over the whole
+    triangle: as many operations as Cholesky factorization and inversion, without a second matrix.
+
+    Args:
+        matrix: `(size, size)`, its upper triangle.
+
+    Returns:
+        Whether the matrix was positive definite; where not, what is left in it is of no use.
+    """
+    size = len(matrix)
+    for start in range(0, size, _PIVOTS):
+        end = min(start + _PIVOTS, size)
+        pivots = matrix[start:end, start:end]
+        factor, info = torch.linalg.cholesky_ex(pivots.mT, upper=False)  # reads the lower triangle of the transpose
+        if info != 0:
+            return False
+        panel = matrix.new_zeros(end - start, size)
+        panel[:, :start] = matrix[:start, start:end].T
+        panel[:, end:] = matrix[start:end, end:]
+        panel = torch.linalg.solve_triangular(factor, panel, upper=False)
+        add_product(matrix, panel, panel, alpha=-1.0)
+        panel = torch.linalg.solve_triangular(factor.mT, panel, upper=True)
+        matrix[:start, start:end] = panel[:, :start].T
+        matrix[start:end, end:] = panel[:, end:]
+        pivots.copy_(-torch.cholesky_inverse(factor))
+    for start, end in block_rows(size):
+        matrix[start:end, start:].neg_()
+    return True
