@@ -15,6 +15,7 @@ from optimum_otprune.architectures.remote_code import MODELING_FILE, modeling_co
 from optimum_otprune.architectures.spec import find_spec
 from optimum_otprune.card import model_card
 from optimum_otprune.configuration import OTPruningConfig
+from optimum_otprune.devices import is_offloaded
 from optimum_otprune.errors import OutputError
 from optimum_otprune.manifest import CARD_FILE, write_manifest
 from optimum_otprune.plots import PLOT_FILE, can_plot, save_rescue_plot
@@ -22,6 +23,7 @@ from optimum_otprune.report import REPORT_FILE, PruningReport
 from optimum_otprune.state import sync
 
 _SPACE_MARGIN = 1.1
+_SHARDS, _LEAST_SHARD = 20, 100 * 10**6  # of a model with offloaded weights
 
 
 def check_output_folder(folder: Path, overwrite: bool, needed_bytes: int = 0) -> None:
@@ -107,6 +109,13 @@ def weight_bytes(model: PreTrainedModel) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
+def shard_size(model: PreTrainedModel, wanted: int | str | None) -> int | str:
+    """Return what `max_shard_size` is by default: a shard of offloaded weights is loaded as a whole to be written."""
+    if wanted is not None:
+        return wanted
+    return max(_LEAST_SHARD, weight_bytes(model) // _SHARDS) if is_offloaded(model) else "5GB"
+
+
 def save_checkpoint(
     folder: Path,
     model: PreTrainedModel,
@@ -114,7 +123,7 @@ def save_checkpoint(
     config: OTPruningConfig,
     report: PruningReport | None,
     overwrite: bool,
-    max_shard_size: int | str,
+    max_shard_size: int | str | None,
 ) -> Path:
     """Write everything into a hidden sibling folder, then rename it.
 
@@ -124,7 +133,7 @@ def save_checkpoint(
     check_output_folder(folder, overwrite, weight_bytes(model))
     with _writing(folder) as partial:
         _make_generation_config_valid(model)
-        _save_model(model, partial, max_shard_size)
+        _save_model(model, partial, shard_size(model, max_shard_size))
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         config.save_pretrained(partial)

@@ -7,6 +7,7 @@ import torch
 from accelerate.utils import align_module_device, has_offloaded_params
 from accelerate.utils.offload import OffloadedWeightsLoader, PrefixedDataset, offload_weight
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 
 def execution_device(module: nn.Module) -> torch.device:
@@ -55,6 +56,16 @@ def replace_parameter(module: nn.Module, name: str, value: Tensor) -> None:
     else:
         value = value.to(like.device).contiguous()
     module._parameters[name] = nn.Parameter(value, requires_grad=like.requires_grad)
+
+
+def is_spread(model: PreTrainedModel) -> bool:
+    """Return whether a model's weights are on several devices, or partly offloaded to main memory or disk."""
+    return len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1 or is_offloaded(model)
+
+
+def is_offloaded(model: PreTrainedModel) -> bool:
+    """Return whether weights are loaded each time a module runs."""
+    return any(has_offloaded_params(module) for module in model.modules())
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from optimum_otprune import processes
 from optimum_otprune.architectures.block import FFNBlock
 from optimum_otprune.errors import NumericalError
 from optimum_otprune.functional.importance import WeightScores
@@ -58,6 +59,7 @@ def gradient_scores(
     model.eval()
     objectives = {"snip": LOSS, "fo": SINGULAR_VALUES}
     walk = ReversePass(model, blocks, tokens, batch_size, list(objectives.values()), spill, progress)
+    num_batches = processes.summed(len(walk.batches))
     found = {}
     for block, batches in walk.blocks():
         sums: dict[str, dict[str, Tensor]] = {name: {} for name in objectives}
@@ -67,7 +69,7 @@ def gradient_scores(
                     product = gradient.float().T @ batch.inputs[projection].float()  # (out_features, in_features)
                     total = sums[name].get(projection)
                     sums[name][projection] = product if total is None else total.add_(product)
-        scores = GradientScores(**{name: _scores(block, sums[name], len(walk.batches)) for name in objectives})
+        scores = GradientScores(**{name: _scores(block, sums[name], num_batches) for name in objectives})
         found[block.layer] = store(scores, spill)
     model.train(was_training)
     return StoredList(found[block.layer] for block in blocks)
@@ -78,7 +80,7 @@ def _scores(block: FFNBlock, sums: dict[str, Tensor], num_batches: int) -> Weigh
     weights = block.read()
     result: dict[str, Tensor | None] = {"gate": None}
     for name, total in sums.items():
-        score = getattr(weights, name).float() * total / num_batches
+        score = getattr(weights, name).float() * processes.summed(total) / num_batches
         if not torch.isfinite(score).all():
             raise NumericalError(
                 f"Layer {block.layer}: the gradient of `{name}` is NaN or infinite. Load the model in float32."
@@ -120,6 +122,7 @@ def gradient_moments(
             rows = batch.gradients[LOSS]["down"].double()
             rows = rows * len(rows)  # the loss is a mean over the batch's tokens
             total = total.to(rows.device) + rows.T @ rows
+        total = processes.summed(total)
         if not torch.isfinite(total).all():
             raise NumericalError(
                 f"Layer {block.layer}: the gradient by the FFN's output is NaN or infinite. Load the model in float32."

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from optimum_otprune import processes
 from optimum_otprune.architectures.block import FFNBlock
 from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.errors import NumericalError
@@ -157,7 +158,7 @@ class LayerData(NamedTuple):
         exact, activation = dense.map(Tensor.float), block.activation
         token_weights = torch.ones(len(is_heldout))
         if config.token_weighting == "residual":
-            token_weights = residual_token_weights(stream.energies(block), is_heldout)
+            token_weights = _weights_among_all(stream.energies(block), is_heldout)
         elif correction:
             stream.follow_dense(block)
         n, d, device = dense.intermediate_size, dense.hidden_size, dense.up.device
@@ -179,8 +180,7 @@ class LayerData(NamedTuple):
                 chosen = chosen if isinstance(chosen, slice) else chosen.to(device)
                 sums[heldout].add(hidden[chosen], targets[chosen], counts)
             start += len(hidden)
-        statistics = LayerStatistics(*(sums[heldout].statistics() for heldout in (False, True)))
-        _check_finite(statistics)
+        statistics = _all_statistics(sums)
         kept = corrections if keeps_corrections else None
         return cls(exact, activation, inputs, kept, is_heldout, token_weights, statistics)
 
@@ -235,12 +235,22 @@ def _sides(is_heldout: Tensor) -> Iterator[tuple[bool, Tensor | slice]]:
     yield True, is_heldout
 
 
-def _check_finite(statistics: LayerStatistics) -> None:
+def _weights_among_all(energy: Tensor, is_heldout: Tensor) -> Tensor:
+    """Token weights of this process's tokens, among those of all processes."""
+    parts = processes.gathered(energy)
+    weights = residual_token_weights(torch.cat(parts), torch.cat(processes.gathered(is_heldout)))
+    return weights.split([len(part) for part in parts])[processes.rank()]
+
+
+def _all_statistics(sums: dict[bool, GramAccumulator]) -> LayerStatistics:
+    """Of the tokens of all processes."""
+    statistics = LayerStatistics(*(processes.summed(sums[heldout].statistics()) for heldout in (False, True)))
     if not all(torch.isfinite(part.gram).all() and torch.isfinite(part.cross).all() for part in statistics):
         raise NumericalError(
             "the channel activations are NaN or infinite on the calibration data. The weights are damaged, or the "
             "model's dtype overflowed: load it in float32."
         )
+    return statistics
 
 
 def remeasured_statistics(data: LayerData, compressed: FFNWeights) -> LayerStatistics:
@@ -260,9 +270,7 @@ def remeasured_statistics(data: LayerData, compressed: FFNWeights) -> LayerStati
         hidden = channel_activations(compressed, batch.inputs, data.activation)
         for heldout, chosen in _sides(batch.is_heldout):
             sums[heldout].add(hidden[chosen], batch.targets[chosen], batch.weights[chosen])
-    statistics = LayerStatistics(*(sums[heldout].statistics() for heldout in (False, True)))
-    _check_finite(statistics)
-    return statistics
+    return _all_statistics(sums)
 
 
 def token_sets(data: LayerData) -> tuple[TokenSet, TokenSet]:
@@ -313,7 +321,7 @@ def measure_rescue(data: LayerData, compressed: Sequence[FFNWeights], kept_chann
                     kept_channels=kept_channels,
                 )
             )
-    return [pooled(found) for found in energies]
+    return [processes.summed(pooled(found)) for found in energies]
 
 
 def _is_selection(weights: FFNWeights, selected: FFNWeights) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from optimum_otprune import processes
 from optimum_otprune.block_runner import input_device
 from optimum_otprune.errors import NumericalError
 
@@ -72,7 +73,8 @@ def evaluate_perplexity(
     model.eval()
     device = input_device(model)
     metric = TokenPerplexity(keep_in_memory=True)
-    batches = tokens.split(batch_size)
+    batches = tokens[processes.share(len(tokens), 1)].split(batch_size)
+    found = []
     for batch in tqdm(batches, desc="Evaluating", unit="batch", disable=not progress):
         logits = model(input_ids=batch.to(device), use_cache=False).logits
         log_probabilities = torch.log_softmax(logits[:, :-1].float(), dim=-1)  # (windows, seqlen − 1, vocab_size)
@@ -82,7 +84,9 @@ def evaluate_perplexity(
             raise NumericalError(
                 "The model's log-likelihoods are NaN: its weights are damaged or its dtype overflowed."
             )
-        metric.add_batch(predictions=nll.tolist(), references=[targets.shape[1]] * len(targets))
+        found += nll.tolist()
+    predictions = [nll for part in processes.gathered(found) for nll in part]
+    metric.add_batch(predictions=predictions, references=[tokens.shape[1] - 1] * len(tokens))
     return {
         **metric.compute(),
         "num_windows": len(tokens),

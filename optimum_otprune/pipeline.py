@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PreTrainedModel
 
+from optimum_otprune import processes
 from optimum_otprune.architectures.block import FFNBlock, native_intercept
 from optimum_otprune.architectures.remote_code import modeling_code
 from optimum_otprune.architectures.resize import finish_resize
@@ -23,7 +24,7 @@ from optimum_otprune.errors import ConfigurationError, OTPruneError
 from optimum_otprune.functional.compensation import refit_down
 from optimum_otprune.functional.ffn import FFNWeights, check_weights
 from optimum_otprune.functional.metric import error_metric
-from optimum_otprune.functional.reconstruction import ReconstructionSettings, reconstruct
+from optimum_otprune.functional.reconstruction import ReconstructionSettings, Share, reconstruct
 from optimum_otprune.functional.rescue import RescueEnergies, dilution_ratio, relative_error, rescue_ratio
 from optimum_otprune.gradients import GradientScores, gradient_moments, gradient_scores
 from optimum_otprune.layer_data import (
@@ -140,11 +141,13 @@ def _prune_layers(
     """All layers in order, each on what those below it, pruned now or before, produce."""
     correction = (recipe.config.target_correction or 0.0) if blocks[0].spec.residual else 0.0
     tracks = correction > 0
-    stream = CalibrationStream(model, blocks, prepared.tokens, settings.batch_size, tracks, spill)
+    own = processes.share(len(prepared.tokens), 1)
+    stream = CalibrationStream(model, blocks, prepared.tokens[own], settings.batch_size, tracks, spill)
     prune_layer = partial(
         _prune_layer,
         stream=stream,
         prepared=prepared,
+        is_heldout=prepared.is_heldout.view(prepared.tokens.shape)[own].flatten(),
         recipe=recipe,
         correction=correction,
         can_hold_intercept=can_hold_intercept,
@@ -162,7 +165,7 @@ def _prune_layers(
                 dense = block.read()
                 finished = store.finished(block.layer, dense, width)
                 if finished is None:
-                    finished = prune_layer(block, dense, width)
+                    finished = processes.from_main(prune_layer(block, dense, width))
                     store.save(finished)
                 else:
                     stream.follow_dense(block)
@@ -188,13 +191,14 @@ def _prune_layer(
     width: int,
     stream: CalibrationStream,
     prepared: Prepared,
+    is_heldout: Tensor,
     recipe: Recipe,
     correction: float,
     can_hold_intercept: bool,
 ) -> FinishedLayer:
     """One layer, on what the pruned layers below it produce; the block stays as it is."""
     config = recipe.config
-    data = LayerData.of(block, dense, stream, prepared.is_heldout, config, correction)
+    data = LayerData.of(block, dense, stream, is_heldout, config, correction)
     inputs = _layer_inputs(block, dense, data, prepared.scores, recipe, can_hold_intercept)
     compression = compress(inputs, recipe, width)
     refitted = compression.judged
@@ -205,6 +209,11 @@ def _prune_layer(
 
 def _is_weighted(config: OTPruningConfig) -> bool:
     return bool(config.reconstruction_steps) and config.error_weighting == "gradient"
+
+
+def needs_dense_gradients(recipe: Recipe) -> bool:
+    """Return whether gradients through the dense model are asked for."""
+    return recipe.needs_gradients or _is_weighted(recipe.config) or recipe.config.allocation == "adaptive"
 
 
 def _prepare(
@@ -219,16 +228,21 @@ def _prepare(
     config = recipe.config
     is_heldout = heldout_mask(tokens.shape[0], tokens.shape[1], config.holdout_share, config.seed)
     scores = moments = None
+    own = processes.share(len(tokens), config.score_batch_size if needs_dense_gradients(recipe) else 1)
+    passes = (config.score_batch_size, settings.progress, spill)
     if recipe.needs_gradients:
-        scores = gradient_scores(model, blocks, tokens, config.score_batch_size, settings.progress, spill)
+        scores = gradient_scores(model, blocks, tokens[own], *passes)
     if _is_weighted(config) or config.allocation == "adaptive":
-        moments = gradient_moments(model, blocks, tokens, config.score_batch_size, settings.progress, spill)
+        moments = gradient_moments(model, blocks, tokens[own], *passes)
         if config.allocation == "adaptive":
-            stream = CalibrationStream(model, blocks, tokens, settings.batch_size, track_dense=False, spill=spill)
-            widths = adaptive_widths(blocks, widths, config, stream, is_heldout, moments, settings.progress)
+            stream = CalibrationStream(model, blocks, tokens[own], settings.batch_size, track_dense=False, spill=spill)
+            mask = is_heldout.view(tokens.shape)[own].flatten()
+            widths = adaptive_widths(blocks, widths, config, stream, mask, moments, settings.progress)
     if config.self_calibration:
-        written = self_calibration_tokens(
-            model, tokens, config.self_calibration, config.score_batch_size, config.seed, settings.progress
+        written = processes.from_main(
+            self_calibration_tokens(
+                model, tokens, config.self_calibration, config.score_batch_size, config.seed, settings.progress
+            )
         )
         tokens = torch.cat([tokens, written])
         is_heldout = torch.cat([is_heldout, torch.zeros(written.numel(), dtype=torch.bool)])
@@ -283,8 +297,10 @@ def _reconstructed(
     settings = ReconstructionSettings(config.reconstruction_steps, batch_tokens=config.reconstruction_batch_tokens)
     metric = None if moments is None else error_metric(moments[block.layer].to(block.device))
     sets = token_sets(data)
+    counts = processes.gathered(len(sets[0].inputs))
+    share = Share(sum(counts[: processes.rank()]), sum(counts), processes.summed)
     with torch.enable_grad():
-        result = reconstruct(like.map(Tensor.float), *sets, block.activation, settings, generator, metric)
+        result = reconstruct(like.map(Tensor.float), *sets, block.activation, settings, generator, metric, share)
     if result.best_step == 0:
         return compression
     weights, judged = _refitted_once_more(result.weights, data)

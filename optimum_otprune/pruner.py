@@ -300,7 +300,7 @@ class OTPruner(HubMixin):
         save_directory: str | os.PathLike,
         *,
         overwrite: bool = False,
-        max_shard_size: int | str = "5GB",
+        max_shard_size: int | str | None = None,
         push_to_hub: bool = False,
         repo_id: str | None = None,
         **push_options: Any,
@@ -310,7 +310,7 @@ class OTPruner(HubMixin):
         Args:
             save_directory: Must not exist, or be empty, unless `overwrite`.
             overwrite: Replace a folder that is not empty.
-            max_shard_size: Of one safetensors file.
+            max_shard_size: Of one safetensors file; default: 5 GB, or a twentieth of a model with offloaded weights.
             push_to_hub: Also push the folder; whether that will be allowed is checked before saving.
             repo_id: Where to; default: the folder's name, under the token's own user.
             **push_options: `private`, `token`, `revision`, `create_pr`, `commit_message`, `deadline`, as for
@@ -334,7 +334,7 @@ class OTPruner(HubMixin):
         push_saved(folder, name, **options)
         return folder
 
-    def _save_for_good(self, folder: Path, overwrite: bool, max_shard_size: int | str) -> Path:
+    def _save_for_good(self, folder: Path, overwrite: bool, max_shard_size: int | str | None) -> Path:
         """Save, after which the state of the run is not needed any more."""
         self._save(folder, overwrite, max_shard_size)
         if self._unsaved_state is not None:
@@ -342,7 +342,7 @@ class OTPruner(HubMixin):
             self._unsaved_state = None
         return folder
 
-    def _save(self, folder: Path, overwrite: bool, max_shard_size: int | str) -> Path:
+    def _save(self, folder: Path, overwrite: bool, max_shard_size: int | str | None) -> Path:
         return save_checkpoint(folder, self.model, self.tokenizer, self.config, self.report, overwrite, max_shard_size)
 
 

@@ -9,11 +9,11 @@ from accelerate import cpu_offload
 from transformers import AutoModelForCausalLM
 
 from optimum_otprune.architectures.block import ffn_blocks
+from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.devices import execution_device, read_parameter, replace_parameter
 from optimum_otprune.errors import NumericalError
 from optimum_otprune.functional.gram import gram_statistics
 from optimum_otprune.gradients import gradient_moments, gradient_scores
-from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.layer_data import LayerData, heldout_mask, residual_token_weights
 from optimum_otprune.perplexity import TokenPerplexity, evaluate_perplexity
 from optimum_otprune.streaming import CalibrationStream

@@ -11,6 +11,7 @@ from optimum_otprune.errors import NumericalError, ShapeError
 from optimum_otprune.functional.ffn import FFNWeights
 from optimum_otprune.registry import ACTIVATIONS, Registry
 
+_BLOCK_ROWS = 512
 _CHANCE_LEVEL = 6.0  # gains below about this many times ln(n) / T in squared correlation are taken for chance
 
 
@@ -57,20 +58,26 @@ def activation_cost(inputs: CostInputs, kept_channels: Tensor) -> TransportCost:
     """
     if inputs.gram is None:
         raise ShapeError("The cost 'activation' needs the Gram matrix of the channel activations; give `gram`.")
-    gram = inputs.gram.double()
-    n = gram.shape[0]
-    energy = gram.diagonal()
-    cross = gram[:, kept_channels]  # (intermediate_size, kept_size)
+    gram = inputs.gram
+    n, m = gram.shape[0], len(kept_channels)
+    tiny = torch.finfo(torch.float64).tiny
+    energy = gram.diagonal().double()
     kept_energy = energy[kept_channels]
-    gain = torch.where(kept_energy > 0, cross / kept_energy.clamp_min(torch.finfo(gram.dtype).tiny), 0.0)
-    explained = gain * cross
-    correlation = explained / energy.clamp_min(torch.finfo(gram.dtype).tiny)[:, None]  # squared
-    chance = _CHANCE_LEVEL * math.log(max(n, 2)) / max(inputs.num_tokens, 1)
-    left = (1 - correlation).clamp_min(0)
-    shrink = (1 - chance * left / correlation.clamp_min(torch.finfo(gram.dtype).tiny)).clamp_min(0)
     norms = inputs.weights.down.double().square().sum(dim=0)  # (intermediate_size,)
-    matrix = norms[:, None] * (energy[:, None] - explained).clamp_min(0)
-    return TransportCost(matrix, gain * shrink)
+    chance = _CHANCE_LEVEL * math.log(max(n, 2)) / max(inputs.num_tokens, 1)
+    matrix = torch.empty(n, m, dtype=torch.float64, device=gram.device)
+    gain = torch.empty_like(matrix)
+    for start in range(0, n, _BLOCK_ROWS):  # whole matrices in between would be six more of this size
+        rows = slice(start, start + _BLOCK_ROWS)
+        cross = gram[rows][:, kept_channels].double()  # (rows, kept_size)
+        best = torch.where(kept_energy > 0, cross / kept_energy.clamp_min(tiny), 0.0)
+        explained = best * cross
+        correlation = explained / energy[rows].clamp_min(tiny)[:, None]  # squared
+        left = (1 - correlation).clamp_min(0)
+        shrink = (1 - chance * left / correlation.clamp_min(tiny)).clamp_min(0)
+        matrix[rows] = norms[rows][:, None] * (energy[rows][:, None] - explained).clamp_min(0)
+        gain[rows] = best * shrink
+    return TransportCost(matrix, gain)
 
 
 def channel_vectors(weights: FFNWeights) -> Tensor:

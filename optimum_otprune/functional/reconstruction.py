@@ -50,6 +50,20 @@ class ReconstructionSettings(NamedTuple):
     mixed_precision: bool | None = None
 
 
+class Share(NamedTuple):
+    """Which of the tokens are here, where several processes train the same FFN together.
+
+    Attributes:
+        start: Number of the first of the fitted tokens that is here.
+        total: Fitted tokens of all processes.
+        summed: Sums a tensor over all processes.
+    """
+
+    start: int
+    total: int
+    summed: Callable[[Tensor], Tensor]
+
+
 class Reconstruction(NamedTuple):
     """What came of it.
 
@@ -68,7 +82,11 @@ class Reconstruction(NamedTuple):
 
 @torch.no_grad()
 def output_error(
-    weights: FFNWeights, tokens: TokenSet, activation: Callable[[Tensor], Tensor], metric: Tensor | None = None
+    weights: FFNWeights,
+    tokens: TokenSet,
+    activation: Callable[[Tensor], Tensor],
+    metric: Tensor | None = None,
+    summed: Callable[[Tensor], Tensor] | None = None,
 ) -> float:
     """Weighted mean of the tokens' squared output errors, summed in float64 over blocks of tokens.
 
@@ -77,13 +95,16 @@ def output_error(
         tokens: Inputs, targets and weights.
         activation: Elementwise.
         metric: Applied to the errors before they are squared, `(hidden_size, hidden_size)`; None is the identity.
+        summed: See `Share`.
     """
     total = 0.0
     for block in zip(*(part.split(_BLOCK) for part in tokens)):
         inputs, targets, counts = (part.to(weights.up.device) for part in block)
         errors = _squared_errors(ffn_forward(weights, inputs, activation), targets, metric)
         total += float((errors * counts).double().sum())
-    return total / float(tokens.weights.double().sum())
+    sums = torch.tensor([total, float(tokens.weights.double().sum())], dtype=torch.float64)
+    error, count = (sums if summed is None else summed(sums)).tolist()
+    return error / count
 
 
 def _squared_errors(outputs: Tensor, targets: Tensor, metric: Tensor | None) -> Tensor:
@@ -99,6 +120,7 @@ def reconstruct(
     settings: ReconstructionSettings,
     generator: torch.Generator | None = None,
     metric: Tensor | None = None,
+    share: Share | None = None,
 ) -> Reconstruction:
     """Train all projections of an FFN on its output error.
 
@@ -113,6 +135,7 @@ def reconstruct(
         settings: How long and how fast.
         generator: Of the minibatches, on the CPU.
         metric: See `output_error`.
+        share: Of the tokens, where other processes have more of them; all of them take the same steps.
 
     Returns:
         The best weights on the held-out tokens, and their error.
@@ -120,7 +143,9 @@ def reconstruct(
     Raises:
         NumericalError: If the error of the start is not finite.
     """
-    best = Reconstruction(weights, *2 * (output_error(weights, heldout, activation, metric),), best_step=0)
+    share = share or Share(0, len(fit.inputs), lambda tensor: tensor)
+    before = output_error(weights, heldout, activation, metric, share.summed)
+    best = Reconstruction(weights, before, before, best_step=0)
     if not math.isfinite(best.heldout_error_before):
         raise NumericalError("the FFN's held-out error is NaN or infinite before reconstruction.")
     scaled = _ScaledWeights(weights)
@@ -128,24 +153,28 @@ def reconstruct(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, settings.learning_rate, total_steps=settings.steps + 1, pct_start=_WARM_UP, cycle_momentum=False
     )
-    energy = (fit.targets.square().sum(dim=1) * fit.weights).mean().clamp_min(torch.finfo(fit.targets.dtype).tiny)
-    energy = energy.to(weights.up.device)
+    energy = share.summed((fit.targets.square().sum(dim=1) * fit.weights).sum()) / share.total
+    energy = energy.clamp_min(torch.finfo(fit.targets.dtype).tiny).to(weights.up.device)
     every = max(1, settings.steps // _CHECKS)
     device = weights.up.device
     is_mixed = device.type == "cuda" if settings.mixed_precision is None else settings.mixed_precision
     for step in range(1, settings.steps + 1):
-        chosen = torch.randint(len(fit.inputs), (settings.batch_tokens,), generator=generator)
+        chosen = torch.randint(share.total, (settings.batch_tokens,), generator=generator) - share.start
+        chosen = chosen[(chosen >= 0) & (chosen < len(fit.inputs))]
         inputs, targets, counts = (part[chosen.to(part.device)].to(device) for part in fit)
         with torch.autocast(device.type, torch.bfloat16, enabled=is_mixed):
             outputs = ffn_forward(scaled.weights(), inputs, activation).float()
-        error = (_squared_errors(outputs, targets, metric) * counts).mean()
+        error = (_squared_errors(outputs, targets, metric) * counts).sum() / settings.batch_tokens
         optimizer.zero_grad()
         (error / energy).backward()
+        for parameter in scaled.parameters:
+            assert parameter.grad is not None
+            parameter.grad = share.summed(parameter.grad)
         optimizer.step()
         schedule.step()
         if step % every == 0 or step == settings.steps:
             current = scaled.weights().map(Tensor.detach)
-            after = output_error(current, heldout, activation, metric)
+            after = output_error(current, heldout, activation, metric, share.summed)
             if after < best.heldout_error_after:
                 best = Reconstruction(current, best.heldout_error_before, after, step)
     return best

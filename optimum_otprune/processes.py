@@ -1,0 +1,145 @@
+"""Several processes, each with the whole model and a part of the calibration samples. A door to accelerate.
+
+Started by `accelerate launch` (or torchrun). What is summed over tokens is summed over processes too; everything else
+each process does for itself, and the first one's result counts. In a run of one process nothing here does anything.
+"""
+
+import os
+from typing import Any, TypeVar
+
+import torch
+from accelerate import PartialState
+from torch import Tensor, distributed
+from transformers import PreTrainedModel
+
+from optimum_otprune.devices import is_spread
+from optimum_otprune.errors import CalibrationDataError, ConfigurationError
+from optimum_otprune.spill import mapped
+
+Value = TypeVar("Value")
+
+_ENGINES = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_FSDP": "FSDP"}
+
+
+def count() -> int:
+    """Processes of this run."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if not distributed.is_initialized() else distributed.get_world_size()
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return _state().process_index if count() > 1 else 0
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes and speaks."""
+    return rank() == 0
+
+
+def own_device() -> torch.device | None:
+    """The accelerator of this process; None in a run of one process, or without accelerators."""
+    if count() == 1 or _state().device.type == "cpu":
+        return None
+    return _state().device
+
+
+def check_launch() -> None:
+    """Raise where the processes were started in a way that cuts the weights themselves into pieces.
+
+    Raises:
+        ConfigurationError: Says what to use instead.
+    """
+    for variable, engine in _ENGINES.items():
+        if os.environ.get(variable, "false").lower() in ("true", "1"):
+            raise ConfigurationError(
+                f"{engine} cuts every weight matrix into pieces, of which none can be pruned alone. Use one process "
+                "with device_map='auto' for a model larger than a device, or plain `accelerate launch` (multi-GPU or "
+                "multi-CPU) for several processes with a whole model each."
+            )
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Raise where several processes were started for a model that is spread or offloaded.
+
+    Raises:
+        ConfigurationError: Says what to use instead.
+    """
+    check_launch()
+    if count() > 1 and is_spread(model):
+        raise ConfigurationError(
+            f"The model is spread over devices or offloaded, but {count()} processes were started: each needs a whole "
+            "model on one device. Use one process with device_map='auto', or several without a device map."
+        )
+
+
+def share(num_samples: int, batch_size: int) -> slice:
+    """Return which samples are this process's: whole batches, in order, about as many for each.
+
+    Args:
+        num_samples: Of all processes together.
+        batch_size: Samples that must stay together.
+
+    Raises:
+        CalibrationDataError: If there are fewer batches than processes.
+    """
+    num_batches = -(-num_samples // batch_size)
+    if num_batches < count():
+        raise CalibrationDataError(
+            f"{num_samples} samples in batches of {batch_size} cannot be split between {count()} processes. Give more "
+            "samples, a smaller `score_batch_size`, or start fewer processes."
+        )
+    bounds = [min(num_samples, index * num_batches // count() * batch_size) for index in (rank(), rank() + 1)]
+    return slice(*bounds)
+
+
+def summed(value: Value) -> Value:
+    """Return the sum over all processes of a tensor, or of a named tuple of tensors and numbers, entry by entry."""
+    if count() == 1:
+        return value
+    return mapped(value, _summed)
+
+
+def _summed(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        total = value.to(_state().device, copy=True)
+        distributed.all_reduce(total)
+        return total.to(value.device)
+    total = torch.tensor([value], dtype=torch.float64 if isinstance(value, float) else torch.int64)
+    return type(value)(_summed(total).item())
+
+
+def gathered(value: Value) -> list[Value]:
+    """Return what each process has, in the order of processes."""
+    if count() == 1:
+        return [value]
+    _state()
+    found: list[Any] = [None] * count()
+    distributed.all_gather_object(found, value)
+    return found
+
+
+def from_main(value: Value) -> Value:
+    """Return what the main process has; tensors come back on the device that the own ones are on."""
+    if count() == 1:
+        return value
+    return mapped(value, _from_main)
+
+
+def _from_main(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        sent = value.to(_state().device, copy=True).contiguous()
+        distributed.broadcast(sent, src=0)
+        return sent.to(value.device)
+    objects = [value]
+    distributed.broadcast_object_list(objects, src=0)
+    return objects[0]
+
+
+def wait() -> None:
+    """Return when all processes are here."""
+    if count() > 1:
+        _state().wait_for_everyone()
+
+
+def _state() -> PartialState:
+    return PartialState()
