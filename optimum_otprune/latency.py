@@ -28,16 +28,16 @@ def forward_seconds(model: PreTrainedModel, shape: tuple[int, int]) -> float:
     ids = torch.zeros(shape, dtype=torch.long, device=input_device(model))
     seconds = []
     for _ in range(_WARM_UP + _REPEATS):
-        _wait()
+        wait_for_device()
         start = time.perf_counter()
         model(input_ids=ids, use_cache=False)
-        _wait()
+        wait_for_device()
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[_WARM_UP:])
 
 
-def _wait() -> None:
-    """An accelerator works on while Python goes on."""
+def wait_for_device() -> None:
+    """Return when the accelerator has finished, if there is one: it works on while Python goes on."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
 
@@ -69,7 +69,7 @@ def width_for_latency(
     def seconds(kept: int) -> float:
         with unchanged(model, blocks):
             for block in blocks if kept < width else []:
-                block.install(_first_channels(block.read(), kept))
+                block.install(first_channels(block.read(), kept))
             return measure(model)
 
     dense = seconds(width)
@@ -94,5 +94,11 @@ def width_for_latency(
     return fits * multiple_of
 
 
-def _first_channels(weights: FFNWeights, kept: int) -> FFNWeights:
+def first_channels(weights: FFNWeights, kept: int) -> FFNWeights:
+    """Return an FFN of a smaller width, for speed only: its channels are just cut off.
+
+    Args:
+        weights: The FFN.
+        kept: Channels of the result.
+    """
     return weights.select(torch.arange(kept, device=weights.up.device))

@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 from optimum_otprune.card import needs_remote_code
 from optimum_otprune.checkpoint import check_output_file, check_output_folder, save_text, weight_bytes
 from optimum_otprune.commands.arguments import config_options, loading_options, state_folder
+from optimum_otprune.commands.benchmark import run_benchmark
 from optimum_otprune.commands.demo import run_demo
 from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.errors import ConfigurationError, IntegrityError, ReportError, UsageError
@@ -147,6 +148,12 @@ def evaluate(args: argparse.Namespace) -> None:
         args.data, batch_size=args.batch_size, max_windows=args.max_windows, progress=not args.quiet
     )
     print(f"Perplexity: {metrics['perplexity']:.2f} ({_protocol(metrics)})")
+
+
+def benchmark(args: argparse.Namespace) -> None:
+    """Compare the speed of two models."""
+    _speak(args.quiet)
+    run_benchmark(args)
 
 
 def report(args: argparse.Namespace) -> None:

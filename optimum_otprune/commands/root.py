@@ -8,6 +8,7 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from optimum_otprune.commands.arguments import (
     DATA_HELP,
+    add_benchmark_options,
     add_config_options,
     add_debug_option,
     add_model_options,
@@ -127,6 +128,15 @@ class EvaluateCommand(_Command):
         add_run_options(parser)
 
 
+class BenchmarkCommand(_Command):
+    """`otprune benchmark`."""
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        """Options."""
+        add_benchmark_options(parser)
+
+
 class ReportCommand(_Command):
     """`otprune report`."""
 
@@ -208,6 +218,7 @@ class OTPruneCommand(BaseOptimumCLICommand):
         CommandInfo("prune", "Prune a model and save it.", PruneCommand),
         CommandInfo("tune", "Search for a better configuration and write it to a file.", TuneCommand),
         CommandInfo("evaluate", "Measure the perplexity of a model, pruned or not.", EvaluateCommand),
+        CommandInfo("benchmark", "Compare speed and memory of a dense and a pruned model.", BenchmarkCommand),
         CommandInfo("report", "Print what pruning did to a saved model.", ReportCommand),
         CommandInfo("card", "Make the model card of a saved model again.", CardCommand),
         CommandInfo("push", "Push a saved model to the Hub, in one commit.", PushCommand),
