@@ -73,16 +73,21 @@ def rows(quick: bool, device: str = "cpu", dtype: str = "float32", repeats: int 
             )
         )
     odd = dense // 2 - 27
-    (comparison,) = measure(model, odd, settings)
-    found.append(
-        Row(f"prefill speed-up, {dense} -> {odd} (a multiple of 1)", comparison.prefill_speedup, "x", "", None)
-    )
+    (comparison,) = compare(cut_copy(model, odd), cut_copy(model, dense // 2), settings)
+    name = f"time of prefill with {odd} channels, in units of that with {dense // 2}"
+    found.append(Row(name, comparison.prefill_speedup, "", "", None))
     return found
 
 
 def _share_row(comparison: Comparison, dense: int, width: int) -> Row:
-    name = f"prefill, {dense} -> {width}: {comparison.prefill_speedup:.2f} x of {comparison.promised_speedup:.2f} x promised"
-    return Row(name, comparison.share_reached, "", f">= {TARGET}", comparison.share_reached >= TARGET)
+    measured = f"{comparison.prefill_speedup:.2f} x of {comparison.promised_speedup:.2f} x promised"
+    return Row(
+        f"prefill, {dense} -> {width}: {measured}",
+        comparison.share_reached,
+        "",
+        f">= {TARGET}",
+        comparison.share_reached >= TARGET,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from optimum_otprune.architectures.block import FFNBlock, ffn_blocks
+from optimum_otprune.calibration import ModelLimits
 from optimum_otprune.errors import UsageError
 from optimum_otprune.flops import forward_flops
 from optimum_otprune.functional.selection import kept_width
@@ -228,11 +229,11 @@ def _measure(
 ) -> dict[str, Speed]:
     """All models at one shape: each round runs all of them, every second round in reverse order."""
     generator = torch.Generator().manual_seed(0)
-    vocabulary = min(model.get_input_embeddings().num_embeddings for model in models.values())  # type: ignore[union-attr]
-    ids = torch.randint(int(vocabulary), (batch_size, seqlen), generator=generator)  # type: ignore[arg-type]
+    vocabulary = min(ModelLimits.of(model).vocab_size for model in models.values())
+    ids = torch.randint(vocabulary, (batch_size, seqlen), generator=generator)
     runs: dict[str, list[_Run]] = {name: [] for name in models}
     for number in range(settings.warm_up + settings.repeats):
-        names = list(models) if number % 2 == 0 else list(reversed(models))
+        names = list(models) if number % 2 == 0 else list(reversed(list(models)))
         for name in names:
             run = _generate(models[name], ids, settings.new_tokens)
             if number >= settings.warm_up:
@@ -255,7 +256,7 @@ def _generate(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> _Run:
     last_only = {"logits_to_keep": 1} if _keeps_logits(model) else {}
     cache: Any = DynamicCache(config=model.config)
     before = _start_of_peak(device)
-    times = []
+    times: list[float] = []
     wait_for_device()
     start = time.perf_counter()
     for _ in range(max(1, new_tokens)):
@@ -276,7 +277,7 @@ def _generate(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> _Run:
 
 
 def _start_of_peak(device: torch.device) -> int | None:
-    """Bytes in use at the start of a measurement, other models' included; None where there is no record of the peak."""
+    """Bytes in use at the start, other models' included; None where there is no record of the peak."""
     if device.type != "cuda":
         return None
     torch.cuda.reset_peak_memory_stats(device)
@@ -310,5 +311,5 @@ def _weight_bytes(model: PreTrainedModel) -> int:
 
 
 def _cache_bytes(cache: DynamicCache) -> int:
-    parts = [part for layer in cache.layers for part in (layer.keys, layer.values) if part is not None]
-    return sum(part.numel() * part.element_size() for part in parts)
+    parts = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+    return sum(part.numel() * part.element_size() for part in parts if part is not None)

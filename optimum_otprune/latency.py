@@ -36,6 +36,29 @@ def forward_seconds(model: PreTrainedModel, shape: tuple[int, int]) -> float:
     return statistics.median(seconds[_WARM_UP:])
 
 
+@torch.no_grad()
+def matmul_rate(device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int], seconds: float) -> float:
+    """Return how many floating-point operations a second a matrix product reaches, at best.
+
+    Args:
+        device: To measure on.
+        dtype: Of the matrices.
+        shape: `(rows, inner, columns)`: a `(rows, inner)` by an `(inner, columns)` matrix.
+        seconds: To measure for.
+    """
+    rows, inner, columns = shape
+    left = torch.ones(rows, inner, device=device, dtype=dtype)
+    right = torch.ones(inner, columns, device=device, dtype=dtype)
+    least, end = float("inf"), time.perf_counter() + seconds
+    while least == float("inf") or time.perf_counter() < end:
+        wait_for_device()
+        start = time.perf_counter()
+        left @ right
+        wait_for_device()
+        least = min(least, time.perf_counter() - start)
+    return 2 * rows * inner * columns / least
+
+
 def wait_for_device() -> None:
     """Return when the accelerator has finished, if there is one: it works on while Python goes on."""
     if torch.accelerator.is_available():

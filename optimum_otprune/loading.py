@@ -8,10 +8,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from optimum_otprune.base_card import read_base_card
@@ -92,6 +100,42 @@ def load_checkpoint(name: str, options: Mapping[str, Any]) -> Checkpoint:
         None if report_file is None else PruningReport.load(report_file),
         _base_card(name, hub),
     )
+
+
+def load_skeleton(name: str, options: Mapping[str, Any]) -> tuple[PreTrainedModel, bool | None]:
+    """Build a model from its configuration alone, on the meta device: it has shapes, but no weights.
+
+    Args:
+        name: Hub id or local folder.
+        options: Of loading, as `OTPruner.from_pretrained` has them; `dtype="auto"` is the configuration's.
+
+    Returns:
+        The model, and whether a tokenizer lies beside it: None for a Hub id, where only `config.json` is read.
+
+    Raises:
+        ModelLoadError: If the configuration cannot be found or read.
+    """
+    _check_source(name)
+    hub = {option: options[option] for option in _HUB_OPTIONS if options[option] is not None}
+    remote = {"trust_remote_code": bool(options["trust_remote_code"])}
+    with _loading(name):
+        config = AutoConfig.from_pretrained(name, **hub, **remote)
+        dtype = _dtype(options["dtype"], config)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **remote)
+    folder = Path(name)
+    has_tokenizer = any((folder / file).is_file() for file in TOKENIZER_FILES) if folder.is_dir() else None
+    return model, has_tokenizer
+
+
+def _dtype(asked: Any, config: PreTrainedConfig) -> torch.dtype:
+    if isinstance(asked, torch.dtype):
+        return asked
+    named = getattr(config, "dtype", None) if asked in (None, "auto") else asked
+    dtype = named if isinstance(named, torch.dtype) else getattr(torch, str(named or "float32"), None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{named!r} is no data type of torch, such as 'bfloat16'")
+    return dtype
 
 
 def hub_id(name: str | None) -> str | None:

@@ -15,28 +15,17 @@ from optimum_otprune.calibration import ModelLimits, TokenData, TokenSource, cal
 from optimum_otprune.checkpoint import save_checkpoint, weight_bytes
 from optimum_otprune.compression import Recipe
 from optimum_otprune.configuration import OTPruningConfig
-from optimum_otprune.errors import ConfigurationError
 from optimum_otprune.loading import hub_id, load_checkpoint
+from optimum_otprune.loading_options import LOADING_DEFAULTS, as_config, check_loading_options, refuse_loading_options
 from optimum_otprune.perplexity import evaluate_perplexity
 from optimum_otprune.pipeline import PassSettings, prune_model
+from optimum_otprune.plan import PruningPlan
+from optimum_otprune.planning import plan_pruning
 from optimum_otprune.report import PruningReport, versions
 from optimum_otprune.resume import forget, resumable, run_fingerprint
 from optimum_otprune.sharing import HubMixin, check_push, checked_push_options, push_saved, refuse_push_options
 from optimum_otprune.trials import TuningResult, TuningSettings, check_positive
 from optimum_otprune.tuning import tune_model
-
-_LOADING_DEFAULTS = {
-    "dtype": "auto",
-    "device_map": None,
-    "max_memory": None,
-    "offload_folder": None,
-    "revision": None,
-    "token": None,
-    "cache_dir": None,
-    "local_files_only": False,
-    "trust_remote_code": False,
-    "verify": False,
-}
 
 
 class OTPruner(HubMixin):
@@ -116,10 +105,10 @@ class OTPruner(HubMixin):
             UnsupportedModelError: If it has no known FFN, or is quantized.
             ConfigurationError: If `config` is not valid.
         """
-        options = {name: value for name, value in locals().items() if name in _LOADING_DEFAULTS}
-        given = None if config is None else _as_config(config, options)
+        options = {name: value for name, value in locals().items() if name in LOADING_DEFAULTS}
+        given = None if config is None else as_config(config, options)
         if isinstance(model_name_or_path, PreTrainedModel):
-            _refuse_loading_options(options)
+            refuse_loading_options(options)
             ffn_blocks(model_name_or_path)
             return cls(model_name_or_path, given, tokenizer, base_model=hub_id(model_name_or_path.name_or_path))
         loaded = load_checkpoint(str(model_name_or_path), options)
@@ -129,12 +118,43 @@ class OTPruner(HubMixin):
         base_card = loaded.report.base_card if loaded.report else loaded.base_card
         return cls(loaded.model, given or loaded.config, tokenizer or loaded.tokenizer, report, base_model, base_card)
 
+    @classmethod
+    def plan(
+        cls,
+        model_name_or_path: str | os.PathLike | PreTrainedModel,
+        config: OTPruningConfig | Mapping[str, Any] | str | os.PathLike | None = None,
+        calibration_data: TokenSource | None = None,
+        *,
+        batch_size: int = 8,
+        max_hidden_memory: int = 4_000_000_000,
+        **loading: Any,
+    ) -> PruningPlan:
+        """Say in seconds what `prune` would do and take: widths, sizes, memory on each device, time.
+
+        Of a Hub id only `config.json` is read; no weights are, and nothing is written. Memory and time are rough.
+
+        Args:
+            model_name_or_path: As for `from_pretrained`.
+            config: As for `from_pretrained`; default: all defaults.
+            calibration_data: As for `prune`.
+            batch_size: As for `prune`.
+            max_hidden_memory: Bytes of hidden states in main memory; what is more is spilled to disk.
+            **loading: Options of `from_pretrained`, such as `dtype`, `device_map` and `max_memory`.
+
+        Raises:
+            OTPruneError: Whatever loading and `prune` would raise before the work starts, but for damaged weights.
+        """
+        check_positive(batch_size=batch_size, max_hidden_memory=max_hidden_memory)
+        options = check_loading_options(loading)
+        if isinstance(model_name_or_path, PreTrainedModel):
+            refuse_loading_options(options)
+        given = OTPruningConfig() if config is None else as_config(config, options)
+        return plan_pruning(model_name_or_path, given, options, calibration_data, batch_size, max_hidden_memory)
+
     @property
     def limits(self) -> ModelLimits:
         """Vocabulary and positions of the model."""
-        embeddings = self.model.get_input_embeddings()
-        positions = getattr(self.model.config, "max_position_embeddings", None)
-        return ModelLimits(embeddings.num_embeddings, positions)  # type: ignore[union-attr, arg-type]
+        return ModelLimits.of(self.model)
 
     def prune(
         self,
@@ -344,26 +364,3 @@ class OTPruner(HubMixin):
 
     def _save(self, folder: Path, overwrite: bool, max_shard_size: int | str) -> Path:
         return save_checkpoint(folder, self.model, self.tokenizer, self.config, self.report, overwrite, max_shard_size)
-
-
-def _as_config(config: Any, options: Mapping[str, Any]) -> OTPruningConfig:
-    if isinstance(config, OTPruningConfig):
-        return config
-    if isinstance(config, Mapping):
-        return OTPruningConfig.from_dict(config)
-    if isinstance(config, (str, os.PathLike)):
-        where = {name: options[name] for name in ("revision", "token", "cache_dir", "local_files_only")}
-        return OTPruningConfig.from_pretrained(str(config), **where)
-    raise ConfigurationError(
-        f"`config` is a {type(config).__name__}; want an OTPruningConfig, a dictionary, or where one is saved."
-    )
-
-
-def _refuse_loading_options(options: Mapping[str, Any]) -> None:
-    given = [name for name, value in options.items() if value != _LOADING_DEFAULTS[name]]
-    if given:
-        names = ", ".join(f"`{name}`" for name in given)
-        raise ConfigurationError(
-            f"A model in memory was given, so there is nothing to load with {names}. "
-            "Leave them out, or give a name or folder."
-        )

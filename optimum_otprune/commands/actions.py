@@ -42,17 +42,29 @@ def prune(args: argparse.Namespace) -> None:
     config = _config(args)
     output = Path(args.output)
     state = state_folder(args)
-    is_saved = state is not None and not args.overwrite and _was_saved(args.model, output, state, config)
+    is_new = args.overwrite or args.dry_run
+    is_saved = state is not None and not is_new and _was_saved(args.model, output, state, config)
     if not is_saved:
         check_output_folder(output, args.overwrite)
     target = {"private": args.private or None, "token": args.token}
     repo_id = None if args.push_to_hub is None else check_hub_access(args.push_to_hub, **target)
+    if args.dry_run:
+        _dry_run(args, config, output)
+        return
     if is_saved:
         print(f"{output} is complete already; what was left of the run is removed.")
     else:
         _prune_and_save(args, config, output, state)
     if repo_id is not None:
         _tell_push(push_saved(output, repo_id, **target))
+
+
+def _dry_run(args: argparse.Namespace, config: OTPruningConfig, output: Path) -> None:
+    plan = OTPruner.plan(
+        args.model, config, args.calibration_data, batch_size=args.batch_size, **loading_options(args)
+    )
+    check_output_folder(output, args.overwrite, plan.bytes_after)
+    print(plan)
 
 
 def _was_saved(model: str, output: Path, state: Path, config: OTPruningConfig) -> bool:

@@ -55,7 +55,11 @@ def run_benchmark(args: argparse.Namespace) -> None:
     check_settings({"dense": dense, "pruned": pruned}, settings)
     widths = widths_by_multiple(*blocks, args.multiple_of)
     models = {"dense": _describe(dense, blocks[0]), "pruned": _describe(pruned, blocks[1])}
-    where = {"device": device_name(device), "threads": torch.get_num_threads(), "dtype": str(dense.dtype)}
+    where: dict[str, Any] = {
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "dtype": str(dense.dtype),
+    }
     print(
         f"{where['device']}, {where['threads']} threads, {where['dtype'].removeprefix('torch.')}; medians of ", end=""
     )
@@ -173,14 +177,13 @@ def _measure_multiples(
     dense: PreTrainedModel, widths: Mapping[int, int], settings: BenchmarkSettings
 ) -> list[dict[str, Any]]:
     """The dense model cut to each width, against the dense model; one width is measured once."""
-    found = []
+    found: list[dict[str, Any]] = []
     for width in dict.fromkeys(widths.values()):
         multiples = [multiple for multiple, of_this in widths.items() if of_this == width]
         comparisons = compare(dense, cut_copy(dense, width), settings)
         if not found:
-            print(
-                f"\n{'multiple':>14} {'width':>7} {'batch':>5} {'prompt':>6} {'prefill':>8} {'promised':>8} {'decode':>8}"
-            )
+            print(f"\n{'multiple':>14} {'width':>7} {'batch':>5} {'prompt':>6} ", end="")
+            print(f"{'prefill':>8} {'promised':>8} {'decode':>8}")
         for comparison in comparisons:
             decode = "–" if comparison.decode_speedup is None else f"{comparison.decode_speedup:.2f} ×"
             print(

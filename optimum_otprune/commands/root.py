@@ -73,6 +73,11 @@ class PruneCommand(_Command):
         )
         parser.add_argument("--private", action="store_true", help="make that repository private if it is new")
         parser.add_argument("--calibration-data", metavar="DATA", help=DATA_HELP)
+        parser.add_argument(
+            "--dry-run",
+            action="store_true",
+            help="print in seconds what would be done, with expected memory and time; no weights are read",
+        )
         parser.add_argument("--eval", action="store_true", help="measure perplexity before and after")
         parser.add_argument("--eval-data", metavar="DATA", help=f"what to measure it on: {DATA_HELP}")
         add_resume_option(parser)
