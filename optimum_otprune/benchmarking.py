@@ -7,7 +7,6 @@ is the time to the first token; decode is greedy generation of the tokens that f
 import copy
 import inspect
 import itertools
-import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -97,13 +96,13 @@ class Comparison(NamedTuple):
         return self.prefill_speedup / self.promised_speedup
 
     @property
-    def share_of_time_saved(self) -> float:
-        """Time that the prefill saves as a share of what the removed operations promise to save; nan if they are none.
+    def share_of_time_saved(self) -> float | None:
+        """Time that the prefill saves as a share of what the removed operations promise; None if there are none.
 
         The stricter of the two: a model that became no faster reaches 0.
         """
         promised = 1 - 1 / self.promised_speedup
-        return (1 - 1 / self.prefill_speedup) / promised if promised else math.nan
+        return (1 - 1 / self.prefill_speedup) / promised if promised else None
 
     @property
     def decode_speedup(self) -> float | None:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from transformers import BertConfig, BertLMHeadModel
+from transformers import BertConfig, BertLMHeadModel, Qwen2Config
 
 from optimum_otprune import OTPruner, OTPruningConfig
 from optimum_otprune.commands.main import main
@@ -23,7 +23,6 @@ from optimum_otprune.expectations import (
     score_bytes,
     working_bytes,
 )
-from tests.conftest import make_llama
 
 HALF = {"pruning_ratio": 0.5, "multiple_of": 1, "quality": "fast", "intercept": "never"}
 
@@ -44,8 +43,8 @@ def uses(plan, device):
     "changes",
     [
         {},
-        {"skip_layers": [1]},
-        {"layer_ratios": {0: 0.25}, "non_uniform_format": "per_layer_config"},
+        {"layer_ratios": {1: 0.25}},
+        {"skip_layers": [1], "layer_ratios": {0: 0.25}, "non_uniform_format": "per_layer_config"},
         {"pruning_ratio": None, "target_parameters": "22k", "intercept": "auto"},
         {"pruning_ratio": 0.0},
     ],
@@ -162,14 +161,9 @@ def test_texts_longer_than_the_models_positions_are_refused(llama_folder):
 
 
 def test_a_model_that_cannot_hold_an_intercept_is_refused(tmp_path, tokens):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    Qwen2Config(vocab_size=64, max_position_embeddings=40, **sizes).save_pretrained(tmp_path / "qwen")
     with pytest.raises(ConfigurationError, match="needs an output bias"):
-        config = make_llama().config
-        config.model_type = "llama"
-        from transformers import Qwen2Config
-
-        Qwen2Config(
-            hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64
-        ).save_pretrained(tmp_path / "qwen")
         OTPruner.plan(tmp_path / "qwen", {"method": "flap", "multiple_of": 1}, tokens)
 
 

@@ -162,10 +162,11 @@ def _print_ratios(comparisons: Sequence[Comparison]) -> None:
     )
     for comparison in comparisons:
         decode = "–" if comparison.decode_speedup is None else f"{comparison.decode_speedup:.2f} ×"
+        saved = "–" if comparison.share_of_time_saved is None else f"{comparison.share_of_time_saved:.1%}"
         print(
             f"{comparison.batch_size:>5} {comparison.seqlen:>6} {comparison.prefill_speedup:>6.2f} × "
             f"{comparison.promised_speedup:>6.2f} × {comparison.share_reached:>8.1%} "
-            f"{comparison.share_of_time_saved:>10.1%} {decode:>8}"
+            f"{saved:>10} {decode:>8}"
         )
     print(
         "Speed-ups, pruned against dense. Promised: by operations of FFN, attention and head. Reached: share of that"
