@@ -36,13 +36,18 @@ def test_the_quickstart_saves_a_model(tmp_path):
     assert "256 channels a layer" in run(EXAMPLES / "quickstart.py", "out", cwd=tmp_path)
 
 
-def test_a_model_larger_than_the_memory_given_is_pruned_and_saved(tmp_path):
-    planned = run(EXAMPLES / "multi_gpu.py", "--plan-only", "--max-memory", "0=4MB", "1=4MB", "cpu=1GB", cwd=tmp_path)
+def test_a_model_larger_than_the_memory_given_is_pruned_and_saved(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.chdir(tmp_path)
+    import multi_gpu
+
+    multi_gpu.main(["--plan-only", "--max-memory", "0=4MB", "1=4MB", "cpu=1GB"])
+    planned = capsys.readouterr().out
     assert "cuda:0: " in planned
     assert "cuda:1: " in planned
     assert list(tmp_path.iterdir()) == []
-    printed = run(EXAMPLES / "multi_gpu.py", cwd=tmp_path)
-    assert "disk: " in printed
+    multi_gpu.main([])
+    assert "disk: " in capsys.readouterr().out
     assert (tmp_path / "pruned" / "model.safetensors").is_file()
 
 
