@@ -36,6 +36,7 @@ def test_the_quickstart_saves_a_model(tmp_path):
     assert "256 channels a layer" in run(EXAMPLES / "quickstart.py", "out", cwd=tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")
 def test_a_model_larger_than_the_memory_given_is_pruned_and_saved(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     monkeypatch.chdir(tmp_path)
