@@ -7,7 +7,7 @@ BENCH_READY = $(VENV)/.bench-ready
 # Two processes that use all cores slow each other down many times over; the tests run one thread each.
 WORKERS ?= 2
 
-.PHONY: demo test test-slow quality style bench bench-quality bench-calibration cards clean
+.PHONY: demo test test-slow quality style bench bench-quality bench-calibration bench-gpu cards clean
 
 demo: $(READY)
 	$(BIN)/otprune demo
@@ -41,6 +41,10 @@ bench-quality: $(BENCH_READY)
 # The same for the number of calibration tokens.
 bench-calibration: $(BENCH_READY)
 	$(BIN)/python benchmarks/short_calibration.py $(DATA) --output benchmarks/results/$(NAME)-calibration.json $(BENCH_ARGS)
+
+# Pruning of Llama-3-shaped random models on a GPU; BENCH_ARGS adds options (see benchmarks/gpu.py --help).
+bench-gpu: $(READY)
+	$(BIN)/python benchmarks/gpu.py $(BENCH_ARGS)
 
 bench: bench-quality
 

@@ -8,9 +8,16 @@ from optimum_otprune.documentation import documentation_texts
 TEXTS = documentation_texts("train")[:60]
 
 
+def demo_folder() -> str:
+    return str(files("optimum_otprune") / "demo_model")
+
+
+def demo_config(**options) -> OTPruningConfig:
+    return OTPruningConfig(pruning_ratio=0.5, multiple_of=32, seqlen=128, num_samples=16, **options)
+
+
 def demo_pruner(**options) -> OTPruner:
-    config = OTPruningConfig(pruning_ratio=0.5, multiple_of=32, seqlen=128, num_samples=16, **options)
-    return OTPruner.from_pretrained(str(files("optimum_otprune") / "demo_model"), config, dtype="float32")
+    return OTPruner.from_pretrained(demo_folder(), demo_config(**options), dtype="float32")
 
 
 def show(title: str, pruner: OTPruner) -> None:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from optimum_otprune.architectures.spec import FFNSpec, register_architecture
     from optimum_otprune.configuration import OTPruningConfig
     from optimum_otprune.errors import OTPruneError
+    from optimum_otprune.plan import PruningPlan
     from optimum_otprune.pruner import OTPruner
     from optimum_otprune.report import LayerReport, PruningReport
 
@@ -21,6 +22,7 @@ _HOMES = {
     "OTPruneError": "errors",
     "OTPruner": "pruner",
     "OTPruningConfig": "configuration",
+    "PruningPlan": "plan",
     "PruningReport": "report",
     "register_architecture": "architectures.spec",
 }
@@ -31,6 +33,7 @@ __all__ = [
     "OTPruneError",
     "OTPruner",
     "OTPruningConfig",
+    "PruningPlan",
     "PruningReport",
     "__version__",
     "register_architecture",

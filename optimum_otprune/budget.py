@@ -118,8 +118,8 @@ def _footprint(
         fixed += _header_bytes(tensors, added=3 * len(blocks) if with_biases else 0)
     per_channel = 0
     for block in blocks:
-        now = _channel_cost(block, unit)
-        added_once, added_each = _added_biases(block, unit) if with_biases else (0, 0)
+        now = channel_cost(block, unit)
+        added_once, added_each = added_biases(block, unit) if with_biases else (0, 0)
         # What is there of the channels now is taken off; biases that come are on top.
         fixed += added_once - now * block.intermediate_size
         if block.layer in decided:
@@ -129,8 +129,13 @@ def _footprint(
     return Footprint(fixed, per_channel)
 
 
-def _channel_cost(block: FFNBlock, unit: str) -> int:
-    """Of one channel of one layer."""
+def channel_cost(block: FFNBlock, unit: str) -> int:
+    """Return the parameters, or bytes, of one channel of one layer.
+
+    Args:
+        block: The layer.
+        unit: `"parameters"` or `"bytes"`.
+    """
     cost = 0
     for name in ("gate", "up", "down"):
         weight = getattr(block.projection(name), "weight", None)
@@ -146,8 +151,13 @@ def _cost(tensor: Tensor, unit: str) -> int:
     return tensor.element_size() if unit == "bytes" else 1
 
 
-def _added_biases(block: FFNBlock, unit: str) -> tuple[int, int]:
-    """What zero biases cost that an FFN may gain: once, and for each channel."""
+def added_biases(block: FFNBlock, unit: str) -> tuple[int, int]:
+    """Return what zero biases cost that an FFN may gain: once, and for each channel.
+
+    Args:
+        block: The layer.
+        unit: `"parameters"` or `"bytes"`.
+    """
     once = each = 0
     for name in ("gate", "up", "down"):
         module = block.projection(name)

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.errors import CalibrationDataError
@@ -22,6 +22,10 @@ TokenSource: TypeAlias = str | os.PathLike | Sequence[str] | datasets.Dataset | 
 
 DEFAULT_SEQLEN = 2048
 _TOKEN_SUFFIXES = (".npy", ".safetensors", ".pt", ".pth")
+_NO_TOKENIZER = (
+    "This model has no tokenizer, so text cannot be used. Give token ids of shape (num_samples, seqlen), or a "
+    "tokenizer."
+)
 _JSON_SUFFIXES = (".jsonl", ".json")
 _TEXT_SUFFIXES = (".txt", ".text", ".md", ".raw", ".tokens", *_JSON_SUFFIXES)
 
@@ -53,6 +57,22 @@ class TokenData(NamedTuple):
         return sum(sample.numpy().tobytes() in others for sample in self.tokens.long().cpu())
 
 
+class ExpectedSamples(NamedTuple):
+    """How many calibration tokens there will be.
+
+    Attributes:
+        num_samples: Samples; of text at most so many.
+        seqlen: Tokens of each.
+        source: As in `TokenData`.
+        is_exact: Whether that was read, rather than concluded from the configuration.
+    """
+
+    num_samples: int
+    seqlen: int
+    source: str
+    is_exact: bool
+
+
 class ModelLimits(NamedTuple):
     """What a model accepts.
 
@@ -63,6 +83,12 @@ class ModelLimits(NamedTuple):
 
     vocab_size: int
     max_positions: int | None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "ModelLimits":
+        """Those of a model, read from its embeddings and configuration."""
+        embeddings = model.get_input_embeddings()
+        return cls(embeddings.num_embeddings, getattr(model.config, "max_position_embeddings", None))  # type: ignore
 
     def seqlen(self, config: OTPruningConfig) -> int:
         """Tokens per window: the configuration's, or 2 048 or the model's positions, whichever is less."""
@@ -98,6 +124,37 @@ def calibration_tokens(
         chosen = torch.randperm(len(windows), generator=generator)[: config.num_samples].sort().values
         tokens = windows[chosen]
     return TokenData(_checked(tokens, limits), source)
+
+
+def expected_samples(
+    data: TokenSource | None, config: OTPruningConfig, limits: ModelLimits, has_tokenizer: bool | None
+) -> ExpectedSamples:
+    """Say what `calibration_tokens` would return, without downloading or tokenizing anything; token ids are read.
+
+    Args:
+        data: As for `calibration_tokens`.
+        config: Names dataset, number and length of samples.
+        limits: Of the model.
+        has_tokenizer: None if that is not known.
+
+    Raises:
+        CalibrationDataError: If the data are known to be of no use: not there, of the wrong kind, or too long.
+    """
+    if isinstance(data, (np.ndarray, Tensor)) or _is_token_file(data):
+        read = calibration_tokens(data, config, None, limits)
+        num_samples, seqlen = read.tokens.shape
+        return ExpectedSamples(num_samples, seqlen, read.source, is_exact=True)
+    if data is None:
+        source = config.dataset
+    elif isinstance(data, (str, os.PathLike)):
+        source = _kind_of_name(data)
+    else:
+        source = _texts(data, config, config.calibration_split)[1]
+    if has_tokenizer is False:
+        raise CalibrationDataError(_NO_TOKENIZER)
+    seqlen = limits.seqlen(config)
+    _check_seqlen(seqlen, limits)
+    return ExpectedSamples(config.num_samples, seqlen, source, is_exact=False)
 
 
 def evaluation_tokens(
@@ -139,14 +196,9 @@ def _checked(tokens: Tensor, limits: ModelLimits) -> Tensor:
         raise CalibrationDataError(
             f"Token ids have shape {tuple(tokens.shape)}; want (num_samples, seqlen), at least one sample."
         )
-    seqlen = tokens.shape[1]
-    if seqlen < 2:
+    if tokens.shape[1] < 2:
         raise CalibrationDataError("Samples of one token predict nothing: give sequences of at least 2 tokens.")
-    if limits.max_positions is not None and seqlen > limits.max_positions:
-        raise CalibrationDataError(
-            f"Sequences have {seqlen} tokens, but the model has only {limits.max_positions} positions. Cut them, or "
-            f"set `seqlen` to at most {limits.max_positions}."
-        )
+    _check_seqlen(tokens.shape[1], limits)
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= limits.vocab_size:
         raise CalibrationDataError(
@@ -154,6 +206,18 @@ def _checked(tokens: Tensor, limits: ModelLimits) -> Tensor:
             f"{limits.vocab_size - 1}). They were made with another tokenizer."
         )
     return tokens.long()
+
+
+def _check_seqlen(seqlen: int, limits: ModelLimits) -> None:
+    if limits.max_positions is not None and seqlen > limits.max_positions:
+        raise CalibrationDataError(
+            f"Sequences have {seqlen} tokens, but the model has only {limits.max_positions} positions. Cut them, or "
+            f"set `seqlen` to at most {limits.max_positions}."
+        )
+
+
+def _is_token_file(data: object) -> bool:
+    return isinstance(data, (str, os.PathLike)) and Path(data).suffix in _TOKEN_SUFFIXES
 
 
 def _tokens(
@@ -168,14 +232,11 @@ def _tokens(
         data = torch.from_numpy(data)
     if isinstance(data, Tensor):
         return _checked_ids(data), "token ids"
-    if isinstance(data, (str, os.PathLike)) and Path(data).suffix in _TOKEN_SUFFIXES:
-        return _checked_ids(_read_tokens(_existing(Path(data)))), "token ids"
+    if _is_token_file(data):
+        return _checked_ids(_read_tokens(_existing(Path(data)))), "token ids"  # type: ignore[arg-type]
     texts, source = _texts(data, config, split)
     if tokenizer is None:
-        raise CalibrationDataError(
-            "This model has no tokenizer, so text cannot be used. Give token ids of shape (num_samples, seqlen), or a "
-            "tokenizer."
-        )
+        raise CalibrationDataError(_NO_TOKENIZER)
     text = "\n\n".join(texts)
     if not text.strip():
         raise CalibrationDataError("The data hold no text: every document is empty. Give at least one window of text.")
@@ -241,16 +302,24 @@ def _texts(data: Any, config: OTPruningConfig, split: str) -> tuple[list[str], s
 
 
 def _named_texts(data: str | os.PathLike, config: OTPruningConfig, split: str) -> tuple[list[str], str]:
-    path = Path(data)
+    source, path = _kind_of_name(data), Path(data)
     if path.is_dir():
-        return _folder_texts(path, config, split), "local folder"
+        return _folder_texts(path, config, split), source
     if path.is_file():
-        return _file_texts(path, config.text_column), "local file"
+        return _file_texts(path, config.text_column), source
+    same = data == config.dataset
+    return _hub_texts(str(data), config.dataset_config if same else None, split, config.text_column), source
+
+
+def _kind_of_name(data: str | os.PathLike) -> str:
+    """What a name is, for reports: something local, or a dataset of the Hub, which is named."""
+    path = Path(data)
+    if path.exists():
+        return "local folder" if path.is_dir() else "local file"
     looks_local = path.is_absolute() or str(data).startswith((".", "~")) or path.suffix in _TEXT_SUFFIXES
     if looks_local or not isinstance(data, str) or data.count("/") > 1:
         raise CalibrationDataError(f"{path.name!r} is neither a file nor a folder. Check the path of the data.")
-    same = data == config.dataset
-    return _hub_texts(data, config.dataset_config if same else None, split, config.text_column), data
+    return data
 
 
 def _file_texts(path: Path, text_column: str) -> list[str]:

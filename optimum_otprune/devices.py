@@ -1,10 +1,18 @@
 """Where tensors live: reading and replacing parameters that accelerate may have offloaded. Door to accelerate."""
 
-from collections.abc import Callable, Iterator
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 import torch
-from accelerate.utils import align_module_device, has_offloaded_params
+from accelerate.utils import (
+    align_module_device,
+    get_balanced_memory,
+    get_max_memory,
+    has_offloaded_params,
+    infer_auto_device_map,
+)
 from accelerate.utils.offload import OffloadedWeightsLoader, PrefixedDataset, offload_weight
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -21,6 +29,73 @@ def execution_device(module: nn.Module) -> torch.device:
             if parameter.device.type != "meta":
                 return parameter.device
     return torch.device("cpu")
+
+
+def planned_weights(
+    model: nn.Module, device_map: str | Mapping | int | torch.device | None, max_memory: Mapping | None = None
+) -> dict[str, int]:
+    """Return how many bytes of a model's weights loading would put where: by device, `"cpu"` and `"disk"` included.
+
+    Args:
+        model: On any device, the meta device too; it stays as it is.
+        device_map: As in transformers; None is the CPU.
+        max_memory: By device, as in transformers; default: what is free on this machine.
+
+    Raises:
+        RuntimeError: If `device_map` names no device.
+        ValueError: If `max_memory` cannot be understood, or `device_map` leaves a weight without a device.
+    """
+    placement: Mapping = {}
+    if isinstance(device_map, str) and device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        placement = _inferred_map(model, device_map, max_memory)
+    elif isinstance(device_map, Mapping):
+        placement = device_map
+    else:
+        placement = {"": "cpu" if device_map is None else device_map}
+    found: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        prefixes = [".".join(parts[:length]) for length in range(len(parts), -1, -1)]
+        where = next((placement[prefix] for prefix in prefixes if prefix in placement), None)
+        if where is None:
+            raise ValueError(f"no device is given for {name!r}")
+        found[device_label(where)] += parameter.numel() * parameter.element_size()
+    return dict(found)
+
+
+def device_label(device: str | int | torch.device) -> str:
+    """Return a device as a string: GPUs with their number.
+
+    Raises:
+        RuntimeError: If there is no such kind of device.
+
+    Example:
+        >>> device_label(1), device_label("cuda"), device_label("disk")
+        ('cuda:1', 'cuda:0', 'disk')
+    """
+    if device == "disk":
+        return "disk"
+    named = torch.device(f"cuda:{device}" if isinstance(device, int) else device)
+    return f"{named.type}:{named.index or 0}" if named.type != "cpu" else "cpu"
+
+
+def _inferred_map(model: nn.Module, kind: str, max_memory: Mapping | None) -> dict:
+    """What accelerate makes of it, also for the memory of a machine that is not this one."""
+    whole = list(getattr(model, "_no_split_modules", None) or ())
+    accelerate_logger = logging.getLogger("accelerate.utils.modeling")
+    level = accelerate_logger.level
+    accelerate_logger.setLevel(logging.ERROR)  # it warns of devices that are not here
+    try:
+        given = None if max_memory is None else dict(max_memory)
+        if kind == "sequential":
+            memory = get_max_memory(given)
+        else:
+            memory = get_balanced_memory(
+                model, max_memory=given, no_split_module_classes=whole, low_zero=kind == "balanced_low_0"
+            )
+        return infer_auto_device_map(model, max_memory=memory, no_split_module_classes=whole)
+    finally:
+        accelerate_logger.setLevel(level)
 
 
 def read_parameter(module: nn.Module, name: str) -> Tensor | None:

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from optimum_otprune import processes
 from optimum_otprune.architectures.block import FFNBlock
 from optimum_otprune.errors import NumericalError
 from optimum_otprune.functional.importance import WeightScores
+from optimum_otprune.processes import summed
 from optimum_otprune.reverse_pass import LOSS, SINGULAR_VALUES, ReversePass
 from optimum_otprune.spill import StoredList, TensorSpill, store
 
@@ -59,7 +59,7 @@ def gradient_scores(
     model.eval()
     objectives = {"snip": LOSS, "fo": SINGULAR_VALUES}
     walk = ReversePass(model, blocks, tokens, batch_size, list(objectives.values()), spill, progress)
-    num_batches = processes.summed(len(walk.batches))
+    num_batches = summed(len(walk.batches))
     found = {}
     for block, batches in walk.blocks():
         sums: dict[str, dict[str, Tensor]] = {name: {} for name in objectives}
@@ -80,7 +80,7 @@ def _scores(block: FFNBlock, sums: dict[str, Tensor], num_batches: int) -> Weigh
     weights = block.read()
     result: dict[str, Tensor | None] = {"gate": None}
     for name, total in sums.items():
-        score = getattr(weights, name).float() * processes.summed(total) / num_batches
+        score = getattr(weights, name).float() * summed(total) / num_batches
         if not torch.isfinite(score).all():
             raise NumericalError(
                 f"Layer {block.layer}: the gradient of `{name}` is NaN or infinite. Load the model in float32."
@@ -122,7 +122,7 @@ def gradient_moments(
             rows = batch.gradients[LOSS]["down"].double()
             rows = rows * len(rows)  # the loss is a mean over the batch's tokens
             total = total.to(rows.device) + rows.T @ rows
-        total = processes.summed(total)
+        total = summed(total)
         if not torch.isfinite(total).all():
             raise NumericalError(
                 f"Layer {block.layer}: the gradient by the FFN's output is NaN or infinite. Load the model in float32."

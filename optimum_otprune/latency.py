@@ -28,16 +28,39 @@ def forward_seconds(model: PreTrainedModel, shape: tuple[int, int]) -> float:
     ids = torch.zeros(shape, dtype=torch.long, device=input_device(model))
     seconds = []
     for _ in range(_WARM_UP + _REPEATS):
-        _wait()
+        wait_for_device()
         start = time.perf_counter()
         model(input_ids=ids, use_cache=False)
-        _wait()
+        wait_for_device()
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[_WARM_UP:])
 
 
-def _wait() -> None:
-    """An accelerator works on while Python goes on."""
+@torch.no_grad()
+def matmul_rate(device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int], seconds: float) -> float:
+    """Return how many floating-point operations a second a matrix product reaches, at best.
+
+    Args:
+        device: To measure on.
+        dtype: Of the matrices.
+        shape: `(rows, inner, columns)`: a `(rows, inner)` by an `(inner, columns)` matrix.
+        seconds: To measure for.
+    """
+    rows, inner, columns = shape
+    left = torch.ones(rows, inner, device=device, dtype=dtype)
+    right = torch.ones(inner, columns, device=device, dtype=dtype)
+    least, end = float("inf"), time.perf_counter() + seconds
+    while least == float("inf") or time.perf_counter() < end:
+        wait_for_device()
+        start = time.perf_counter()
+        left @ right
+        wait_for_device()
+        least = min(least, time.perf_counter() - start)
+    return 2 * rows * inner * columns / least
+
+
+def wait_for_device() -> None:
+    """Return when the accelerator has finished, if there is one: it works on while Python goes on."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
 
@@ -69,7 +92,7 @@ def width_for_latency(
     def seconds(kept: int) -> float:
         with unchanged(model, blocks):
             for block in blocks if kept < width else []:
-                block.install(_first_channels(block.read(), kept))
+                block.install(first_channels(block.read(), kept))
             return measure(model)
 
     dense = seconds(width)
@@ -94,5 +117,11 @@ def width_for_latency(
     return fits * multiple_of
 
 
-def _first_channels(weights: FFNWeights, kept: int) -> FFNWeights:
+def first_channels(weights: FFNWeights, kept: int) -> FFNWeights:
+    """Return an FFN of a smaller width, for speed only: its channels are just cut off.
+
+    Args:
+        weights: The FFN.
+        kept: Channels of the result.
+    """
     return weights.select(torch.arange(kept, device=weights.up.device))

@@ -6,7 +6,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from optimum_otprune import processes
 from optimum_otprune.architectures.block import FFNBlock
 from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.errors import NumericalError
@@ -14,6 +13,7 @@ from optimum_otprune.functional.ffn import FFNWeights, channel_activations
 from optimum_otprune.functional.gram import GramAccumulator, GramStatistics
 from optimum_otprune.functional.reconstruction import TokenSet
 from optimum_otprune.functional.rescue import RescueEnergies, pooled, rescue_energies
+from optimum_otprune.processes import gathered, process_index, summed
 from optimum_otprune.spill import StoredTensor
 from optimum_otprune.streaming import CalibrationStream, FFNTap
 
@@ -237,14 +237,14 @@ def _sides(is_heldout: Tensor) -> Iterator[tuple[bool, Tensor | slice]]:
 
 def _weights_among_all(energy: Tensor, is_heldout: Tensor) -> Tensor:
     """Token weights of this process's tokens, among those of all processes."""
-    parts = processes.gathered(energy)
-    weights = residual_token_weights(torch.cat(parts), torch.cat(processes.gathered(is_heldout)))
-    return weights.split([len(part) for part in parts])[processes.rank()]
+    parts = gathered(energy)
+    weights = residual_token_weights(torch.cat(parts), torch.cat(gathered(is_heldout)))
+    return weights.split([len(part) for part in parts])[process_index()]
 
 
 def _all_statistics(sums: dict[bool, GramAccumulator]) -> LayerStatistics:
     """Of the tokens of all processes."""
-    statistics = LayerStatistics(*(processes.summed(sums[heldout].statistics()) for heldout in (False, True)))
+    statistics = LayerStatistics(*(summed(sums[heldout].statistics()) for heldout in (False, True)))
     if not all(torch.isfinite(part.gram).all() and torch.isfinite(part.cross).all() for part in statistics):
         raise NumericalError(
             "the channel activations are NaN or infinite on the calibration data. The weights are damaged, or the "
@@ -321,7 +321,7 @@ def measure_rescue(data: LayerData, compressed: Sequence[FFNWeights], kept_chann
                     kept_channels=kept_channels,
                 )
             )
-    return [processes.summed(pooled(found)) for found in energies]
+    return [summed(pooled(found)) for found in energies]
 
 
 def _is_selection(weights: FFNWeights, selected: FFNWeights) -> bool:

@@ -8,10 +8,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from optimum_otprune.base_card import read_base_card
@@ -19,6 +27,7 @@ from optimum_otprune.configuration import CONFIG_FILE, OTPruningConfig
 from optimum_otprune.errors import ModelLoadError
 from optimum_otprune.hub import verify_saved
 from optimum_otprune.manifest import CARD_FILE
+from optimum_otprune.processes import own_device
 from optimum_otprune.report import REPORT_FILE, PruningReport
 
 _FOLDERS = re.compile(r"(?<![\w:/.])/(?:[^\s'\"/]+/)+")  # of absolute paths, such as the cache's, but not of addresses
@@ -78,6 +87,9 @@ def load_checkpoint(name: str, options: Mapping[str, Any]) -> Checkpoint:
         for option in ("dtype", "device_map", "max_memory", "offload_folder")
         if options[option] is not None
     }
+    device = own_device()
+    if device is not None and "device_map" not in placement:
+        placement["device_map"] = {"": device}  # each of several processes has the model on its own accelerator
     with _loading(name):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name, **hub, **remote, **placement, use_safetensors=True, output_loading_info=True
@@ -92,6 +104,42 @@ def load_checkpoint(name: str, options: Mapping[str, Any]) -> Checkpoint:
         None if report_file is None else PruningReport.load(report_file),
         _base_card(name, hub),
     )
+
+
+def load_skeleton(name: str, options: Mapping[str, Any]) -> tuple[PreTrainedModel, bool | None]:
+    """Build a model from its configuration alone, on the meta device: it has shapes, but no weights.
+
+    Args:
+        name: Hub id or local folder.
+        options: Of loading, as `OTPruner.from_pretrained` has them; `dtype="auto"` is the configuration's.
+
+    Returns:
+        The model, and whether a tokenizer lies beside it: None for a Hub id, where only `config.json` is read.
+
+    Raises:
+        ModelLoadError: If the configuration cannot be found or read.
+    """
+    _check_source(name)
+    hub = {option: options[option] for option in _HUB_OPTIONS if options[option] is not None}
+    remote = {"trust_remote_code": bool(options["trust_remote_code"])}
+    with _loading(name):
+        config = AutoConfig.from_pretrained(name, **hub, **remote)
+        dtype = _dtype(options["dtype"], config)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **remote)
+    folder = Path(name)
+    has_tokenizer = any((folder / file).is_file() for file in TOKENIZER_FILES) if folder.is_dir() else None
+    return model, has_tokenizer
+
+
+def _dtype(asked: Any, config: PreTrainedConfig) -> torch.dtype:
+    if isinstance(asked, torch.dtype):
+        return asked
+    named = getattr(config, "dtype", None) if asked in (None, "auto") else asked
+    dtype = named if isinstance(named, torch.dtype) else getattr(torch, str(named or "float32"), None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{named!r} is no data type of torch, such as 'bfloat16'")
+    return dtype
 
 
 def hub_id(name: str | None) -> str | None:

@@ -15,9 +15,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from optimum_otprune import processes
 from optimum_otprune.block_runner import input_device
 from optimum_otprune.errors import NumericalError
+from optimum_otprune.processes import gathered, own_samples
 
 PROTOCOL = "non-overlapping windows, tail dropped, every token but a window's first, log-softmax in float32"
 
@@ -73,7 +73,7 @@ def evaluate_perplexity(
     model.eval()
     device = input_device(model)
     metric = TokenPerplexity(keep_in_memory=True)
-    batches = tokens[processes.share(len(tokens), 1)].split(batch_size)
+    batches = tokens[own_samples(len(tokens), 1)].split(batch_size)
     found = []
     for batch in tqdm(batches, desc="Evaluating", unit="batch", disable=not progress):
         logits = model(input_ids=batch.to(device), use_cache=False).logits
@@ -85,7 +85,7 @@ def evaluate_perplexity(
                 "The model's log-likelihoods are NaN: its weights are damaged or its dtype overflowed."
             )
         found += nll.tolist()
-    predictions = [nll for part in processes.gathered(found) for nll in part]
+    predictions = [nll for part in gathered(found) for nll in part]
     metric.add_batch(predictions=predictions, references=[tokens.shape[1] - 1] * len(tokens))
     return {
         **metric.compute(),

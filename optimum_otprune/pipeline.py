@@ -1,6 +1,7 @@
 """Prune every layer of a model, in order: the steps of one `prune()` call."""
 
 import logging
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,6 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PreTrainedModel
 
-from optimum_otprune import processes
 from optimum_otprune.architectures.block import FFNBlock, native_intercept
 from optimum_otprune.architectures.remote_code import modeling_code
 from optimum_otprune.architectures.resize import finish_resize
@@ -36,6 +36,8 @@ from optimum_otprune.layer_data import (
 )
 from optimum_otprune.layer_store import FinishedLayer, LayerStore
 from optimum_otprune.prepared import Expected, Prepared
+from optimum_otprune.processes import from_main, gathered, is_main_process, own_samples, process_index, summed
+from optimum_otprune.quantities import SIZE_UNITS, parse_quantity
 from optimum_otprune.report import LayerReport
 from optimum_otprune.self_calibration import check_can_write, self_calibration_tokens
 from optimum_otprune.spill import DEFAULT_LIMIT, TensorSpill
@@ -60,9 +62,38 @@ class PassSettings(NamedTuple):
     max_hidden_memory: int = DEFAULT_LIMIT
     spill_folder: Path | None = None
 
+    @classmethod
+    def of(
+        cls, batch_size: int, progress: bool, max_hidden_memory: int | str, spill_folder: str | os.PathLike | None
+    ) -> "PassSettings":
+        """Settings as a user gives them; only the first of several processes shows progress.
+
+        Raises:
+            ConfigurationError: If a limit is no size, or a folder is not there.
+        """
+        folder = None if spill_folder is None else Path(spill_folder)
+        if folder is not None and not folder.is_dir():
+            raise ConfigurationError(f"`spill_folder` {folder.name!r} is no folder. Make it, or leave it out.")
+        return cls(batch_size, progress and is_main_process(), hidden_memory(max_hidden_memory), folder)
+
     def spill(self) -> TensorSpill:
         """Return where hidden states wait."""
         return TensorSpill(self.max_hidden_memory, self.spill_folder)
+
+
+def hidden_memory(limit: int | str) -> int:
+    """Return a limit such as `"4GB"` in bytes.
+
+    Raises:
+        ConfigurationError: If it is no size.
+    """
+    try:
+        size = parse_quantity(limit, SIZE_UNITS)
+    except ValueError as error:
+        raise ConfigurationError(f"`max_hidden_memory` {error}. Give bytes, or such as '4GB'.") from error
+    if size < 0:
+        raise ConfigurationError(f"`max_hidden_memory` is {size}; want 0 or more bytes.")
+    return size
 
 
 class PrunedLayers(NamedTuple):
@@ -141,7 +172,7 @@ def _prune_layers(
     """All layers in order, each on what those below it, pruned now or before, produce."""
     correction = (recipe.config.target_correction or 0.0) if blocks[0].spec.residual else 0.0
     tracks = correction > 0
-    own = processes.share(len(prepared.tokens), 1)
+    own = own_samples(len(prepared.tokens), 1)
     stream = CalibrationStream(model, blocks, prepared.tokens[own], settings.batch_size, tracks, spill)
     prune_layer = partial(
         _prune_layer,
@@ -165,7 +196,7 @@ def _prune_layers(
                 dense = block.read()
                 finished = store.finished(block.layer, dense, width)
                 if finished is None:
-                    finished = processes.from_main(prune_layer(block, dense, width))
+                    finished = from_main(prune_layer(block, dense, width))
                     store.save(finished)
                 else:
                     stream.follow_dense(block)
@@ -228,7 +259,7 @@ def _prepare(
     config = recipe.config
     is_heldout = heldout_mask(tokens.shape[0], tokens.shape[1], config.holdout_share, config.seed)
     scores = moments = None
-    own = processes.share(len(tokens), config.score_batch_size if needs_dense_gradients(recipe) else 1)
+    own = own_samples(len(tokens), config.score_batch_size if needs_dense_gradients(recipe) else 1)
     passes = (config.score_batch_size, settings.progress, spill)
     if recipe.needs_gradients:
         scores = gradient_scores(model, blocks, tokens[own], *passes)
@@ -239,7 +270,7 @@ def _prepare(
             mask = is_heldout.view(tokens.shape)[own].flatten()
             widths = adaptive_widths(blocks, widths, config, stream, mask, moments, settings.progress)
     if config.self_calibration:
-        written = processes.from_main(
+        written = from_main(
             self_calibration_tokens(
                 model, tokens, config.self_calibration, config.score_batch_size, config.seed, settings.progress
             )
@@ -297,8 +328,8 @@ def _reconstructed(
     settings = ReconstructionSettings(config.reconstruction_steps, batch_tokens=config.reconstruction_batch_tokens)
     metric = None if moments is None else error_metric(moments[block.layer].to(block.device))
     sets = token_sets(data)
-    counts = processes.gathered(len(sets[0].inputs))
-    share = Share(sum(counts[: processes.rank()]), sum(counts), processes.summed)
+    counts = gathered(len(sets[0].inputs))
+    share = Share(sum(counts[: process_index()]), sum(counts), summed)
     with torch.enable_grad():
         result = reconstruct(like.map(Tensor.float), *sets, block.activation, settings, generator, metric, share)
     if result.best_step == 0:

@@ -21,24 +21,26 @@ Value = TypeVar("Value")
 _ENGINES = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_FSDP": "FSDP"}
 
 
-def count() -> int:
+def num_processes() -> int:
     """Processes of this run."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if not distributed.is_initialized() else distributed.get_world_size()
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_world_size()
+    return int(os.environ["WORLD_SIZE"]) if {"RANK", "WORLD_SIZE"} <= os.environ.keys() else 1
 
 
-def rank() -> int:
+def process_index() -> int:
     """Number of this process, from 0."""
-    return _state().process_index if count() > 1 else 0
+    return _state().process_index if num_processes() > 1 else 0
 
 
-def is_main() -> bool:
+def is_main_process() -> bool:
     """Whether this process is the one that writes and speaks."""
-    return rank() == 0
+    return process_index() == 0
 
 
 def own_device() -> torch.device | None:
     """The accelerator of this process; None in a run of one process, or without accelerators."""
-    if count() == 1 or _state().device.type == "cpu":
+    if num_processes() == 1 or _state().device.type == "cpu":
         return None
     return _state().device
 
@@ -65,14 +67,28 @@ def check_model(model: PreTrainedModel) -> None:
         ConfigurationError: Says what to use instead.
     """
     check_launch()
-    if count() > 1 and is_spread(model):
+    if num_processes() > 1 and is_spread(model):
         raise ConfigurationError(
-            f"The model is spread over devices or offloaded, but {count()} processes were started: each needs a whole "
+            f"The model is spread over devices or offloaded, but {num_processes()} processes were started: each needs a whole "
             "model on one device. Use one process with device_map='auto', or several without a device map."
         )
 
 
-def share(num_samples: int, batch_size: int) -> slice:
+def check_single(what: str, instead: str) -> None:
+    """Raise where more than one process does what is for one alone.
+
+    Args:
+        what: As a user calls it.
+        instead: What to do.
+
+    Raises:
+        ConfigurationError: Says what to do instead.
+    """
+    if num_processes() > 1:
+        raise ConfigurationError(f"{what} works in one process, but {num_processes()} were started. {instead}")
+
+
+def own_samples(num_samples: int, batch_size: int) -> slice:
     """Return which samples are this process's: whole batches, in order, about as many for each.
 
     Args:
@@ -83,18 +99,21 @@ def share(num_samples: int, batch_size: int) -> slice:
         CalibrationDataError: If there are fewer batches than processes.
     """
     num_batches = -(-num_samples // batch_size)
-    if num_batches < count():
+    if num_batches < num_processes():
         raise CalibrationDataError(
-            f"{num_samples} samples in batches of {batch_size} cannot be split between {count()} processes. Give more "
+            f"{num_samples} samples in batches of {batch_size} cannot be split between {num_processes()} processes. Give more "
             "samples, a smaller `score_batch_size`, or start fewer processes."
         )
-    bounds = [min(num_samples, index * num_batches // count() * batch_size) for index in (rank(), rank() + 1)]
+    bounds = [
+        min(num_samples, index * num_batches // num_processes() * batch_size)
+        for index in (process_index(), process_index() + 1)
+    ]
     return slice(*bounds)
 
 
 def summed(value: Value) -> Value:
     """Return the sum over all processes of a tensor, or of a named tuple of tensors and numbers, entry by entry."""
-    if count() == 1:
+    if num_processes() == 1:
         return value
     return mapped(value, _summed)
 
@@ -110,17 +129,17 @@ def _summed(value: Any) -> Any:
 
 def gathered(value: Value) -> list[Value]:
     """Return what each process has, in the order of processes."""
-    if count() == 1:
+    if num_processes() == 1:
         return [value]
     _state()
-    found: list[Any] = [None] * count()
+    found: list[Any] = [None] * num_processes()
     distributed.all_gather_object(found, value)
     return found
 
 
 def from_main(value: Value) -> Value:
     """Return what the main process has; tensors come back on the device that the own ones are on."""
-    if count() == 1:
+    if num_processes() == 1:
         return value
     return mapped(value, _from_main)
 
@@ -135,9 +154,9 @@ def _from_main(value: Any) -> Any:
     return objects[0]
 
 
-def wait() -> None:
+def wait_for_all() -> None:
     """Return when all processes are here."""
-    if count() > 1:
+    if num_processes() > 1:
         _state().wait_for_everyone()
 
 

@@ -15,28 +15,19 @@ from optimum_otprune.calibration import ModelLimits, TokenData, TokenSource, cal
 from optimum_otprune.checkpoint import save_checkpoint, weight_bytes
 from optimum_otprune.compression import Recipe
 from optimum_otprune.configuration import OTPruningConfig
-from optimum_otprune.errors import ConfigurationError
 from optimum_otprune.loading import hub_id, load_checkpoint
+from optimum_otprune.loading_options import LOADING_DEFAULTS, as_config, check_loading_options, refuse_loading_options
 from optimum_otprune.perplexity import evaluate_perplexity
-from optimum_otprune.pipeline import PassSettings, prune_model
+from optimum_otprune.pipeline import PassSettings, hidden_memory, prune_model
+from optimum_otprune.plan import PruningPlan
+from optimum_otprune.planning import plan_pruning
+from optimum_otprune.processes import check_launch, check_model, check_single, is_main_process, wait_for_all
 from optimum_otprune.report import PruningReport, versions
 from optimum_otprune.resume import forget, resumable, run_fingerprint
 from optimum_otprune.sharing import HubMixin, check_push, checked_push_options, push_saved, refuse_push_options
+from optimum_otprune.spill import DEFAULT_LIMIT
 from optimum_otprune.trials import TuningResult, TuningSettings, check_positive
 from optimum_otprune.tuning import tune_model
-
-_LOADING_DEFAULTS = {
-    "dtype": "auto",
-    "device_map": None,
-    "max_memory": None,
-    "offload_folder": None,
-    "revision": None,
-    "token": None,
-    "cache_dir": None,
-    "local_files_only": False,
-    "trust_remote_code": False,
-    "verify": False,
-}
 
 
 class OTPruner(HubMixin):
@@ -116,10 +107,11 @@ class OTPruner(HubMixin):
             UnsupportedModelError: If it has no known FFN, or is quantized.
             ConfigurationError: If `config` is not valid.
         """
-        options = {name: value for name, value in locals().items() if name in _LOADING_DEFAULTS}
-        given = None if config is None else _as_config(config, options)
+        options = {name: value for name, value in locals().items() if name in LOADING_DEFAULTS}
+        check_launch()
+        given = None if config is None else as_config(config, options)
         if isinstance(model_name_or_path, PreTrainedModel):
-            _refuse_loading_options(options)
+            refuse_loading_options(options)
             ffn_blocks(model_name_or_path)
             return cls(model_name_or_path, given, tokenizer, base_model=hub_id(model_name_or_path.name_or_path))
         loaded = load_checkpoint(str(model_name_or_path), options)
@@ -129,12 +121,44 @@ class OTPruner(HubMixin):
         base_card = loaded.report.base_card if loaded.report else loaded.base_card
         return cls(loaded.model, given or loaded.config, tokenizer or loaded.tokenizer, report, base_model, base_card)
 
+    @classmethod
+    def plan(
+        cls,
+        model_name_or_path: str | os.PathLike | PreTrainedModel,
+        config: OTPruningConfig | Mapping[str, Any] | str | os.PathLike | None = None,
+        calibration_data: TokenSource | None = None,
+        *,
+        batch_size: int = 8,
+        max_hidden_memory: int | str = DEFAULT_LIMIT,
+        **loading: Any,
+    ) -> PruningPlan:
+        """Say in seconds what `prune` would do and take: widths, sizes, memory on each device, time.
+
+        Of a Hub id only `config.json` is read; no weights are, and nothing is written. Memory and time are rough.
+
+        Args:
+            model_name_or_path: As for `from_pretrained`.
+            config: As for `from_pretrained`; default: all defaults.
+            calibration_data: As for `prune`.
+            batch_size: As for `prune`.
+            max_hidden_memory: Bytes of hidden states in main memory; what is more is spilled to disk.
+            **loading: Options of `from_pretrained`, such as `dtype`, `device_map` and `max_memory`.
+
+        Raises:
+            OTPruneError: Whatever loading and `prune` would raise before the work starts, but for damaged weights.
+        """
+        check_positive(batch_size=batch_size)
+        limit = hidden_memory(max_hidden_memory)
+        options = check_loading_options(loading)
+        if isinstance(model_name_or_path, PreTrainedModel):
+            refuse_loading_options(options)
+        given = OTPruningConfig() if config is None else as_config(config, options)
+        return plan_pruning(model_name_or_path, given, options, calibration_data, batch_size, limit)
+
     @property
     def limits(self) -> ModelLimits:
         """Vocabulary and positions of the model."""
-        embeddings = self.model.get_input_embeddings()
-        positions = getattr(self.model.config, "max_position_embeddings", None)
-        return ModelLimits(embeddings.num_embeddings, positions)  # type: ignore[union-attr, arg-type]
+        return ModelLimits.of(self.model)
 
     def prune(
         self,
@@ -143,9 +167,11 @@ class OTPruner(HubMixin):
         batch_size: int = 8,
         progress: bool = True,
         resume_from: str | os.PathLike | None = None,
+        max_hidden_memory: int | str = DEFAULT_LIMIT,
+        spill_folder: str | os.PathLike | None = None,
         **functions: Any,
     ) -> PruningReport:
-        """Prune the model in place.
+        """Prune the model in place; of several processes, each on its part of the calibration samples.
 
         Args:
             calibration_data: See `optimum_otprune.calibration.calibration_tokens`; None is the configuration's
@@ -154,6 +180,9 @@ class OTPruner(HubMixin):
             progress: Whether to show progress bars.
             resume_from: Folder that keeps every finished layer until `save_pretrained`, so that an interrupted run can
                 go on: load the dense model again and call this as before. The result is the same, bit for bit.
+            max_hidden_memory: How much of the calibration samples' hidden states is kept in main memory, in bytes or
+                as `"4GB"`; the rest waits in files. Changes nothing but memory and speed.
+            spill_folder: Where those files are while it runs; default: the system's folder for temporary ones.
             **functions: Functions of the user's own in place of registered names: `importance`, `cost`,
                 `source_distribution`, `target_distribution`, `statistics`, `solver`.
 
@@ -168,11 +197,14 @@ class OTPruner(HubMixin):
             OutputError: If `resume_from` cannot be written; finished layers are kept there.
         """
         check_positive(batch_size=batch_size)
+        check_model(self.model)
+        if resume_from is not None:
+            check_single("`resume_from`", "Leave it out, or start one.")
+        settings = PassSettings.of(batch_size, progress, max_hidden_memory, spill_folder)
         blocks = ffn_blocks(self.model)
         recipe = Recipe.resolve(with_pruning_ratio(self.config, self.model, blocks), functions)
         data = calibration_tokens(calibration_data, self.config, self.tokenizer, self.limits)
         parameters_before, size_before = self.model.num_parameters(), weight_bytes(self.model)
-        settings = PassSettings(batch_size, progress)
         state = None if resume_from is None else Path(resume_from)
         run = {} if state is None else run_fingerprint(self.model, recipe, data.tokens, batch_size)
         with resumable(state, run) as store:
@@ -240,6 +272,7 @@ class OTPruner(HubMixin):
         Raises:
             OTPruneError: Without optuna, or where an argument, the study's file or the first trial is at fault.
         """
+        check_single("`tune`", "Start one.")
         file = None if study is None else Path(study)
         seed = self.config.seed if seed is None else seed
         space, shape = search_space, latency_shape
@@ -331,12 +364,16 @@ class OTPruner(HubMixin):
         options = checked_push_options(push_options)
         name = check_push(repo_id or folder.absolute().name, options)
         self._save_for_good(folder, overwrite, max_shard_size)
-        push_saved(folder, name, **options)
+        if is_main_process():
+            push_saved(folder, name, **options)
+        wait_for_all()
         return folder
 
     def _save_for_good(self, folder: Path, overwrite: bool, max_shard_size: int | str | None) -> Path:
         """Save, after which the state of the run is not needed any more."""
-        self._save(folder, overwrite, max_shard_size)
+        if is_main_process():
+            self._save(folder, overwrite, max_shard_size)
+        wait_for_all()
         if self._unsaved_state is not None:
             forget(*self._unsaved_state)
             self._unsaved_state = None
@@ -344,26 +381,3 @@ class OTPruner(HubMixin):
 
     def _save(self, folder: Path, overwrite: bool, max_shard_size: int | str | None) -> Path:
         return save_checkpoint(folder, self.model, self.tokenizer, self.config, self.report, overwrite, max_shard_size)
-
-
-def _as_config(config: Any, options: Mapping[str, Any]) -> OTPruningConfig:
-    if isinstance(config, OTPruningConfig):
-        return config
-    if isinstance(config, Mapping):
-        return OTPruningConfig.from_dict(config)
-    if isinstance(config, (str, os.PathLike)):
-        where = {name: options[name] for name in ("revision", "token", "cache_dir", "local_files_only")}
-        return OTPruningConfig.from_pretrained(str(config), **where)
-    raise ConfigurationError(
-        f"`config` is a {type(config).__name__}; want an OTPruningConfig, a dictionary, or where one is saved."
-    )
-
-
-def _refuse_loading_options(options: Mapping[str, Any]) -> None:
-    given = [name for name, value in options.items() if value != _LOADING_DEFAULTS[name]]
-    if given:
-        names = ", ".join(f"`{name}`" for name in given)
-        raise ConfigurationError(
-            f"A model in memory was given, so there is nothing to load with {names}. "
-            "Leave them out, or give a name or folder."
-        )

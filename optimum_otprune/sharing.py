@@ -10,6 +10,7 @@ from optimum_otprune.errors import ConfigurationError
 from optimum_otprune.folder_card import repository_card
 from optimum_otprune.hub import PushResult, push_folder
 from optimum_otprune.hub_access import check_hub_access
+from optimum_otprune.processes import check_single
 from optimum_otprune.registry import unknown_name
 
 PUSH_OPTIONS = ("private", "token", "revision", "create_pr", "commit_message", "deadline")
@@ -32,7 +33,7 @@ class HubMixin(ABC):
         create_pr: bool = False,
         commit_message: str | None = None,
         deadline: float | None = None,
-        max_shard_size: int | str = "5GB",
+        max_shard_size: int | str | None = None,
     ) -> PushResult:
         """Push what is in memory, in one commit, by way of a temporary folder that is removed again.
 
@@ -47,7 +48,7 @@ class HubMixin(ABC):
             create_pr: Open a pull request instead.
             commit_message: First line of the commit.
             deadline: In seconds; default: one hour, and more for a model that needs more at 2 MB/s.
-            max_shard_size: Of one safetensors file.
+            max_shard_size: Of one safetensors file; see `save_pretrained`.
 
         Returns:
             Where it is, and whether there was anything to commit.
@@ -56,6 +57,9 @@ class HubMixin(ABC):
             HubError: Of the fitting kind; the model in memory is unharmed, and the same call may be repeated.
             OutputError: If there is no room for the temporary folder.
         """
+        check_single(
+            "`push_to_hub`", "Save with `save_pretrained`, which the first process does for all, and push that."
+        )
         options: dict[str, Any] = {
             "private": private,
             "token": token,

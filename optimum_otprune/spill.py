@@ -84,7 +84,7 @@ class TensorSpill:
         except OSError as error:
             raise OutputError(
                 f"Hidden states could not be written to a temporary file ({error.strerror}). Make room, choose "
-                "another `offload_folder`, or raise `max_hidden_memory`."
+                "another `spill_folder`, or raise `max_hidden_memory`."
             ) from error
         self.spilled_bytes += tensor.numel() * tensor.element_size()
         return path

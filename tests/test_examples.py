@@ -36,6 +36,43 @@ def test_the_quickstart_saves_a_model(tmp_path):
     assert "256 channels a layer" in run(EXAMPLES / "quickstart.py", "out", cwd=tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")
+def test_a_model_larger_than_the_memory_given_is_pruned_and_saved(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.chdir(tmp_path)
+    import multi_gpu
+
+    multi_gpu.main(["--plan-only", "--max-memory", "0=4MB", "1=4MB", "cpu=1GB"])
+    planned = capsys.readouterr().out
+    assert "cuda:0: " in planned
+    assert "cuda:1: " in planned
+    assert list(tmp_path.iterdir()) == []
+    multi_gpu.main([])
+    assert "disk: " in capsys.readouterr().out
+    assert (tmp_path / "pruned" / "model.safetensors").is_file()
+
+
+def test_the_scripts_for_clusters_name_options_that_exist(tmp_path):
+    from argparse import ArgumentParser
+
+    from optimum_otprune.commands.root import PruneCommand
+
+    parser = ArgumentParser()
+    PruneCommand.parse_args(parser)
+    for script in ("slurm.sh", "slurm_multi_gpu.sh", "start.sh"):
+        path = EXAMPLES / script
+        assert subprocess.run(["bash", "-n", path]).returncode == 0
+        text = path.read_text()
+        words = text.replace('"${OPTIONS[@]}"', text.partition("OPTIONS=(")[2].partition(")")[0])
+        lines = [line.partition(" prune ")[2] for line in words.splitlines() if " prune " in line and line[0] != "#"]
+        assert lines
+        for line in lines:
+            parser.parse_args(line.replace('"', "").split())
+    usage = subprocess.run(["bash", EXAMPLES / "slurm_multi_gpu.sh", "both"], capture_output=True, text=True)
+    assert usage.returncode == 2
+    assert "usage: sbatch" in usage.stderr
+
+
 def test_the_references_own_command_line_prunes_and_then_evaluates(llama_folder, tokens, tmp_path):
     torch.save(tokens, tmp_path / "ids.pt")
     data = ["--calibration_data", "ids.pt", "--eval_data", "ids.pt"]

@@ -1,11 +1,13 @@
 """What the subcommands do."""
 
 import argparse
+import io
 import json
 import logging
 import shutil
 import sys
 import warnings
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 from optimum_otprune.card import needs_remote_code
 from optimum_otprune.checkpoint import check_output_file, check_output_folder, save_text, weight_bytes
 from optimum_otprune.commands.arguments import config_options, loading_options, state_folder
+from optimum_otprune.commands.benchmark import run_benchmark
 from optimum_otprune.commands.demo import run_demo
 from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.errors import ConfigurationError, IntegrityError, ReportError, UsageError
@@ -23,6 +26,7 @@ from optimum_otprune.hub_access import check_hub_access
 from optimum_otprune.loading import hub_id
 from optimum_otprune.manifest import verify_folder
 from optimum_otprune.options import BUDGET_FIELDS
+from optimum_otprune.processes import is_main_process
 from optimum_otprune.pruner import OTPruner
 from optimum_otprune.report import REPORT_FILE, PruningReport
 from optimum_otprune.resume import forget_if_saved
@@ -33,7 +37,12 @@ from optimum_otprune.trials import TuningResult
 
 def prune(args: argparse.Namespace) -> None:
     """Prune a model and save it."""
-    _speak(args.quiet)
+    with nullcontext() if is_main_process() else redirect_stdout(io.StringIO()):
+        _prune(args)
+
+
+def _prune(args: argparse.Namespace) -> None:
+    _speak(args.quiet or not is_main_process())
     if args.eval_data is not None and not args.eval:
         raise UsageError("`--eval-data` would be ignored without `--eval`.")
     if args.private and args.push_to_hub is None:
@@ -41,17 +50,34 @@ def prune(args: argparse.Namespace) -> None:
     config = _config(args)
     output = Path(args.output)
     state = state_folder(args)
-    is_saved = state is not None and not args.overwrite and _was_saved(args.model, output, state, config)
+    is_new = args.overwrite or args.dry_run
+    is_saved = state is not None and not is_new and _was_saved(args.model, output, state, config)
     if not is_saved:
         check_output_folder(output, args.overwrite)
     target = {"private": args.private or None, "token": args.token}
     repo_id = None if args.push_to_hub is None else check_hub_access(args.push_to_hub, **target)
+    if args.dry_run:
+        _dry_run(args, config, output)
+        return
     if is_saved:
         print(f"{output} is complete already; what was left of the run is removed.")
     else:
         _prune_and_save(args, config, output, state)
-    if repo_id is not None:
+    if repo_id is not None and is_main_process():
         _tell_push(push_saved(output, repo_id, **target))
+
+
+def _dry_run(args: argparse.Namespace, config: OTPruningConfig, output: Path) -> None:
+    plan = OTPruner.plan(
+        args.model,
+        config,
+        args.calibration_data,
+        batch_size=args.batch_size,
+        max_hidden_memory=args.max_hidden_memory,
+        **loading_options(args),
+    )
+    check_output_folder(output, args.overwrite, plan.bytes_after)
+    print(plan)
 
 
 def _was_saved(model: str, output: Path, state: Path, config: OTPruningConfig) -> bool:
@@ -85,7 +111,13 @@ def _prune_and_save(args: argparse.Namespace, config: OTPruningConfig, output: P
     passes = {"batch_size": args.batch_size, "progress": not args.quiet}
     if args.eval:
         dense = pruner.evaluate(args.eval_data, **passes)
-    report = pruner.prune(args.calibration_data, resume_from=state, **passes)
+    report = pruner.prune(
+        args.calibration_data,
+        resume_from=state,
+        max_hidden_memory=args.max_hidden_memory,
+        spill_folder=args.spill_folder,
+        **passes,
+    )
     print(report)
     if args.eval:
         pruned = pruner.evaluate(args.eval_data, **passes)
@@ -147,6 +179,12 @@ def evaluate(args: argparse.Namespace) -> None:
         args.data, batch_size=args.batch_size, max_windows=args.max_windows, progress=not args.quiet
     )
     print(f"Perplexity: {metrics['perplexity']:.2f} ({_protocol(metrics)})")
+
+
+def benchmark(args: argparse.Namespace) -> None:
+    """Compare the speed of two models."""
+    _speak(args.quiet)
+    run_benchmark(args)
 
 
 def report(args: argparse.Namespace) -> None:

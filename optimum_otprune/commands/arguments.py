@@ -74,10 +74,41 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device-map", help="where layers go, such as auto or cuda:0")
     group.add_argument("--offload-folder", metavar="DIR", help="for layers that are offloaded to disk")
     group.add_argument("--revision", help="branch, tag or commit of the repository")
+    _add_hub_options(group)
+
+
+def _add_hub_options(group: Any) -> None:
     group.add_argument("--token", help="Hub token (default: the one that `hf auth login` saved)")
     group.add_argument("--cache-dir", metavar="DIR", help="of downloads")
     group.add_argument("--local-files-only", action="store_true", help="never ask the Hub")
     group.add_argument("--trust-remote-code", action="store_true", help="run modeling code from the repository")
+
+
+def add_benchmark_options(parser: argparse.ArgumentParser) -> None:
+    """What `otprune benchmark` measures."""
+    parser.add_argument("dense", metavar="DENSE", help="the model before pruning: Hub id or local folder")
+    parser.add_argument("pruned", metavar="PRUNED", help="the model after: Hub id or local folder")
+    group = parser.add_argument_group("measuring")
+    group.add_argument("--device", default="cpu", help="such as cuda or cuda:1 (default: cpu)")
+    group.add_argument("--batch-sizes", type=int, nargs="+", default=[1], metavar="N", help="default: 1")
+    group.add_argument("--seqlens", type=int, nargs="+", default=[128, 512], metavar="N", help="default: 128 512")
+    group.add_argument("--new-tokens", type=int, default=32, metavar="N", help="to generate (default: 32)")
+    group.add_argument("--warm-up", type=int, default=2, metavar="N", help="rounds that are not counted (default: 2)")
+    group.add_argument("--repeats", type=int, default=5, metavar="N", help="rounds that are counted (default: 5)")
+    group.add_argument(
+        "--multiple-of",
+        type=int,
+        nargs="*",
+        default=[],
+        metavar="N",
+        help="also measure DENSE cut to the share of channels that PRUNED kept, rounded to each of these multiples",
+    )
+    group.add_argument("--json", metavar="FILE", help="write everything measured there; replaced if it exists")
+    group.add_argument("--quiet", action="store_true", help="no progress bars of loading")
+    loading = parser.add_argument_group("loading")
+    loading.add_argument("--dtype", default="auto", help="of both models' weights (default: that of DENSE)")
+    _add_hub_options(loading)
+    add_debug_option(parser)
 
 
 def loading_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -119,6 +150,20 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--batch-size", type=int, default=8, metavar="N", help="samples per forward pass (default: 8)")
     group.add_argument("--quiet", action="store_true", help="no progress bars and no line per layer")
     add_debug_option(group)
+
+
+def add_memory_options(parser: argparse.ArgumentParser) -> None:
+    """What happens to hidden states that do not fit into main memory."""
+    group = parser.add_argument_group("memory")
+    group.add_argument(
+        "--max-hidden-memory",
+        default="4GB",
+        metavar="SIZE",
+        help="of hidden states in main memory; more wait in files (default: 4GB)",
+    )
+    group.add_argument(
+        "--spill-folder", metavar="DIR", help="where those files are (default: the system's folder for temporary ones)"
+    )
 
 
 def add_debug_option(parser: Any) -> None:

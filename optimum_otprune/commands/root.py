@@ -8,8 +8,10 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from optimum_otprune.commands.arguments import (
     DATA_HELP,
+    add_benchmark_options,
     add_config_options,
     add_debug_option,
+    add_memory_options,
     add_model_options,
     add_resume_option,
     add_run_options,
@@ -72,10 +74,16 @@ class PruneCommand(_Command):
         )
         parser.add_argument("--private", action="store_true", help="make that repository private if it is new")
         parser.add_argument("--calibration-data", metavar="DATA", help=DATA_HELP)
+        parser.add_argument(
+            "--dry-run",
+            action="store_true",
+            help="print in seconds what would be done, with expected memory and time; no weights are read",
+        )
         parser.add_argument("--eval", action="store_true", help="measure perplexity before and after")
         parser.add_argument("--eval-data", metavar="DATA", help=f"what to measure it on: {DATA_HELP}")
         add_resume_option(parser)
         add_config_options(parser)
+        add_memory_options(parser)
         add_run_options(parser)
 
 
@@ -125,6 +133,15 @@ class EvaluateCommand(_Command):
         parser.add_argument("--seqlen", type=int, metavar="N", help="tokens per window")
         parser.add_argument("--max-windows", type=int, metavar="N", help="only the first so many windows")
         add_run_options(parser)
+
+
+class BenchmarkCommand(_Command):
+    """`otprune benchmark`."""
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        """Options."""
+        add_benchmark_options(parser)
 
 
 class ReportCommand(_Command):
@@ -208,6 +225,7 @@ class OTPruneCommand(BaseOptimumCLICommand):
         CommandInfo("prune", "Prune a model and save it.", PruneCommand),
         CommandInfo("tune", "Search for a better configuration and write it to a file.", TuneCommand),
         CommandInfo("evaluate", "Measure the perplexity of a model, pruned or not.", EvaluateCommand),
+        CommandInfo("benchmark", "Compare speed and memory of a dense and a pruned model.", BenchmarkCommand),
         CommandInfo("report", "Print what pruning did to a saved model.", ReportCommand),
         CommandInfo("card", "Make the model card of a saved model again.", CardCommand),
         CommandInfo("push", "Push a saved model to the Hub, in one commit.", PushCommand),

@@ -159,9 +159,7 @@ def reconstruct(
     device = weights.up.device
     is_mixed = device.type == "cuda" if settings.mixed_precision is None else settings.mixed_precision
     for step in range(1, settings.steps + 1):
-        chosen = torch.randint(share.total, (settings.batch_tokens,), generator=generator) - share.start
-        chosen = chosen[(chosen >= 0) & (chosen < len(fit.inputs))]
-        inputs, targets, counts = (part[chosen.to(part.device)].to(device) for part in fit)
+        inputs, targets, counts = _minibatch(fit, share, settings.batch_tokens, generator, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=is_mixed):
             outputs = ffn_forward(scaled.weights(), inputs, activation).float()
         error = (_squared_errors(outputs, targets, metric) * counts).sum() / settings.batch_tokens
@@ -178,6 +176,15 @@ def reconstruct(
             if after < best.heldout_error_after:
                 best = Reconstruction(current, best.heldout_error_before, after, step)
     return best
+
+
+def _minibatch(
+    fit: TokenSet, share: Share, size: int, generator: torch.Generator | None, device: torch.device
+) -> TokenSet:
+    """Those of `size` tokens, drawn from the tokens of all processes, that are here."""
+    chosen = torch.randint(share.total, (size,), generator=generator) - share.start
+    chosen = chosen[(chosen >= 0) & (chosen < len(fit.inputs))]
+    return TokenSet(*(part[chosen.to(part.device)].to(device) for part in fit))
 
 
 class _ScaledWeights:

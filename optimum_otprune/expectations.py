@@ -1,0 +1,146 @@
+"""How much memory and time pruning will take: laws of shapes, good for a decision, not for a bill."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+_FLOAT, _DOUBLE = 4, 8  # bytes
+_PASSES = 4  # forward passes over the calibration tokens that the closed form of all layers amounts to
+_MOMENT_PASSES = 3  # forward and backward
+_SCORE_PASSES = 6  # the same for SNIP and for FO
+_CHECKS = 20  # evaluations on held-out tokens while a layer is trained
+
+
+class Workload(NamedTuple):
+    """What the laws read.
+
+    Attributes:
+        num_layers: That are pruned.
+        hidden_size: Of the model.
+        intermediate_size: Channels before.
+        kept_size: Channels after, the mean over pruned layers.
+        num_projections: Of an FFN: 3 if it is gated, else 2.
+        tokens: Calibration tokens, those that the model writes included.
+        written_tokens: Of these, those that the model writes.
+        batch_tokens: Of a forward pass.
+        heldout_share: Of the tokens.
+        element_size: Bytes of a number in the model's dtype.
+        block_bytes: Of the largest block.
+        eliminates: Whether channels are eliminated greedily, or widths are shared out.
+        tracks_dense: Whether the dense model's hidden states are kept beside the pruned one's.
+        needs_scores: Whether weight × gradient scores are read.
+        needs_moments: Whether second moments of gradients are read.
+        steps: Of reconstruction, for each layer.
+        step_tokens: Of one such step.
+    """
+
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    kept_size: int
+    num_projections: int
+    tokens: int
+    written_tokens: int
+    batch_tokens: int
+    heldout_share: float
+    element_size: int
+    block_bytes: int
+    eliminates: bool
+    tracks_dense: bool
+    needs_scores: bool
+    needs_moments: bool
+    steps: int
+    step_tokens: int
+
+    @property
+    def ffn_parameters(self) -> int:
+        """Of one layer, before."""
+        return self.num_projections * self.hidden_size * self.intermediate_size
+
+    @property
+    def kept_parameters(self) -> int:
+        """Of one layer, after."""
+        return self.num_projections * self.hidden_size * self.kept_size
+
+
+def working_bytes(work: Workload) -> dict[str, int]:
+    """Return what the device that computes needs beside the weights that live there, by purpose.
+
+    Args:
+        work: What is done.
+    """
+    n = work.intermediate_size
+    return {
+        "one block": work.block_bytes,
+        "one FFN in float32, before and after": 2 * _FLOAT * work.ffn_parameters,
+        "second moments of channels": n * n * (2 * _FLOAT + (3 * _DOUBLE if work.eliminates else 0)),
+        "activations of one batch": work.num_projections * _FLOAT * work.batch_tokens * n,
+    }
+
+
+def calibration_bytes(work: Workload) -> dict[str, int]:
+    """Return what is kept in main memory, or spilled to disk, for the calibration tokens, by purpose.
+
+    Args:
+        work: What is done.
+    """
+    states = work.tokens * work.hidden_size * work.element_size
+    found = {"hidden states": states * (2 if work.tracks_dense else 1), "inputs of one FFN": states}
+    if work.steps:
+        found["inputs and targets of one FFN in float32"] = 2 * _FLOAT * work.tokens * work.hidden_size
+    return found
+
+
+def score_bytes(work: Workload) -> dict[str, int]:
+    """Return what gradients leave in main memory for all layers, by purpose.
+
+    Args:
+        work: What is done.
+    """
+    found = {}
+    if work.needs_scores:
+        found["scores of all FFN weights"] = 2 * _FLOAT * work.ffn_parameters * work.num_layers
+    if work.needs_moments:
+        found["second moments of gradients"] = _DOUBLE * work.hidden_size**2 * work.num_layers
+    return found
+
+
+class Rates(NamedTuple):
+    """Floating-point operations a second that matrix products reach on the device that computes.
+
+    Attributes:
+        model: In the model's dtype, many rows.
+        single: In float32, many rows.
+        double: In float64, square matrices.
+        generation: In the model's dtype, as few rows as sequences are written at once.
+    """
+
+    model: float
+    single: float
+    double: float
+    generation: float
+
+
+def expected_seconds(work: Workload, forward_flops: int, decode_flops: int, rates: Rates) -> Mapping[str, float]:
+    """Return the expected time by stage, in seconds; saving and loading are not counted.
+
+    Args:
+        work: What is done.
+        forward_flops: Of one dense forward pass over all calibration tokens.
+        decode_flops: Of writing what the model writes itself.
+        rates: Measured.
+    """
+    kept, tokens = work.kept_parameters * work.num_layers, work.tokens
+    stages = {}
+    gradients = _SCORE_PASSES * work.needs_scores + _MOMENT_PASSES * work.needs_moments
+    if gradients:
+        stages["gradients"] = gradients * forward_flops * (tokens - work.written_tokens) / tokens / rates.model
+    if work.written_tokens:
+        stages["self-calibration"] = decode_flops / rates.generation
+    stages["closed form"] = _PASSES * forward_flops / rates.model
+    if work.eliminates:
+        stages["elimination"] = work.num_layers * 2 * work.intermediate_size**3 / rates.double
+    if work.steps:
+        trained = 6 * work.steps * work.step_tokens * kept
+        checked = 2 * _CHECKS * work.heldout_share * tokens * kept
+        stages["reconstruction"] = (trained + checked) / rates.single
+    return stages
