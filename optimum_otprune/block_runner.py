@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from optimum_otprune.architectures.block import FFNBlock
+from optimum_otprune.devices import execution_device
 
 
 class _FirstBlockReached(Exception):
@@ -129,5 +130,4 @@ def _set_forward(module: nn.Module, forward: Callable | None) -> None:
 
 def input_device(model: PreTrainedModel) -> torch.device:
     """Where token ids go."""
-    weight = model.get_input_embeddings().weight  # type: ignore[union-attr]
-    return model.device if weight.device.type == "meta" else weight.device  # type: ignore[union-attr, return-value]
+    return execution_device(model.get_input_embeddings())

@@ -15,7 +15,7 @@ from optimum_otprune.architectures.remote_code import MODELING_FILE, modeling_co
 from optimum_otprune.architectures.spec import find_spec
 from optimum_otprune.card import model_card
 from optimum_otprune.configuration import OTPruningConfig
-from optimum_otprune.devices import is_offloaded
+from optimum_otprune.devices import is_offloaded, known_as_offloaded
 from optimum_otprune.errors import OutputError
 from optimum_otprune.manifest import CARD_FILE, write_manifest
 from optimum_otprune.plots import PLOT_FILE, can_plot, save_rescue_plot
@@ -133,7 +133,8 @@ def save_checkpoint(
     check_output_folder(folder, overwrite, weight_bytes(model))
     with _writing(folder) as partial:
         _make_generation_config_valid(model)
-        _save_model(model, partial, shard_size(model, max_shard_size))
+        with known_as_offloaded(model):
+            _save_model(model, partial, shard_size(model, max_shard_size))
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         config.save_pretrained(partial)

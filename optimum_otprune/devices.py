@@ -1,6 +1,7 @@
 """Where tensors live: reading and replacing parameters that accelerate may have offloaded. Door to accelerate."""
 
 import logging
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -141,6 +142,22 @@ def is_spread(model: PreTrainedModel) -> bool:
 def is_offloaded(model: PreTrainedModel) -> bool:
     """Return whether weights are loaded each time a module runs."""
     return any(has_offloaded_params(module) for module in model.modules())
+
+
+@contextmanager
+def known_as_offloaded(model: PreTrainedModel) -> Iterator[None]:
+    """A block of code that saves a model: transformers reads its device map, which `cpu_offload` does not make."""
+    own = getattr(model, "hf_device_map", None)
+    if own is None and is_offloaded(model):
+        model.hf_device_map = {"": "cpu"}  # type: ignore[assignment]
+    try:
+        with warnings.catch_warnings():
+            # Shards are small by default: one of them is in memory at a time.
+            warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
+            yield
+    finally:
+        if own is None and hasattr(model, "hf_device_map"):
+            del model.hf_device_map
 
 
 @contextmanager

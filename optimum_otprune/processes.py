@@ -30,7 +30,10 @@ def num_processes() -> int:
 
 def process_index() -> int:
     """Number of this process, from 0."""
-    return _state().process_index if num_processes() > 1 else 0
+    if num_processes() == 1:
+        return 0
+    _state()
+    return distributed.get_rank()
 
 
 def is_main_process() -> bool:
@@ -69,8 +72,8 @@ def check_model(model: PreTrainedModel) -> None:
     check_launch()
     if num_processes() > 1 and is_spread(model):
         raise ConfigurationError(
-            f"The model is spread over devices or offloaded, but {num_processes()} processes were started: each needs a whole "
-            "model on one device. Use one process with device_map='auto', or several without a device map."
+            f"The model is spread over devices or offloaded, but {num_processes()} processes were started: each needs "
+            "a whole model on one device. Use one process with device_map='auto', or several without a device map."
         )
 
 
@@ -101,8 +104,8 @@ def own_samples(num_samples: int, batch_size: int) -> slice:
     num_batches = -(-num_samples // batch_size)
     if num_batches < num_processes():
         raise CalibrationDataError(
-            f"{num_samples} samples in batches of {batch_size} cannot be split between {num_processes()} processes. Give more "
-            "samples, a smaller `score_batch_size`, or start fewer processes."
+            f"{num_samples} samples in batches of {batch_size} cannot be split between {num_processes()} processes. "
+            "Give more samples, a smaller `score_batch_size`, or start fewer processes."
         )
     bounds = [
         min(num_samples, index * num_batches // num_processes() * batch_size)
@@ -161,4 +164,5 @@ def wait_for_all() -> None:
 
 
 def _state() -> PartialState:
-    return PartialState()
+    """Where this process computes; the first call joins the others."""
+    return PartialState(cpu=not torch.accelerator.is_available())

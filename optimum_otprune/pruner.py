@@ -18,7 +18,7 @@ from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.loading import hub_id, load_checkpoint
 from optimum_otprune.loading_options import LOADING_DEFAULTS, as_config, check_loading_options, refuse_loading_options
 from optimum_otprune.perplexity import evaluate_perplexity
-from optimum_otprune.pipeline import PassSettings, hidden_memory, prune_model
+from optimum_otprune.pipeline import PassSettings, PrunedLayers, hidden_memory, prune_model
 from optimum_otprune.plan import PruningPlan
 from optimum_otprune.planning import plan_pruning
 from optimum_otprune.processes import check_launch, check_model, check_single, is_main_process, wait_for_all
@@ -204,30 +204,41 @@ class OTPruner(HubMixin):
         blocks = ffn_blocks(self.model)
         recipe = Recipe.resolve(with_pruning_ratio(self.config, self.model, blocks), functions)
         data = calibration_tokens(calibration_data, self.config, self.tokenizer, self.limits)
-        parameters_before, size_before = self.model.num_parameters(), weight_bytes(self.model)
+        before = self._sizes()
         state = None if resume_from is None else Path(resume_from)
         run = {} if state is None else run_fingerprint(self.model, recipe, data.tokens, batch_size)
         with resumable(state, run) as store:
             pruned = prune_model(self.model, blocks, recipe, data.tokens, settings, store)
         self._unsaved_state = None if state is None else (state, run)
-        self.report = PruningReport(
+        custom = {name: recipe.functions[name].name for name in functions if name in recipe.functions}
+        self.report = self._report_of(pruned, before, data, custom)
+        self._calibrated_on = data
+        return self.report
+
+    def _sizes(self) -> tuple[int, int]:
+        """Parameters and bytes of the model as it is."""
+        return self.model.num_parameters(), weight_bytes(self.model)
+
+    def _report_of(
+        self, pruned: PrunedLayers, before: tuple[int, int], data: TokenData, custom: Mapping[str, str]
+    ) -> PruningReport:
+        parameters, size = self._sizes()
+        return PruningReport(
             config=self.config.to_dict(),
             layers=tuple(pruned.reports),
-            parameters_before=parameters_before,
-            parameters_after=self.model.num_parameters() - pruned.padding_parameters,
+            parameters_before=before[0],
+            parameters_after=parameters - pruned.padding_parameters,
             padding_parameters=pruned.padding_parameters,
             calibration=data.describe(),
             base_model=self.base_model,
             evaluations=tuple(self._evaluations),
-            custom_functions={name: recipe.functions[name].name for name in functions if name in recipe.functions},
+            custom_functions=custom,
             versions=versions(),
-            size_before=size_before,
-            size_after=weight_bytes(self.model),
+            size_before=before[1],
+            size_after=size,
             model_type=self.model.config.model_type,
             base_card=self.base_card,
         )
-        self._calibrated_on = data
-        return self.report
 
     def tune(
         self,
@@ -280,7 +291,6 @@ class OTPruner(HubMixin):
             num_trials, timeout, space, file, target_latency, shape, validation_share, seed, batch_size, progress
         )
         settings.check()
-        blocks = ffn_blocks(self.model)
         tokens = calibration_tokens(calibration_data, self.config, self.tokenizer, self.limits).tokens
 
         def note(result: TuningResult) -> None:
@@ -288,7 +298,7 @@ class OTPruner(HubMixin):
             if on_trial is not None:
                 on_trial(result)
 
-        self.config = tune_model(self.model, blocks, self.config, tokens, settings, note).best.config
+        self.config = tune_model(self.model, ffn_blocks(self.model), self.config, tokens, settings, note).best.config
         return self.config
 
     def evaluate(

@@ -20,7 +20,7 @@ class HubMixin(ABC):
     """Pushing of what can be saved."""
 
     @abstractmethod
-    def _save(self, folder: Path, overwrite: bool, max_shard_size: int | str) -> Path:
+    def _save(self, folder: Path, overwrite: bool, max_shard_size: int | str | None) -> Path:
         """Write a complete folder."""
 
     def push_to_hub(
@@ -57,9 +57,7 @@ class HubMixin(ABC):
             HubError: Of the fitting kind; the model in memory is unharmed, and the same call may be repeated.
             OutputError: If there is no room for the temporary folder.
         """
-        check_single(
-            "`push_to_hub`", "Save with `save_pretrained`, which the first process does for all, and push that."
-        )
+        check_single("`push_to_hub`", "Save with `save_pretrained`, then push the folder from one.")
         options: dict[str, Any] = {
             "private": private,
             "token": token,

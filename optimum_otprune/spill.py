@@ -1,6 +1,7 @@
 """Tensors that wait on the CPU: in memory up to a limit, beyond it in files that are mapped when they are read."""
 
 import itertools
+import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,6 +21,7 @@ class StoredTensor:
 
     def __init__(self, tensor: Tensor, spill: "TensorSpill"):
         self._shape, self._dtype = tensor.shape, tensor.dtype
+        self._spill = spill  # whose folder is there as long as it is
         size = tensor.numel() * tensor.element_size()
         self._tensor: Tensor | None = tensor
         self._path: Path | None = None
@@ -49,7 +51,7 @@ class TensorSpill:
     def __init__(self, limit: int = DEFAULT_LIMIT, folder: Path | None = None):
         self._left = limit
         self._parent = folder
-        self._folder: tempfile.TemporaryDirectory | None = None
+        self._folder: Path | None = None
         self._names = itertools.count()
         self.spilled_bytes = 0
 
@@ -76,8 +78,9 @@ class TensorSpill:
         """Write a tensor's bytes into a new file."""
         try:
             if self._folder is None:
-                self._folder = tempfile.TemporaryDirectory(prefix="otprune-", dir=self._parent)
-            path = Path(self._folder.name) / str(next(self._names))
+                self._folder = Path(tempfile.mkdtemp(prefix="otprune-", dir=self._parent))
+                weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+            path = self._folder / str(next(self._names))
             # Written, not copied into a mapping: a full disk is then an error instead of a signal that kills.
             with path.open("wb") as file:
                 file.write(tensor.flatten().view(torch.uint8).numpy().data)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import OneCycleLR
 
 from optimum_otprune.errors import NumericalError
 from optimum_otprune.functional.ffn import FFNWeights, ffn_forward
@@ -146,18 +147,17 @@ def reconstruct(
     share = share or Share(0, len(fit.inputs), lambda tensor: tensor)
     before = output_error(weights, heldout, activation, metric, share.summed)
     best = Reconstruction(weights, before, before, best_step=0)
-    if not math.isfinite(best.heldout_error_before):
+    if not math.isfinite(before):
         raise NumericalError("the FFN's held-out error is NaN or infinite before reconstruction.")
     scaled = _ScaledWeights(weights)
-    optimizer = torch.optim.Adam(scaled.parameters, lr=settings.learning_rate, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, settings.learning_rate, total_steps=settings.steps + 1, pct_start=_WARM_UP, cycle_momentum=False
-    )
+    rate = settings.learning_rate
+    optimizer = torch.optim.Adam(scaled.parameters, lr=rate, betas=(0.9, 0.95))
+    steps = settings.steps + 1
+    schedule = OneCycleLR(optimizer, rate, total_steps=steps, pct_start=_WARM_UP, cycle_momentum=False)
     energy = share.summed((fit.targets.square().sum(dim=1) * fit.weights).sum()) / share.total
     energy = energy.clamp_min(torch.finfo(fit.targets.dtype).tiny).to(weights.up.device)
-    every = max(1, settings.steps // _CHECKS)
-    device = weights.up.device
-    is_mixed = device.type == "cuda" if settings.mixed_precision is None else settings.mixed_precision
+    every, device = max(1, settings.steps // _CHECKS), weights.up.device
+    is_mixed = settings.mixed_precision if settings.mixed_precision is not None else device.type == "cuda"
     for step in range(1, settings.steps + 1):
         inputs, targets, counts = _minibatch(fit, share, settings.batch_tokens, generator, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=is_mixed):
@@ -165,16 +165,14 @@ def reconstruct(
         error = (_squared_errors(outputs, targets, metric) * counts).sum() / settings.batch_tokens
         optimizer.zero_grad()
         (error / energy).backward()
-        for parameter in scaled.parameters:
-            assert parameter.grad is not None
-            parameter.grad = share.summed(parameter.grad)
+        scaled.sum_gradients(share.summed)
         optimizer.step()
         schedule.step()
         if step % every == 0 or step == settings.steps:
             current = scaled.weights().map(Tensor.detach)
             after = output_error(current, heldout, activation, metric, share.summed)
             if after < best.heldout_error_after:
-                best = Reconstruction(current, best.heldout_error_before, after, step)
+                best = Reconstruction(current, before, after, step)
     return best
 
 
@@ -208,6 +206,12 @@ class _ScaledWeights:
     def parameters(self) -> list[Tensor]:
         """What the optimizer changes."""
         return list(self._trained.values())
+
+    def sum_gradients(self, summed: Callable[[Tensor], Tensor]) -> None:
+        """Put the gradients' sums in their place."""
+        for parameter in self.parameters:
+            assert parameter.grad is not None
+            parameter.grad = summed(parameter.grad)
 
     def weights(self) -> FFNWeights:
         """The FFN as it is now, differentiable."""
