@@ -14,9 +14,10 @@ from torch import Tensor
 from optimum_otprune.functional.gram import GramStatistics, damped_cholesky
 from optimum_otprune.functional.symmetric import block_rows
 
-_COMBINATIONS = 64  # of outputs
+_COMBINATIONS = 128  # of outputs
 _COARSE = 4  # every so many values of the grid are looked at first
 _SINGLE_PRECISION = 1e-4  # λ from which float32 is enough to find the way
+_CLOSE = 1e-3  # of the error, within which the surroundings of a value are looked at too
 _CERTAIN = 6.0  # standard errors by which a neighbor must be worse not to be tried
 _NOTABLE = 1e-4  # of the error, by which it must be worse as well: single precision sees no less
 _SINGULAR = 1e-12  # damping where λ = 0
@@ -69,6 +70,17 @@ def ridge_factor(gram: Tensor, scale: Tensor, ridge: float) -> Tensor:
     return damped_cholesky(correlation, _SINGULAR if ridge == 0 else 0.0, _NAME)
 
 
+def _combinations(outputs: int) -> Tensor:
+    """Random combinations of outputs with the same energy in all, or the outputs where they are no more than that.
+
+    `(combinations, outputs)`.
+    """
+    if outputs <= _COMBINATIONS:
+        return torch.eye(outputs, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(_COMBINATIONS, outputs, generator=generator, dtype=torch.float64) / math.sqrt(_COMBINATIONS)
+
+
 class RidgeSearch:
     """Held-out errors of one refit by λ."""
 
@@ -86,11 +98,9 @@ class RidgeSearch:
         missing = heldout.cross - times(self._prior, heldout.gram)
         self._slope = missing / self._scale
         self._base = float(heldout.target_energy - (self._prior * (heldout.cross + missing)).sum())
-        generator = torch.Generator().manual_seed(0)
-        outputs = len(self._prior)
-        mix = torch.randn(_COMBINATIONS, outputs, generator=generator, dtype=torch.float64).to(self._prior.device)
+        mix = _combinations(len(self._prior)).to(self._prior.device)
         self._mixed_residual, self._mixed_slope = (mix @ part for part in (self._residual, self._slope))
-        self._ratings: dict[float, Tensor] = {math.inf: self._prior.new_zeros(_COMBINATIONS)}
+        self._ratings: dict[float, Tensor] = {math.inf: self._prior.new_zeros(len(mix))}
 
     def best(self, grid: tuple[float, ...]) -> RidgeChoice:
         """Return the best λ of a grid; exactly that, where the error falls and then rises along the grid.
@@ -102,33 +112,42 @@ class RidgeSearch:
         last = len(ridges) - 1
         found: dict[int, float] = {}
         fits: dict[int, Tensor] = {}
-        best = self._guess(ridges)
-        tried = [best]
+        tried = self._guesses(ridges)
         while tried:
             for position in tried:
                 found[position], fits[position] = self._evaluate(ridges[position])
             best = min(found, key=lambda position: (found[position], position))
-            fits = {best: fits[best]}
+            fits = {best: fits[best]}  # one is enough to keep
             beside = [position for position in (best - 1, best + 1) if 0 <= position <= last]
             tried = [p for p in beside if p not in found and not self._rules_out(ridges[p], ridges[best], found[best])]
         return RidgeChoice(ridges[best], found[best], fits[best])
 
-    def _guess(self, ridges: list[float]) -> int:
+    def _guesses(self, ridges: list[float]) -> list[int]:
+        """Positions of the best λ by the combinations of outputs, and of other valleys that they do not rule out."""
         last = len(ridges) - 1
         positions = {last, *range(min(_COARSE // 2, last), last, _COARSE)}
         step = _COARSE
-        while True:
-            best = min(positions, key=lambda position: float(self._rate(ridges[position]).sum()))
+        while step > 1:
             step //= 2
-            if step == 0:
-                return best
-            positions |= {max(0, best - step), min(last, best + step)}
+            totals = {position: self._total(ridges[position]) for position in positions}
+            level = min(totals.values())
+            level += _CLOSE * max(0.0, self._base + level)
+            for near in [p for p, total in totals.items() if total <= level]:
+                positions |= {max(0, near - step), min(last, near + step)}
+        order = sorted(positions)
+        sums = [math.inf, *(self._total(ridges[position]) for position in order), math.inf]
+        lowest = order[sums.index(min(sums)) - 1]
+        valleys = [p for p, left, here, right in zip(order, sums, sums[1:], sums[2:]) if left > here <= right]
+        return [p for p in valleys if p == lowest or not self._rules_out(ridges[p], ridges[lowest], 0.0)]
+
+    def _total(self, ridge: float) -> float:
+        return float(self._rate(ridge).sum())
 
     def _rules_out(self, ridge: float, best: float, error: float) -> bool:
         """Whether all combinations together leave no doubt that a λ is worse than the best so far."""
         worse = self._rate(ridge) - self._rate(best)
-        mean, deviation = float(worse.mean()), float(worse.std()) / math.sqrt(_COMBINATIONS)
-        return mean > _CERTAIN * deviation and mean > _NOTABLE * error
+        total, deviation = float(worse.sum()), float(worse.std()) * math.sqrt(len(worse))
+        return total > _CERTAIN * deviation and total > _NOTABLE * error
 
     def _rate(self, ridge: float) -> Tensor:
         """What λ adds to the held-out error of each combination of outputs, `(combinations,)`."""
