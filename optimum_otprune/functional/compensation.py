@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from optimum_otprune.errors import ShapeError
-from optimum_otprune.functional.gram import GramStatistics, damped_cholesky
+from optimum_otprune.functional.gram import GramStatistics
+from optimum_otprune.functional.ridge_search import RidgeChoice, RidgeSearch, channel_scale, ridge_factor, times
 
 _INTERCEPT_GAIN = 0.02
+_DECOMPOSED = 1024  # kept channels up to which an eigendecomposition for the whole grid is cheaper than a search
 RIDGE_GRID = (*(10.0**exponent for exponent in [x / 2 for x in range(-14, 5)]), math.inf)
 
 
@@ -56,19 +58,10 @@ def ridge_refit(statistics: GramStatistics, prior: Tensor, ridge: float) -> Tens
     prior = prior.double()
     if math.isinf(ridge):
         return prior
-    gram, cross = statistics.gram.double(), statistics.cross.double()
-    scale = _scale(gram)
-    correlation = gram / torch.outer(scale, scale)
-    correlation.diagonal().add_(ridge)
-    factor = damped_cholesky(correlation, 1e-12 if ridge == 0 else 0.0, "the Gram matrix of the kept channels")
-    residual = (cross - prior @ gram) / scale  # (hidden_size, kept_size)
+    scale = channel_scale(statistics.gram)
+    factor = ridge_factor(statistics.gram, scale, ridge)
+    residual = (statistics.cross - times(prior, statistics.gram)) / scale  # (hidden_size, kept_size)
     return prior + torch.cholesky_solve(residual.T, factor).T / scale
-
-
-def _scale(gram: Tensor) -> Tensor:
-    """Root of the diagonal `(kept_size,)`; 1 for channels that are never active."""
-    scale = gram.diagonal().clamp_min(0).sqrt()
-    return torch.where(scale > 0, scale, 1.0)
 
 
 def choose_ridge(
@@ -76,16 +69,33 @@ def choose_ridge(
 ) -> tuple[float, float]:
     """Return the λ of the grid with the least held-out error, and that error.
 
-    One eigendecomposition serves the whole grid.
+    Up to 1 024 kept channels one eigendecomposition serves the whole grid. Wider layers are searched (`RidgeSearch`):
+    the result is the same where the error falls and then rises along the grid; where it does not, which is rare, the
+    error of what is found is within 0.2 % of the least.
 
     Args:
         fit: Statistics of the tokens that are fitted, kept channels only.
         heldout: Statistics of the other tokens, kept channels only.
         prior: `(hidden_size, kept_size)`.
         grid: Values of λ to try.
+
+    Raises:
+        NumericalError: If a Gram matrix cannot be factored.
     """
+    return _choose(fit, heldout, prior, grid)[:2]
+
+
+def _choose(
+    fit: GramStatistics, heldout: GramStatistics, prior: Tensor, grid: tuple[float, ...] = RIDGE_GRID
+) -> RidgeChoice:
+    if prior.shape[1] > _DECOMPOSED:
+        return RidgeSearch(fit, heldout, prior).best(grid)
+    return _decompose(fit, heldout, prior, grid)
+
+
+def _decompose(fit: GramStatistics, heldout: GramStatistics, prior: Tensor, grid: tuple[float, ...]) -> RidgeChoice:
     fit, heldout, prior = fit.double(), heldout.double(), prior.double()
-    scale = _scale(fit.gram)
+    scale = channel_scale(fit.gram)
     values, vectors = torch.linalg.eigh(fit.gram / torch.outer(scale, scale))
     values = values.clamp_min(0)
     basis = vectors / scale[:, None]  # (kept_size, kept_size), whitens the channels
@@ -95,13 +105,13 @@ def choose_ridge(
     quadratic = (step.T @ step) * (basis.T @ heldout.gram @ basis)  # (kept_size, kept_size)
     base = heldout.error(prior)
     floor = torch.finfo(torch.float64).eps * values.max().clamp_min(1.0) * len(values)
-    best = (math.nan, math.inf)
+    best = RidgeChoice(math.nan, math.inf)
     for ridge in grid:
         # λ = ∞ takes no step at all; directions that no token excites take none either.
         shrink = torch.where(values + ridge > floor, 1 / (values + ridge).clamp_min(floor), 0.0)
         error = float(base - 2 * shrink @ linear + shrink @ quadratic @ shrink)
-        if error < best[1]:
-            best = (ridge, error)
+        if error < best.heldout_error:
+            best = RidgeChoice(ridge, error)
     return best
 
 
@@ -120,17 +130,16 @@ def refit_down(
     Returns:
         The refit to all tokens, and the refit without the held-out ones, which can be judged on them; both float64.
     """
-    choices = {}
+    choices: dict[bool, RidgeChoice] = {}
     if intercept != "always":
-        choices[False] = choose_ridge(fit, heldout, prior)
+        choices[False] = _choose(fit, heldout, prior)
     if intercept != "never":
         means = _means(fit)
-        choices[True] = choose_ridge(fit.double().shifted(*means), heldout.double().shifted(*means), prior)
-    pays = intercept == "auto" and choices[True][1] < (1 - _INTERCEPT_GAIN) * choices[False][1]
+        choices[True] = _choose(fit.double().shifted(*means), heldout.double().shifted(*means), prior)
+    pays = intercept == "auto" and choices[True].heldout_error < (1 - _INTERCEPT_GAIN) * choices[False].heldout_error
     centred = intercept == "always" or pays
-    ridge, error = choices[centred]
-    total, alone = (_refit(part.double(), prior, ridge, centred, error) for part in (fit + heldout, fit))
-    return total, alone
+    choice = choices[centred]
+    return _refit(fit + heldout, prior, choice._replace(down=None), centred), _refit(fit, prior, choice, centred)
 
 
 def _means(statistics: GramStatistics) -> tuple[Tensor, Tensor]:
@@ -138,11 +147,13 @@ def _means(statistics: GramStatistics) -> tuple[Tensor, Tensor]:
     return statistics.hidden_sum.double() / count, statistics.target_sum.double() / count
 
 
-def _refit(statistics: GramStatistics, prior: Tensor, ridge: float, centred: bool, error: float) -> Refit:
+def _refit(statistics: GramStatistics, prior: Tensor, choice: RidgeChoice, centred: bool) -> Refit:
+    down, (ridge, error) = choice.down, choice[:2]
     if not centred:
-        return Refit(ridge_refit(statistics, prior, ridge), None, ridge, error)
+        return Refit(ridge_refit(statistics, prior, ridge) if down is None else down, None, ridge, error)
     hidden_mean, target_mean = _means(statistics)
-    down = ridge_refit(statistics.shifted(hidden_mean, target_mean), prior, ridge)
+    if down is None:
+        down = ridge_refit(statistics.double().shifted(hidden_mean, target_mean), prior, ridge)
     return Refit(down, target_mean - down @ hidden_mean, ridge, error)
 
 

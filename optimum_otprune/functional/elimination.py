@@ -6,7 +6,7 @@ With `P = G⁻¹` and `K = WᵀW`, removing channel j costs `K_jj / P_jj`, and a
     K ← K − u sᵀ − s uᵀ             with s = (K_j − ½ K_jj P_j / P_jj) / √P_jj
 
 because the down projection becomes `W − w_j P_jᵀ / P_jj`. As in a blocked Cholesky factorization, both updates wait
-until a block of channels went: only the diagonals, which decide, and the rows of channels that go are kept current.
+until a block of channels went: only the diagonals, which decide, and the rows of removed channels are kept current.
 """
 
 from typing import NamedTuple

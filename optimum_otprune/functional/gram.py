@@ -41,8 +41,10 @@ class GramStatistics(NamedTuple):
         Args:
             channels: LongTensor `(kept_size,)`.
         """
+        gram = gather(self.gram, channels, self.gram.dtype)
+        mirror(gram)
         return self._replace(
-            gram=self.gram[channels][:, channels],
+            gram=gram,
             cross=self.cross[:, channels],
             hidden_sum=self.hidden_sum[channels],
         )
@@ -58,13 +60,10 @@ class GramStatistics(NamedTuple):
     def shifted(self, hidden_shift: Tensor, target_shift: Tensor) -> "GramStatistics":
         """Statistics of `h − hidden_shift` and `y − target_shift`: centred ones, if the shifts are the means."""
         count, h, y = self.num_tokens, hidden_shift, target_shift
-        outer = torch.outer(self.hidden_sum, h)
+        outer = torch.outer(self.hidden_sum - count / 2 * h, h)
         return GramStatistics(
-            gram=self.gram - outer - outer.T + count * torch.outer(h, h),
-            cross=self.cross
-            - torch.outer(self.target_sum, h)
-            - torch.outer(y, self.hidden_sum)
-            + count * torch.outer(y, h),
+            gram=self.gram - outer - outer.T,
+            cross=self.cross - torch.outer(self.target_sum - count * y, h) - torch.outer(y, self.hidden_sum),
             hidden_sum=self.hidden_sum - count * h,
             target_sum=self.target_sum - count * y,
             target_energy=self.target_energy - 2 * (y @ self.target_sum) + count * (y @ y),
@@ -174,8 +173,10 @@ def damped_cholesky(matrix: Tensor, damping: float, what: str = "the Gram matrix
     _check_finite(matrix, what)
     scale = _mean_diagonal(matrix)
     for share in _dampings(damping, what):
-        damped = matrix.clone()
-        damped.diagonal().add_(share * scale)
+        damped = matrix
+        if share > 0:
+            damped = matrix.clone()
+            damped.diagonal().add_(share * scale)
         factor, info = torch.linalg.cholesky_ex(damped)
         if info == 0:
             break

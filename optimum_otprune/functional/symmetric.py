@@ -82,6 +82,30 @@ def compact(matrix: Tensor, channels: Tensor) -> Tensor:
     return matrix[:count, :count]
 
 
+def factor(matrix: Tensor) -> bool:
+    """Replace a positive definite matrix by its Cholesky factor U, `UᵀU`, in place.
+
+    Args:
+        matrix: `(size, size)`, its upper triangle.
+
+    Returns:
+        Whether the matrix was positive definite; where not, what is left in it is of no use.
+    """
+    size = len(matrix)
+    for start in range(0, size, _PIVOTS):
+        end = min(start + _PIVOTS, size)
+        pivots = matrix[start:end, start:end]
+        lower, info = torch.linalg.cholesky_ex(pivots.mT)  # reads the lower triangle of the transpose
+        if info != 0:
+            return False
+        pivots.copy_(lower.mT)
+        if end < size:
+            panel = torch.linalg.solve_triangular(lower, matrix[start:end, end:], upper=False)
+            matrix[start:end, end:] = panel
+            add_product(matrix[end:, end:], panel, panel, alpha=-1.0)
+    return True
+
+
 def invert(matrix: Tensor) -> bool:
     """Invert a positive definite matrix in place, upper triangle in, upper triangle out.
 
@@ -98,18 +122,18 @@ def invert(matrix: Tensor) -> bool:
     for start in range(0, size, _PIVOTS):
         end = min(start + _PIVOTS, size)
         pivots = matrix[start:end, start:end]
-        factor, info = torch.linalg.cholesky_ex(pivots.mT, upper=False)  # reads the lower triangle of the transpose
+        lower, info = torch.linalg.cholesky_ex(pivots.mT)  # reads the lower triangle of the transpose
         if info != 0:
             return False
         panel = matrix.new_zeros(end - start, size)
         panel[:, :start] = matrix[:start, start:end].T
         panel[:, end:] = matrix[start:end, end:]
-        panel = torch.linalg.solve_triangular(factor, panel, upper=False)
+        panel = torch.linalg.solve_triangular(lower, panel, upper=False)
         add_product(matrix, panel, panel, alpha=-1.0)
-        panel = torch.linalg.solve_triangular(factor.mT, panel, upper=True)
+        panel = torch.linalg.solve_triangular(lower.mT, panel, upper=True)
         matrix[:start, start:end] = panel[:, :start].T
         matrix[start:end, end:] = panel[:, end:]
-        pivots.copy_(-torch.cholesky_inverse(factor))
+        pivots.copy_(-torch.cholesky_inverse(lower))
     for start, end in block_rows(size):
         matrix[start:end, start:].neg_()
     return True
