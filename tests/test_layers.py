@@ -39,7 +39,7 @@ LAYERS = (
     ("__init__",),
 )
 DOORS = {
-    "ot": {"functional/solvers.py"},
+    "ot": {"functional/pot.py"},
     "accelerate": {"devices.py"},
     "datasets": {"calibration.py", "perplexity.py"},  # the metric declares the types of its inputs
     "evaluate": {"perplexity.py"},
