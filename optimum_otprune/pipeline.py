@@ -15,12 +15,12 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PreTrainedModel
 
-from optimum_otprune.architectures.block import FFNBlock, native_intercept
-from optimum_otprune.architectures.remote_code import modeling_code
+from optimum_otprune.architectures.block import FFNBlock
 from optimum_otprune.architectures.resize import finish_resize
 from optimum_otprune.compression import Compression, LayerInputs, Recipe, compress
 from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.errors import ConfigurationError, OTPruneError
+from optimum_otprune.feasibility import check_feasible
 from optimum_otprune.functional.compensation import refit_down
 from optimum_otprune.functional.ffn import FFNWeights, check_weights
 from optimum_otprune.functional.metric import error_metric
@@ -39,7 +39,7 @@ from optimum_otprune.prepared import Expected, Prepared
 from optimum_otprune.processes import from_main, gathered, is_main_process, own_samples, process_index, summed
 from optimum_otprune.quantities import SIZE_UNITS, parse_quantity
 from optimum_otprune.report import LayerReport
-from optimum_otprune.self_calibration import check_can_write, self_calibration_tokens
+from optimum_otprune.self_calibration import self_calibration_tokens
 from optimum_otprune.spill import DEFAULT_LIMIT, TensorSpill
 from optimum_otprune.streaming import CalibrationStream
 from optimum_otprune.widths import adaptive_widths, plan_widths
@@ -136,17 +136,7 @@ def prune_model(
             check_weights(block.read(), "the FFN")
     if all(width == block.intermediate_size for width, block in zip(widths, blocks)):
         return PrunedLayers([_untouched(block) for block in blocks], 0)
-    can_hold_intercept = native_intercept(model, blocks[0].spec)
-    if config.intercept == "always" and not can_hold_intercept:
-        raise ConfigurationError(
-            "`intercept='always'` (as method 'flap' has it) needs an output bias, which this architecture cannot hold "
-            "so that plain loading finds it. Use intercept='auto' or 'never' with compensation='ridge'."
-        )
-    if config.self_calibration:
-        check_can_write(model, config.self_calibration)
-    may_differ = config.allocation == "adaptive" or len(set(widths)) > 1
-    if may_differ and config.non_uniform_format == "per_layer_config":
-        modeling_code(model, blocks[0].spec)  # raises before any work, if the result could not be saved
+    can_hold_intercept = check_feasible(model, blocks, config, widths)
     model.eval()
     spill = settings.spill()
     prepared = store.prepared(

@@ -43,7 +43,7 @@ LAYERS = (
     ("__init__",),
 )
 DOORS = {
-    "ot": {"functional/solvers.py"},
+    "ot": {"functional/pot.py"},
     "accelerate": {"devices.py", "processes.py"},
     "datasets": {"calibration.py", "perplexity.py"},  # the metric declares the types of its inputs
     "evaluate": {"perplexity.py"},

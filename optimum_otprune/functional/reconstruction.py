@@ -152,11 +152,10 @@ def reconstruct(
     scaled = _ScaledWeights(weights)
     rate = settings.learning_rate
     optimizer = torch.optim.Adam(scaled.parameters, lr=rate, betas=(0.9, 0.95))
-    steps = settings.steps + 1
-    schedule = OneCycleLR(optimizer, rate, total_steps=steps, pct_start=_WARM_UP, cycle_momentum=False)
+    schedule = OneCycleLR(optimizer, rate, settings.steps + 1, pct_start=_WARM_UP, cycle_momentum=False)
     energy = share.summed((fit.targets.square().sum(dim=1) * fit.weights).sum()) / share.total
-    energy = energy.clamp_min(torch.finfo(fit.targets.dtype).tiny).to(weights.up.device)
     every, device = max(1, settings.steps // _CHECKS), weights.up.device
+    energy = energy.clamp_min(torch.finfo(energy.dtype).tiny).to(device)
     is_mixed = settings.mixed_precision if settings.mixed_precision is not None else device.type == "cuda"
     for step in range(1, settings.steps + 1):
         inputs, targets, counts = _minibatch(fit, share, settings.batch_tokens, generator, device)

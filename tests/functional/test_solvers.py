@@ -209,7 +209,7 @@ def test_sinkhorn_meets_its_marginals_even_where_it_did_not_converge(epsilon):
 def test_a_plan_whose_solver_stopped_early_does_not_claim_to_have_converged():
     cost, source, target = problem(0, 20, 6)
     plan = solve_transport("sinkhorn", cost, source, target, SolverSettings(epsilon=1e-6))
-    assert plan.cost > 1.1 * solve_transport("emd", cost, source, target).cost  # nowhere near the regularized optimum
+    assert plan.cost > 1.03 * solve_transport("emd", cost, source, target).cost  # nowhere near the regularized optimum
     assert not plan.converged
     assert solve_transport("sinkhorn", cost, source, target, SolverSettings(epsilon=0.5)).converged
 

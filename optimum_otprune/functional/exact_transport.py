@@ -1,0 +1,227 @@
+"""Exact transport by few arcs: solve on the promising ones, price all others, add what would help, until none would.
+
+Mass that can stay where it costs nothing is not solved for at first. That, and the choice of arcs, are guesses; the
+potentials of the small problem prove over all arcs that the plan is the cheapest, or say which arcs were missing.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from optimum_otprune.functional.duality import c_transform, cheapest_arcs
+from optimum_otprune.functional.pot import network_simplex, sparse_network_simplex
+
+SPARSE_FROM = 2**18  # entries of the cost from which few arcs are faster than all
+_FIRST_PER_ROW, _FIRST_PER_COLUMN = 8, 8
+_ADDED_PER_ROW, _ADDED_PER_COLUMN = 4, 4
+_CHUNK = 1024  # rows or columns that are copied at a time
+_GAP = 1e-10  # of the cost; what the certificate may leave open
+_ROUNDING = 1e-13  # of the largest cost; smaller differences are rounding
+_USABLE = 1e-9  # of the largest cost; arcs of larger reduced cost are in no cheapest plan
+_TIE = 1e-9  # masses that agree so far are equal
+_ROUNDS = 60
+
+
+class _Remainder(NamedTuple):
+    """What is left to transport when some mass stays.
+
+    Attributes:
+        rows: LongTensor `(k,)`, sources of which mass stays.
+        columns: LongTensor `(k,)`, where.
+        masses: `(k,)`, how much: all that the source has or the target takes.
+        source: `(n,)`, what is left to hand on; exactly 0 where nothing is.
+        target: `(m,)`, what is left to fill.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    masses: Tensor
+    source: Tensor
+    target: Tensor
+
+
+class _Solution(NamedTuple):
+    """A plan and the potentials that belong to it; where the plan sends mass, they add up to the cost."""
+
+    rows: Tensor
+    columns: Tensor
+    masses: Tensor
+    source_potential: Tensor
+    target_potential: Tensor
+
+
+def exact_plan(cost_matrix: Tensor, source_marginal: Tensor, target_marginal: Tensor, iterations: int) -> Tensor:
+    """Return the cheapest plan.
+
+    From `SPARSE_FROM` entries of the cost on, few arcs are tried; where their potentials prove nothing after many
+    rounds, as below that size, all arcs are solved at once.
+
+    Args:
+        cost_matrix: `(n, m)` float64, finite, on the CPU.
+        source_marginal: `(n,)` float64, non-negative.
+        target_marginal: `(m,)`, with the same sum.
+        iterations: At most so many pivots of the network simplex.
+
+    Returns:
+        `(n, m)`, a sparse tensor where few arcs were enough.
+
+    Raises:
+        TransportError: If the network simplex gives up.
+    """
+    if cost_matrix.numel() >= SPARSE_FROM:
+        # An arc that can carry no mass would leave its potential open.
+        rows, columns = source_marginal.nonzero()[:, 0], target_marginal.nonzero()[:, 0]
+        cost = cost_matrix if len(rows) == len(source_marginal) else cost_matrix[rows]
+        cost = cost if len(columns) == len(target_marginal) else cost[:, columns]
+        found = _FewArcs(cost, source_marginal[rows], target_marginal[columns], iterations).solve()
+        if found is not None:
+            ends = torch.stack([rows[found.rows], columns[found.columns]])
+            plan = torch.sparse_coo_tensor(ends, found.masses, cost_matrix.shape, check_invariants=False)
+            return plan.coalesce()
+    return network_simplex(cost_matrix, source_marginal, target_marginal, iterations)
+
+
+class _FewArcs:
+    """A transport problem of positive masses, and the arcs that are solved."""
+
+    def __init__(self, cost: Tensor, source: Tensor, target: Tensor, iterations: int) -> None:
+        self.cost, self.source, self.target, self.iterations = cost.contiguous(), source, target, iterations
+        self.n, self.m = cost.shape
+        self.largest = max(abs(float(end)) for end in cost.aminmax())
+        self.rounding = _ROUNDING * self.largest
+        self.smallest_gap = torch.finfo(cost.dtype).eps * self.largest
+        self.stays = torch.full((self.n,), -1)  # the column where mass of this row stays; LongTensor
+        self.arcs = torch.empty(0, dtype=torch.long)  # row · m + column, sorted
+        self.potentials = (torch.zeros_like(source), torch.zeros_like(target))
+
+    def solve(self) -> _Solution | None:
+        """Return the cheapest plan, or None if it could not be proved to be that."""
+        self._choose_arcs()
+        exact = False
+        for _ in range(_ROUNDS):
+            remainder = self._remainder()
+            solution = self._solve_arcs(remainder, exact)
+            missing, gap = self._price(solution)
+            value = float(self._costs(solution.rows, solution.columns) @ solution.masses)
+            if gap <= max(_GAP * value, self.smallest_gap):
+                return solution
+            self.potentials = solution.source_potential, solution.target_potential
+            missing = missing[~torch.isin(missing, self.arcs)]
+            if len(missing):
+                self._add(missing, remainder)
+            elif exact:
+                return None
+            exact = not len(missing)
+        return None
+
+    def _costs(self, rows: Tensor, columns: Tensor) -> Tensor:
+        return self.cost.view(-1)[rows * self.m + columns]
+
+    def _choose_arcs(self) -> None:
+        """The cheapest arcs of every row and column with mass left, and arcs on which all mass can be carried."""
+        values, nearest = cheapest_arcs(self.cost, torch.zeros_like(self.target), _FIRST_PER_ROW)
+        free = (values[:, 0].abs() <= self.rounding).nonzero()[:, 0].flip(0)
+        partner = torch.full((self.m,), -1)
+        partner[nearest[free, 0]] = free  # if several could stay in one place, one of them does
+        columns = (partner >= 0).nonzero()[:, 0]
+        rows = partner[columns]
+        differ = (self.source[rows] - self.target[columns]).abs() > _TIE * self.target[columns]
+        self.stays[rows[differ]] = columns[differ]
+        remainder = self._remainder()
+        rows = remainder.source.nonzero()[:, 0]
+        arcs = [(rows[:, None] * self.m + nearest[rows]).view(-1), self._carrying(remainder)]
+        for start in range(0, self.m, _CHUNK):
+            part = self.cost[:, start : start + _CHUNK][rows]
+            best = rows[part.topk(min(_FIRST_PER_COLUMN, len(part)), dim=0, largest=False).indices]
+            arcs.append((best * self.m + torch.arange(start, start + part.shape[1])).view(-1))
+        self.potentials = (values[:, 0].clone(), self.potentials[1])
+        self.arcs = torch.unique(torch.cat(arcs))
+
+    def _carrying(self, remainder: _Remainder) -> Tensor:
+        """Arcs on which the remainder can be carried: every source fills targets in order, where the last left off."""
+        rows, columns = remainder.source.nonzero()[:, 0], remainder.target.nonzero()[:, 0]
+        given, taken = remainder.source[rows].cumsum(0), remainder.target[columns].cumsum(0)
+        last_column = torch.searchsorted(taken, given).clamp_max(len(columns) - 1)  # that this row reaches
+        last_row = torch.searchsorted(given, taken).clamp_max(len(rows) - 1)  # that this column takes from
+        pairs = (
+            (rows, columns[last_column]),
+            (rows[1:], columns[last_column[:-1]]),
+            (rows[last_row], columns),
+            (rows[last_row[:-1]], columns[1:]),
+        )
+        return torch.cat([row * self.m + column for row, column in pairs])
+
+    def _remainder(self) -> _Remainder:
+        rows = (self.stays >= 0).nonzero()[:, 0]
+        columns = self.stays[rows]
+        masses = torch.minimum(self.source[rows], self.target[columns])
+        source, target = self.source.clone(), self.target.clone()
+        whole = source[rows] == masses
+        source[rows] = torch.where(whole, 0.0, source[rows] - masses)
+        target[columns] = torch.where(whole, target[columns] - masses, 0.0)
+        return _Remainder(rows, columns, masses, source, target)
+
+    def _solve_arcs(self, remainder: _Remainder, exact: bool) -> _Solution:
+        """Solve the remainder on the arcs, whose costs less the last potentials make a good start.
+
+        The network simplex rounds potentials to its largest cost times the number of channels. If `exact`, they are
+        solved for again on the arcs that its plan can use, whose costs are next to nothing.
+        """
+        u, v = (potential.clone() for potential in self.potentials)
+        rows, columns = remainder.source.nonzero()[:, 0], remainder.target.nonzero()[:, 0]
+        row_number, column_number = torch.full((self.n,), -1), torch.full((self.m,), -1)
+        row_number[rows], column_number[columns] = torch.arange(len(rows)), torch.arange(len(columns))
+        first, second = row_number[self.arcs // self.m], column_number[self.arcs % self.m]
+        usable = (first >= 0) & (second >= 0)
+        costs = self._costs(self.arcs // self.m, self.arcs % self.m) - u[self.arcs // self.m] - v[self.arcs % self.m]
+        if exact:
+            usable &= costs <= _USABLE * self.largest
+        plan = sparse_network_simplex(
+            first[usable],
+            second[usable],
+            costs[usable],
+            remainder.source[rows],
+            remainder.target[columns],
+            self.iterations,
+        )
+        u[rows] += plan.source_potential
+        v[columns] += plan.target_potential
+        whole = remainder.source[remainder.rows] == 0
+        costs = self._costs(remainder.rows, remainder.columns)
+        v[remainder.columns[~whole]] = (costs - u[remainder.rows])[~whole]
+        u[remainder.rows[whole]] = (costs - v[remainder.columns])[whole]
+        return _Solution(
+            torch.cat([rows[plan.rows], remainder.rows]),
+            torch.cat([columns[plan.columns], remainder.columns]),
+            torch.cat([plan.masses, remainder.masses]),
+            u,
+            v,
+        )
+
+    def _price(self, solution: _Solution) -> tuple[Tensor, float]:
+        """Arcs of negative reduced cost, some of every row and column, and by how much the plan may be too dear."""
+        u, v = solution.source_potential, solution.target_potential
+        excess = u - c_transform(self.cost, v)
+        gap = float(excess.clamp_min(0) @ self.source)
+        wanting = (excess > self.rounding).nonzero()[:, 0]
+        arcs = []
+        for rows in wanting.split(_CHUNK) if len(wanting) else ():
+            reduced = self.cost[rows].sub_(v).sub_(u[rows, None])
+            least, columns = reduced.topk(min(_ADDED_PER_ROW, self.m), dim=1, largest=False)
+            arcs.append((rows[:, None] * self.m + columns)[least < -self.rounding])
+            wanted = (reduced.amin(dim=0) < -self.rounding).nonzero()[:, 0]
+            part = reduced if len(wanted) == self.m else reduced[:, wanted]
+            least, index = part.topk(min(_ADDED_PER_COLUMN, len(rows)), dim=0, largest=False)
+            arcs.append((rows[index] * self.m + wanted)[least < -self.rounding])
+        return torch.unique(torch.cat(arcs)) if arcs else wanting, gap
+
+    def _add(self, missing: Tensor, remainder: _Remainder) -> None:
+        """Add arcs; what stays at one of their ends is solved for from now on."""
+        rows, columns = missing // self.m, missing % self.m
+        resident = torch.full((self.m,), -1)
+        resident[remainder.columns] = remainder.rows
+        moved = torch.cat([rows[remainder.source[rows] == 0], resident[columns[remainder.target[columns] == 0]]])
+        moved = torch.unique(moved)
+        self.arcs = torch.unique(torch.cat([self.arcs, missing, moved * self.m + self.stays[moved]]))
+        self.stays[moved] = -1

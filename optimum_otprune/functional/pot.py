@@ -1,0 +1,112 @@
+"""The only door to POT: its network simplex on dense and sparse costs, partial and unbalanced transport."""
+
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+import ot
+import torch
+from torch import Tensor
+
+from optimum_otprune.errors import TransportError
+
+
+class SparsePlan(NamedTuple):
+    """A plan that the network simplex found, entry by entry, and the potentials that prove it.
+
+    Attributes:
+        rows: LongTensor `(k,)`.
+        columns: LongTensor `(k,)`.
+        masses: `(k,)`.
+        source_potential: `(n,)`.
+        target_potential: `(m,)`; with the source potential nowhere above the cost of an arc that was given.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    masses: Tensor
+    source_potential: Tensor
+    target_potential: Tensor
+
+
+def network_simplex(cost_matrix: Tensor, source_marginal: Tensor, target_marginal: Tensor, iterations: int) -> Tensor:
+    """Return the cheapest plan `(n, m)`; all arguments float64 on the CPU.
+
+    Raises:
+        TransportError: If it gives up.
+    """
+    plan, _ = _emd(source_marginal.numpy(), target_marginal.numpy(), cost_matrix.contiguous().numpy(), iterations)
+    return torch.from_numpy(plan)
+
+
+def sparse_network_simplex(
+    rows: Tensor,
+    columns: Tensor,
+    costs: Tensor,
+    source_marginal: Tensor,
+    target_marginal: Tensor,
+    iterations: int,
+) -> SparsePlan:
+    """Return the cheapest plan that uses only some arcs.
+
+    Args:
+        rows: LongTensor `(k,)`, of each arc; sorted by row, then column, no arc twice.
+        columns: LongTensor `(k,)`.
+        costs: `(k,)`.
+        source_marginal: `(n,)`, positive.
+        target_marginal: `(m,)`, positive.
+        iterations: At most so many pivots.
+
+    Raises:
+        TransportError: If it gives up, or the arcs cannot carry the mass.
+    """
+    shape = (len(source_marginal), len(target_marginal))
+    arcs = torch.sparse_coo_tensor(
+        torch.stack([rows, columns]), costs, shape, check_invariants=False, is_coalesced=True
+    )
+    plan, log = _emd(source_marginal, target_marginal, arcs, iterations)
+    plan = plan.coalesce()
+    return SparsePlan(plan.indices()[0], plan.indices()[1], plan.values(), log["u"], log["v"])
+
+
+def _emd(source_marginal, target_marginal, cost_matrix, iterations: int):  # type: ignore[no-untyped-def]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the result code below says the same
+        plan, log = ot.emd(source_marginal, target_marginal, cost_matrix, numItermax=iterations, log=True)
+    if log["warning"] is not None:
+        raise TransportError(
+            f"The exact solver gave up ({log['warning']}). Use solver='sinkhorn', which always ends, or prune less "
+            "at once."
+        )
+    return plan, log
+
+
+def partial_transport(
+    cost_matrix: Tensor, source_marginal: Tensor, target_marginal: Tensor, mass: float, iterations: int
+) -> Tensor:
+    """Return the cheapest plan `(n, m)` that moves `mass` (`ot.partial.partial_wasserstein`)."""
+    a, b = source_marginal.numpy(), target_marginal.numpy()
+    plan = ot.partial.partial_wasserstein(
+        a, b, cost_matrix.numpy(), m=min(mass, a.sum(), b.sum()), numItermax=iterations
+    )
+    return torch.from_numpy(np.asarray(plan))
+
+
+def unbalanced_transport(
+    cost_matrix: Tensor,
+    source_marginal: Tensor,
+    target_marginal: Tensor,
+    penalty: float,
+    start: Tensor | None,
+    iterations: int,
+) -> Tensor:
+    """Return a plan `(n, m)` that pays for missed marginals (`ot.unbalanced.mm_unbalanced`), going on from `start`."""
+    plan = ot.unbalanced.mm_unbalanced(
+        source_marginal.numpy(),
+        target_marginal.numpy(),
+        cost_matrix.numpy(),
+        reg_m=penalty,
+        G0=None if start is None else start.numpy(),
+        numItermax=iterations,
+    )
+    return torch.from_numpy(plan)
