@@ -96,16 +96,23 @@ class TokenBatch(NamedTuple):
     Attributes:
         inputs: Of the FFN, `(num_tokens, hidden_size)`.
         hidden: Channel activations of the dense FFN `(num_tokens, intermediate_size)`.
-        targets: What the FFN should put out, without its bias, `(num_tokens, hidden_size)`.
+        outputs: Of the dense FFN, without its bias, `(num_tokens, hidden_size)`.
+        correction: What the targets have beside them, or None.
         is_heldout: BoolTensor `(num_tokens,)`.
         weights: What each token's error counts, `(num_tokens,)`.
     """
 
     inputs: Tensor
     hidden: Tensor
-    targets: Tensor
+    outputs: Tensor
+    correction: Tensor | None
     is_heldout: Tensor
     weights: Tensor
+
+    @property
+    def targets(self) -> Tensor:
+        """What the FFN should put out, without its bias, `(num_tokens, hidden_size)`."""
+        return self.outputs if self.correction is None else self.outputs + self.correction
 
 
 class LayerData(NamedTuple):
@@ -173,7 +180,7 @@ class LayerData(NamedTuple):
                 targets = targets + missing
                 if keeps_corrections:
                     corrections.append(stream.spill.put(missing))
-            inputs.append(stream.spill.put(tap.inputs))
+            inputs.append(tap.stored_inputs)
             part = slice(start, start + len(hidden))
             for heldout, chosen in _sides(is_heldout[part]):
                 counts = token_weights[part][chosen].to(device)
@@ -205,10 +212,9 @@ class LayerData(NamedTuple):
                 mask = mask[mask]
             inputs = inputs.to(device).float()
             hidden = channel_activations(self.dense, inputs, self.activation)
-            targets = hidden @ self.dense.down.T
-            if correction is not None:
-                targets = targets + correction.to(device)
-            yield TokenBatch(inputs, hidden, targets, mask.to(device), weights.to(device))
+            outputs = hidden @ self.dense.down.T
+            correction = None if correction is None else correction.to(device)
+            yield TokenBatch(inputs, hidden, outputs, correction, mask.to(device), weights.to(device))
 
 
 def _reads_targets_again(config: OTPruningConfig) -> bool:
@@ -305,23 +311,17 @@ def measure_rescue(data: LayerData, compressed: Sequence[FFNWeights], kept_chann
     dense = data.dense
     exact = [weights.map(Tensor.float) for weights in compressed]
     only_selected = [_is_selection(weights, dense.select(kept_channels)) for weights in exact]
-    energies: list[list[RescueEnergies]] = [[] for _ in exact]
+    energies = []
     for batch in data.batches(only_heldout=True):
-        outputs = torch.nn.functional.linear(batch.hidden, dense.down, dense.down_bias)
-        kept = batch.hidden[:, kept_channels]
-        for weights, selected, found in zip(exact, only_selected, energies):
-            hidden = kept if selected else channel_activations(weights, batch.inputs, data.activation)
-            found.append(
-                rescue_energies(
-                    outputs=outputs,
-                    compressed_outputs=torch.nn.functional.linear(hidden, weights.down, weights.down_bias),
-                    hidden=batch.hidden,
-                    compressed_hidden=hidden,
-                    down=dense.down,
-                    kept_channels=kept_channels,
-                )
-            )
-    return [summed(pooled(found)) for found in energies]
+        outputs = batch.outputs if dense.down_bias is None else batch.outputs + dense.down_bias
+        compressed_sides: list[tuple[Tensor, Tensor | None]] = []
+        for weights, is_selected in zip(exact, only_selected):
+            own = None if is_selected else channel_activations(weights, batch.inputs, data.activation)
+            hidden = batch.hidden[:, kept_channels] if own is None else own
+            compressed_sides.append((torch.nn.functional.linear(hidden, weights.down, weights.down_bias), own))
+        energies.append(rescue_energies(outputs, batch.hidden, compressed_sides, dense.down, kept_channels))
+    found = zip(*energies) if energies else [()] * len(exact)
+    return [summed(pooled(part)) for part in found]
 
 
 def _is_selection(weights: FFNWeights, selected: FFNWeights) -> bool:

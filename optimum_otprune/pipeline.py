@@ -189,7 +189,7 @@ def _prune_layers(
                     finished = from_main(prune_layer(block, dense, width))
                     store.save(finished)
                 else:
-                    stream.follow_dense(block)
+                    stream.replay(block)
                 block.install(finished.weights)
                 reports.append(finished.report)
                 stream.advance(block)

@@ -11,7 +11,10 @@ from transformers import PreTrainedModel
 from optimum_otprune.architectures.block import FFNBlock
 from optimum_otprune.block_runner import BlockRunner
 from optimum_otprune.devices import onloaded
+from optimum_otprune.functional.ffn import ffn_forward
 from optimum_otprune.spill import StoredTensor, TensorSpill
+
+_ROUNDING = 1e-5  # of the norm
 
 
 class FFNTap(NamedTuple):
@@ -19,6 +22,7 @@ class FFNTap(NamedTuple):
 
     Attributes:
         inputs: Of the FFN, `(num_tokens, hidden_size)`.
+        stored_inputs: The same, where they wait.
         hidden: Channel activations `(num_tokens, intermediate_size)`.
         outputs: Of the down projection, its bias included, `(num_tokens, hidden_size)`.
         missing: From the block's output to the dense model's, float32 `(num_tokens, hidden_size)`, or None when the
@@ -26,6 +30,7 @@ class FFNTap(NamedTuple):
     """
 
     inputs: Tensor
+    stored_inputs: StoredTensor
     hidden: Tensor
     outputs: Tensor
     missing: Tensor | None
@@ -54,9 +59,10 @@ class CalibrationStream:
     ):
         self.spill = spill or TensorSpill()
         batches = tokens.split(batch_size)
-        self._runner = BlockRunner(model, blocks, batches)
+        self._runner = BlockRunner(model, blocks, [*batches, tokens[:1]])
         self._hidden = [self.spill.put(self._runner.first_hidden(batch)) for batch in batches]
         self._dense_hidden = list(self._hidden) if track_dense else None
+        self._ffn_inputs: list[StoredTensor] | None = None  # then `_hidden` is what a block puts out beside its FFN
 
     @torch.no_grad()
     def energies(self, block: FFNBlock) -> Tensor:
@@ -85,26 +91,63 @@ class CalibrationStream:
             advance: Whether it stays as it is, so that its outputs are what the next block sees.
         """
         with onloaded(block.module), _noted(block) as seen:
+            adds = not advance and self._adds_its_ffn(block)
+            ffn_inputs = []
             for index, hidden in enumerate(self._hidden):
+                seen.clear()
                 output = self._runner.run(block, hidden.load())
-                if advance:
-                    self._hidden[index] = self.spill.put(output)
                 missing = None
                 if self._dense_hidden is not None:
                     dense = self._dense_hidden[index].load().to(output.device)
                     missing = (dense.float() - output.float()).flatten(end_dim=-2)
-                yield FFNTap(**seen, missing=missing)
-                seen.clear()
+                inputs = self.spill.put(seen["inputs"])
+                if adds:
+                    ffn_inputs.append(inputs)
+                    self._hidden[index] = self.spill.put(output - seen["outputs"].view_as(output))
+                elif advance:
+                    self._hidden[index] = self.spill.put(output)
+                yield FFNTap(**seen, stored_inputs=inputs, missing=missing)
+        self._ffn_inputs = ffn_inputs if adds else None
 
+    @torch.no_grad()
     def advance(self, block: FFNBlock) -> None:
-        """Run a block as it is now, so that the next one sees its outputs."""
-        self._run_all(block, self._hidden)
+        """Run a block as it is now, so that the next one sees its outputs; behind `taps` its FFN alone, if it can be.
+
+        That is where the block adds the FFN's output as it is, in float32: else rounding would add up.
+        """
+        if self._ffn_inputs is None:
+            self._run_all(block, self._hidden)
+            return
+        weights = block.read()
+        for index, (beside, inputs) in enumerate(zip(self._hidden, self._ffn_inputs)):
+            outputs = ffn_forward(weights, inputs.load().to(weights.up.device), block.activation)
+            states = beside.load().to(outputs.device)
+            self._hidden[index] = self.spill.put(states + outputs.view_as(states))
+        self._ffn_inputs = None
+
+    def _adds_its_ffn(self, block: FFNBlock) -> bool:
+        """Whether a block's output is something plus the FFN's output: tried on one sample, for names do not tell."""
+        if block.up.weight.dtype != torch.float32:
+            return False
+        hidden = self._hidden[0].load()[:1]
+        with _noted(block) as seen:
+            whole = self._runner.run(block, hidden)
+        with _without_output(block):
+            beside = self._runner.run(block, hidden)
+        difference = whole - seen["outputs"].view_as(whole) - beside
+        return bool(difference.norm() <= _ROUNDING * whole.norm())
 
     def skip(self, block: FFNBlock) -> None:
         """Run a block that stays as it is, on the dense model's hidden states too if they are tracked."""
         with onloaded(block.module):
             self.follow_dense(block)
             self.advance(block)
+
+    def replay(self, block: FFNBlock) -> None:
+        """Do what measuring a block, its FFN still dense, does to the hidden states, to the bit."""
+        self.follow_dense(block)
+        for _ in self.taps(block):
+            pass
 
     def follow_dense(self, block: FFNBlock) -> None:
         """Run a block, its FFN still dense, on the dense model's hidden states alone, if they are tracked."""
@@ -116,6 +159,18 @@ class CalibrationStream:
         with onloaded(block.module):
             for index, states in enumerate(hidden):  # one by one, so that the old ones make room for the new ones
                 hidden[index] = self.spill.put(self._runner.run(block, states.load()))
+
+
+@contextmanager
+def _without_output(block: FFNBlock) -> Iterator[None]:
+    """A block whose down projection puts out zeros."""
+    down = block.projection("down")
+    assert down is not None
+    handle = down.register_forward_hook(lambda module, args, output: torch.zeros_like(output))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

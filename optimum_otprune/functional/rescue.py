@@ -1,6 +1,6 @@
 """How much of what was pruned is still there, and what the kept channels gave up for it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,21 +34,23 @@ class RescueEnergies(NamedTuple):
 
 def rescue_energies(
     outputs: Tensor,
-    compressed_outputs: Tensor,
     hidden: Tensor,
-    compressed_hidden: Tensor,
+    compressed: Sequence[tuple[Tensor, Tensor | None]],
     down: Tensor,
     kept_channels: Tensor,
-) -> RescueEnergies:
+) -> list[RescueEnergies]:
     """Measure one batch of held-out tokens of one layer.
 
     Args:
         outputs: Dense outputs `(num_tokens, hidden_size)`.
-        compressed_outputs: The same of the compressed layer.
         hidden: Dense channel activations `(num_tokens, intermediate_size)`.
-        compressed_hidden: Activations of the compressed layer `(num_tokens, kept_size)`.
+        compressed: Of each compressed layer the outputs `(num_tokens, hidden_size)`, and its channel activations
+            `(num_tokens, kept_size)`, or None where they are those of the kept channels.
         down: Dense down projection `(hidden_size, intermediate_size)`.
         kept_channels: LongTensor `(kept_size,)`.
+
+    Returns:
+        One entry for each of `compressed`.
     """
     is_pruned = torch.ones(down.shape[1], dtype=torch.bool, device=down.device)
     is_pruned[kept_channels] = False
@@ -57,18 +59,20 @@ def rescue_energies(
     kept = hidden[:, kept_channels]
 
     def energy(tensor: Tensor) -> float:
-        return float(tensor.double().square().sum())
+        return float(tensor.square().sum(dtype=torch.float64))
 
     def channel_energy(tensor: Tensor) -> float:
-        return float(tensor.double().square().sum(dim=0) @ norms)
+        return float(tensor.square().sum(dim=0, dtype=torch.float64) @ norms)
 
-    return RescueEnergies(
-        output=energy(outputs),
-        pruned=energy(pruned),
-        error=energy(outputs - compressed_outputs),
-        kept=channel_energy(kept),
-        shift=channel_energy(compressed_hidden - kept),
-    )
+    of_dense = {"output": energy(outputs), "pruned": energy(pruned), "kept": channel_energy(kept)}
+    return [
+        RescueEnergies(
+            **of_dense,
+            error=energy(outputs - compressed_outputs),
+            shift=0.0 if activations is None else channel_energy(activations - kept),
+        )
+        for compressed_outputs, activations in compressed
+    ]
 
 
 def rescue_ratio(energies: RescueEnergies) -> float:

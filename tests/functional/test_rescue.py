@@ -26,26 +26,25 @@ KEPT = torch.tensor([1, 4, 5, 9])
 def measure(dense: FFNWeights, compressed: FFNWeights, inputs: torch.Tensor, kept=KEPT) -> RescueEnergies:
     return rescue_energies(
         outputs=ffn_forward(dense, inputs, silu),
-        compressed_outputs=ffn_forward(compressed, inputs, silu),
         hidden=channel_activations(dense, inputs, silu),
-        compressed_hidden=channel_activations(compressed, inputs, silu),
+        compressed=[(ffn_forward(compressed, inputs, silu), channel_activations(compressed, inputs, silu))],
         down=dense.down,
         kept_channels=kept,
-    )
+    )[0]
 
 
 def test_energies_of_one_token_by_hand():
     hidden, down = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[1.0, 0.0, 2.0], [0.0, 1.0, 1.0]])
-    energies = rescue_energies(
+    energies, untouched_channels = rescue_energies(
         outputs=torch.tensor([[7.0, 5.0]]),
-        compressed_outputs=torch.tensor([[7.0, 4.0]]),
         hidden=hidden,
-        compressed_hidden=torch.tensor([[3.5, 0.0]]),
+        compressed=[(torch.tensor([[7.0, 4.0]]), torch.tensor([[3.5, 0.0]])), (torch.tensor([[7.0, 4.0]]), None)],
         down=down,
         kept_channels=torch.tensor([2, 0]),
     )
     # pruned: channel 1, 2 · (0, 1); kept: 5 · 9 + 1 · 1; shift: 5 · 0.25 + 1 · 1
     assert energies == RescueEnergies(output=74.0, pruned=4.0, error=1.0, kept=46.0, shift=2.25)
+    assert untouched_channels == energies._replace(shift=0.0)
     assert rescue_ratio(energies) == 0.75
     assert dilution_ratio(energies) == 2.25 / 46
 
@@ -114,7 +113,8 @@ def test_a_harmful_fusion_is_negative(seed):
 def test_delivering_a_share_of_what_was_pruned_scores_one_minus_the_rest_squared(seed, share):
     hidden, down = normal(seed, 20, 12), normal(seed + 1, 5, 12)
     outputs, dropped = hidden @ down.T, hidden[:, KEPT] @ down[:, KEPT].T
-    energies = rescue_energies(outputs, dropped + share * (outputs - dropped), hidden, hidden[:, KEPT], down, KEPT)
+    compressed = [(dropped + share * (outputs - dropped), hidden[:, KEPT])]
+    energies = rescue_energies(outputs, hidden, compressed, down, KEPT)[0]
     assert math.isclose(rescue_ratio(energies), 1 - (1 - share) ** 2, abs_tol=2e-5)
 
 
