@@ -21,7 +21,6 @@ from optimum_otprune.functional.sinkhorn import entropic_plan
 from optimum_otprune.registry import Registry
 
 _MAX_ITERATIONS = 1_000_000
-_SINKHORN_ITERATIONS = 2_000
 _UNBALANCED_ITERATIONS, _UNBALANCED_ERROR = 2_000, 1e-4
 
 Solver = Callable[[Tensor, Tensor, Tensor, SolverSettings], Tensor | Solved]
@@ -65,7 +64,7 @@ def sinkhorn(
     feasible, but not optimal.
     """
     epsilon = settings.epsilon * median_cost(cost_matrix)
-    found = entropic_plan(cost_matrix, source_marginal, target_marginal, epsilon, _SINKHORN_ITERATIONS)
+    found = entropic_plan(cost_matrix, source_marginal, target_marginal, epsilon)
     return Solved(round_to_marginals(found.matrix, source_marginal, target_marginal), found.converged)
 
 
