@@ -15,6 +15,7 @@ from tests.conftest import make_llama
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import _cells
+import elimination
 import quality
 import short_calibration
 
@@ -232,3 +233,19 @@ def test_a_wider_model_is_another_subject(llama_folder, small, measured):
     make_llama(intermediate_size=56).save_pretrained(llama_folder)
     quality.main(small)
     assert len(measured) == 8
+
+
+def test_the_cost_of_elimination_is_told_beside_its_targets(tmp_path, capsys):
+    elimination.main(["--quick", "--repeats", "1", "--output", str(tmp_path / "out" / "elimination.json")])
+    figures = json.loads((tmp_path / "out" / "elimination.json").read_text())["figures"]
+    printed = capsys.readouterr().out
+    assert all(figure["name"] in printed for figure in figures)
+    excesses = [figure for figure in figures if "greedy excess" in figure["name"]]
+    assert [(figure["target"], figure["ok"]) for figure in excesses] == [("≤ 1%", True)] * 2
+    assert all(abs(figure["value"]) < 1e-3 for figure in excesses)
+
+
+def test_a_budget_that_is_missed_is_said_to_be():
+    assert elimination.line(elimination._judged("n = 576: all", 4.5, "passes", 4.0, True)).endswith("≤ 4      MISSED")
+    assert elimination.line(elimination._judged("n = 576: all", 3.5, "passes", 4.0, True)).endswith("ok")
+    assert elimination._judged("n = 64: all", 4.5, "passes", 4.0, False).ok is None

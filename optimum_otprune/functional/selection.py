@@ -79,7 +79,8 @@ def obs_elimination(gram: Tensor, down: Tensor, num_removed: int, importance: Te
 
     With `G` the Gram matrix of the channels that are left, removing j and refitting the others costs
     `‖w_j‖² / [G⁻¹]_jj`; `G⁻¹` and the down projection are downdated after each removal (Hassibi and Stork, "Optimal
-    Brain Surgeon", 1993, applied to whole columns).
+    Brain Surgeon", 1993, applied to whole columns). The updates wait until 128 channels went (`elimination`), which
+    changes nothing but rounding: the order is that of one removal at a time, at every width.
 
     Args:
         gram: `(intermediate_size, intermediate_size)` second moment of the channel activations.
