@@ -87,12 +87,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=list(_TITLES), default=list(_TITLES))
     parser.add_argument("--widths", type=int, nargs="+", help="of time, scoring and elimination; default: all of each")
-    parser.add_argument(
-        "--tokens-per-channel", type=float, help="calibration tokens of the part `time`, in units of n"
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="tiny sizes, to see that everything works: targets mean nothing"
-    )
+    parser.add_argument("--tokens-per-channel", type=float, help="calibration tokens of `time`, in units of n")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, in seconds; the targets then mean nothing")
     parser.add_argument("--output", type=Path, metavar="FILE", help="JSON (default: in results/; none with --quick)")
     return parser.parse_args(argv)
 

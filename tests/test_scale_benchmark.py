@@ -55,9 +55,12 @@ def test_gnu_time_tells_kilobytes():
         memory.gnu_time_peak("real 0.00")
 
 
-def test_a_child_that_fails_is_an_error_with_what_it_said(tmp_path):
-    with pytest.raises(SystemExit, match=r"(?s)FileNotFoundError|not found.*The process .*\(prune\) failed"):
-        memory._peak(tmp_path, "prune", memory.QUICK, "nothing", {})
+def test_a_process_that_fails_is_an_error_with_what_it_said(tmp_path, monkeypatch):
+    script = tmp_path / "fails.py"
+    script.write_text("raise ValueError('no room')")
+    monkeypatch.setattr(memory, "__file__", str(script))
+    with pytest.raises(SystemExit, match=r"(?s)no room.*The process that was to be measured \(build\) failed"):
+        memory._peak(tmp_path, "build", memory.QUICK)
 
 
 @pytest.mark.parametrize(
