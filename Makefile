@@ -7,7 +7,7 @@ BENCH_READY = $(VENV)/.bench-ready
 # Two processes that use all cores slow each other down many times over; the tests run one thread each.
 WORKERS ?= 2
 
-.PHONY: demo test test-slow quality style bench bench-quality bench-calibration bench-gpu cards clean
+.PHONY: demo test test-slow quality style bench bench-quality bench-calibration bench-gpu bench-scale cards clean
 
 demo: $(READY)
 	$(BIN)/otprune demo
@@ -45,6 +45,10 @@ bench-calibration: $(BENCH_READY)
 # Pruning of Llama-3-shaped random models on a GPU; BENCH_ARGS adds options (see benchmarks/gpu.py --help).
 bench-gpu: $(READY)
 	$(BIN)/python benchmarks/gpu.py $(BENCH_ARGS)
+
+# Memory, time and speed beside their targets; BENCH_ARGS adds options (see benchmarks/scale.py --help).
+bench-scale: $(READY)
+	$(BIN)/python benchmarks/scale.py $(BENCH_ARGS)
 
 bench: bench-quality
 

@@ -9,14 +9,14 @@ stay with those of elimination by its formulas, one whole matrix at a time: the 
 """
 
 import argparse
-import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from _rows import Row, shown, write_json
 from torch import Tensor
 
 from optimum_otprune.functional.compensation import refit_down
@@ -24,22 +24,14 @@ from optimum_otprune.functional.ffn import FFNWeights, channel_activations, ffn_
 from optimum_otprune.functional.gram import GramAccumulator, GramStatistics
 from optimum_otprune.functional.selection import obs_channels
 
+WIDTHS = (576, 1024, 2048, 4096, 8192, 14336)
+QUICK_WIDTHS = (64, 192)
 _BATCH = 1024  # tokens
 _DAMPING = 1e-3  # as elimination's
 _BUDGET = 4.0  # forward passes for all of closed-form pruning
 _NARROWEST = 576  # layer that the budget is meant for
 _MEMORY = 4.0  # float64 matrices of the size of the Gram matrix, beside it
 _EXCESS = 0.01
-
-
-class Row(NamedTuple):
-    """One figure: its name, value and unit, what it should be, and whether it is."""
-
-    name: str
-    value: float
-    unit: str
-    target: str
-    ok: bool | None
 
 
 class Layer(NamedTuple):
@@ -170,7 +162,7 @@ def measure(width: int, tokens: int, compare_up_to: int, repeats: int) -> list[R
     unit = 8 * width * forward
     name, passes = f"n = {width}", "forward passes"
     together = (obs + ridge) / unit + gram_seconds / 1000 / forward
-    rows = [
+    found = [
         Row(f"{name}: dense forward, 8 n tokens", unit, "s", "", None),
         Row(f"{name}: elimination", obs, "s", "done", True),
         Row(f"{name}: elimination", obs / unit, passes, "", None),
@@ -183,26 +175,29 @@ def measure(width: int, tokens: int, compare_up_to: int, repeats: int) -> list[R
     if peak.bytes:
         matrices = peak.bytes / (8 * width**2)
         # In narrow layers they are lost in what libraries allocate.
-        rows.append(_judged(f"{name}: memory of elimination", matrices, "n × n float64", _MEMORY, width >= 2048))
+        found.append(_judged(f"{name}: memory of elimination", matrices, "n × n float64", _MEMORY, width >= 2048))
     if width <= compare_up_to:
         greedy = least_squares_error(total, down, one_by_one(total, down, width // 2))
         excess = least_squares_error(total, down, kept[0]) / greedy - 1
-        rows.append(Row(f"{name}: greedy excess", 100 * excess, "%", f"≤ {_EXCESS:.0%}", excess <= _EXCESS))
-    return rows
+        found.append(Row(f"{name}: greedy excess", 100 * excess, "%", f"≤ {_EXCESS:.0%}", excess <= _EXCESS))
+    return found
 
 
 def _judged(name: str, value: float, unit: str, limit: float, counts: bool) -> Row:
     return Row(name, value, unit, f"≤ {limit:g}", value <= limit) if counts else Row(name, value, unit, "", None)
 
 
-def line(row: Row) -> str:
-    verdict = {True: "ok", False: "MISSED", None: ""}[row.ok]
-    return f"{row.name:48} {row.value:10.3f} {row.unit:16} {row.target:8} {verdict}".rstrip()
+def rows(
+    widths: Sequence[int], tokens_per_channel: float = 1.0, compare_up_to: int = 1024, repeats: int = 3
+) -> Iterator[Row]:
+    """All figures of all widths; see `measure`."""
+    for width in widths:
+        yield from measure(width, max(64, round(tokens_per_channel * width)), compare_up_to, repeats)
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--widths", type=int, nargs="+", default=[576, 1024, 2048, 4096, 8192, 14336])
+    parser.add_argument("--widths", type=int, nargs="+", default=list(WIDTHS))
     parser.add_argument("--tokens-per-channel", type=float, default=1.0, help="of the second moments")
     parser.add_argument("--compare-up-to", type=int, default=1024, help="widest layer for the greedy excess")
     parser.add_argument("--repeats", type=int, default=3, help="of what is fast; medians are told")
@@ -213,17 +208,10 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(argv)
-    widths = [64, 192] if args.quick else args.widths
-    rows = []
+    widths = QUICK_WIDTHS if args.quick else args.widths
     print(f"threads: {torch.get_num_threads()}")
-    for width in widths:
-        found = measure(width, max(64, round(args.tokens_per_channel * width)), args.compare_up_to, args.repeats)
-        print("\n".join(map(line, found)), flush=True)
-        rows += found
-    if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        content = {"threads": torch.get_num_threads(), "figures": [row._asdict() for row in rows]}
-        args.output.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    found = shown(rows(widths, args.tokens_per_channel, args.compare_up_to, args.repeats))
+    write_json(found, args.output)
 
 
 if __name__ == "__main__":

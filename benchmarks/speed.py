@@ -6,31 +6,16 @@ Random Llama weights: speed depends on shapes alone. The dense and the narrower 
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
+from _rows import Row, shown, write_json
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from optimum_otprune.benchmarking import BenchmarkSettings, Comparison, compare, cut_copy
 
 TARGET = 0.85  # of the promised speed-up
-
-
-class Row(NamedTuple):
-    """One figure beside its target."""
-
-    name: str
-    value: float
-    unit: str
-    target: str
-    ok: bool | None  # None: no target
-
-    def __str__(self) -> str:
-        verdict = {True: "ok", False: "MISSED", None: ""}[self.ok]
-        return f"{self.name:<62} {self.value:>8.3f} {self.unit:<4} {self.target:<8} {verdict}".rstrip()
 
 
 def dense_model(quick: bool, device: str, dtype: str) -> LlamaForCausalLM:
@@ -85,10 +70,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, metavar="FILE", help="JSON")
     args = parser.parse_args(argv)
     torch.manual_seed(0)
-    found = rows(args.quick, args.device, args.dtype, args.repeats)
-    print(*found, sep="\n")
-    if args.output is not None:
-        args.output.write_text(json.dumps([row._asdict() for row in found], indent=2) + "\n", encoding="utf-8")
+    found = shown(rows(args.quick, args.device, args.dtype, args.repeats))
+    write_json(found, args.output)
 
 
 if __name__ == "__main__":

@@ -246,6 +246,6 @@ def test_the_cost_of_elimination_is_told_beside_its_targets(tmp_path, capsys):
 
 
 def test_a_budget_that_is_missed_is_said_to_be():
-    assert elimination.line(elimination._judged("n = 576: all", 4.5, "passes", 4.0, True)).endswith("≤ 4      MISSED")
-    assert elimination.line(elimination._judged("n = 576: all", 3.5, "passes", 4.0, True)).endswith("ok")
+    assert str(elimination._judged("n = 576: all", 4.5, "passes", 4.0, True)).endswith("≤ 4      MISSED")
+    assert str(elimination._judged("n = 576: all", 3.5, "passes", 4.0, True)).endswith("ok")
     assert elimination._judged("n = 64: all", 4.5, "passes", 4.0, False).ok is None

@@ -17,7 +17,7 @@ from optimum_otprune.benchmarking import Comparison, Speed
 def test_speed_prints_each_figure_beside_its_target(tmp_path, capsys):
     speed.main(["--quick", "--repeats", "1", "--output", str(tmp_path / "speed.json")])
     lines = capsys.readouterr().out.splitlines()
-    rows = json.loads((tmp_path / "speed.json").read_text())
+    rows = json.loads((tmp_path / "speed.json").read_text())["figures"]
     assert len(lines) == len(rows) == 7
     judged = [row for row in rows if row["ok"] is not None]
     assert [row["name"].partition(":")[0][-6:] for row in judged] == ["-> 384", "-> 256", "-> 128"]
