@@ -72,30 +72,34 @@ def working_bytes(work: Workload) -> dict[str, int]:
     return {
         "one block": work.block_bytes,
         "one FFN in float32, before and after": 2 * _FLOAT * work.ffn_parameters,
-        "second moments of channels": n * n * (2 * _FLOAT + (3 * _DOUBLE if work.eliminates else 0)),
+        "second moments of channels": n * n * (2 * _FLOAT + (2 * _DOUBLE if work.eliminates else 0)),
         "activations of one batch": work.num_projections * _FLOAT * work.batch_tokens * n,
     }
 
 
 def calibration_bytes(work: Workload) -> dict[str, int]:
-    """Return what is kept in main memory, or spilled to disk, for the calibration tokens, by purpose.
+    """Return what waits in main memory, or in files, of the stage that needs most, by purpose.
 
     Args:
         work: What is done.
     """
     states = work.tokens * work.hidden_size * work.element_size
-    found = {"hidden states": states * (2 if work.tracks_dense else 1), "inputs of one FFN": states}
+    pruning = {"hidden states": states * (2 if work.tracks_dense else 1), "inputs of one FFN": states}
+    if work.tracks_dense and work.steps:
+        pruning["corrections in float32"] = _FLOAT * work.tokens * work.hidden_size
     if work.steps:
-        found["inputs and targets of one FFN in float32"] = 2 * _FLOAT * work.tokens * work.hidden_size
-    return found
+        pruning["inputs and targets of one FFN in float32"] = 2 * _FLOAT * work.tokens * work.hidden_size
+    scoring: dict[str, int] = {}
+    if work.needs_scores or work.needs_moments:
+        given = states * (work.tokens - work.written_tokens) // work.tokens
+        scoring["hidden states before every layer"] = given * (work.num_layers + 1)
+        scoring["gradients by hidden states"] = given * (2 if work.needs_scores else 1)
+    stage = max(pruning, scoring, key=lambda part: sum(part.values()))
+    return stage | _gradient_bytes(work)
 
 
-def score_bytes(work: Workload) -> dict[str, int]:
-    """Return what gradients leave in main memory for all layers, by purpose.
-
-    Args:
-        work: What is done.
-    """
+def _gradient_bytes(work: Workload) -> dict[str, int]:
+    """What gradients leave behind for all layers."""
     found = {}
     if work.needs_scores:
         found["scores of all FFN weights"] = 2 * _FLOAT * work.ffn_parameters * work.num_layers

@@ -14,7 +14,7 @@ from optimum_otprune.functional.gram import GramAccumulator, GramStatistics
 from optimum_otprune.functional.reconstruction import TokenSet
 from optimum_otprune.functional.rescue import RescueEnergies, pooled, rescue_energies
 from optimum_otprune.processes import gathered, process_index, summed
-from optimum_otprune.spill import StoredTensor
+from optimum_otprune.spill import StoredTensor, TensorSpill
 from optimum_otprune.streaming import CalibrationStream, FFNTap
 
 _LEAST_ENERGY = 1e-2  # of the median
@@ -279,22 +279,27 @@ def remeasured_statistics(data: LayerData, compressed: FFNWeights) -> LayerStati
     return _all_statistics(sums)
 
 
-def token_sets(data: LayerData) -> tuple[TokenSet, TokenSet]:
+def token_sets(data: LayerData, spill: TensorSpill) -> tuple[TokenSet, TokenSet]:
     """Return inputs, targets (the FFN's own bias included) and weights of the fitted and of the held-out tokens.
 
-    They are float32 and on the CPU, whatever the FFN is on: all tokens of a layer may not fit beside a model.
+    They are float32 and on the CPU, or in files, whatever the FFN is on: all tokens of a layer may not fit beside a
+    model.
     """
-    parts: dict[bool, list[TokenSet]] = {False: [], True: []}
+    d, counts = data.dense.hidden_size, {False: int((~data.is_heldout).sum()), True: int(data.is_heldout.sum())}
+    sets = {
+        heldout: TokenSet(*(spill.empty((count, *rest), torch.float32) for rest in ((d,), (d,), ())))
+        for heldout, count in counts.items()
+    }
+    filled = {False: 0, True: 0}
     for batch in data.batches():
         targets = batch.targets if data.dense.down_bias is None else batch.targets + data.dense.down_bias
-        for heldout, sets in parts.items():
-            chosen = batch.is_heldout == heldout
-            sets.append(TokenSet(*(part[chosen].cpu() for part in (batch.inputs, targets, batch.weights))))
-    return _joined(parts[False]), _joined(parts[True])
-
-
-def _joined(sets: list[TokenSet]) -> TokenSet:
-    return TokenSet(*map(torch.cat, zip(*sets)))
+        for heldout, chosen in _sides(batch.is_heldout):
+            parts = [part[chosen] for part in (batch.inputs, targets, batch.weights)]
+            rows = slice(filled[heldout], filled[heldout] + len(parts[0]))
+            for whole, part in zip(sets[heldout], parts):
+                whole[rows] = part.cpu()
+            filled[heldout] = rows.stop
+    return sets[False], sets[True]
 
 
 def measure_rescue(data: LayerData, compressed: Sequence[FFNWeights], kept_channels: Tensor) -> list[RescueEnergies]:

@@ -224,7 +224,7 @@ def _prune_layer(
     compression = compress(inputs, recipe, width)
     refitted = compression.judged
     if config.reconstruction_steps:
-        compression = _reconstructed(block, compression, data, config, prepared.moments)
+        compression = _reconstructed(block, compression, data, config, prepared.moments, stream.spill)
     return FinishedLayer(compression.weights, _report(block, data, compression, refitted))
 
 
@@ -311,13 +311,14 @@ def _reconstructed(
     data: LayerData,
     config: OTPruningConfig,
     moments: Sequence[Tensor] | None,
+    spill: TensorSpill,
 ) -> Compression:
     """The compression after local optimization, or as it was where held-out tokens gain nothing."""
     like = compression.judged
     generator = torch.Generator().manual_seed(layer_seed(config, block.layer))
     settings = ReconstructionSettings(config.reconstruction_steps, batch_tokens=config.reconstruction_batch_tokens)
     metric = None if moments is None else error_metric(moments[block.layer].to(block.device))
-    sets = token_sets(data)
+    sets = token_sets(data, spill)
     counts = gathered(len(sets[0].inputs))
     share = Share(sum(counts[: process_index()]), sum(counts), summed)
     with torch.enable_grad():

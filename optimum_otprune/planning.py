@@ -21,7 +21,6 @@ from optimum_otprune.expectations import (
     Workload,
     calibration_bytes,
     expected_seconds,
-    score_bytes,
     working_bytes,
 )
 from optimum_otprune.feasibility import check_feasible
@@ -192,7 +191,6 @@ def _working_memory(
         kept, spilled = kept + fits, spilled + size - fits
         if fits:
             uses.append(MemoryUse("cpu", purpose, fits))
-    uses += [MemoryUse("cpu", purpose, size) for purpose, size in score_bytes(work).items()]
     return [*uses, MemoryUse("disk", "spilled", spilled)] if spilled else uses
 
 

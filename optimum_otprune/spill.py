@@ -1,6 +1,7 @@
 """Tensors that wait on the CPU: in memory up to a limit, beyond it in files that are mapped when they are read."""
 
 import itertools
+import math
 import shutil
 import tempfile
 import weakref
@@ -14,6 +15,7 @@ from torch import Tensor
 from optimum_otprune.errors import OutputError
 
 DEFAULT_LIMIT = 4 * 10**9
+_CHUNK = 2**24  # bytes
 
 
 class StoredTensor:
@@ -63,6 +65,25 @@ class TensorSpill:
         """
         return StoredTensor(tensor.detach().cpu().contiguous(), self)
 
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Return a tensor to be filled, in memory or mapped to a file that goes with it.
+
+        Raises:
+            OutputError: If there is no room for the file.
+        """
+        count = math.prod(shape)
+        size = count * dtype.itemsize
+        if self.reserve(size) or not size:
+            tensor = torch.empty(tuple(shape), dtype=dtype)
+            weakref.finalize(tensor, self.free, size)
+            return tensor
+        # Zeros are written first: on a full disk that is an error, but filling a mapping is a signal that kills.
+        path = self._file(bytes(min(_CHUNK, size - start)) for start in range(0, size, _CHUNK))
+        mapped_file = torch.from_file(str(path), shared=True, size=count, dtype=dtype)
+        path.unlink()
+        self.spilled_bytes += size
+        return mapped_file.view(tuple(shape))
+
     def reserve(self, size: int) -> bool:
         """Take bytes of the memory that is left, if there are as many."""
         if size > self._left:
@@ -76,20 +97,23 @@ class TensorSpill:
 
     def write(self, tensor: Tensor) -> Path:
         """Write a tensor's bytes into a new file."""
+        self.spilled_bytes += tensor.numel() * tensor.element_size()
+        return self._file([tensor.flatten().view(torch.uint8).numpy().data])
+
+    def _file(self, parts: Iterable[bytes | memoryview]) -> Path:
         try:
             if self._folder is None:
                 self._folder = Path(tempfile.mkdtemp(prefix="otprune-", dir=self._parent))
                 weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
             path = self._folder / str(next(self._names))
-            # Written, not copied into a mapping: a full disk is then an error instead of a signal that kills.
             with path.open("wb") as file:
-                file.write(tensor.flatten().view(torch.uint8).numpy().data)
+                for part in parts:
+                    file.write(part)
         except OSError as error:
             raise OutputError(
                 f"Hidden states could not be written to a temporary file ({error.strerror}). Make room, choose "
                 "another `spill_folder`, or raise `max_hidden_memory`."
             ) from error
-        self.spilled_bytes += tensor.numel() * tensor.element_size()
         return path
 
 

@@ -150,3 +150,15 @@ def test_a_limit_that_is_no_size_is_refused(limit, message):
 def test_a_spill_folder_that_is_not_there_is_refused(llama, tokens):
     with pytest.raises(ConfigurationError, match="`spill_folder` 'nowhere' is no folder"):
         OTPruner.from_pretrained(llama, OTPruningConfig(**FAST)).prune(tokens, spill_folder="nowhere")
+
+
+def test_tensors_to_be_filled_are_mapped_above_the_limit_and_leave_no_file(tmp_path):
+    spill = TensorSpill(limit=50, folder=tmp_path)
+    small, large = spill.empty((3, 4), torch.float32), spill.empty((10, 4), torch.float32)
+    assert spill.spilled_bytes == 160
+    large[:5], large[5:] = 1.0, 2.0
+    assert large.sum() == 60
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    del small
+    spill.empty((12,), torch.float32)
+    assert spill.spilled_bytes == 160  # what the first took is free again

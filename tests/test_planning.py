@@ -20,7 +20,6 @@ from optimum_otprune.expectations import (
     Workload,
     calibration_bytes,
     expected_seconds,
-    score_bytes,
     working_bytes,
 )
 
@@ -225,19 +224,23 @@ def test_the_laws_of_memory_by_hand():
     assert working_bytes(WORK) == {
         "one block": 7,
         "one FFN in float32, before and after": 2 * 4 * 900,
-        "second moments of channels": 900 * (2 * 4 + 3 * 8),
+        "second moments of channels": 900 * (2 * 4 + 2 * 8),
         "activations of one batch": 3 * 4 * 50 * 30,
     }
     assert working_bytes(WORK._replace(eliminates=False))["second moments of channels"] == 900 * 8
+    scores = {"scores of all FFN weights": 2 * 4 * 900 * 2}
     assert calibration_bytes(WORK) == {
         "hidden states": 2 * 400 * 10 * 2,
         "inputs of one FFN": 400 * 10 * 2,
+        "corrections in float32": 4 * 400 * 10,
         "inputs and targets of one FFN in float32": 2 * 4 * 400 * 10,
+        **scores,
     }
     assert calibration_bytes(WORK._replace(tracks_dense=False, steps=0))["hidden states"] == 400 * 10 * 2
-    assert score_bytes(WORK._replace(needs_moments=True)) == {
-        "scores of all FFN weights": 2 * 4 * 900 * 2,
-        "second moments of gradients": 8 * 100 * 2,
+    assert calibration_bytes(WORK._replace(num_layers=50, needs_scores=False, needs_moments=True)) == {
+        "hidden states before every layer": 51 * 100 * 10 * 2,  # of the samples that were given
+        "gradients by hidden states": 100 * 10 * 2,
+        "second moments of gradients": 8 * 100 * 50,
     }
 
 
