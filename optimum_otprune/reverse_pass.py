@@ -18,6 +18,7 @@ from optimum_otprune.architectures.block import FFNBlock
 from optimum_otprune.block_runner import BlockRunner
 from optimum_otprune.devices import onloaded
 from optimum_otprune.errors import NumericalError
+from optimum_otprune.functional.singular_values import mean_singular_value
 from optimum_otprune.spill import StoredTensor, TensorSpill
 
 LOSS = "loss"  # the language-model loss, a mean over a batch's tokens
@@ -188,13 +189,13 @@ def _singular_values(
         if not isinstance(output, Tensor) or output.ndim < 2 or not (output.requires_grad or every_output):
             return
         matrix = output.float().reshape(output.shape[0], -1)
-        if not torch.isfinite(matrix).all():
+        value = mean_singular_value(matrix)
+        if torch.isnan(value):
             raise NumericalError(
                 f"The output of module {names[module]!r} is NaN or infinite on the calibration data. The weights are "
                 "damaged, or the model's dtype overflowed: load it in float32."
             )
-        if not every_output:
-            values.append(torch.linalg.svdvals(matrix).mean())
+        values.append(value)
 
     handles = [module.register_forward_hook(note) for module in modules]
     try:
