@@ -30,10 +30,11 @@ class BlockRunner:
 
     def __init__(self, model: PreTrainedModel, blocks: list[FFNBlock], batches: Sequence[Tensor]):
         self._model, self._blocks = model, blocks
-        self._rest: tuple | None = None  # what a block returns behind the hidden states; None if it returns them alone
+        self._form: tuple | None = None  # what a block returns beside the hidden states, in a tuple; None: not known
+        self._is_tuple = False
         self._calls: dict[int, list[tuple[tuple, dict[str, Any]]]] = {}
-        for batch in {len(batch): batch for batch in batches}.values():
-            self._calls[len(batch)] = self._noted_calls(batch)
+        for size, batch in sorted({len(batch): batch for batch in batches}.items()):
+            self._calls[size] = self._noted_calls(batch)
 
     @torch.no_grad()
     def first_hidden(self, batch: Tensor) -> Tensor:
@@ -75,7 +76,7 @@ class BlockRunner:
             return self._model(input_ids=batch.to(input_device(self._model)), use_cache=False, **kwargs)
 
     def _as_output(self, hidden: Tensor) -> Any:
-        return hidden if self._rest is None else (hidden, *self._rest)
+        return (hidden, *(self._form or ())) if self._is_tuple else hidden
 
     @torch.no_grad()
     def _noted_calls(self, batch: Tensor) -> list[tuple[tuple, dict[str, Any]]]:
@@ -83,9 +84,10 @@ class BlockRunner:
 
         def note(block: FFNBlock, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
             calls.append((args, kwargs))
-            if block is self._blocks[0]:  # the form of its output is that of all
+            if self._form is None:  # of the first block and the smallest batch: it is that of all
                 output = block.module(hidden, *args, **kwargs)
-                self._rest = output[1:] if isinstance(output, tuple) else None
+                self._is_tuple = isinstance(output, tuple)
+                self._form = output[1:] if self._is_tuple else ()
             return self._as_output(hidden)
 
         with self._replaced_blocks(note):

@@ -19,6 +19,7 @@ from optimum_otprune.architectures.block import FFNBlock
 from optimum_otprune.architectures.resize import finish_resize
 from optimum_otprune.compression import Compression, LayerInputs, Recipe, compress
 from optimum_otprune.configuration import OTPruningConfig
+from optimum_otprune.devices import trim_memory
 from optimum_otprune.errors import ConfigurationError, OTPruneError
 from optimum_otprune.feasibility import check_feasible
 from optimum_otprune.functional.compensation import refit_down
@@ -193,6 +194,7 @@ def _prune_layers(
                 block.install(finished.weights)
                 reports.append(finished.report)
                 stream.advance(block)
+                trim_memory()
             logger.info("%s", reports[-1])
     return reports
 

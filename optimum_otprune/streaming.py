@@ -90,12 +90,16 @@ class CalibrationStream:
             block: The block.
             advance: Whether it stays as it is, so that its outputs are what the next block sees.
         """
-        with onloaded(block.module), _noted(block) as seen:
-            adds = not advance and self._adds_its_ffn(block)
-            ffn_inputs = []
-            for index, hidden in enumerate(self._hidden):
-                seen.clear()
-                output = self._runner.run(block, hidden.load())
+        adds = False
+        ffn_inputs = []
+        with onloaded(block.module):
+            for index, stored in enumerate(self._hidden):
+                hidden = stored.load()
+                with _noted(block) as seen:
+                    output = self._runner.run(block, hidden)
+                beside = output - seen["outputs"].view_as(output)
+                if index == 0:
+                    adds = not advance and self._adds_its_ffn(block, hidden[:1], output[:1], beside[:1])
                 missing = None
                 if self._dense_hidden is not None:
                     dense = self._dense_hidden[index].load().to(output.device)
@@ -103,7 +107,7 @@ class CalibrationStream:
                 inputs = self.spill.put(seen["inputs"])
                 if adds:
                     ffn_inputs.append(inputs)
-                    self._hidden[index] = self.spill.put(output - seen["outputs"].view_as(output))
+                    self._hidden[index] = self.spill.put(beside)
                 elif advance:
                     self._hidden[index] = self.spill.put(output)
                 yield FFNTap(**seen, stored_inputs=inputs, missing=missing)
@@ -125,17 +129,13 @@ class CalibrationStream:
             self._hidden[index] = self.spill.put(states + outputs.view_as(states))
         self._ffn_inputs = None
 
-    def _adds_its_ffn(self, block: FFNBlock) -> bool:
+    def _adds_its_ffn(self, block: FFNBlock, hidden: Tensor, output: Tensor, beside: Tensor) -> bool:
         """Whether a block's output is something plus the FFN's output: tried on one sample, for names do not tell."""
         if block.up.weight.dtype != torch.float32:
             return False
-        hidden = self._hidden[0].load()[:1]
-        with _noted(block) as seen:
-            whole = self._runner.run(block, hidden)
         with _without_output(block):
-            beside = self._runner.run(block, hidden)
-        difference = whole - seen["outputs"].view_as(whole) - beside
-        return bool(difference.norm() <= _ROUNDING * whole.norm())
+            found = self._runner.run(block, hidden)
+        return bool((found - beside).norm() <= _ROUNDING * output.norm())
 
     def skip(self, block: FFNBlock) -> None:
         """Run a block that stays as it is, on the dense model's hidden states too if they are tracked."""
