@@ -22,7 +22,7 @@ class Row(NamedTuple):
     ok: bool | None
 
     def __str__(self) -> str:
-        return f"{self.name:<66} {self.value:>9.3f} {self.unit:<14} {self.target:<8} {verdict(self)}".rstrip()
+        return f"{self.name:<66} {self.value:>10.4g} {self.unit:<14} {self.target:<8} {verdict(self)}".rstrip()
 
 
 def at_most(name: str, value: float, unit: str, limit: float) -> Row:
@@ -60,7 +60,7 @@ def verdict(row: Row) -> str:
 def table(rows: Iterable[Row]) -> str:
     """Markdown."""
     lines = [
-        f"| {row.name.strip()} | {row.value:,.3f} | {row.unit} | {row.target} | {verdict(row)} |".replace(
+        f"| {row.name.strip()} | {row.value:.4g} | {row.unit} | {row.target} | {verdict(row)} |".replace(
             "|  |", "| |"
         )
         for row in rows

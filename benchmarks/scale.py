@@ -19,6 +19,7 @@ import memory
 import passes
 import speed
 import torch
+import transport
 from _rows import Row, environment, shown, table
 
 _RESULTS = Path(__file__).parent / "results" / "scale.json"
@@ -26,6 +27,7 @@ _TITLES = {
     "memory": "Memory: a model on disk, pruned and saved",
     "time": "Time of closed-form pruning",
     "scoring": "Time of scoring by gradients",
+    "transport": "Transport of n channels to n/2",
     "elimination": "Elimination, choice of λ and second moments of one layer",
     "speed": "Prefill of the pruned model",
 }
@@ -39,6 +41,7 @@ def parts(args: argparse.Namespace) -> dict[str, Callable[[], Iterable[Row]]]:
         "memory": lambda: memory.rows(quick),
         "time": lambda: passes.rows(quick, widths or passes.WIDTHS, args.tokens_per_channel),
         "scoring": lambda: passes.scoring_rows(quick, widths or passes.SCORED_WIDTHS),
+        "transport": lambda: transport.rows(transport.QUICK_SIZES if quick else widths or transport.SIZES),
         "elimination": lambda: elimination.rows(eliminated),
         "speed": lambda: speed.rows(quick),
     }

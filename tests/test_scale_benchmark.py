@@ -27,7 +27,7 @@ def test_every_part_prints_its_figures_beside_their_targets(tmp_path, capsys):
         assert any(row["ok"] is not None for row in rows)
         for row in rows:
             assert str(Row(**row)) in printed
-            assert f"| {row['name'].strip()} | {row['value']:,.3f} |" in page
+            assert f"| {row['name'].strip()} | {row['value']:.4g} |" in page
     assert content["environment"]["machine"] in page
     assert all(f"## {scale._TITLES[part]}" in page for part in WITHOUT_CHILDREN)
 
