@@ -26,13 +26,6 @@ def reduced_costs(cost_matrix: Tensor, target_potential: Tensor) -> Iterator[tup
         yield block, torch.sub(part, target_potential, out=buffer)
 
 
-def cheapest_arcs(cost_matrix: Tensor, target_potential: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return the least reduced costs `C_jk − v_k` of every row, in order, and their columns: `(n, count)` each."""
-    count = min(count, cost_matrix.shape[1])
-    found = [part.topk(count, dim=1, largest=False) for _, part in reduced_costs(cost_matrix, target_potential)]
-    return torch.cat([values for values, _ in found]), torch.cat([columns for _, columns in found])
-
-
 def c_transform(cost_matrix: Tensor, target_potential: Tensor) -> Tensor:
     """Return the largest source potential `(n,)` that a target potential allows: `u_j = min_k C_jk − v_k`."""
     return torch.cat([part.amin(dim=1) for _, part in reduced_costs(cost_matrix, target_potential)])

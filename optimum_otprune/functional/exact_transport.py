@@ -9,17 +9,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from optimum_otprune.functional.duality import c_transform, cheapest_arcs
+from optimum_otprune.functional.duality import c_transform
 from optimum_otprune.functional.pot import network_simplex, sparse_network_simplex
 
 SPARSE_FROM = 2**18  # entries of the cost from which few arcs are faster than all
-_FIRST_PER_ROW, _FIRST_PER_COLUMN = 8, 8
+_FIRST, _FIRST_MOST = 6, 24  # arcs of a channel of average mass, and of any
 _ADDED_PER_ROW, _ADDED_PER_COLUMN = 4, 4
 _CHUNK = 1024  # rows or columns that are copied at a time
 _GAP = 1e-10  # of the cost; what the certificate may leave open
 _ROUNDING = 1e-13  # of the largest cost; smaller differences are rounding
 _USABLE = 1e-9  # of the largest cost; arcs of larger reduced cost are in no cheapest plan
 _TIE = 1e-9  # masses that agree so far are equal
+_DROPPED = 1.0  # times the largest excess; arcs of larger reduced cost are dropped
 _ROUNDS = 60
 
 
@@ -98,44 +99,62 @@ class _FewArcs:
     def solve(self) -> _Solution | None:
         """Return the cheapest plan, or None if it could not be proved to be that."""
         self._choose_arcs()
-        exact = False
+        last_gap, exact = torch.inf, False
         for _ in range(_ROUNDS):
             remainder = self._remainder()
             solution = self._solve_arcs(remainder, exact)
-            missing, gap = self._price(solution)
+            self.potentials = solution.source_potential, solution.target_potential
+            missing, gap, excess = self._price(solution)
             value = float(self._costs(solution.rows, solution.columns) @ solution.masses)
             if gap <= max(_GAP * value, self.smallest_gap):
                 return solution
-            self.potentials = solution.source_potential, solution.target_potential
             missing = missing[~torch.isin(missing, self.arcs)]
-            if len(missing):
-                self._add(missing, remainder)
-            elif exact:
+            if exact and not len(missing):
                 return None
             exact = not len(missing)
+            if gap < last_gap / 2 and not exact:
+                self._drop(solution, _DROPPED * excess)
+            if len(missing):
+                self._add(missing, remainder)
+            last_gap = gap
         return None
+
+    def _drop(self, solution: _Solution, largest: float) -> None:
+        """Forget arcs that carry nothing and have a larger reduced cost; pricing finds those again that are needed."""
+        rows, columns = self.arcs // self.m, self.arcs % self.m
+        reduced = self._costs(rows, columns) - solution.source_potential[rows] - solution.target_potential[columns]
+        carrying = solution.rows * self.m + solution.columns
+        self.arcs = torch.unique(torch.cat([self.arcs[reduced <= largest], carrying]))
 
     def _costs(self, rows: Tensor, columns: Tensor) -> Tensor:
         return self.cost.view(-1)[rows * self.m + columns]
 
     def _choose_arcs(self) -> None:
         """The cheapest arcs of every row and column with mass left, and arcs on which all mass can be carried."""
-        values, nearest = cheapest_arcs(self.cost, torch.zeros_like(self.target), _FIRST_PER_ROW)
-        free = (values[:, 0].abs() <= self.rounding).nonzero()[:, 0].flip(0)
+        nothing = torch.zeros_like(self.target)
+        least = c_transform(self.cost, nothing)
+        free = (least.abs() <= self.rounding).nonzero()[:, 0]
+        places = torch.cat([self.cost[rows].argmin(dim=1) for rows in free.split(_CHUNK)]) if len(free) else free
         partner = torch.full((self.m,), -1)
-        partner[nearest[free, 0]] = free  # if several could stay in one place, one of them does
+        partner[places.flip(0)] = free.flip(0)  # if several could stay in one place, one of them does
         columns = (partner >= 0).nonzero()[:, 0]
         rows = partner[columns]
         differ = (self.source[rows] - self.target[columns]).abs() > _TIE * self.target[columns]
         self.stays[rows[differ]] = columns[differ]
+        self.potentials = (least, nothing)
         remainder = self._remainder()
-        rows = remainder.source.nonzero()[:, 0]
-        arcs = [(rows[:, None] * self.m + nearest[rows]).view(-1), self._carrying(remainder)]
-        for start in range(0, self.m, _CHUNK):
-            part = self.cost[:, start : start + _CHUNK][rows]
-            best = rows[part.topk(min(_FIRST_PER_COLUMN, len(part)), dim=0, largest=False).indices]
-            arcs.append((best * self.m + torch.arange(start, start + part.shape[1])).view(-1))
-        self.potentials = (values[:, 0].clone(), self.potentials[1])
+        rows, columns = remainder.source.nonzero()[:, 0], remainder.target.nonzero()[:, 0]
+        left, right = remainder.source[rows], remainder.target[columns]
+        arcs, order = [self._carrying(remainder)], torch.arange(_FIRST_MOST)
+        for some, masses in zip(rows.split(_CHUNK), left.split(_CHUNK)):
+            best = self.cost[some].topk(min(_FIRST_MOST, self.m), dim=1, largest=False).indices
+            promising = order[: best.shape[1]] < _count(masses, right.mean())[:, None]
+            arcs.append((some[:, None] * self.m + best)[promising])
+        for some, masses in zip(columns.split(_CHUNK), right.split(_CHUNK)):
+            part = self.cost[rows[:, None], some]
+            best = rows[part.topk(min(_FIRST_MOST, len(rows)), dim=0, largest=False).indices]
+            promising = order[: len(best), None] < _count(masses, left.mean())
+            arcs.append((best * self.m + some)[promising])
         self.arcs = torch.unique(torch.cat(arcs))
 
     def _carrying(self, remainder: _Remainder) -> Tensor:
@@ -199,8 +218,13 @@ class _FewArcs:
             v,
         )
 
-    def _price(self, solution: _Solution) -> tuple[Tensor, float]:
-        """Arcs of negative reduced cost, some of every row and column, and by how much the plan may be too dear."""
+    def _price(self, solution: _Solution) -> tuple[Tensor, float, float]:
+        """Price all arcs.
+
+        Returns:
+            Arcs of negative reduced cost, some of every row and column; by how much the plan may be too dear; and the
+            largest amount by which a reduced cost is negative.
+        """
         u, v = solution.source_potential, solution.target_potential
         excess = u - c_transform(self.cost, v)
         gap = float(excess.clamp_min(0) @ self.source)
@@ -214,7 +238,7 @@ class _FewArcs:
             part = reduced if len(wanted) == self.m else reduced[:, wanted]
             least, index = part.topk(min(_ADDED_PER_COLUMN, len(rows)), dim=0, largest=False)
             arcs.append((rows[index] * self.m + wanted)[least < -self.rounding])
-        return torch.unique(torch.cat(arcs)) if arcs else wanting, gap
+        return torch.unique(torch.cat(arcs)) if arcs else wanting, gap, float(excess.max())
 
     def _add(self, missing: Tensor, remainder: _Remainder) -> None:
         """Add arcs; what stays at one of their ends is solved for from now on."""
@@ -225,3 +249,8 @@ class _FewArcs:
         moved = torch.unique(moved)
         self.arcs = torch.unique(torch.cat([self.arcs, missing, moved * self.m + self.stays[moved]]))
         self.stays[moved] = -1
+
+
+def _count(masses: Tensor, other: Tensor) -> Tensor:
+    """How many arcs a channel gets at first: more, the more channels on the other side its mass fills."""
+    return _FIRST * (1 + masses / other)

@@ -9,6 +9,7 @@ from optimum_otprune.errors import TransportError
 from optimum_otprune.functional.duality import row_blocks
 
 _MARGINAL_TOLERANCE = 1e-6  # of the total mass
+_SMALL = 2**22  # entries of a cost of which a copy is nothing
 
 
 class SolverSettings(NamedTuple):
@@ -55,9 +56,15 @@ class Solved(NamedTuple):
 
 
 def median_cost(cost_matrix: Tensor) -> float:
-    """Return the median of the positive costs; 1 if all are zero."""
-    positive = cost_matrix[cost_matrix > 0]
-    return float(positive.median()) if len(positive) else 1.0
+    """Return the median of the positive costs, of a large matrix in float32; 1 if all are zero."""
+    dtype = cost_matrix.dtype if cost_matrix.numel() <= _SMALL else torch.float32
+    positive = torch.empty(cost_matrix.numel(), dtype=dtype, device=cost_matrix.device)
+    count = 0
+    for block in row_blocks(*cost_matrix.shape):
+        found = cost_matrix[block].masked_select(cost_matrix[block] > 0)
+        positive[count : count + len(found)] = found
+        count += len(found)
+    return float(positive[:count].median()) if count else 1.0
 
 
 def check_marginal(marginal: Tensor, side: str) -> Tensor:

@@ -28,12 +28,14 @@ Solver = Callable[[Tensor, Tensor, Tensor, SolverSettings], Tensor | Solved]
 solvers: Registry[Solver] = Registry("solver")
 """Functions `(cost_matrix, source_marginal, target_marginal, settings) -> matrix` by name.
 
-All tensors are float64 on the CPU: `(n, m)`, `(n,)` and `(m,)`; both marginals sum to 1. The plan is `(n, m)`; a
-solver that can stop early returns `Solved`.
+All tensors are float64 on the CPU: `(n, m)`, `(n,)` and `(m,)`; both marginals sum to 1. The plan is `(n, m)`, dense
+or a sparse tensor; a solver that can stop early returns `Solved`. A function with an attribute `takes_any = True` gets
+the cost as it is, float32 or float64 on its device, with marginals in float64 beside it.
 """
 
 # Which marginals each solver has to meet; solvers of one's own must meet both unless they carry `meets`.
 _MEETS = {"nearest": (True, False), "partial": (False, False), "unbalanced": (False, False)}
+_TAKE_ANY = ("sinkhorn",)
 
 
 @solvers.register("nearest")
@@ -123,7 +125,12 @@ def solve_transport(
         0.0
     """
     entry = solvers.entry(name)
-    cost, a, b = (part.detach().to("cpu", torch.float64) for part in (cost_matrix, source_marginal, target_marginal))
+    cost = cost_matrix.detach()
+    if not getattr(entry.function, "takes_any", entry.name in _TAKE_ANY):
+        cost = cost.to("cpu", torch.float64)
+    elif cost.dtype not in (torch.float32, torch.float64):
+        cost = cost.float()
+    a, b = (part.detach().to(cost.device, torch.float64) for part in (source_marginal, target_marginal))
     if cost.shape != (len(a), len(b)):
         raise ShapeError(f"The cost has shape {tuple(cost.shape)}, the marginals have {len(a)} and {len(b)} entries.")
     if cost.numel() and not all(abs(float(end)) < torch.inf for end in cost.aminmax()):
