@@ -145,16 +145,18 @@ class _FewArcs:
         remainder = self._remainder()
         rows, columns = remainder.source.nonzero()[:, 0], remainder.target.nonzero()[:, 0]
         left, right = remainder.source[rows], remainder.target[columns]
-        arcs, order = [self._carrying(remainder)], torch.arange(_FIRST_MOST)
+        arcs = [self._carrying(remainder)]
         for some, masses in zip(rows.split(_CHUNK), left.split(_CHUNK)):
-            best = self.cost[some].topk(min(_FIRST_MOST, self.m), dim=1, largest=False).indices
-            promising = order[: best.shape[1]] < _count(masses, right.mean())[:, None]
+            wanted = _count(masses, right.mean()).clamp_max(self.m)
+            best = self.cost[some].topk(int(wanted.max()), dim=1, largest=False).indices
+            promising = torch.arange(best.shape[1]) < wanted[:, None]
             arcs.append((some[:, None] * self.m + best)[promising])
         for some, masses in zip(columns.split(_CHUNK), right.split(_CHUNK)):
-            part = self.cost[rows[:, None], some]
-            best = rows[part.topk(min(_FIRST_MOST, len(rows)), dim=0, largest=False).indices]
-            promising = order[: len(best), None] < _count(masses, left.mean())
-            arcs.append((best * self.m + some)[promising])
+            wanted = _count(masses, left.mean()).clamp_max(len(rows))
+            part = self.cost[:, some].T[:, rows]
+            best = rows[part.topk(int(wanted.max()), dim=1, largest=False).indices]
+            promising = torch.arange(best.shape[1]) < wanted[:, None]
+            arcs.append((best * self.m + some[:, None])[promising])
         self.arcs = torch.unique(torch.cat(arcs))
 
     def _carrying(self, remainder: _Remainder) -> Tensor:
