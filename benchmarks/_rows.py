@@ -60,9 +60,7 @@ def verdict(row: Row) -> str:
 def table(rows: Iterable[Row]) -> str:
     """Markdown."""
     lines = [
-        f"| {row.name.strip()} | {row.value:.4g} | {row.unit} | {row.target} | {verdict(row)} |".replace(
-            "|  |", "| |"
-        )
+        f"| {row.name.strip()} | {row.value:.4g} | {row.unit} | {row.target} | {verdict(row)} |".replace("|  |", "| |")
         for row in rows
     ]
     return "\n".join(("| figure | value | unit | target | |", "|---|--:|---|---|---|", *lines)) + "\n"
