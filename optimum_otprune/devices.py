@@ -1,8 +1,6 @@
 """Where tensors live: reading and replacing parameters that accelerate may have offloaded. Door to accelerate."""
 
-import ctypes
 import logging
-import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -144,17 +142,6 @@ def is_spread(model: PreTrainedModel) -> bool:
 def is_offloaded(model: PreTrainedModel) -> bool:
     """Return whether weights are loaded each time a module runs."""
     return any(has_offloaded_params(module) for module in model.modules())
-
-
-def trim_memory() -> None:
-    """Give freed memory back to the system where the C library would keep it.
-
-    glibc keeps freed blocks of up to 32 MB; matrices of one layer after the other leave them in pieces that do not fit
-    the next, so that memory grows with the number of layers.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-    if trim is not None:
-        trim(0)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from optimum_otprune.architectures.block import FFNBlock
 from optimum_otprune.architectures.resize import finish_resize
 from optimum_otprune.compression import Compression, LayerInputs, Recipe, compress
 from optimum_otprune.configuration import OTPruningConfig
-from optimum_otprune.devices import trim_memory
+from optimum_otprune.devices import is_offloaded
 from optimum_otprune.errors import ConfigurationError, OTPruneError
 from optimum_otprune.feasibility import check_feasible
 from optimum_otprune.functional.compensation import refit_down
@@ -28,6 +28,7 @@ from optimum_otprune.functional.metric import error_metric
 from optimum_otprune.functional.reconstruction import ReconstructionSettings, Share, reconstruct
 from optimum_otprune.functional.rescue import RescueEnergies, dilution_ratio, relative_error, rescue_ratio
 from optimum_otprune.gradients import GradientScores, gradient_moments, gradient_scores
+from optimum_otprune.heap import return_large_blocks
 from optimum_otprune.layer_data import (
     LayerData,
     heldout_mask,
@@ -130,6 +131,8 @@ def prune_model(
     Raises:
         OTPruneError: Of the kind that fits; the message names the layer.
     """
+    if is_offloaded(model):
+        return_large_blocks()
     config = recipe.config
     widths = plan_widths(blocks, config)
     for block in blocks:
@@ -195,7 +198,6 @@ def _prune_layers(
                 reports.append(finished.report)
                 if block is not blocks[-1]:  # nobody asks what comes out of the last one
                     stream.advance(block)
-                trim_memory()
             logger.info("%s", reports[-1])
     return reports
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from optimum_otprune.architectures.block import FFNBlock
 from optimum_otprune.block_runner import BlockRunner
-from optimum_otprune.devices import onloaded, trim_memory
+from optimum_otprune.devices import onloaded
 from optimum_otprune.errors import NumericalError
 from optimum_otprune.functional.singular_values import mean_singular_value
 from optimum_otprune.spill import StoredTensor, TensorSpill
@@ -86,7 +86,6 @@ class ReversePass:
         for block in tqdm(self._blocks[::-1], desc="Backward", unit="layer", disable=not self._progress):
             with onloaded(block.module):
                 yield block, self._backward(block, before.pop(), gradients)
-            trim_memory()
 
     @torch.no_grad()
     def _forward(self) -> list[list[StoredTensor]]:

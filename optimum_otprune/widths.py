@@ -8,7 +8,6 @@ from tqdm.auto import tqdm
 
 from optimum_otprune.architectures.block import FFNBlock
 from optimum_otprune.configuration import OTPruningConfig
-from optimum_otprune.devices import trim_memory
 from optimum_otprune.errors import ConfigurationError, UnsupportedModelError
 from optimum_otprune.functional.allocation import allocate_widths
 from optimum_otprune.functional.metric import metric_root
@@ -141,7 +140,6 @@ def adaptive_widths(
         data = LayerData.of(block, dense, stream, is_heldout, config, advance=True)
         weighed = metric_root(moments[block.layer]).to(block.device) @ data.dense.down
         costs.append(obs_elimination(data.statistics.total.gram, weighed, dense.intermediate_size).costs)
-        trim_memory()
     multiple = sensible_multiple(blocks[0].intermediate_size, config.multiple_of)
     shared = iter(allocate_widths([part.cpu() for part in costs], budget, multiple))
     return [given[block.layer] if block.layer in given else next(shared) for block in blocks]

@@ -17,7 +17,7 @@ LAYERS = (
     ("manifest", "retries", "hub_client", "hub_access", "hub"),
     ("resolution", "configuration", "report"),
     ("state",),
-    ("devices", "spill", "processes", "digests"),
+    ("devices", "heap", "spill", "processes", "digests"),
     ("architectures",),
     (
         "documentation",
