@@ -220,6 +220,8 @@ def widths_by_multiple(dense: list[FFNBlock], pruned: list[FFNBlock], multiples:
     """
     width = dense_width(dense)
     ratio = 1 - sum(block.intermediate_size for block in pruned) / (width * len(pruned))
+    if min(multiples, default=1) < 1:
+        raise UsageError(f"`multiple_of` is {min(multiples)}; want integers of at least 1.")
     return {multiple: kept_width(width, ratio, multiple) for multiple in multiples}
 
 

@@ -53,6 +53,10 @@ class MissingExtraError(OTPruneError, ImportError):
     """An optional library is needed that is not installed."""
 
 
+class ProcessError(OTPruneError, RuntimeError):
+    """Of several processes that prune together, another one stopped."""
+
+
 class StudyError(OTPruneError, ValueError):
     """The file of a tuning study is damaged, or belongs to another model, data or configuration."""
 

@@ -91,6 +91,8 @@ def load_checkpoint(name: str, options: Mapping[str, Any]) -> Checkpoint:
     if device is not None and "device_map" not in placement:
         placement["device_map"] = {"": device}  # each of several processes has the model on its own accelerator
     with _loading(name):
+        if isinstance(placement.get("dtype"), str) and placement["dtype"] != "auto":
+            placement["dtype"] = _named_dtype(placement["dtype"])
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name, **hub, **remote, **placement, use_safetensors=True, output_loading_info=True
         )
@@ -136,9 +138,13 @@ def _dtype(asked: Any, config: PreTrainedConfig) -> torch.dtype:
     if isinstance(asked, torch.dtype):
         return asked
     named = getattr(config, "dtype", None) if asked in (None, "auto") else asked
-    dtype = named if isinstance(named, torch.dtype) else getattr(torch, str(named or "float32"), None)
+    return named if isinstance(named, torch.dtype) else _named_dtype(str(named or "float32"))
+
+
+def _named_dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{named!r} is no data type of torch, such as 'bfloat16'")
+        raise ValueError(f"{name!r} is no data type of torch, such as 'bfloat16'")
     return dtype
 
 

@@ -73,23 +73,37 @@ class PassSettings(NamedTuple):
         Raises:
             ConfigurationError: If a limit is no size, or a folder is not there.
         """
-        folder = None if spill_folder is None else Path(spill_folder)
-        if folder is not None and not folder.is_dir():
-            raise ConfigurationError(f"`spill_folder` {folder.name!r} is no folder. Make it, or leave it out.")
-        return cls(batch_size, progress and is_main_process(), hidden_memory(max_hidden_memory), folder)
+        limit, folder = hidden_memory(max_hidden_memory), spill_path(spill_folder)
+        return cls(batch_size, progress and is_main_process(), limit, folder)
 
     def spill(self) -> TensorSpill:
         """Return where hidden states wait."""
         return TensorSpill(self.max_hidden_memory, self.spill_folder)
 
 
-def hidden_memory(limit: int | str) -> int:
+def spill_path(folder: str | os.PathLike | None) -> Path | None:
+    """Return where hidden states are spilled.
+
+    Raises:
+        ConfigurationError: If it is no folder.
+    """
+    path = None if folder is None else Path(folder)
+    if path is not None and not path.is_dir():
+        raise ConfigurationError(f"`spill_folder` {path.name!r} is no folder. Make it, or leave it out.")
+    return path
+
+
+def hidden_memory(limit: int | float | str) -> int:
     """Return a limit such as `"4GB"` in bytes.
 
     Raises:
         ConfigurationError: If it is no size.
     """
+    if isinstance(limit, float) and limit.is_integer():
+        limit = int(limit)
     try:
+        if isinstance(limit, bool) or not isinstance(limit, (int, str)):
+            raise ValueError(f"{limit!r} is no number of bytes")
         size = parse_quantity(limit, SIZE_UNITS)
     except ValueError as error:
         raise ConfigurationError(f"`max_hidden_memory` {error}. Give bytes, or such as '4GB'.") from error

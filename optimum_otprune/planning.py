@@ -14,7 +14,7 @@ from optimum_otprune.calibration import ExpectedSamples, ModelLimits, TokenSourc
 from optimum_otprune.checkpoint import weight_bytes
 from optimum_otprune.compression import Recipe
 from optimum_otprune.configuration import OTPruningConfig
-from optimum_otprune.devices import planned_weights
+from optimum_otprune.devices import execution_device, planned_weights
 from optimum_otprune.errors import ConfigurationError
 from optimum_otprune.expectations import (
     Rates,
@@ -59,7 +59,7 @@ def plan_pruning(
     has_tokenizer: bool | None = None
     if isinstance(model_name_or_path, PreTrainedModel):
         model = model_name_or_path
-        options = {"device_map": getattr(model, "hf_device_map", None) or model.device, "max_memory": None}
+        options = {"device_map": getattr(model, "hf_device_map", None) or execution_device(model), "max_memory": None}
     else:
         model, has_tokenizer = load_skeleton(str(model_name_or_path), options)
     blocks = ffn_blocks(model)

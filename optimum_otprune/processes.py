@@ -5,6 +5,8 @@ each process does for itself, and the first one's result counts. In a run of one
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor, distributed
 from transformers import PreTrainedModel
 
 from optimum_otprune.devices import is_spread
-from optimum_otprune.errors import CalibrationDataError, ConfigurationError
+from optimum_otprune.errors import CalibrationDataError, ConfigurationError, ProcessError
 from optimum_otprune.spill import mapped
 
 Value = TypeVar("Value")
@@ -103,9 +105,11 @@ def own_samples(num_samples: int, batch_size: int) -> slice:
     """
     num_batches = -(-num_samples // batch_size)
     if num_batches < num_processes():
+        batches = f" in batches of {batch_size}" if batch_size > 1 else ""
+        smaller = " a smaller `score_batch_size`," if batch_size > 1 else ""
         raise CalibrationDataError(
-            f"{num_samples} samples in batches of {batch_size} cannot be split between {num_processes()} processes. "
-            "Give more samples, a smaller `score_batch_size`, or start fewer processes."
+            f"{num_samples} samples{batches} cannot be split between {num_processes()} processes. Give more samples,"
+            f"{smaller} or start fewer processes."
         )
     bounds = [
         min(num_samples, index * num_batches // num_processes() * batch_size)
@@ -124,7 +128,8 @@ def summed(value: Value) -> Value:
 def _summed(value: Any) -> Any:
     if isinstance(value, Tensor):
         total = value.to(_state().device, copy=True)
-        distributed.all_reduce(total)
+        with _among_all():
+            distributed.all_reduce(total)
         return total.to(value.device)
     total = torch.tensor([value], dtype=torch.float64 if isinstance(value, float) else torch.int64)
     return type(value)(_summed(total).item())
@@ -136,31 +141,42 @@ def gathered(value: Value) -> list[Value]:
         return [value]
     _state()
     found: list[Any] = [None] * num_processes()
-    distributed.all_gather_object(found, value)
+    with _among_all():
+        distributed.all_gather_object(found, value)
     return found
 
 
 def from_main(value: Value) -> Value:
-    """Return what the main process has; tensors come back on the device that the own ones are on."""
+    """Return what the main process has; in the others, its tensors are on the CPU."""
     if num_processes() == 1:
         return value
-    return mapped(value, _from_main)
+    _state()
+    sent: list[Any] = [_on_cpu(value) if is_main_process() else None]
+    with _among_all():
+        distributed.broadcast_object_list(sent, src=0)  # as a whole: what is None here may be a tensor there
+    return value if is_main_process() else sent[0]
 
 
-def _from_main(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        sent = value.to(_state().device, copy=True).contiguous()
-        distributed.broadcast(sent, src=0)
-        return sent.to(value.device)
-    objects = [value]
-    distributed.broadcast_object_list(objects, src=0)
-    return objects[0]
+def _on_cpu(value: Any) -> Any:
+    return mapped(value, lambda part: part.cpu() if isinstance(part, Tensor) else part)
+
+
+@contextmanager
+def _among_all() -> Iterator[None]:
+    """A block of code that all processes have to reach."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ProcessError(
+            f"Another process of this run stopped ({str(error).splitlines()[0]}). See its message, and start all anew."
+        ) from error
 
 
 def wait_for_all() -> None:
     """Return when all processes are here."""
     if num_processes() > 1:
-        _state().wait_for_everyone()
+        with _among_all():
+            _state().wait_for_everyone()
 
 
 def _state() -> PartialState:

@@ -60,6 +60,7 @@ class ReversePass:
         spill: TensorSpill,
         progress: bool,
     ):
+        model.eval()  # dropout would make gradients random
         self.batches = tokens.split(batch_size)
         self._blocks, self._objectives, self._spill, self._progress = blocks, objectives, spill, progress
         self._names = {module: name for name, module in model.named_modules()}
@@ -105,6 +106,7 @@ class ReversePass:
     def _raise_at_module(self, block: FFNBlock, hidden: Tensor) -> None:
         with _singular_values(list(block.module.modules()), self._names, every_output=True):
             self._runner.run(block, hidden)
+        raise _not_finite(self._names[block.module])
 
     def _head_gradient(self, objective: str, batch: Tensor, hidden: Tensor) -> Tensor:
         """By the hidden states behind the last block."""
@@ -154,6 +156,13 @@ class ReversePass:
         return FFNGradients(inputs, found), below
 
 
+def _not_finite(name: str) -> NumericalError:
+    return NumericalError(
+        f"The output of module {name!r} is NaN or infinite on the calibration data. The weights are damaged, or the "
+        "model's dtype overflowed: load it in float32."
+    )
+
+
 def _summed(values: list[Tensor]) -> Tensor:
     return torch.stack([value.to(values[0].device) for value in values]).sum()
 
@@ -191,10 +200,7 @@ def _singular_values(
         matrix = output.float().reshape(output.shape[0], -1)
         value = mean_singular_value(matrix)
         if torch.isnan(value):
-            raise NumericalError(
-                f"The output of module {names[module]!r} is NaN or infinite on the calibration data. The weights are "
-                "damaged, or the model's dtype overflowed: load it in float32."
-            )
+            raise _not_finite(names[module])
         values.append(value)
 
     handles = [module.register_forward_hook(note) for module in modules]

@@ -7,9 +7,11 @@ from pathlib import Path
 import torch
 
 from optimum_otprune import OTPruner, OTPruningConfig
+from optimum_otprune.processes import num_processes
 
 
-def main(folder: Path, output: Path) -> None:
+def main(folder: Path, output: Path, expected_processes: int) -> None:
+    assert num_processes() == expected_processes
     tokens = torch.load(folder / "tokens.pt")
     for name, options in json.loads((folder / "recipes.json").read_text()).items():
         pruner = OTPruner.from_pretrained(folder / "dense", OTPruningConfig(**options))
@@ -21,4 +23,4 @@ def main(folder: Path, output: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))

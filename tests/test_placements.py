@@ -10,7 +10,7 @@ from optimum_otprune import OTPruner, OTPruningConfig
 from optimum_otprune.architectures.block import ffn_blocks
 from optimum_otprune.checkpoint import shard_size
 from optimum_otprune.devices import is_offloaded, is_spread, onloaded
-from optimum_otprune.errors import ConfigurationError, OutputError
+from optimum_otprune.errors import ConfigurationError, OutputError, UnsupportedModelError
 from optimum_otprune.functional.importance import WeightScores
 from optimum_otprune.gradients import gradient_moments, gradient_scores
 from optimum_otprune.pipeline import hidden_memory
@@ -141,10 +141,32 @@ def test_a_full_disk_while_spilling_is_one_error(monkeypatch, tmp_path):
         spill.put(torch.ones(3))
 
 
-@pytest.mark.parametrize(("limit", "message"), [("lots", "'lots' is no number"), (-1, "is -1; want 0 or more")])
+@pytest.mark.parametrize(
+    ("limit", "message"),
+    [("lots", "'lots' is no number"), (-1, "is -1; want 0 or more"), (True, "True is no number"), (0.5, "0.5 is no")],
+)
 def test_a_limit_that_is_no_size_is_refused(limit, message):
     with pytest.raises(ConfigurationError, match=message):
         hidden_memory(limit)
+
+
+def test_a_limit_may_be_written_as_python_writes_large_numbers():
+    assert hidden_memory(4e9) == hidden_memory("4GB") == 4 * 10**9
+
+
+def test_layers_that_share_a_module_are_refused(llama):
+    llama.model.layers[2] = llama.model.layers[0]
+    with pytest.raises(UnsupportedModelError, match="share one module"):
+        ffn_blocks(llama)
+
+
+def test_a_model_that_answers_with_tuples_is_pruned_as_any(llama, tokens):
+    llama.config.return_dict = False
+    reports = [
+        OTPruner.from_pretrained(model, OTPruningConfig(**RECIPES["gradients"])).prune(tokens, progress=False)
+        for model in (llama, make_llama())
+    ]
+    assert reports[0].layers == reports[1].layers
 
 
 def test_a_spill_folder_that_is_not_there_is_refused(llama, tokens):

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from optimum_otprune import OTPruner, OTPruningConfig, processes
-from optimum_otprune.errors import CalibrationDataError, ConfigurationError
+from optimum_otprune.errors import CalibrationDataError, ConfigurationError, ProcessError
 from optimum_otprune.report import REPORT_FILE, PruningReport
 from tests import processes_worker
 
@@ -31,10 +31,10 @@ def runs(llama, tokens, tmp_path):
     llama.save_pretrained(tmp_path / "dense")
     torch.save(tokens, tmp_path / "tokens.pt")
     (tmp_path / "recipes.json").write_text(json.dumps(RECIPES))
-    processes_worker.main(tmp_path, tmp_path / "one")
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    more = ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command = [sys.executable, *launch, *more, processes_worker.__file__, str(tmp_path), str(tmp_path / "two")]
+    processes_worker.main(tmp_path, tmp_path / "one", 1)
+    # `accelerate launch --cpu` starts one process unless MPI is there; what it starts on GPUs is this.
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [sys.executable, *launch, processes_worker.__file__, str(tmp_path), str(tmp_path / "two"), "2"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -70,6 +70,16 @@ def test_engines_that_cut_weights_into_pieces_are_refused_before_loading(variabl
 def two(monkeypatch):
     monkeypatch.setattr(processes, "num_processes", lambda: 2)
     monkeypatch.setattr(processes, "process_index", lambda: 1)
+
+
+def test_a_process_that_lost_the_others_says_so(two, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("Connection closed by peer\nstack")
+
+    monkeypatch.setattr(processes.distributed, "all_gather_object", fail)
+    monkeypatch.setattr(processes, "_state", lambda: None)
+    with pytest.raises(ProcessError, match=r"Another process of this run stopped \(Connection closed by peer\)"):
+        processes.gathered(1)
 
 
 def test_samples_are_split_in_whole_batches(two):

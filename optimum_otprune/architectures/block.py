@@ -150,6 +150,11 @@ def ffn_blocks(model: PreTrainedModel) -> list[FFNBlock]:
         )
     _, spec = find_spec(model)
     blocks = [FFNBlock(module, spec, layer) for layer, module in enumerate(find_blocks(model, spec))]
+    if len({block.module for block in blocks}) < len(blocks):
+        raise UnsupportedModelError(
+            "Layers of this model share one module, so that none can be pruned for itself. Prune a model whose layers "
+            "have weights of their own."
+        )
     for block in blocks:
         if not block.up.weight.is_floating_point():  # type: ignore[union-attr, operator]
             raise UnsupportedModelError(

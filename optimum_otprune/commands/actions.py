@@ -26,7 +26,8 @@ from optimum_otprune.hub_access import check_hub_access
 from optimum_otprune.loading import hub_id
 from optimum_otprune.manifest import verify_folder
 from optimum_otprune.options import BUDGET_FIELDS
-from optimum_otprune.processes import is_main_process
+from optimum_otprune.pipeline import spill_path
+from optimum_otprune.processes import check_single, is_main_process, wait_for_all
 from optimum_otprune.pruner import OTPruner
 from optimum_otprune.report import REPORT_FILE, PruningReport
 from optimum_otprune.resume import forget_if_saved
@@ -68,6 +69,7 @@ def _prune(args: argparse.Namespace) -> None:
 
 
 def _dry_run(args: argparse.Namespace, config: OTPruningConfig, output: Path) -> None:
+    spill_path(args.spill_folder)
     plan = OTPruner.plan(
         args.model,
         config,
@@ -108,6 +110,7 @@ def _prune_and_save(args: argparse.Namespace, config: OTPruningConfig, output: P
             _remove_partial_folders(output)
     pruner = OTPruner.from_pretrained(args.model, config, **loading_options(args))
     check_output_folder(output, args.overwrite, weight_bytes(pruner.model))
+    wait_for_all()  # before the first one writes there
     passes = {"batch_size": args.batch_size, "progress": not args.quiet}
     if args.eval:
         dense = pruner.evaluate(args.eval_data, **passes)
@@ -171,7 +174,12 @@ def tune(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Measure the perplexity of a model."""
-    _speak(args.quiet)
+    with nullcontext() if is_main_process() else redirect_stdout(io.StringIO()):
+        _evaluate(args)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    _speak(args.quiet or not is_main_process())
     pruner = OTPruner.from_pretrained(args.model, **loading_options(args))
     if args.seqlen is not None:
         pruner.config = _usage(lambda: pruner.config.replace(seqlen=args.seqlen))
@@ -183,6 +191,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def benchmark(args: argparse.Namespace) -> None:
     """Compare the speed of two models."""
+    check_single("`otprune benchmark`", "Start one.")
     _speak(args.quiet)
     run_benchmark(args)
 

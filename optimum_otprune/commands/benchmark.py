@@ -92,7 +92,7 @@ def checked_device(name: str) -> torch.device:
         UsageError: If there is no such device.
     """
     try:
-        torch.empty(1, device=torch.device(name))
+        torch.ones(1, device=torch.device(name)).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(
             f"The device {name!r} cannot be used here ({str(error).splitlines()[0]}). Give another, such as cpu."
