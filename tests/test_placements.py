@@ -160,15 +160,6 @@ def test_layers_that_share_a_module_are_refused(llama):
         ffn_blocks(llama)
 
 
-def test_a_model_that_answers_with_tuples_is_pruned_as_any(llama, tokens):
-    llama.config.return_dict = False
-    reports = [
-        OTPruner.from_pretrained(model, OTPruningConfig(**RECIPES["gradients"])).prune(tokens, progress=False)
-        for model in (llama, make_llama())
-    ]
-    assert reports[0].layers == reports[1].layers
-
-
 def test_a_spill_folder_that_is_not_there_is_refused(llama, tokens):
     with pytest.raises(ConfigurationError, match="`spill_folder` 'nowhere' is no folder"):
         OTPruner.from_pretrained(llama, OTPruningConfig(**FAST)).prune(tokens, spill_folder="nowhere")
