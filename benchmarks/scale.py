@@ -41,7 +41,7 @@ def parts(args: argparse.Namespace) -> dict[str, Callable[[], Iterable[Row]]]:
         "memory": lambda: memory.rows(quick),
         "time": lambda: passes.rows(quick, widths or passes.WIDTHS, args.tokens_per_channel),
         "scoring": lambda: passes.scoring_rows(quick, widths or passes.SCORED_WIDTHS),
-        "transport": lambda: transport.rows(transport.QUICK_SIZES if quick else widths or transport.SIZES),
+        "transport": lambda: transport.rows(widths, quick),
         "elimination": lambda: elimination.rows(eliminated),
         "speed": lambda: speed.rows(quick),
     }

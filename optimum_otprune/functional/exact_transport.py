@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from optimum_otprune.errors import TransportError
 from optimum_otprune.functional.duality import c_transform
 from optimum_otprune.functional.pot import network_simplex, sparse_network_simplex
 
@@ -55,8 +56,9 @@ class _Solution(NamedTuple):
 def exact_plan(cost_matrix: Tensor, source_marginal: Tensor, target_marginal: Tensor, iterations: int) -> Tensor:
     """Return the cheapest plan.
 
-    From `SPARSE_FROM` entries of the cost on, few arcs are tried; where their potentials prove nothing after many
-    rounds, as below that size, all arcs are solved at once.
+    From `SPARSE_FROM` entries of the cost on, few arcs are tried. All arcs are solved at once, which takes longer and
+    is as exact, below that size; where the network simplex gives up on few arcs, as it may for masses as small as the
+    rounding of others; and where the potentials prove nothing after many rounds.
 
     Args:
         cost_matrix: `(n, m)` float64, finite, on the CPU.
@@ -102,7 +104,10 @@ class _FewArcs:
         last_gap, exact = torch.inf, False
         for _ in range(_ROUNDS):
             remainder = self._remainder()
-            solution = self._solve_arcs(remainder, exact)
+            try:
+                solution = self._solve_arcs(remainder, exact)
+            except TransportError:  # masses as small as the rounding of others may find no way on few arcs
+                return None
             self.potentials = solution.source_potential, solution.target_potential
             missing, gap, excess = self._price(solution)
             value = float(self._costs(solution.rows, solution.columns) @ solution.masses)

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from optimum_otprune.functional.duality import reduced_costs
 
-_STEP = 0.25  # by which the regularization is lowered
+_STEP = 0.5  # by which the regularization is lowered
+_FIRST = 0.1  # of the spread of the costs; about the first regularization
 _SMALL = 2**22  # entries up to which the kernel is held in float64
 _CHECK_EVERY = 10
 _LARGEST_LOG = 20.0  # of a scaling factor, before it is absorbed into the potentials
@@ -25,8 +26,8 @@ class _Effort(NamedTuple):
     step_iterations: int  # before the regularization is lowered again
 
 
-_THOROUGH = _Effort(torch.float64, 1e-9, 2_000, 100)
-_FAST = _Effort(torch.float32, 1e-6, 200, 40)
+_THOROUGH = _Effort(torch.float64, 1e-9, 2_000, 500)
+_FAST = _Effort(torch.float32, 1e-6, 100, 60)
 
 
 class Entropic(NamedTuple):
@@ -84,8 +85,8 @@ class _Scaling:
     def levels(self, epsilon: float) -> list[float]:
         """Regularizations from the spread of the costs down to `epsilon`."""
         least, largest = (float(end) for end in self.cost.aminmax())
-        steps = math.ceil(math.log(max((largest - least) / epsilon, 1)) / -math.log(_STEP))
-        return [epsilon / _STEP**step for step in range(max(steps - 1, 0), -1, -1)]
+        steps = math.ceil(math.log(max(_FIRST * (largest - least) / epsilon, 1)) / -math.log(_STEP))
+        return [epsilon / _STEP**step for step in range(steps, -1, -1)]
 
     def run(self, epsilon: float, last: bool) -> None:
         """Scale until the target marginal is met, or so many times."""
@@ -112,10 +113,9 @@ class _Scaling:
         """Fill `out` with the plan of the potentials; every row sums to its mass. Returns the sums of its columns."""
         sums = torch.zeros_like(self.target)
         for block, part in reduced_costs(self.cost, self.potential):
-            part.sub_(part.amin(dim=1, keepdim=True)).mul_(-1 / epsilon).exp_()
-            part.mul_((self.source[block] / part.sum(dim=1))[:, None])
-            sums += part.sum(dim=0)
-            out[block] = part
+            rows = out[block].copy_(part.sub_(part.amin(dim=1, keepdim=True)).mul_(-1 / epsilon)).exp_()
+            rows.mul_((self.source[block] / rows.sum(dim=1))[:, None])
+            sums += rows.sum(dim=0)
         self.kernel = out
         return sums
 
@@ -143,7 +143,7 @@ class _Relaxation:
         self.errors.append(error)
         if len(self.errors) % _CHECK_EVERY == 0:
             before = self.errors[:-_CHECK_EVERY]
-            rate = (error / self.errors[-_CHECK_EVERY // 2]) ** (2 / _CHECK_EVERY)
+            rate = (error / self.errors[-1 - _CHECK_EVERY // 2]) ** (2 / _CHECK_EVERY)
             if before and error > 2 * min(before):
                 self.power = 1 + (self.power - 1) / 2
             elif self.power == 1.0 and rate < 1:

@@ -138,6 +138,6 @@ def solve_transport(
     a, b = (check_marginal(part, side) for part, side in ((a, "source"), (b, "target")))
     solved = entry.function(cost, a, b, settings or SolverSettings())
     meets = getattr(entry.function, "meets", _MEETS.get(entry.name, (True, True)))
-    return checked_plan(
-        Solved(solved, True) if isinstance(solved, Tensor) else solved, cost, (a, b), entry.name, meets
-    )
+    result = Solved(solved, True) if isinstance(solved, Tensor) else solved
+    plan = checked_plan(result, cost, (a, b), entry.name, meets)
+    return plan._replace(matrix=plan.matrix.to("cpu", torch.float64))
