@@ -10,8 +10,8 @@ from optimum_otprune.functional.ffn import FFNWeights
 from optimum_otprune.functional.marginals import MarginalInputs, marginal
 
 _CLUSTER = 8  # channels that resemble each other, in the clustered kinds
-_TOKENS = 4  # times the channels, at most:
-_MOST_TOKENS = 16_384
+_TOKENS = 4  # times the channels, but not more than:
+_MOST_TOKENS = 4096
 _HIDDEN = 256  # at most; a quarter of the channels otherwise
 
 COSTS = ("weight", "weight_l2", "activation", "uniform", "weight-clustered", "activation-clustered")

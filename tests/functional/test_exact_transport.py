@@ -129,6 +129,24 @@ def test_mass_that_may_stay_is_not_solved_for(monkeypatch):
     assert set(sizes) == {(20, 20)}
 
 
+def test_potentials_that_are_rounded_are_solved_for_again(monkeypatch):
+    solve = exact_transport.sparse_network_simplex
+    solved = []
+
+    def rounded(*problem):
+        plan = solve(*problem)
+        rough = max(float(problem[2].abs().max()), 1e-300)  # as much as the costs that it was given are large
+        solved.append(rough)
+        return plan._replace(source_potential=plan.source_potential + 1e-9 * rough * normal(1, len(problem[3])))
+
+    monkeypatch.setattr(exact_transport, "sparse_network_simplex", rounded)
+    cost, source, target = COSTS["uniform"](0, 20, 10), probabilities(1, 20), probabilities(2, 10)
+    plan = exact_transport.exact_plan(cost, source, target, 100_000)
+    assert plan.is_sparse
+    assert solved[-1] < 1e-6
+    assert math.isclose(plan_cost(plan, cost), rival(cost, source, target), rel_tol=1e-9)
+
+
 def test_what_few_arcs_cannot_prove_is_solved_on_all_arcs(monkeypatch):
     monkeypatch.setattr(exact_transport, "_ROUNDS", 0)
     cost, source, target = COSTS["uniform"](0, 20, 10), probabilities(1, 20), probabilities(2, 10)
