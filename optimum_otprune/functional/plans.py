@@ -16,8 +16,8 @@ class SolverSettings(NamedTuple):
     """Numbers that some solvers read; in units of the median cost, so that scaling a layer changes nothing.
 
     Attributes:
-        epsilon: Entropic regularization. On costs of pruning a plan costs 2–6 % more than the exact one at 0.05, and at
-            most 0.1 % more at 0.0005.
+        epsilon: Entropic regularization. On costs of pruning a plan costs 2–6 % more than the exact one at 0.05, and
+            at most 0.1 % more at 0.0005.
         mass_share: Share of the mass that `partial` moves.
         marginal_penalty: What `unbalanced` pays for a marginal that is not met.
     """
