@@ -152,12 +152,12 @@ class _FewArcs:
         left, right = remainder.source[rows], remainder.target[columns]
         arcs = [self._carrying(remainder)]
         for some, masses in zip(rows.split(_CHUNK), left.split(_CHUNK)):
-            wanted = _count(masses, right.mean()).clamp_max(self.m)
+            wanted = _count(masses, right.mean()).clamp_max(min(_FIRST_MOST, self.m))
             best = self.cost[some].topk(int(wanted.max()), dim=1, largest=False).indices
             promising = torch.arange(best.shape[1]) < wanted[:, None]
             arcs.append((some[:, None] * self.m + best)[promising])
         for some, masses in zip(columns.split(_CHUNK), right.split(_CHUNK)):
-            wanted = _count(masses, left.mean()).clamp_max(len(rows))
+            wanted = _count(masses, left.mean()).clamp_max(min(_FIRST_MOST, len(rows)))
             part = self.cost[:, some].T[:, rows]
             best = rows[part.topk(int(wanted.max()), dim=1, largest=False).indices]
             promising = torch.arange(best.shape[1]) < wanted[:, None]
