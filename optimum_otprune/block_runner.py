@@ -1,11 +1,12 @@
 """Run a model piece by piece: what comes before its blocks, one block, and what comes after them."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from optimum_otprune.architectures.block import FFNBlock
@@ -121,6 +122,17 @@ class BlockRunner:
         finally:
             for block in self._blocks:
                 _set_forward(block.module, own[block.layer])
+
+
+@contextmanager
+def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """A block of code during which modules have these hooks, and after which they do not."""
+    handles = list(handles)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _set_forward(module: nn.Module, forward: Callable | None) -> None:

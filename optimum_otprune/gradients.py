@@ -56,7 +56,6 @@ def gradient_scores(
     """
     spill = spill or TensorSpill()
     was_training = model.training
-    model.eval()
     objectives = {"snip": LOSS, "fo": SINGULAR_VALUES}
     walk = ReversePass(model, blocks, tokens, batch_size, list(objectives.values()), spill, progress)
     num_batches = summed(len(walk.batches))

@@ -168,8 +168,7 @@ class LayerData(NamedTuple):
             token_weights = _weights_among_all(stream.energies(block), is_heldout)
         elif correction:
             stream.follow_dense(block)
-        n, d, device = dense.intermediate_size, dense.hidden_size, dense.up.device
-        sums = {heldout: GramAccumulator(n, d, torch.float32, device) for heldout in (False, True)}
+        sums, device = _accumulators(exact), dense.up.device
         keeps_corrections = bool(correction) and _reads_targets_again(config)
         inputs, corrections = [], []
         start = 0
@@ -248,6 +247,12 @@ def _weights_among_all(energy: Tensor, is_heldout: Tensor) -> Tensor:
     return weights.split([len(part) for part in parts])[process_index()]
 
 
+def _accumulators(weights: FFNWeights) -> dict[bool, GramAccumulator]:
+    """Of an FFN's channels, by whether tokens are held out."""
+    n, d, like = weights.intermediate_size, weights.hidden_size, weights.up
+    return {heldout: GramAccumulator(n, d, like.dtype, like.device) for heldout in (False, True)}
+
+
 def _all_statistics(sums: dict[bool, GramAccumulator]) -> LayerStatistics:
     """Of the tokens of all processes."""
     statistics = LayerStatistics(*(summed(sums[heldout].statistics()) for heldout in (False, True)))
@@ -270,8 +275,7 @@ def remeasured_statistics(data: LayerData, compressed: FFNWeights) -> LayerStati
         NumericalError: If an activation is NaN or infinite.
     """
     compressed = compressed.map(Tensor.float)
-    n, d, device = compressed.intermediate_size, compressed.hidden_size, data.dense.up.device
-    sums = {heldout: GramAccumulator(n, d, torch.float32, device) for heldout in (False, True)}
+    sums = _accumulators(compressed)
     for batch in data.batches():
         hidden = channel_activations(compressed, batch.inputs, data.activation)
         for heldout, chosen in _sides(batch.is_heldout):

@@ -180,13 +180,13 @@ def _prune_layers(
     """All layers in order, each on what those below it, pruned now or before, produce."""
     correction = (recipe.config.target_correction or 0.0) if blocks[0].spec.residual else 0.0
     tracks = correction > 0
-    own = own_samples(len(prepared.tokens), 1)
-    stream = CalibrationStream(model, blocks, prepared.tokens[own], settings.batch_size, tracks, spill)
+    tokens, is_heldout = _own_part(prepared.tokens, prepared.is_heldout, 1)
+    stream = CalibrationStream(model, blocks, tokens, settings.batch_size, tracks, spill)
     prune_layer = partial(
         _prune_layer,
         stream=stream,
         prepared=prepared,
-        is_heldout=prepared.is_heldout.view(prepared.tokens.shape)[own].flatten(),
+        is_heldout=is_heldout,
         recipe=recipe,
         correction=correction,
         can_hold_intercept=can_hold_intercept,
@@ -251,9 +251,10 @@ def _is_weighted(config: OTPruningConfig) -> bool:
     return bool(config.reconstruction_steps) and config.error_weighting == "gradient"
 
 
-def needs_dense_gradients(recipe: Recipe) -> bool:
-    """Return whether gradients through the dense model are asked for."""
-    return recipe.needs_gradients or _is_weighted(recipe.config) or recipe.config.allocation == "adaptive"
+def _own_part(tokens: Tensor, is_heldout: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
+    """Samples of this process, and which of their tokens are held out."""
+    own = own_samples(len(tokens), batch_size)
+    return tokens[own], is_heldout.view(tokens.shape)[own].flatten()
 
 
 def _prepare(
@@ -268,16 +269,17 @@ def _prepare(
     config = recipe.config
     is_heldout = heldout_mask(tokens.shape[0], tokens.shape[1], config.holdout_share, config.seed)
     scores = moments = None
-    own = own_samples(len(tokens), config.score_batch_size if needs_dense_gradients(recipe) else 1)
+    needs_moments = _is_weighted(config) or config.allocation == "adaptive"
+    together = config.score_batch_size if recipe.needs_gradients or needs_moments else 1
+    own_tokens, own_heldout = _own_part(tokens, is_heldout, together)
     passes = (config.score_batch_size, settings.progress, spill)
     if recipe.needs_gradients:
-        scores = gradient_scores(model, blocks, tokens[own], *passes)
-    if _is_weighted(config) or config.allocation == "adaptive":
-        moments = gradient_moments(model, blocks, tokens[own], *passes)
+        scores = gradient_scores(model, blocks, own_tokens, *passes)
+    if needs_moments:
+        moments = gradient_moments(model, blocks, own_tokens, *passes)
         if config.allocation == "adaptive":
-            stream = CalibrationStream(model, blocks, tokens[own], settings.batch_size, track_dense=False, spill=spill)
-            mask = is_heldout.view(tokens.shape)[own].flatten()
-            widths = adaptive_widths(blocks, widths, config, stream, mask, moments, settings.progress)
+            stream = CalibrationStream(model, blocks, own_tokens, settings.batch_size, track_dense=False, spill=spill)
+            widths = adaptive_widths(blocks, widths, config, stream, own_heldout, moments, settings.progress)
     if config.self_calibration:
         written = from_main(
             self_calibration_tokens(

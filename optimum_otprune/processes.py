@@ -60,8 +60,8 @@ def check_launch() -> None:
         if os.environ.get(variable, "false").lower() in ("true", "1"):
             raise ConfigurationError(
                 f"{engine} cuts every weight matrix into pieces, of which none can be pruned alone. Use one process "
-                "with device_map='auto' for a model larger than a device, or plain `accelerate launch` (multi-GPU or "
-                "multi-CPU) for several processes with a whole model each."
+                "with device_map='auto' for a model larger than a device, or plain `accelerate launch` (torchrun "
+                "without GPUs) for several processes with a whole model each."
             )
 
 

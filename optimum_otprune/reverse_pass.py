@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from optimum_otprune.architectures.block import FFNBlock
-from optimum_otprune.block_runner import BlockRunner
+from optimum_otprune.block_runner import BlockRunner, hooked
 from optimum_otprune.devices import onloaded
 from optimum_otprune.errors import NumericalError
 from optimum_otprune.functional.singular_values import mean_singular_value
@@ -180,11 +180,8 @@ def _noted(block: FFNBlock) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
         for name in ("gate", "up", "down")
         if (module := block.projection(name)) is not None
     ]
-    try:
+    with hooked(handles):
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -203,9 +200,5 @@ def _singular_values(
             raise _not_finite(names[module])
         values.append(value)
 
-    handles = [module.register_forward_hook(note) for module in modules]
-    try:
+    with hooked(module.register_forward_hook(note) for module in modules):
         yield values
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -5,7 +5,7 @@ import math
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,9 +132,6 @@ class StoredList(Sequence):
 
     def __getitem__(self, index: Any) -> Any:
         return mapped(self._entries[index], lambda part: part.load())
-
-    def __iter__(self) -> Iterator[Any]:
-        return (self[index] for index in range(len(self)))
 
 
 def store(value: Any, spill: TensorSpill) -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from optimum_otprune.architectures.block import FFNBlock
-from optimum_otprune.block_runner import BlockRunner
+from optimum_otprune.block_runner import BlockRunner, hooked
 from optimum_otprune.devices import onloaded
 from optimum_otprune.functional.ffn import ffn_forward
 from optimum_otprune.spill import StoredTensor, TensorSpill
@@ -97,9 +97,8 @@ class CalibrationStream:
                 hidden = stored.load()
                 with _noted(block) as seen:
                     output = self._runner.run(block, hidden)
-                beside = output - seen["outputs"].view_as(output)
-                if index == 0:
-                    adds = not advance and self._adds_its_ffn(block, hidden[:1], output[:1], beside[:1])
+                if index == 0 and not advance:
+                    adds = self._adds_its_ffn(block, hidden[:1], output[:1], seen["outputs"])
                 missing = None
                 if self._dense_hidden is not None:
                     dense = self._dense_hidden[index].load().to(output.device)
@@ -107,7 +106,7 @@ class CalibrationStream:
                 inputs = self.spill.put(seen["inputs"])
                 if adds:
                     ffn_inputs.append(inputs)
-                    self._hidden[index] = self.spill.put(beside)
+                    self._hidden[index] = self.spill.put(output - seen["outputs"].view_as(output))
                 elif advance:
                     self._hidden[index] = self.spill.put(output)
                 yield FFNTap(**seen, stored_inputs=inputs, missing=missing)
@@ -129,10 +128,11 @@ class CalibrationStream:
             self._hidden[index] = self.spill.put(states + outputs.view_as(states))
         self._ffn_inputs = None
 
-    def _adds_its_ffn(self, block: FFNBlock, hidden: Tensor, output: Tensor, beside: Tensor) -> bool:
+    def _adds_its_ffn(self, block: FFNBlock, hidden: Tensor, output: Tensor, ffn_outputs: Tensor) -> bool:
         """Whether a block's output is something plus the FFN's output: tried on one sample, for names do not tell."""
         if block.up.weight.dtype != torch.float32:
             return False
+        beside = output - ffn_outputs[: output.shape[1]].view_as(output)
         with _without_output(block):
             found = self._runner.run(block, hidden)
         return bool((found - beside).norm() <= _ROUNDING * output.norm())
@@ -166,11 +166,8 @@ def _without_output(block: FFNBlock) -> Iterator[None]:
     """A block whose down projection puts out zeros."""
     down = block.projection("down")
     assert down is not None
-    handle = down.register_forward_hook(lambda module, args, output: torch.zeros_like(output))
-    try:
+    with hooked([down.register_forward_hook(lambda module, args, output: torch.zeros_like(output))]):
         yield
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -186,9 +183,5 @@ def _noted(block: FFNBlock) -> Iterator[dict[str, Tensor]]:
 
     down = block.projection("down")
     assert down is not None
-    handles = [block.up.register_forward_pre_hook(before_up), down.register_forward_hook(after_down)]
-    try:
+    with hooked([block.up.register_forward_pre_hook(before_up), down.register_forward_hook(after_down)]):
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -11,8 +11,19 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from optimum_otprune.commands.main import main
+
 VOCAB_SIZE = 64
 WORDS = [f"w{index}" for index in range(VOCAB_SIZE - 1)]
+
+
+def run_command(*arguments) -> int:
+    """The exit code of a command line, run in this process."""
+    try:
+        main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        return stop.code
+    return 0
 
 
 @pytest.fixture

@@ -19,21 +19,13 @@ from optimum_otprune.benchmarking import (
     cut_copy,
     widths_by_multiple,
 )
-from optimum_otprune.commands.main import main
 from optimum_otprune.errors import UsageError
 from optimum_otprune.flops import forward_flops
 from optimum_otprune.latency import matmul_rate
 from tests.conftest import make_llama
+from tests.conftest import run_command as run
 
 QUICK = BenchmarkSettings(batch_sizes=(1, 2), seqlens=(6, 10), new_tokens=4, warm_up=0, repeats=1)
-
-
-def run(*arguments) -> int:
-    try:
-        main([str(argument) for argument in arguments])
-    except SystemExit as stop:
-        return stop.code
-    return 0
 
 
 @pytest.fixture

@@ -72,10 +72,10 @@ def _add_biases(blocks: list[FFNBlock]) -> bool:
     Returns:
         Whether the FFNs have biases now.
     """
-    weights = [block.read() for block in blocks]
-    if all(weight.down_bias is None for weight in weights):
+    if all(getattr(block.projection("down"), "bias", None) is None for block in blocks):
         return False
-    for block, weight in zip(blocks, weights):
+    for block in blocks:
+        weight = block.read()  # one layer at a time: others may be on disk
         gate_bias = None if weight.gate is None else _bias_or_zeros(weight.gate_bias, weight.gate)
         block.install(
             weight._replace(

@@ -1,12 +1,14 @@
 """What the subcommands do."""
 
 import argparse
+import functools
 import io
 import json
 import logging
 import shutil
 import sys
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -36,14 +38,21 @@ from optimum_otprune.state import StateFolder
 from optimum_otprune.trials import TuningResult
 
 
+def _main_process_speaks(action: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], None]:
+    """Make an action that all processes of a run do together print from the main one alone."""
+
+    @functools.wraps(action)
+    def quiet_elsewhere(args: argparse.Namespace) -> None:
+        with nullcontext() if is_main_process() else redirect_stdout(io.StringIO()):
+            _speak(args.quiet or not is_main_process())
+            action(args)
+
+    return quiet_elsewhere
+
+
+@_main_process_speaks
 def prune(args: argparse.Namespace) -> None:
     """Prune a model and save it."""
-    with nullcontext() if is_main_process() else redirect_stdout(io.StringIO()):
-        _prune(args)
-
-
-def _prune(args: argparse.Namespace) -> None:
-    _speak(args.quiet or not is_main_process())
     if args.eval_data is not None and not args.eval:
         raise UsageError("`--eval-data` would be ignored without `--eval`.")
     if args.private and args.push_to_hub is None:
@@ -172,14 +181,9 @@ def tune(args: argparse.Namespace) -> None:
     print(f"Saved to {output}. Prune with it: otprune prune {args.model} --config {output} -o OUT")
 
 
+@_main_process_speaks
 def evaluate(args: argparse.Namespace) -> None:
     """Measure the perplexity of a model."""
-    with nullcontext() if is_main_process() else redirect_stdout(io.StringIO()):
-        _evaluate(args)
-
-
-def _evaluate(args: argparse.Namespace) -> None:
-    _speak(args.quiet or not is_main_process())
     pruner = OTPruner.from_pretrained(args.model, **loading_options(args))
     if args.seqlen is not None:
         pruner.config = _usage(lambda: pruner.config.replace(seqlen=args.seqlen))

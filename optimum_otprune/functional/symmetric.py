@@ -82,6 +82,12 @@ def compact(matrix: Tensor, channels: Tensor) -> Tensor:
     return matrix[:count, :count]
 
 
+def _lower_factor(pivots: Tensor) -> Tensor | None:
+    """The Cholesky factor L of a matrix of which the upper triangle counts; None if it is not positive definite."""
+    lower, info = torch.linalg.cholesky_ex(pivots.mT)  # reads the lower triangle of the transpose
+    return lower if info == 0 else None
+
+
 def factor(matrix: Tensor) -> bool:
     """Replace a positive definite matrix by its Cholesky factor U, `UᵀU`, in place.
 
@@ -95,8 +101,8 @@ def factor(matrix: Tensor) -> bool:
     for start in range(0, size, _PIVOTS):
         end = min(start + _PIVOTS, size)
         pivots = matrix[start:end, start:end]
-        lower, info = torch.linalg.cholesky_ex(pivots.mT)  # reads the lower triangle of the transpose
-        if info != 0:
+        lower = _lower_factor(pivots)
+        if lower is None:
             return False
         pivots.copy_(lower.mT)
         if end < size:
@@ -122,8 +128,8 @@ def invert(matrix: Tensor) -> bool:
     for start in range(0, size, _PIVOTS):
         end = min(start + _PIVOTS, size)
         pivots = matrix[start:end, start:end]
-        lower, info = torch.linalg.cholesky_ex(pivots.mT)  # reads the lower triangle of the transpose
-        if info != 0:
+        lower = _lower_factor(pivots)
+        if lower is None:
             return False
         panel = matrix.new_zeros(end - start, size)
         panel[:, :start] = matrix[:start, start:end].T

@@ -14,6 +14,7 @@ from optimum_otprune.commands.arguments import config_options
 from optimum_otprune.commands.main import main
 from optimum_otprune.commands.root import OTPruneCommand, PruneCommand
 from optimum_otprune.options import OPTIONS
+from tests.conftest import run_command as run
 
 
 @pytest.fixture
@@ -21,15 +22,6 @@ def token_file(tokens, tmp_path):
     path = tmp_path / "ids.safetensors"
     save_file({"input_ids": tokens}, path)
     return str(path)
-
-
-def run(*arguments) -> int:
-    """The exit code of a command line, run in this process."""
-    try:
-        main([str(argument) for argument in arguments])
-    except SystemExit as stop:
-        return stop.code
-    return 0
 
 
 HALF = ("--pruning-ratio", "0.5", "--multiple-of", "1", "--quiet")
