@@ -16,7 +16,8 @@ from optimum_otprune.functional.pot import network_simplex, sparse_network_simpl
 SPARSE_FROM = 2**18  # entries of the cost from which few arcs are faster than all
 _FIRST, _FIRST_MOST = 6, 24  # arcs of a channel of average mass, and of any
 _ADDED_PER_ROW, _ADDED_PER_COLUMN = 4, 4
-_CHUNK = 1024  # rows or columns that are copied at a time
+_CHUNK = 1024  # rows that are copied at a time
+_SAMPLE = 512  # rows that tell which arcs of a column are cheap
 _GAP = 1e-10  # of the cost; what the certificate may leave open
 _ROUNDING = 1e-13  # of the largest cost; smaller differences are rounding
 _USABLE = 1e-9  # of the largest cost; arcs of larger reduced cost are in no cheapest plan
@@ -136,33 +137,49 @@ class _FewArcs:
 
     def _choose_arcs(self) -> None:
         """The cheapest arcs of every row and column with mass left, and arcs on which all mass can be carried."""
-        nothing = torch.zeros_like(self.target)
-        least = c_transform(self.cost, nothing)
+        nearest = self.cost.argmin(dim=1, keepdim=True)
+        least = self.cost.gather(1, nearest)[:, 0]
         free = (least.abs() <= self.rounding).nonzero()[:, 0]
-        places = torch.cat([self.cost[rows].argmin(dim=1) for rows in free.split(_CHUNK)]) if len(free) else free
         partner = torch.full((self.m,), -1)
-        partner[places.flip(0)] = free.flip(0)  # if several could stay in one place, one of them does
+        partner[nearest[free, 0].flip(0)] = free.flip(0)  # if several could stay in one place, one of them does
         columns = (partner >= 0).nonzero()[:, 0]
         rows = partner[columns]
         differ = (self.source[rows] - self.target[columns]).abs() > _TIE * self.target[columns]
         self.stays[rows[differ]] = columns[differ]
-        self.potentials = (least, nothing)
+        self.potentials = (least, torch.zeros_like(self.target))
         remainder = self._remainder()
+        self.arcs = torch.unique(torch.cat([self._carrying(remainder), *self._cheapest(remainder)]))
+
+    def _cheapest(self, remainder: _Remainder) -> list[Tensor]:
+        """Of every row and every column with mass left, the cheapest arcs; a column's are sought below a cost."""
         rows, columns = remainder.source.nonzero()[:, 0], remainder.target.nonzero()[:, 0]
         left, right = remainder.source[rows], remainder.target[columns]
-        arcs = [self._carrying(remainder)]
+        wanted = torch.zeros(self.m, dtype=torch.long)
+        wanted[columns] = _count(right, left.mean(), len(rows))
+        limits = self._column_limits(rows, wanted)
+        arcs, below = [], []
         for some, masses in zip(rows.split(_CHUNK), left.split(_CHUNK)):
-            wanted = _count(masses, right.mean()).clamp_max(min(_FIRST_MOST, self.m))
-            best = self.cost[some].topk(int(wanted.max()), dim=1, largest=False).indices
-            promising = torch.arange(best.shape[1]) < wanted[:, None]
+            part = self.cost[some]
+            count = _count(masses, right.mean(), self.m)
+            best = part.topk(int(count.max()), dim=1, largest=False).indices
+            promising = torch.arange(best.shape[1]) < count[:, None]
             arcs.append((some[:, None] * self.m + best)[promising])
-        for some, masses in zip(columns.split(_CHUNK), right.split(_CHUNK)):
-            wanted = _count(masses, left.mean()).clamp_max(min(_FIRST_MOST, len(rows)))
-            part = self.cost[:, some].T[:, rows]
-            best = rows[part.topk(int(wanted.max()), dim=1, largest=False).indices]
-            promising = torch.arange(best.shape[1]) < wanted[:, None]
-            arcs.append((best * self.m + some[:, None])[promising])
-        self.arcs = torch.unique(torch.cat(arcs))
+            index, column = (part <= limits).nonzero().T
+            below.append(some[index] * self.m + column)
+        candidates = torch.cat(below)
+        candidates = candidates[self.cost.view(-1)[candidates].argsort(stable=True)]
+        candidates = candidates[(candidates % self.m).argsort(stable=True)]  # by column, the cheapest first
+        number = torch.bincount(candidates % self.m, minlength=self.m)
+        rank = torch.arange(len(candidates)) - (number.cumsum(0) - number)[candidates % self.m]
+        return [*arcs, candidates[rank < wanted[candidates % self.m]]]
+
+    def _column_limits(self, rows: Tensor, wanted: Tensor) -> Tensor:
+        """Costs below which columns have about twice the arcs that are wanted, by a sample of the rows."""
+        sample = rows[:: max(1, len(rows) // _SAMPLE)]
+        ranks = (2 * wanted * len(sample) / len(rows)).ceil().long().clamp(0, len(sample))
+        sorted_costs = self.cost[sample].T.contiguous().topk(int(ranks.max()), dim=1, largest=False).values
+        limits = sorted_costs.gather(1, (ranks - 1).clamp_min(0)[:, None])[:, 0]
+        return torch.where(ranks > 0, limits, -torch.inf)
 
     def _carrying(self, remainder: _Remainder) -> Tensor:
         """Arcs on which the remainder can be carried: every source fills targets in order, where the last left off."""
@@ -258,6 +275,6 @@ class _FewArcs:
         self.stays[moved] = -1
 
 
-def _count(masses: Tensor, other: Tensor) -> Tensor:
+def _count(masses: Tensor, other: Tensor, most: int) -> Tensor:
     """How many arcs a channel gets at first: more, the more channels on the other side its mass fills."""
-    return _FIRST * (1 + masses / other)
+    return (_FIRST * (1 + masses / other)).clamp_max(min(_FIRST_MOST, most)).ceil().long()
