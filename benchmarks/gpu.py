@@ -30,7 +30,7 @@ from optimum_otprune.architectures.block import ffn_blocks
 from optimum_otprune.flops import forward_flops
 from optimum_otprune.functional.selection import obs_channels
 from optimum_otprune.functional.solvers import solve_transport
-from optimum_otprune.latency import forward_seconds, matmul_rate, wait_for_device
+from optimum_otprune.latency import forward_seconds, matmul_rate, wait_for_devices
 from optimum_otprune.report import versions
 
 _RESULTS = Path(__file__).parent / "results"
@@ -96,10 +96,10 @@ def timed(name: str, device: torch.device, work: Callable[[], Any], flops: float
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    wait_for_device()
+    wait_for_devices([device])
     start = time.perf_counter()
     work()
-    wait_for_device()
+    wait_for_devices([device])
     seconds = time.perf_counter() - start
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)

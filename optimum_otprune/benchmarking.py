@@ -22,7 +22,7 @@ from optimum_otprune.calibration import ModelLimits
 from optimum_otprune.errors import UsageError
 from optimum_otprune.flops import forward_flops
 from optimum_otprune.functional.selection import kept_width
-from optimum_otprune.latency import first_channels, wait_for_device
+from optimum_otprune.latency import first_channels, wait_for_devices
 from optimum_otprune.widths import dense_width
 
 
@@ -258,15 +258,16 @@ def _generate(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> _Run:
     cache: Any = DynamicCache(config=model.config)
     before = _start_of_peak(device)
     times: list[float] = []
-    wait_for_device()
+    devices = {device, *(parameter.device for parameter in model.parameters())}
+    wait_for_devices(devices)
     start = time.perf_counter()
     for _ in range(max(1, new_tokens)):
         output = model(input_ids=token, past_key_values=cache, use_cache=True, **last_only)
         token = output.logits[:, -1:].argmax(dim=-1)
         if not times:
-            wait_for_device()
+            wait_for_devices(devices)
             times.append(time.perf_counter())
-    wait_for_device()
+    wait_for_devices(devices)
     end = time.perf_counter()
     if new_tokens > 1 and not _cache_bytes(cache):
         raise UsageError(

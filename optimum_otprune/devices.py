@@ -1,7 +1,10 @@
 """Where tensors live: reading and replacing parameters that accelerate may have offloaded. Door to accelerate."""
 
 import logging
+import shutil
+import tempfile
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -144,9 +147,23 @@ def is_offloaded(model: PreTrainedModel) -> bool:
     return any(has_offloaded_params(module) for module in model.modules())
 
 
+def restore_ties(model: PreTrainedModel) -> None:
+    """Make offloaded weights that are shared one parameter again; a forward pass leaves one for each of its places.
+
+    Else they are counted, and saved, more than once.
+    """
+    for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        path, _, name = target.rpartition(".")
+        owner, shared = model.get_submodule(path), model.get_parameter(source)
+        own = owner._parameters.get(name)
+        if own is not None and own.is_meta and shared.is_meta:
+            owner._parameters[name] = shared
+
+
 @contextmanager
 def known_as_offloaded(model: PreTrainedModel) -> Iterator[None]:
     """A block of code that saves a model: transformers reads its device map, which `cpu_offload` does not make."""
+    restore_ties(model)
     own = getattr(model, "hf_device_map", None)
     if own is None and is_offloaded(model):
         model.hf_device_map = {"": "cpu"}  # type: ignore[assignment]
@@ -207,7 +224,10 @@ def _store(store: object, key: str, value: Tensor) -> None:
     if not isinstance(store, OffloadedWeightsLoader):
         store[key] = value  # type: ignore[index]
         return
-    if store.save_folder is not None and key not in store.state_dict:
+    if not {key, f"{key.rpartition('.')[0]}.weight"} & set(store.state_dict):
+        if store.save_folder is None:  # weights are read from the checkpoint's own files
+            store.save_folder = tempfile.mkdtemp(prefix="otprune-offload-")
+            weakref.finalize(store, shutil.rmtree, store.save_folder, ignore_errors=True)
         store.index.pop(key, None)
         offload_weight(value, key, store.save_folder, index=store.index)
     else:

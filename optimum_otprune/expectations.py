@@ -72,7 +72,7 @@ def working_bytes(work: Workload) -> dict[str, int]:
     return {
         "one block": work.block_bytes,
         "one FFN in float32, before and after": 2 * _FLOAT * work.ffn_parameters,
-        "second moments of channels": n * n * (2 * _FLOAT + (2 * _DOUBLE if work.eliminates else 0)),
+        "second moments of channels": n * n * (3 * _FLOAT + 2 * _DOUBLE if work.eliminates else 2 * _FLOAT),
         "activations of one batch": work.num_projections * _FLOAT * work.batch_tokens * n,
     }
 

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from transformers import PreTrainedModel
@@ -26,12 +26,13 @@ def forward_seconds(model: PreTrainedModel, shape: tuple[int, int]) -> float:
     """
     model.eval()
     ids = torch.zeros(shape, dtype=torch.long, device=input_device(model))
+    devices = {ids.device, *(parameter.device for parameter in model.parameters())}
     seconds = []
     for _ in range(_WARM_UP + _REPEATS):
-        wait_for_device()
+        wait_for_devices(devices)
         start = time.perf_counter()
         model(input_ids=ids, use_cache=False)
-        wait_for_device()
+        wait_for_devices(devices)
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[_WARM_UP:])
 
@@ -51,18 +52,23 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, shape: tuple[int, int,
     right = torch.ones(inner, columns, device=device, dtype=dtype)
     least, end = float("inf"), time.perf_counter() + seconds
     while least == float("inf") or time.perf_counter() < end:
-        wait_for_device()
+        wait_for_devices([device])
         start = time.perf_counter()
         left @ right
-        wait_for_device()
+        wait_for_devices([device])
         least = min(least, time.perf_counter() - start)
     return 2 * rows * inner * columns / least
 
 
-def wait_for_device() -> None:
-    """Return when the accelerator has finished, if there is one: it works on while Python goes on."""
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
+def wait_for_devices(devices: Iterable[torch.device]) -> None:
+    """Return when accelerators have finished what was asked of them: they work on while Python goes on.
+
+    Args:
+        devices: Others than accelerators are done already.
+    """
+    for device in devices:
+        if device.type not in ("cpu", "meta"):
+            torch.accelerator.synchronize(device)
 
 
 def width_for_latency(

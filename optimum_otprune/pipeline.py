@@ -279,7 +279,8 @@ def _prepare(
         moments = gradient_moments(model, blocks, own_tokens, *passes)
         if config.allocation == "adaptive":
             stream = CalibrationStream(model, blocks, own_tokens, settings.batch_size, track_dense=False, spill=spill)
-            widths = adaptive_widths(blocks, widths, config, stream, own_heldout, moments, settings.progress)
+            found = adaptive_widths(blocks, widths, config, stream, own_heldout, moments, settings.progress)
+            widths = from_main(found)  # others may have rounded otherwise
     if config.self_calibration:
         written = from_main(
             self_calibration_tokens(

@@ -181,8 +181,9 @@ def _workload(
 def _working_memory(
     work: Workload, weights: Mapping[str, int], device: str, max_hidden_memory: int
 ) -> list[MemoryUse]:
-    """Beside the weights, on the device that computes, in main memory, and spilled to disk."""
-    uses = [MemoryUse(device, purpose, size) for purpose, size in working_bytes(work).items()]
+    """Beside the weights, on every device that computes, in main memory, and spilled to disk."""
+    computing = [name for name in weights if name not in ("cpu", "disk")] or [device]
+    uses = [MemoryUse(name, purpose, size) for name in computing for purpose, size in working_bytes(work).items()]
     if set(weights) <= {device} or (device != "cpu" and not {"cpu", "disk"} & set(weights)):
         uses = [use for use in uses if use.purpose != "one block"]  # the blocks are there with all weights
     kept, spilled = 0, 0

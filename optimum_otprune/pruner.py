@@ -15,6 +15,7 @@ from optimum_otprune.calibration import ModelLimits, TokenData, TokenSource, cal
 from optimum_otprune.checkpoint import save_checkpoint, weight_bytes
 from optimum_otprune.compression import Recipe
 from optimum_otprune.configuration import OTPruningConfig
+from optimum_otprune.devices import restore_ties
 from optimum_otprune.loading import hub_id, load_checkpoint
 from optimum_otprune.loading_options import LOADING_DEFAULTS, as_config, check_loading_options, refuse_loading_options
 from optimum_otprune.perplexity import evaluate_perplexity
@@ -180,8 +181,8 @@ class OTPruner(HubMixin):
             progress: Whether to show progress bars.
             resume_from: Folder that keeps every finished layer until `save_pretrained`, so that an interrupted run can
                 go on: load the dense model again and call this as before. The result is the same, bit for bit.
-            max_hidden_memory: How much of the calibration samples' hidden states is kept in main memory, in bytes or
-                as `"4GB"`; the rest waits in files. Changes nothing but memory and speed.
+            max_hidden_memory: How much of the calibration samples' hidden states each process keeps in main memory, in
+                bytes or as `"4GB"`; the rest waits in files. Changes nothing but memory and speed.
             spill_folder: Where those files are while it runs; default: the system's folder for temporary ones.
             **functions: Functions of the user's own in place of registered names: `importance`, `cost`,
                 `source_distribution`, `target_distribution`, `statistics`, `solver`.
@@ -217,6 +218,7 @@ class OTPruner(HubMixin):
 
     def _sizes(self) -> tuple[int, int]:
         """Parameters and bytes of the model as it is."""
+        restore_ties(self.model)
         return self.model.num_parameters(), weight_bytes(self.model)
 
     def _report_of(
@@ -371,12 +373,11 @@ class OTPruner(HubMixin):
         if not push_to_hub:
             refuse_push_options({"repo_id": repo_id, **push_options})
             return self._save_for_good(folder, overwrite, max_shard_size)
+        check_single("`push_to_hub=True`", "Save, then push the folder from one.")
         options = checked_push_options(push_options)
         name = check_push(repo_id or folder.absolute().name, options)
         self._save_for_good(folder, overwrite, max_shard_size)
-        if is_main_process():
-            push_saved(folder, name, **options)
-        wait_for_all()
+        push_saved(folder, name, **options)
         return folder
 
     def _save_for_good(self, folder: Path, overwrite: bool, max_shard_size: int | str | None) -> Path:

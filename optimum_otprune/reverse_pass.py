@@ -113,12 +113,16 @@ class ReversePass:
         with torch.enable_grad():
             hidden = hidden.to(self._blocks[-1].device).detach().requires_grad_(True)
             if objective == LOSS:
-                value = self._runner.finish(batch, hidden, labels=batch).loss
+                value = self._runner.finish(batch, hidden, labels=batch).loss * self._loss_scale(batch)
             else:
                 with _singular_values(self._around, self._names) as values:
                     self._runner.finish(batch, hidden)
                 value = _summed(values)
             return torch.autograd.grad(value, hidden)[0]
+
+    def _loss_scale(self, batch: Tensor) -> int:
+        """By what the loss is multiplied meanwhile: in float16 gradients of a mean over many tokens underflow."""
+        return 2 ** (batch.numel().bit_length() - 1) if self._blocks[0].up.weight.dtype == torch.float16 else 1
 
     def _backward(
         self, block: FFNBlock, before: list[StoredTensor], gradients: dict[str, list[StoredTensor]]
@@ -129,6 +133,10 @@ class ReversePass:
             found, below = self._through(block, states.load(), above)
             for objective, gradient in below.items():
                 gradients[objective][index] = self._spill.put(gradient)
+            scale = self._loss_scale(self.batches[index])
+            if scale > 1:
+                scaled = found.gradients[LOSS]
+                found.gradients[LOSS] = {name: part.float() / scale for name, part in scaled.items()}
             yield found
 
     def _through(

@@ -273,29 +273,44 @@ def test_a_complete_output_of_other_options_is_not_taken_for_this_runs(runs, mon
     assert "not empty" in capsys.readouterr().err
 
 
+def interrupted_run(runs, number, **options) -> int:
+    """The exit code of a run that gets a signal while its second layer is pruned."""
+    original = pipeline._prune_layer
+
+    def interrupted(block, *arguments, **others):
+        if block.layer == 1:
+            os.kill(os.getpid(), number)
+        return original(block, *arguments, **others)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pipeline, "_prune_layer", interrupted)
+            return runs.run(**options)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(
     ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
 )
-def test_an_interruption_says_in_one_line_how_to_go_on(runs, number, code, word, monkeypatch, capsys):
-    original = pipeline._prune_layer
-
-    def interrupted(block, *arguments, **options):
-        if block.layer == 1:
-            os.kill(os.getpid(), number)
-        return original(block, *arguments, **options)
-
+def test_an_interruption_says_in_one_line_how_to_go_on(runs, number, code, word, capsys):
     handlers = signal.getsignal(signal.SIGTERM)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-    with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_prune_layer", interrupted)
-        assert runs.run() == code
+    assert interrupted_run(runs, number) == code
     printed = capsys.readouterr().err
     assert printed.count("\n") == 1
     assert f"error: {word}. Finished layers are in" in printed
     assert "run the same command again to go on." in printed
     assert signal.getsignal(signal.SIGTERM) is handlers
-    signal.signal(signal.SIGINT, before)
     runs.go_on()
+
+
+def test_an_interruption_without_a_state_says_what_would_have_kept_one(runs, capsys):
+    assert interrupted_run(runs, signal.SIGINT, resume=()) == 130
+    printed = capsys.readouterr().err
+    assert "error: interrupted. No layer of it was kept; with `--resume`" in printed
+    assert printed.count("\n") == 1
+    assert not has_state(runs.state)
 
 
 def test_a_folder_of_ones_own_for_the_state_is_used_and_removed(runs, tmp_path):

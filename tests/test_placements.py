@@ -1,5 +1,7 @@
 """Wherever weights and hidden states are, the result is that of a model in memory."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
@@ -77,6 +79,49 @@ def test_gradients_on_every_placement_are_those_of_a_model_in_memory(placed, tok
     moments, expected = (gradient_moments(m, ffn_blocks(m), tokens, 6, False) for m in (placed, make_llama()))
     for one, other in zip(moments, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["disk", "cpu_offload"])
+def test_offloaded_weights_that_are_shared_are_counted_and_saved_once(name, tokens, tmp_path):
+    make_llama(tie_word_embeddings=True).save_pretrained(tmp_path / "dense")
+    reports = []
+    for kind in ("memory", name):
+        pruner = OTPruner.from_pretrained(
+            place(kind, tmp_path / "dense", tmp_path / "offload"), OTPruningConfig(**FAST)
+        )
+        reports.append(pruner.prune(tokens, progress=False))
+        pruner.save_pretrained(tmp_path / kind)
+    plain, other = reports
+    assert (other.parameters_before, other.parameters_after) == (plain.parameters_before, plain.parameters_after)
+    assert (other.size_before, other.size_after) == (plain.size_before, plain.size_after)
+    saved, expected = (load_file(tmp_path / kind / "model.safetensors") for kind in (name, "memory"))
+    assert saved.keys() == expected.keys()
+
+
+def test_pruned_weights_of_a_model_on_disk_go_to_disk_where_no_folder_was_given(llama_folder, tokens):
+    places = OUTSIDE | {"model.layers": "disk"}
+    model = AutoModelForCausalLM.from_pretrained(llama_folder, device_map=places)
+    pruner = OTPruner.from_pretrained(model, OTPruningConfig(**FAST, intercept="always"))
+    pruner.prune(tokens, progress=False)
+    store = model.model.layers[1].mlp.up_proj._hf_hook.weights_map.dataset
+    assert not any("mlp" in key for key in store.state_dict)
+    files = {path.name for path in Path(store.save_folder).iterdir()}
+    assert {"model.layers.1.mlp.up_proj.weight.dat", "model.layers.1.mlp.down_proj.bias.dat"} <= files
+    plain = OTPruner.from_pretrained(make_llama(), OTPruningConfig(**FAST, intercept="always"))
+    plain.prune(tokens, progress=False)
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=tokens).logits, plain.model(input_ids=tokens).logits)
+
+
+def test_small_gradients_in_float16_are_not_lost():
+    many = torch.randint(64, (128, 40), generator=torch.Generator().manual_seed(2))
+    scores = [
+        gradient_scores(model, ffn_blocks(model), many, 128, progress=False)
+        for model in (make_llama(initializer_range=0.05).half(), make_llama(initializer_range=0.05))
+    ]
+    for half, whole in zip(*scores, strict=True):
+        for found, wanted in zip(half.snip, whole.snip, strict=True):
+            assert float((found - wanted).norm() / wanted.norm()) < 0.01
 
 
 def test_a_block_is_loaded_once_for_many_runs_and_dropped_again(llama_folder, tmp_path):

@@ -107,6 +107,8 @@ def test_an_automatic_map_is_that_of_accelerate_for_the_memory_given(config_only
     assert sum(weights.values()) == plan.bytes_before
     assert {"cuda:0", "cuda:1", "cpu"} == set(weights)
     assert max(weights["cuda:0"], weights["cuda:1"]) <= 60_000
+    for device in ("cuda:0", "cuda:1"):  # each computes the layers that it has
+        assert uses(plan, device)["second moments of channels"] == uses(plan, "cuda:0")["second moments of channels"]
 
 
 def test_hidden_states_above_the_limit_are_spilled_to_disk(config_only, tokens):
@@ -224,7 +226,7 @@ def test_the_laws_of_memory_by_hand():
     assert working_bytes(WORK) == {
         "one block": 7,
         "one FFN in float32, before and after": 2 * 4 * 900,
-        "second moments of channels": 900 * (2 * 4 + 2 * 8),
+        "second moments of channels": 900 * (3 * 4 + 2 * 8),
         "activations of one batch": 3 * 4 * 50 * 30,
     }
     assert working_bytes(WORK._replace(eliminates=False))["second moments of channels"] == 900 * 8

@@ -28,8 +28,8 @@ from optimum_otprune.hub_access import check_hub_access
 from optimum_otprune.loading import hub_id
 from optimum_otprune.manifest import verify_folder
 from optimum_otprune.options import BUDGET_FIELDS
-from optimum_otprune.pipeline import spill_path
-from optimum_otprune.processes import check_single, is_main_process, wait_for_all
+from optimum_otprune.pipeline import hidden_memory, spill_path
+from optimum_otprune.processes import check_model, check_single, is_main_process, wait_for_all
 from optimum_otprune.pruner import OTPruner
 from optimum_otprune.report import REPORT_FILE, PruningReport
 from optimum_otprune.resume import forget_if_saved
@@ -57,9 +57,13 @@ def prune(args: argparse.Namespace) -> None:
         raise UsageError("`--eval-data` would be ignored without `--eval`.")
     if args.private and args.push_to_hub is None:
         raise UsageError("`--private` would be ignored without `--push-to-hub`.")
+    hidden_memory(args.max_hidden_memory)
+    spill_path(args.spill_folder)
     config = _config(args)
     output = Path(args.output)
     state = state_folder(args)
+    if state is not None:
+        check_single("`--resume`", "Leave it out, or start one.")
     is_new = args.overwrite or args.dry_run
     is_saved = state is not None and not is_new and _was_saved(args.model, output, state, config)
     if not is_saved:
@@ -78,7 +82,6 @@ def prune(args: argparse.Namespace) -> None:
 
 
 def _dry_run(args: argparse.Namespace, config: OTPruningConfig, output: Path) -> None:
-    spill_path(args.spill_folder)
     plan = OTPruner.plan(
         args.model,
         config,
@@ -118,6 +121,7 @@ def _prune_and_save(args: argparse.Namespace, config: OTPruningConfig, output: P
         with StateFolder.opened(state):  # what is wrong with it is told before a model is loaded
             _remove_partial_folders(output)
     pruner = OTPruner.from_pretrained(args.model, config, **loading_options(args))
+    check_model(pruner.model)
     check_output_folder(output, args.overwrite, weight_bytes(pruner.model))
     wait_for_all()  # before the first one writes there
     passes = {"batch_size": args.batch_size, "progress": not args.quiet}

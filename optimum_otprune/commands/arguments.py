@@ -159,7 +159,7 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
         "--max-hidden-memory",
         default="4GB",
         metavar="SIZE",
-        help="of hidden states in main memory; more wait in files (default: 4GB)",
+        help="of hidden states in main memory, for each process; more wait in files (default: 4GB)",
     )
     group.add_argument(
         "--spill-folder", metavar="DIR", help="where those files are (default: the system's folder for temporary ones)"

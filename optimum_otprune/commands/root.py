@@ -3,6 +3,7 @@
 import argparse
 import sys
 from importlib import import_module
+from pathlib import Path
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
@@ -43,12 +44,23 @@ class _Command(BaseOptimumCLICommand):
             raise SystemExit(code) from None
 
     def _way_on(self, error: BaseException) -> str:
-        """What to do after a failure that left finished layers behind."""
+        """What to do after a failure that left finished layers behind, or after an interruption that did not."""
         assert self.args is not None
         folder = state_folder(self.args)
+        if folder is None and isinstance(error, KeyboardInterrupt) and self._lost_layers():
+            return " No layer of it was kept; with `--resume`, finished ones are, and the same command goes on."
         if folder is None or isinstance(error, (UsageError, StateError)) or not has_state(folder):
             return ""
         return f" Finished layers are in {str(folder)!r}: run the same command again to go on."
+
+    def _lost_layers(self) -> bool:
+        """Whether `--resume` would have kept what an interruption lost."""
+        assert self.args is not None
+        if "resume" not in self.args or self.args.dry_run:
+            return False
+        is_alone = import_module("optimum_otprune.processes").num_processes() == 1
+        is_saved = (Path(self.args.output) / import_module("optimum_otprune.report").REPORT_FILE).is_file()
+        return is_alone and not is_saved
 
 
 def _outcome(error: BaseException) -> tuple[int, str]:

@@ -14,11 +14,12 @@ from optimum_otprune.functional.duality import c_transform
 from optimum_otprune.functional.pot import network_simplex, sparse_network_simplex
 
 SPARSE_FROM = 2**18  # entries of the cost from which few arcs are faster than all
-_FIRST, _FIRST_MOST = 6, 24  # arcs of a channel of average mass, and of any
+_FIRST, _FIRST_MOST = 6, 160  # arcs of a channel of average mass, and of any
+_CROWD = 4  # times the arcs that a column wants: more that cost as little cost the same
 _ADDED_PER_ROW, _ADDED_PER_COLUMN = 4, 4
-_CHUNK = 1024  # rows that are copied at a time
+_CHUNK = 256  # rows that are copied at a time
 _SAMPLE = 512  # rows that tell which arcs of a column are cheap
-_GAP = 1e-10  # of the cost; what the certificate may leave open
+_GAP = 3e-10  # of the cost; what the certificate may leave open
 _ROUNDING = 1e-13  # of the largest cost; smaller differences are rounding
 _USABLE = 1e-9  # of the largest cost; arcs of larger reduced cost are in no cheapest plan
 _TIE = 1e-9  # masses that agree so far are equal
@@ -158,20 +159,31 @@ class _FewArcs:
         wanted[columns] = _count(right, left.mean(), len(rows))
         limits = self._column_limits(rows, wanted)
         arcs, below = [], []
-        for some, masses in zip(rows.split(_CHUNK), left.split(_CHUNK)):
+        counts, order = _count(left, right.mean(), self.m).sort(descending=True)
+        for some, count in zip(rows[order].split(_CHUNK), counts.split(_CHUNK)):
             part = self.cost[some]
-            count = _count(masses, right.mean(), self.m)
             best = part.topk(int(count.max()), dim=1, largest=False).indices
             promising = torch.arange(best.shape[1]) < count[:, None]
             arcs.append((some[:, None] * self.m + best)[promising])
-            index, column = (part <= limits).nonzero().T
-            below.append(some[index] * self.m + column)
+            below += self._below(part, some, limits, wanted)
         candidates = torch.cat(below)
         candidates = candidates[self.cost.view(-1)[candidates].argsort(stable=True)]
         candidates = candidates[(candidates % self.m).argsort(stable=True)]  # by column, the cheapest first
         number = torch.bincount(candidates % self.m, minlength=self.m)
         rank = torch.arange(len(candidates)) - (number.cumsum(0) - number)[candidates % self.m]
         return [*arcs, candidates[rank < wanted[candidates % self.m]]]
+
+    def _below(self, part: Tensor, rows: Tensor, limits: Tensor, wanted: Tensor) -> list[Tensor]:
+        """Arcs of some rows that cost at most the limit of their column; of many that cost the same, a few."""
+        close = part <= limits
+        arcs = []
+        if close.count_nonzero() > _CROWD * wanted.sum():
+            crowded = (close.sum(dim=0) > _CROWD * wanted).nonzero()[:, 0]
+            close[:, crowded] = False
+            cheapest = part[:, crowded].topk(min(_CROWD * _FIRST, len(rows)), dim=0, largest=False).indices
+            arcs.append((rows[cheapest] * self.m + crowded).flatten())
+        index, column = close.nonzero().T
+        return [*arcs, rows[index] * self.m + column]
 
     def _column_limits(self, rows: Tensor, wanted: Tensor) -> Tensor:
         """Costs below which columns have about twice the arcs that are wanted, by a sample of the rows."""

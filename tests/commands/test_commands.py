@@ -127,6 +127,18 @@ def test_verify_tells_a_changed_file_and_push_a_folder_that_is_none(llama, tmp_p
     assert "'absent' is no folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--spill-folder", "nowhere"), "`spill_folder` 'nowhere' is no folder"),
+        (("--max-hidden-memory", "4XB"), "`max_hidden_memory`"),
+    ],
+)
+def test_memory_options_that_cannot_be_used_are_told_before_a_model_is_loaded(options, message, tmp_path, capsys):
+    assert run("prune", tmp_path / "absent", "-o", tmp_path / "out", *HALF, *options) == 1
+    assert message in capsys.readouterr().err
+
+
 def test_no_subcommand_prints_the_help_and_exits_with_2(capsys):
     assert run() == 2
     assert "prune" in capsys.readouterr().err

@@ -104,6 +104,26 @@ def test_larger_problems_are_proved_on_few_arcs_in_few_rounds(kind, monkeypatch)
     assert max(priced) < cost.numel() / 4
 
 
+@pytest.mark.parametrize("dead", [60, 150, 200])
+def test_many_arcs_of_equal_cost_are_no_reason_to_take_them_all(dead, monkeypatch):
+    taken = []
+    choose = exact_transport._FewArcs._choose_arcs
+
+    def spy(self):
+        choose(self)
+        taken.append(len(self.arcs))
+
+    monkeypatch.setattr(exact_transport._FewArcs, "_choose_arcs", spy)
+    cost = COSTS["uniform"](0, 400, 200)
+    cost[:dead] = 0.0  # channels that are never active
+    cost[200 : 200 + dead, 100:] = 0.5
+    source, target = probabilities(1, 400), probabilities(2, 200)
+    plan = exact_transport.exact_plan(cost, source, target, 100_000)
+    assert plan.is_sparse
+    assert taken[0] < cost.numel() / 4
+    assert math.isclose(plan_cost(plan, cost), rival(cost, source, target), rel_tol=1e-9, abs_tol=1e-13)
+
+
 def test_mass_that_costs_nothing_where_it_is_moves_if_that_is_cheaper():
     # Channel 0 is pruned and can only go to 1; for that, 1 has to send half of its mass on to 2, which costs little.
     cost = torch.tensor([[1.0, 100.0], [0.0, 2.0], [100.0, 0.0]], dtype=torch.float64)
@@ -139,6 +159,7 @@ def test_potentials_that_are_rounded_are_solved_for_again(monkeypatch):
         solved.append(rough)
         return plan._replace(source_potential=plan.source_potential + 1e-9 * rough * normal(1, len(problem[3])))
 
+    monkeypatch.setattr(exact_transport, "_GAP", 1e-11)
     monkeypatch.setattr(exact_transport, "sparse_network_simplex", rounded)
     cost, source, target = COSTS["uniform"](0, 20, 10), probabilities(1, 20), probabilities(2, 10)
     plan = exact_transport.exact_plan(cost, source, target, 100_000)
