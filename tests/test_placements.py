@@ -117,11 +117,11 @@ def test_small_gradients_in_float16_are_not_lost():
     many = torch.randint(64, (128, 40), generator=torch.Generator().manual_seed(2))
     scores = [
         gradient_scores(model, ffn_blocks(model), many, 128, progress=False)
-        for model in (make_llama(initializer_range=0.05).half(), make_llama(initializer_range=0.05))
+        for model in (make_llama(initializer_range=0.02).half(), make_llama(initializer_range=0.02))
     ]
     for half, whole in zip(*scores, strict=True):
         for found, wanted in zip(half.snip, whole.snip, strict=True):
-            assert float((found - wanted).norm() / wanted.norm()) < 0.01
+            assert float((found - wanted).norm() / wanted.norm()) < 0.005
 
 
 def test_a_block_is_loaded_once_for_many_runs_and_dropped_again(llama_folder, tmp_path):
