@@ -22,7 +22,7 @@ from optimum_otprune.calibration import ModelLimits
 from optimum_otprune.errors import UsageError
 from optimum_otprune.flops import forward_flops
 from optimum_otprune.functional.selection import kept_width
-from optimum_otprune.latency import first_channels, wait_for_devices
+from optimum_otprune.latency import devices_of, first_channels, wait_for_devices
 from optimum_otprune.widths import dense_width
 
 
@@ -258,7 +258,7 @@ def _generate(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> _Run:
     cache: Any = DynamicCache(config=model.config)
     before = _start_of_peak(device)
     times: list[float] = []
-    devices = {device, *(parameter.device for parameter in model.parameters())}
+    devices = devices_of(model)
     wait_for_devices(devices)
     start = time.perf_counter()
     for _ in range(max(1, new_tokens)):

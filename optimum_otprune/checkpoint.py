@@ -15,7 +15,7 @@ from optimum_otprune.architectures.remote_code import MODELING_FILE, modeling_co
 from optimum_otprune.architectures.spec import find_spec
 from optimum_otprune.card import model_card
 from optimum_otprune.configuration import OTPruningConfig
-from optimum_otprune.devices import is_offloaded, known_as_offloaded
+from optimum_otprune.devices import is_offloaded, known_as_offloaded, restore_ties
 from optimum_otprune.errors import OutputError
 from optimum_otprune.manifest import CARD_FILE, write_manifest
 from optimum_otprune.plots import PLOT_FILE, can_plot, save_rescue_plot
@@ -130,6 +130,7 @@ def save_checkpoint(
     Raises:
         OutputError: See `check_output_folder`; or if writing fails, in which case nothing of it stays.
     """
+    restore_ties(model)
     check_output_folder(folder, overwrite, weight_bytes(model))
     with _writing(folder) as partial:
         _make_generation_config_valid(model)

@@ -78,6 +78,16 @@ class Recipe:
         return "cost" in self.functions
 
     @property
+    def weighs_errors(self) -> bool:
+        """Whether reconstruction weighs errors by the second moments of the loss's gradients."""
+        return bool(self.config.reconstruction_steps) and self.config.error_weighting == "gradient"
+
+    @property
+    def needs_moments(self) -> bool:
+        """Whether anything reads those second moments."""
+        return self.weighs_errors or self.config.allocation == "adaptive"
+
+    @property
     def needs_gradients(self) -> bool:
         """Whether any function reads weight × gradient scores."""
         return any(GRADIENTS in entry.requires for entry in self.functions.values())

@@ -163,7 +163,6 @@ def restore_ties(model: PreTrainedModel) -> None:
 @contextmanager
 def known_as_offloaded(model: PreTrainedModel) -> Iterator[None]:
     """A block of code that saves a model: transformers reads its device map, which `cpu_offload` does not make."""
-    restore_ties(model)
     own = getattr(model, "hf_device_map", None)
     if own is None and is_offloaded(model):
         model.hf_device_map = {"": "cpu"}  # type: ignore[assignment]

@@ -26,7 +26,7 @@ def forward_seconds(model: PreTrainedModel, shape: tuple[int, int]) -> float:
     """
     model.eval()
     ids = torch.zeros(shape, dtype=torch.long, device=input_device(model))
-    devices = {ids.device, *(parameter.device for parameter in model.parameters())}
+    devices = devices_of(model)
     seconds = []
     for _ in range(_WARM_UP + _REPEATS):
         wait_for_devices(devices)
@@ -58,6 +58,11 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, shape: tuple[int, int,
         wait_for_devices([device])
         least = min(least, time.perf_counter() - start)
     return 2 * rows * inner * columns / least
+
+
+def devices_of(model: PreTrainedModel) -> set[torch.device]:
+    """Return every device that a model computes on, or has weights on."""
+    return {input_device(model), *(parameter.device for parameter in model.parameters())}
 
 
 def wait_for_devices(devices: Iterable[torch.device]) -> None:

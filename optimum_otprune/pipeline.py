@@ -159,7 +159,7 @@ def prune_model(
     spill = settings.spill()
     prepared = store.prepared(
         lambda: _prepare(model, blocks, widths, recipe, tokens, settings, spill),
-        lambda: Expected.of((block.read() for block in blocks), tokens, recipe.needs_gradients, _is_weighted(config)),
+        lambda: Expected.of((block.read() for block in blocks), tokens, recipe.needs_gradients, recipe.weighs_errors),
     )
     reports = _prune_layers(model, blocks, recipe, prepared, settings, store, can_hold_intercept, spill)
     padding = finish_resize(model, blocks, config.non_uniform_format)
@@ -247,10 +247,6 @@ def _prune_layer(
     return FinishedLayer(compression.weights, _report(block, data, compression, refitted))
 
 
-def _is_weighted(config: OTPruningConfig) -> bool:
-    return bool(config.reconstruction_steps) and config.error_weighting == "gradient"
-
-
 def _own_part(tokens: Tensor, is_heldout: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
     """Samples of this process, and which of their tokens are held out."""
     own = own_samples(len(tokens), batch_size)
@@ -269,13 +265,12 @@ def _prepare(
     config = recipe.config
     is_heldout = heldout_mask(tokens.shape[0], tokens.shape[1], config.holdout_share, config.seed)
     scores = moments = None
-    needs_moments = _is_weighted(config) or config.allocation == "adaptive"
-    together = config.score_batch_size if recipe.needs_gradients or needs_moments else 1
+    together = config.score_batch_size if recipe.needs_gradients or recipe.needs_moments else 1
     own_tokens, own_heldout = _own_part(tokens, is_heldout, together)
     passes = (config.score_batch_size, settings.progress, spill)
     if recipe.needs_gradients:
         scores = gradient_scores(model, blocks, own_tokens, *passes)
-    if needs_moments:
+    if recipe.needs_moments:
         moments = gradient_moments(model, blocks, own_tokens, *passes)
         if config.allocation == "adaptive":
             stream = CalibrationStream(model, blocks, own_tokens, settings.batch_size, track_dense=False, spill=spill)
@@ -289,7 +284,7 @@ def _prepare(
         )
         tokens = torch.cat([tokens, written])
         is_heldout = torch.cat([is_heldout, torch.zeros(written.numel(), dtype=torch.bool)])
-    return Prepared(widths, tokens, is_heldout, scores, moments if _is_weighted(config) else None)
+    return Prepared(widths, tokens, is_heldout, scores, moments if recipe.weighs_errors else None)
 
 
 def layer_seed(config: OTPruningConfig, layer: int) -> int:

@@ -75,7 +75,7 @@ def plan_pruning(
     seconds: Mapping[str, float] | None = {}
     if not is_idle:
         work = _workload(blocks, widths, recipe, samples, batch_size)
-        memory += _working_memory(work, weights, device, max_hidden_memory)
+        memory += _working_memory(work, weights, max_hidden_memory)
         seconds = _seconds(model, blocks, work, samples, batch_size, device)
     return PruningPlan(
         **_shapes(model, blocks, config, widths),
@@ -154,7 +154,6 @@ def _workload(
     config = recipe.config
     pruned = [width for block, width in zip(blocks, widths) if width < block.intermediate_size]
     is_adaptive = config.allocation == "adaptive"
-    is_weighted = bool(config.reconstruction_steps) and config.error_weighting == "gradient"
     given = samples.num_samples * samples.seqlen
     parameters = [list(block.module.parameters()) for block in blocks]
     return Workload(
@@ -172,19 +171,17 @@ def _workload(
         eliminates=config.selection == "obs" or is_adaptive,
         tracks_dense=bool(config.target_correction) and blocks[0].spec.residual,
         needs_scores=recipe.needs_gradients,
-        needs_moments=is_adaptive or is_weighted,
+        needs_moments=recipe.needs_moments,
         steps=config.reconstruction_steps or 0,
         step_tokens=config.reconstruction_batch_tokens or 0,
     )
 
 
-def _working_memory(
-    work: Workload, weights: Mapping[str, int], device: str, max_hidden_memory: int
-) -> list[MemoryUse]:
+def _working_memory(work: Workload, weights: Mapping[str, int], max_hidden_memory: int) -> list[MemoryUse]:
     """Beside the weights, on every device that computes, in main memory, and spilled to disk."""
-    computing = [name for name in weights if name not in ("cpu", "disk")] or [device]
+    computing = [name for name in weights if name not in ("cpu", "disk")] or ["cpu"]
     uses = [MemoryUse(name, purpose, size) for name in computing for purpose, size in working_bytes(work).items()]
-    if set(weights) <= {device} or (device != "cpu" and not {"cpu", "disk"} & set(weights)):
+    if set(weights) <= set(computing):
         uses = [use for use in uses if use.purpose != "one block"]  # the blocks are there with all weights
     kept, spilled = 0, 0
     for purpose, size in calibration_bytes(work).items():

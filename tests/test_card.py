@@ -123,6 +123,7 @@ def test_the_python_that_loads_is_valid_for_any_name():
         block = re.findall(
             r"^(`{3,})python\n(.*?)^\1$", model_card(CONFIG, make_report(), name), re.DOTALL | re.MULTILINE
         )
+        assert block
         for _, code in block:
             compile(code, "card", "exec")
 

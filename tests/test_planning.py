@@ -107,8 +107,8 @@ def test_an_automatic_map_is_that_of_accelerate_for_the_memory_given(config_only
     assert sum(weights.values()) == plan.bytes_before
     assert {"cuda:0", "cuda:1", "cpu"} == set(weights)
     assert max(weights["cuda:0"], weights["cuda:1"]) <= 60_000
-    for device in ("cuda:0", "cuda:1"):  # each computes the layers that it has
-        assert uses(plan, device)["second moments of channels"] == uses(plan, "cuda:0")["second moments of channels"]
+    one, other = (uses(plan, device)["second moments of channels"] for device in ("cuda:0", "cuda:1"))
+    assert one == other  # each computes the layers that it has
 
 
 def test_hidden_states_above_the_limit_are_spilled_to_disk(config_only, tokens):

@@ -168,10 +168,10 @@ class _FewArcs:
             below += self._below(part, some, limits, wanted)
         candidates = torch.cat(below)
         candidates = candidates[self.cost.view(-1)[candidates].argsort(stable=True)]
-        candidates = candidates[(candidates % self.m).argsort(stable=True)]  # by column, the cheapest first
-        number = torch.bincount(candidates % self.m, minlength=self.m)
-        rank = torch.arange(len(candidates)) - (number.cumsum(0) - number)[candidates % self.m]
-        return [*arcs, candidates[rank < wanted[candidates % self.m]]]
+        column, order = (candidates % self.m).sort(stable=True)  # within a column the cheapest first
+        number = torch.bincount(column, minlength=self.m)
+        rank = torch.arange(len(column)) - (number.cumsum(0) - number)[column]
+        return [*arcs, candidates[order][rank < wanted[column]]]
 
     def _below(self, part: Tensor, rows: Tensor, limits: Tensor, wanted: Tensor) -> list[Tensor]:
         """Arcs of some rows that cost at most the limit of their column; of many that cost the same, a few."""
