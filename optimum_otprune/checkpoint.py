@@ -4,7 +4,7 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,67 +18,12 @@ from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.devices import is_offloaded, known_as_offloaded, restore_ties
 from optimum_otprune.errors import OutputError
 from optimum_otprune.manifest import CARD_FILE, write_manifest
+from optimum_otprune.outputs import check_output_file, check_output_folder, resolved_output
 from optimum_otprune.plots import PLOT_FILE, can_plot, save_rescue_plot
 from optimum_otprune.report import REPORT_FILE, PruningReport
 from optimum_otprune.state import sync
 
-_SPACE_MARGIN = 1.1
 _SHARDS, _LEAST_SHARD = 20, 100 * 10**6  # of a model with offloaded weights
-
-
-def check_output_folder(folder: Path, overwrite: bool, needed_bytes: int = 0) -> None:
-    """Raise when `save_checkpoint` could not write there; called before hours of work, too.
-
-    Args:
-        folder: Where the result shall be.
-        overwrite: Whether a folder that is not empty is replaced.
-        needed_bytes: Expected size.
-
-    Raises:
-        OutputError: If the folder is a file, not empty, not writable, or on a disk without room.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"The output {folder.name!r} is a file. Choose the name of a folder.")
-    if folder.is_symlink() or os.path.ismount(folder):
-        raise OutputError(
-            f"The output {folder.name!r} is a link or a mounted folder, which cannot appear complete or not at all. "
-            "Give a folder inside it."
-        )
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise OutputError(
-            f"The output folder {folder.name!r} is not empty. Choose another, or set `overwrite` to replace it."
-        )
-    parent = folder.absolute().parent
-    existing = next(path for path in (parent, *parent.parents) if path.exists())
-    if not os.access(existing, os.W_OK | os.X_OK) or not existing.is_dir():
-        raise OutputError(f"The folder {existing.name!r}, where {folder.name!r} shall be written, is not writable.")
-    free = shutil.disk_usage(existing).free
-    if free < needed_bytes * _SPACE_MARGIN:
-        raise OutputError(
-            f"The disk has {free / 1e9:.1f} GB free, but the result needs about {needed_bytes / 1e9:.1f} GB. Make "
-            "room, or choose another output folder."
-        )
-
-
-def check_output_file(file: Path, overwrite: bool) -> None:
-    """Raise when `save_text` could not write there.
-
-    Args:
-        file: Where the result shall be.
-        overwrite: Whether a file is replaced.
-
-    Raises:
-        OutputError: If it is a folder, exists already, or its folder is missing or not writable.
-    """
-    if file.is_dir():
-        raise OutputError(f"The output {file.name!r} is a folder. Give the name of a file.")
-    if file.exists() and not overwrite:
-        raise OutputError(f"The output file {file.name!r} exists. Choose another, or set `overwrite` to replace it.")
-    folder = file.absolute().parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise OutputError(
-            f"The folder {folder.name!r}, where {file.name!r} shall be written, is missing or read-only."
-        )
 
 
 def save_text(file: Path, text: str, overwrite: bool) -> None:
@@ -93,6 +38,7 @@ def save_text(file: Path, text: str, overwrite: bool) -> None:
         OutputError: See `check_output_file`; or if writing fails.
     """
     check_output_file(file, overwrite)
+    file = resolved_output(file)
     partial = file.with_name(f".{file.name}.partial-{os.getpid()}")
     try:
         partial.write_text(text, encoding="utf-8")
@@ -124,6 +70,7 @@ def save_checkpoint(
     report: PruningReport | None,
     overwrite: bool,
     max_shard_size: int | str | None,
+    places: Mapping[str, Path],
 ) -> Path:
     """Write everything into a hidden sibling folder, then rename it.
 
@@ -131,7 +78,7 @@ def save_checkpoint(
         OutputError: See `check_output_folder`; or if writing fails, in which case nothing of it stays.
     """
     restore_ties(model)
-    check_output_folder(folder, overwrite, weight_bytes(model))
+    check_output_folder(folder, overwrite, weight_bytes(model), places)
     with _writing(folder) as partial:
         _make_generation_config_valid(model)
         with known_as_offloaded(model):
@@ -144,7 +91,8 @@ def save_checkpoint(
         has_plot = report is not None and bool(report.layers) and can_plot()
         if report is not None and has_plot:
             save_rescue_plot(report, partial / PLOT_FILE)
-        card = model_card(config, report, folder.name, has_tokenizer=tokenizer is not None, has_plot=has_plot)
+        name = resolved_output(folder).name
+        card = model_card(config, report, name, has_tokenizer=tokenizer is not None, has_plot=has_plot)
         (partial / CARD_FILE).write_text(card, encoding="utf-8")
         write_manifest(partial)
         _make_durable(partial)
@@ -166,7 +114,7 @@ def _save_model(model: PreTrainedModel, folder: Path, max_shard_size: int | str)
 @contextmanager
 def _writing(folder: Path) -> Iterator[Path]:
     """A folder beside the wanted one that takes its name when everything is written, and is gone otherwise."""
-    target = folder.absolute()
+    target = resolved_output(folder)
     partial: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

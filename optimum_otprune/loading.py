@@ -54,13 +54,15 @@ class Checkpoint(NamedTuple):
         tokenizer: Its tokenizer, or None.
         config: The pruning configuration, if it was pruned by this package.
         report: The report, if it was pruned by this package.
-        base_card: What the card beside the model says of license and language.
+        base_model: Hub id of the dense model, if that is known.
+        base_card: What its card, or else the card beside the model, says of license and language.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     config: OTPruningConfig | None
     report: PruningReport | None
+    base_model: str | None
     base_card: Mapping[str, Any]
 
 
@@ -76,6 +78,7 @@ def load_checkpoint(name: str, options: Mapping[str, Any]) -> Checkpoint:
         IntegrityError: If it was to be verified and is not what was saved.
         HubError: If it was to be verified and the Hub does not answer.
     """
+    name, options = _expanded(name, options)
     _check_source(name)
     hub = {option: options[option] for option in _HUB_OPTIONS if options[option] is not None}
     if options["verify"]:
@@ -99,12 +102,14 @@ def load_checkpoint(name: str, options: Mapping[str, Any]) -> Checkpoint:
     model, info = loaded
     _check_complete(name, info)
     config_file, report_file = (_optional_file(name, file, hub) for file in (CONFIG_FILE, REPORT_FILE))
+    report = None if report_file is None else PruningReport.load(report_file)
     return Checkpoint(
         model,
         _load_tokenizer(name, hub, remote),
         None if config_file is None else OTPruningConfig.from_pretrained(config_file),
-        None if report_file is None else PruningReport.load(report_file),
-        _base_card(name, hub),
+        report,
+        report.base_model if report else hub_id(name),
+        report.base_card if report else _base_card(name, hub),
     )
 
 
@@ -121,6 +126,7 @@ def load_skeleton(name: str, options: Mapping[str, Any]) -> tuple[PreTrainedMode
     Raises:
         ModelLoadError: If the configuration cannot be found or read.
     """
+    name, options = _expanded(name, options)
     _check_source(name)
     hub = {option: options[option] for option in _HUB_OPTIONS if options[option] is not None}
     remote = {"trust_remote_code": bool(options["trust_remote_code"])}
@@ -132,6 +138,13 @@ def load_skeleton(name: str, options: Mapping[str, Any]) -> tuple[PreTrainedMode
     folder = Path(name)
     has_tokenizer = any((folder / file).is_file() for file in TOKENIZER_FILES) if folder.is_dir() else None
     return model, has_tokenizer
+
+
+def _expanded(name: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """A name and options, `~` in what may be a path expanded."""
+    paths = {option: options.get(option) for option in ("cache_dir", "offload_folder")}
+    expanded = {option: os.path.expanduser(path) for option, path in paths.items() if path is not None}
+    return os.path.expanduser(name), {**options, **expanded}
 
 
 def _dtype(asked: Any, config: PreTrainedConfig) -> torch.dtype:

@@ -87,7 +87,7 @@ def spill_path(folder: str | os.PathLike | None) -> Path | None:
     Raises:
         ConfigurationError: If it is no folder.
     """
-    path = None if folder is None else Path(folder)
+    path = None if folder is None else Path(os.path.expanduser(folder))
     if path is not None and not path.is_dir():
         raise ConfigurationError(f"`spill_folder` {path.name!r} is no folder. Make it, or leave it out.")
     return path

@@ -18,6 +18,7 @@ from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.devices import restore_ties
 from optimum_otprune.loading import hub_id, load_checkpoint
 from optimum_otprune.loading_options import LOADING_DEFAULTS, as_config, check_loading_options, refuse_loading_options
+from optimum_otprune.outputs import noted_places, output_path, resolved_output
 from optimum_otprune.perplexity import evaluate_perplexity
 from optimum_otprune.pipeline import PassSettings, PrunedLayers, hidden_memory, prune_model
 from optimum_otprune.plan import PruningPlan
@@ -60,6 +61,7 @@ class OTPruner(HubMixin):
         self.base_model = base_model
         self.base_card = dict(base_card or {})
         self.tuning: TuningResult | None = None
+        self._places = noted_places(source_model=model.name_or_path)
         self._calibrated_on: TokenData | None = None
         self._unsaved_state: tuple[Path, Mapping[str, Any]] | None = None
         self._evaluations: list[Mapping[str, Any]] = list(report.evaluations) if report else []
@@ -118,9 +120,10 @@ class OTPruner(HubMixin):
         loaded = load_checkpoint(str(model_name_or_path), options)
         ffn_blocks(loaded.model)
         report = loaded.report if given is None or given == loaded.config else None
-        base_model = loaded.report.base_model if loaded.report else hub_id(str(model_name_or_path))
-        base_card = loaded.report.base_card if loaded.report else loaded.base_card
-        return cls(loaded.model, given or loaded.config, tokenizer or loaded.tokenizer, report, base_model, base_card)
+        base = (loaded.base_model, loaded.base_card)
+        pruner = cls(loaded.model, given or loaded.config, tokenizer or loaded.tokenizer, report, *base)
+        pruner._places |= noted_places(offload_folder=offload_folder)
+        return pruner
 
     @classmethod
     def plan(
@@ -206,7 +209,8 @@ class OTPruner(HubMixin):
         recipe = Recipe.resolve(with_pruning_ratio(self.config, self.model, blocks), functions)
         data = calibration_tokens(calibration_data, self.config, self.tokenizer, self.limits)
         before = self._sizes()
-        state = None if resume_from is None else Path(resume_from)
+        state = None if resume_from is None else Path(os.path.expanduser(resume_from))
+        self._places |= noted_places(calibration_data=calibration_data, state=state, spill_folder=spill_folder)
         run = {} if state is None else run_fingerprint(self.model, recipe, data.tokens, batch_size)
         with resumable(state, run) as store:
             pruned = prune_model(self.model, blocks, recipe, data.tokens, settings, store)
@@ -329,6 +333,7 @@ class OTPruner(HubMixin):
             NumericalError: If the model's outputs are NaN.
         """
         check_positive(batch_size=batch_size, max_windows=max_windows)
+        self._places |= noted_places(evaluation_data=data)
         tokens = evaluation_tokens(data, self.config, self.tokenizer, self.limits, max_windows)
         measured = evaluate_perplexity(self.model, tokens.tokens, batch_size, progress)
         stage = "dense" if self.report is None else "pruned"
@@ -369,13 +374,13 @@ class OTPruner(HubMixin):
                 stays.
             HubError: If pushing fails; the folder is there all the same, unless access was refused beforehand.
         """
-        folder = Path(save_directory)
+        folder = output_path(save_directory)
         if not push_to_hub:
             refuse_push_options({"repo_id": repo_id, **push_options})
             return self._save_for_good(folder, overwrite, max_shard_size)
         check_single("`push_to_hub=True`", "Save, then push the folder from one.")
         options = checked_push_options(push_options)
-        name = check_push(repo_id or folder.absolute().name, options)
+        name = check_push(repo_id or resolved_output(folder).name, options)
         self._save_for_good(folder, overwrite, max_shard_size)
         push_saved(folder, name, **options)
         return folder
@@ -391,4 +396,5 @@ class OTPruner(HubMixin):
         return folder
 
     def _save(self, folder: Path, overwrite: bool, max_shard_size: int | str | None) -> Path:
-        return save_checkpoint(folder, self.model, self.tokenizer, self.config, self.report, overwrite, max_shard_size)
+        saved = (self.model, self.tokenizer, self.config, self.report)
+        return save_checkpoint(folder, *saved, overwrite, max_shard_size, self._places)

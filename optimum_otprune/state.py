@@ -39,12 +39,12 @@ def default_state_folder(output: Path) -> Path:
         'models/.llama-half.otprune-state'
     """
     named = output if output.name not in ("", "..") else Path(os.path.abspath(output))
-    return named.with_name(f".{named.name}.otprune-state")
+    return named.parent / f".{named.name}.otprune-state"
 
 
 def has_state(folder: Path) -> bool:
     """Whether a run has begun there."""
-    return (folder / STATE_FILE).is_file()
+    return os.path.isfile(folder / STATE_FILE)
 
 
 def strict_json(blob: bytes, name: str) -> Any:

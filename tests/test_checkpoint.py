@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from optimum_otprune import OTPruner, OTPruningConfig, checkpoint, plots
+from optimum_otprune import OTPruner, OTPruningConfig, checkpoint, outputs, plots
 from optimum_otprune.errors import IntegrityError, ModelLoadError, OutputError, ReportError
 from optimum_otprune.folder_card import folder_card, replace_card, repository_card
 from optimum_otprune.functional.rescue import RescueEnergies
@@ -75,10 +75,10 @@ def test_an_overwrite_that_fails_leaves_the_old_folder(pruner, tmp_path, monkeyp
 
 def test_too_little_room_and_a_read_only_parent_are_refused_before_writing(pruner, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+        patch.setattr(outputs.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
         with pytest.raises(OutputError, match="GB free, but the result needs"):
             pruner.save_pretrained(tmp_path / "out")
-    monkeypatch.setattr(checkpoint.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(outputs.os, "access", lambda path, mode: False)
     with pytest.raises(OutputError, match="is not writable"):
         pruner.save_pretrained(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -16,6 +16,7 @@ LAYERS = (
     ("functional",),
     ("manifest", "retries", "hub_client", "hub_access", "hub"),
     ("resolution", "configuration", "report"),
+    ("outputs",),
     ("state",),
     ("devices", "heap", "spill", "processes", "digests"),
     ("architectures",),

@@ -5,6 +5,7 @@ import functools
 import io
 import json
 import logging
+import os
 import shutil
 import sys
 import warnings
@@ -16,7 +17,7 @@ from typing import Any
 from transformers.utils import logging as transformers_logging
 
 from optimum_otprune.card import needs_remote_code
-from optimum_otprune.checkpoint import check_output_file, check_output_folder, save_text, weight_bytes
+from optimum_otprune.checkpoint import save_text, weight_bytes
 from optimum_otprune.commands.arguments import config_options, loading_options, state_folder
 from optimum_otprune.commands.benchmark import run_benchmark
 from optimum_otprune.commands.demo import run_demo
@@ -28,6 +29,7 @@ from optimum_otprune.hub_access import check_hub_access
 from optimum_otprune.loading import hub_id
 from optimum_otprune.manifest import verify_folder
 from optimum_otprune.options import BUDGET_FIELDS
+from optimum_otprune.outputs import check_output_file, check_output_folder, check_place, noted_places, output_path
 from optimum_otprune.pipeline import hidden_memory, spill_path
 from optimum_otprune.processes import check_model, check_single, is_main_process, wait_for_all
 from optimum_otprune.pruner import OTPruner
@@ -59,9 +61,17 @@ def prune(args: argparse.Namespace) -> None:
         raise UsageError("`--private` would be ignored without `--push-to-hub`.")
     hidden_memory(args.max_hidden_memory)
     spill_path(args.spill_folder)
+    output, state = output_path(args.output), state_folder(args)
+    places = noted_places(
+        source_model=args.model,
+        calibration_data=args.calibration_data,
+        evaluation_data=args.eval_data,
+        state=state,
+        spill_folder=args.spill_folder,
+        offload_folder=args.offload_folder,
+    )
+    check_place(output, places)
     config = _config(args)
-    output = Path(args.output)
-    state = state_folder(args)
     if state is not None:
         check_single("`--resume`", "Leave it out, or start one.")
     is_new = args.overwrite or args.dry_run
@@ -154,8 +164,9 @@ def tune(args: argparse.Namespace) -> None:
         option = given[0].replace("_", "-")
         raise UsageError(f"`--target-latency` and `--{option}` say in more than one way how much to prune. Give one.")
     config = _config(args)
-    output = Path(args.output)
-    check_output_file(output, args.overwrite)
+    output = output_path(args.output)
+    places = noted_places(source_model=args.model, calibration_data=args.calibration_data, study=args.study)
+    check_output_file(output, args.overwrite, places)
     pruner = OTPruner.from_pretrained(args.model, config, **loading_options(args))
 
     def show(result: TuningResult) -> None:
@@ -168,7 +179,7 @@ def tune(args: argparse.Namespace) -> None:
         args.calibration_data,
         num_trials=args.trials,
         timeout=args.timeout,
-        study=args.study,
+        study=None if args.study is None else os.path.expanduser(args.study),
         target_latency=args.target_latency,
         latency_shape=args.latency_shape,
         batch_size=args.batch_size,
@@ -206,11 +217,9 @@ def benchmark(args: argparse.Namespace) -> None:
 
 def report(args: argparse.Namespace) -> None:
     """Print what pruning did to a saved model."""
-    path = Path(args.folder) / REPORT_FILE
+    path = _folder(args) / REPORT_FILE
     if not path.is_file():
-        raise ReportError(
-            f"{Path(args.folder).name!r} has no {REPORT_FILE}: it is no folder that `otprune prune` wrote."
-        )
+        raise ReportError(f"{_folder(args).name!r} has no {REPORT_FILE}: it is no folder that `otprune prune` wrote.")
     saved = PruningReport.load(path)
     if args.json:
         print(json.dumps(saved.to_dict(), indent=2, sort_keys=True))
@@ -224,7 +233,7 @@ def report(args: argparse.Namespace) -> None:
 
 def card(args: argparse.Namespace) -> None:
     """Print the model card of a saved model, or write it."""
-    folder = Path(args.folder)
+    folder = _folder(args)
     text = folder_card(folder, args.name)
     if not args.write:
         print(text, end="")
@@ -236,7 +245,7 @@ def card(args: argparse.Namespace) -> None:
 
 def push(args: argparse.Namespace) -> None:
     """Push a saved model."""
-    folder = Path(args.folder)
+    folder = _folder(args)
     if not folder.is_dir():
         raise UsageError(f"{folder.name!r} is no folder. Give one that `otprune prune` wrote.")
     _tell_push(
@@ -259,7 +268,9 @@ def _tell_push(result: PushResult) -> None:
 
 def verify(args: argparse.Namespace) -> None:
     """Check a saved model's files."""
-    commit = verify_saved(args.source, revision=args.revision, token=args.token, cache_dir=args.cache_dir)
+    commit = verify_saved(
+        os.path.expanduser(args.source), revision=args.revision, token=args.token, cache_dir=args.cache_dir
+    )
     print(f"All files are as they were saved{'' if commit is None else f' (commit {commit})'}.")
 
 
@@ -267,7 +278,11 @@ def demo(args: argparse.Namespace) -> None:
     """Prune the small model that the package carries."""
     _speak(quiet=True)
     _usage(lambda: OTPruningConfig(pruning_ratio=args.pruning_ratio))
-    run_demo(args.pruning_ratio, None if args.output is None else Path(args.output), args.overwrite)
+    run_demo(args.pruning_ratio, None if args.output is None else output_path(args.output), args.overwrite)
+
+
+def _folder(args: argparse.Namespace) -> Path:
+    return Path(os.path.expanduser(args.folder))
 
 
 def _protocol(metrics: Any) -> str:

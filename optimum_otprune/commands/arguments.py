@@ -1,6 +1,7 @@
 """Command-line options, made from the table of configuration options; nothing heavy is imported."""
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,9 @@ def add_resume_option(parser: argparse.ArgumentParser) -> None:
 def state_folder(args: argparse.Namespace) -> Path | None:
     """Where `--resume` keeps finished layers, or None without it."""
     resume = getattr(args, "resume", None)
-    return None if resume is None else Path(resume) if resume else default_state_folder(Path(args.output))
+    if resume is None:
+        return None
+    return Path(os.path.expanduser(resume)) if resume else default_state_folder(Path(os.path.expanduser(args.output)))
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:

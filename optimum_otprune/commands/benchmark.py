@@ -4,7 +4,6 @@ import argparse
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,9 +20,10 @@ from optimum_otprune.benchmarking import (
     cut_copy,
     widths_by_multiple,
 )
-from optimum_otprune.checkpoint import check_output_file, save_text, weight_bytes
+from optimum_otprune.checkpoint import save_text, weight_bytes
 from optimum_otprune.errors import UsageError
 from optimum_otprune.loading import load_checkpoint
+from optimum_otprune.outputs import check_output_file, noted_places, output_path
 from optimum_otprune.report import versions
 
 _SHARED_OPTIONS = ("token", "cache_dir", "local_files_only", "trust_remote_code")
@@ -43,7 +43,8 @@ def run_benchmark(args: argparse.Namespace) -> None:
         OTPruneError: If a model cannot be loaded, the two do not belong together, or a shape cannot be run.
     """
     if args.json is not None:
-        check_output_file(Path(args.json), overwrite=True)
+        check_output_file(output_path(args.json), True, noted_places(source_model=args.dense))
+        check_output_file(output_path(args.json), True, noted_places(source_model=args.pruned))
     device = checked_device(args.device)
     settings = BenchmarkSettings(
         tuple(args.batch_sizes), tuple(args.seqlens), args.new_tokens, args.warm_up, args.repeats
@@ -78,7 +79,7 @@ def run_benchmark(args: argparse.Namespace) -> None:
             "multiples": cuts,
             "versions": versions(),
         }
-        save_text(Path(args.json), json.dumps(content, indent=2) + "\n", overwrite=True)
+        save_text(output_path(args.json), json.dumps(content, indent=2) + "\n", overwrite=True)
         print(f"\nSaved to {args.json}.")
 
 

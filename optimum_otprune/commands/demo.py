@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from optimum_otprune.checkpoint import check_output_folder
 from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.documentation import documentation_texts
+from optimum_otprune.outputs import check_output_folder
 from optimum_otprune.pruner import OTPruner
 
 PROMPT = "Return a new"
