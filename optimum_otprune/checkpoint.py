@@ -2,8 +2,6 @@
 
 import errno
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,38 +14,13 @@ from optimum_otprune.architectures.spec import find_spec
 from optimum_otprune.card import model_card
 from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.devices import is_offloaded, known_as_offloaded, restore_ties
-from optimum_otprune.errors import OutputError
+from optimum_otprune.files import writing_folder
 from optimum_otprune.manifest import CARD_FILE, write_manifest
-from optimum_otprune.outputs import check_output_file, check_output_folder, resolved_output
+from optimum_otprune.outputs import resolved_output
 from optimum_otprune.plots import PLOT_FILE, can_plot, save_rescue_plot
 from optimum_otprune.report import REPORT_FILE, PruningReport
-from optimum_otprune.state import sync
 
 _SHARDS, _LEAST_SHARD = 20, 100 * 10**6  # of a model with offloaded weights
-
-
-def save_text(file: Path, text: str, overwrite: bool) -> None:
-    """Write a file that is complete or not there.
-
-    Args:
-        file: Where.
-        text: What.
-        overwrite: Whether a file is replaced.
-
-    Raises:
-        OutputError: See `check_output_file`; or if writing fails.
-    """
-    check_output_file(file, overwrite)
-    file = resolved_output(file)
-    partial = file.with_name(f".{file.name}.partial-{os.getpid()}")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        sync(partial)
-        os.replace(partial, file)
-    except OSError as error:
-        raise OutputError(f"The output file {file.name!r} could not be written: {error.strerror}.") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
@@ -75,11 +48,10 @@ def save_checkpoint(
     """Write everything into a hidden sibling folder, then rename it.
 
     Raises:
-        OutputError: See `check_output_folder`; or if writing fails, in which case nothing of it stays.
+        OutputError: See `optimum_otprune.files.writing_folder`.
     """
     restore_ties(model)
-    check_output_folder(folder, overwrite, weight_bytes(model), places)
-    with _writing(folder) as partial:
+    with writing_folder(folder, overwrite, weight_bytes(model), places) as partial, _known_failures():
         _make_generation_config_valid(model)
         with known_as_offloaded(model):
             _save_model(model, partial, shard_size(model, max_shard_size))
@@ -95,7 +67,6 @@ def save_checkpoint(
         card = model_card(config, report, name, has_tokenizer=tokenizer is not None, has_plot=has_plot)
         (partial / CARD_FILE).write_text(card, encoding="utf-8")
         write_manifest(partial)
-        _make_durable(partial)
     return folder
 
 
@@ -112,58 +83,13 @@ def _save_model(model: PreTrainedModel, folder: Path, max_shard_size: int | str)
 
 
 @contextmanager
-def _writing(folder: Path) -> Iterator[Path]:
-    """A folder beside the wanted one that takes its name when everything is written, and is gone otherwise."""
-    target = resolved_output(folder)
-    partial: Path | None = None
+def _known_failures() -> Iterator[None]:
+    """A full disk is an `OSError`, whichever library meets it."""
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-        yield partial
-        _move_into_place(partial, target)
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, OutputError):
-            raise
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        reason = "the disk is full" if full else getattr(error, "strerror", None) or type(error).__name__
-        raise OutputError(
-            f"The output folder {folder.name!r} could not be written: {reason}. Nothing was left there; the model in "
-            "memory is unharmed, so save it again elsewhere."
-        ) from error
-    finally:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
-
-
-def _move_into_place(partial: Path, target: Path) -> None:
-    old: Path | None = None
-    try:
-        if target.is_dir():
-            if any(target.iterdir()):
-                old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
-                old.rmdir()
-                os.rename(target, old)
-            else:
-                target.rmdir()
-        os.rename(partial, target)
-    finally:
-        if old is not None and old.is_dir() and not target.exists():
-            os.rename(old, target)  # the new one could not take its place
-    sync(target.parent)
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _make_durable(folder: Path) -> None:
-    """Flush files to the disk, with the permissions that the umask allows (safetensors writes 0600)."""
-    umask = os.umask(0)
-    os.umask(umask)
-    for file in folder.rglob("*"):
-        if file.is_file():
-            file.chmod(0o666 & ~umask)
-            sync(file)
-    folder.chmod(0o777 & ~umask)
-    sync(folder)
+        yield
+    except SafetensorError as error:
+        full = errno.ENOSPC if "No space left" in str(error) else errno.EIO
+        raise OSError(full, os.strerror(full)) from error
 
 
 def _make_generation_config_valid(model: PreTrainedModel) -> None:

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from optimum_otprune.card import model_card
-from optimum_otprune.checkpoint import save_text
 from optimum_otprune.configuration import CONFIG_FILE, OTPruningConfig
 from optimum_otprune.errors import ReportError
+from optimum_otprune.files import save_text
 from optimum_otprune.loading import TOKENIZER_FILES
 from optimum_otprune.manifest import CARD_FILE, MANIFEST_FILE, digest, manifest_text, read_manifest
 from optimum_otprune.plots import PLOT_FILE

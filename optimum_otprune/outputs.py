@@ -1,18 +1,35 @@
 """Where a result may be written; what would harm a user's files, or cannot be written, is refused before any work."""
 
+import json
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from optimum_otprune.errors import OutputError
+from optimum_otprune.errors import IntegrityError, OutputError
+from optimum_otprune.manifest import MANIFEST_FILE, read_manifest
 
 _MAY_BE_NAMES = ("source_model", "calibration_data", "evaluation_data")  # of the Hub, if no such path exists
 _CLOSED = ("source_model", "state", "offload_folder")  # a result inside would be mixed, or removed, with them
 _SPACE_MARGIN = 1.1
+_LARGEST_JSON = 1 << 26  # bytes
 _AROUND = len(".") + len(".partial-") + 16  # bytes that a hidden name beside the output has more than the output's
 _INSIDE = 160  # bytes of the longest name in a saved folder, such as that of a chat template
+
+
+_TEMPLATES = "additional_chat_templates"
+# What transformers writes for a model and its tokenizer, and nothing that a person or a training run does.
+_MODEL_FILE = re.compile(
+    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|processor_config|"
+    r"preprocessor_config|chat_template)\.json|merges\.txt|vocab\.txt|(tokenizer|spiece|sentencepiece\.bpe)\.model|"
+    r"chat_template\.jinja|additional_chat_templates/[^/]+\.jinja|"
+    r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|"
+    r"pytorch_model(-\d{5}-of-\d{5})?\.bin|pytorch_model\.bin\.index\.json"
+)
+_OWN_FILE = re.compile(r"otprune_\w+\.json|modeling_otprune\w*\.py|rescue\.png|README\.md")
+_PARTIAL_FILE = re.compile(r"\.(.+)\.partial-\d+")
 
 
 def output_path(given: str | os.PathLike) -> Path:
@@ -130,6 +147,52 @@ def _limit(folder: Path, name: str, usual: int) -> int:
     return found if found > 0 else usual
 
 
+def own_files(folder: Path, is_unfinished: bool = False) -> tuple[list[str], str | None]:
+    """Say which files of a folder are ours, so that they may be replaced, and which is the first that is not.
+
+    Ours is what the folder's manifest lists; without one, what holds a model, if it is one: configuration, weights,
+    tokenizer. A link, whatever its name, a hidden file and a folder in it are not.
+
+    Args:
+        folder: One that exists.
+        is_unfinished: Whether it was being written, and has no manifest for that reason.
+
+    Returns:
+        Names of our files, and the first name of something else, or None.
+    """
+    try:
+        listed = {*read_manifest(folder), MANIFEST_FILE}
+    except IntegrityError:
+        listed = set()
+    own: list[str] = []
+    foreign: list[str] = []
+    for name, is_plain in sorted(_names(folder)):
+        kept = _PARTIAL_FILE.fullmatch(name)  # of a card whose writing was killed
+        known = kept[1] if kept else name
+        if listed:
+            is_own = known in listed
+        else:
+            is_own = bool(_MODEL_FILE.fullmatch(name) or (is_unfinished and _OWN_FILE.fullmatch(name)))
+        (own if is_own and is_plain else foreign).append(name)
+    is_model = "config.json" in own and any(name.endswith((".safetensors", ".bin")) for name in own)
+    if own and not (listed or is_unfinished or is_model):
+        return [], own[0]
+    return own, foreign[0] if foreign else None
+
+
+def _names(folder: Path) -> list[tuple[str, bool]]:
+    """What is in a folder, and whether it is a plain file; of the folder of chat templates, what is in that."""
+    found = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name == _TEMPLATES and entry.is_dir(follow_symlinks=False):
+                inner = _names(folder / _TEMPLATES)
+                found += [(f"{_TEMPLATES}/{name}", is_plain) for name, is_plain in inner]
+            else:
+                found.append((entry.name, entry.is_file(follow_symlinks=False)))
+    return found
+
+
 def check_output_folder(
     output: Path, overwrite: bool, needed_bytes: int = 0, places: Mapping[str, Path] | None = None
 ) -> None:
@@ -154,9 +217,21 @@ def check_output_folder(
         )
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"The output {folder.name!r} is a file. Choose the name of a folder.")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+    try:
+        is_empty = not folder.is_dir() or not any(folder.iterdir())
+        foreign = None if is_empty else own_files(folder)[1]
+    except OSError as error:
+        raise OutputError(
+            f"The output folder {folder.name!r} cannot be read ({error.strerror}). Choose another."
+        ) from error
+    if not is_empty and not overwrite:
         raise OutputError(
             f"The output folder {folder.name!r} is not empty. Choose another, or set `overwrite` to replace it."
+        )
+    if foreign is not None:
+        raise OutputError(
+            f"The output folder {folder.name!r} holds {foreign!r}, which is no file of a saved model, so it is not "
+            "replaced. Choose another folder, or move that elsewhere."
         )
     existing = _lowest_existing(folder.parent)
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
@@ -169,16 +244,20 @@ def check_output_folder(
         )
 
 
-def check_output_file(output: Path, overwrite: bool, places: Mapping[str, Path] | None = None) -> None:
+def check_output_file(
+    output: Path, overwrite: bool, places: Mapping[str, Path] | None = None, own_keys: Sequence[str] = ()
+) -> None:
     """Raise when a file could not be saved there.
 
     Args:
         output: Where the result shall be.
         overwrite: Whether a file is replaced.
         places: See `check_place`.
+        own_keys: Of the JSON object that a file which may be replaced holds; an empty file may be, too.
 
     Raises:
-        OutputError: See `check_place`; or if it is a folder, exists already, or its folder is missing or not writable.
+        OutputError: See `check_place`; or if it is a folder or a link, exists already, holds something else than may
+            be replaced, or its folder is missing or not writable.
     """
     check_place(output, places or {})
     file = resolved_output(output)
@@ -186,7 +265,27 @@ def check_output_file(output: Path, overwrite: bool, places: Mapping[str, Path] 
         raise OutputError(f"The output {file.name!r} is a folder. Give the name of a file.")
     if file.exists() and not overwrite:
         raise OutputError(f"The output file {file.name!r} exists. Choose another, or set `overwrite` to replace it.")
+    if os.path.lexists(file) and (file.is_symlink() or not file.is_file()):
+        raise OutputError(f"The output {file.name!r} is a link or a device. Give the name of a plain file.")
+    if file.exists() and own_keys and not _holds_keys(file, own_keys):
+        raise OutputError(
+            f"The output file {file.name!r} holds something else than this command writes, so it is not replaced. "
+            "Choose another name."
+        )
     if not file.parent.is_dir() or not os.access(file.parent, os.W_OK | os.X_OK):
         raise OutputError(
             f"The folder {file.parent.name!r}, where {file.name!r} shall be written, is missing or read-only."
         )
+
+
+def _holds_keys(file: Path, keys: Sequence[str]) -> bool:
+    """Whether a file is empty, or a JSON object with these keys."""
+    if file.stat().st_size == 0:
+        return True
+    if file.stat().st_size > _LARGEST_JSON:
+        return False
+    try:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):  # whatever it is, it is not ours
+        return False
+    return isinstance(content, dict) and all(key in content for key in keys)

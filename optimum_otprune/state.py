@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from optimum_otprune.errors import OutputError, StateError
+from optimum_otprune.files import replace_file, sync
 from optimum_otprune.manifest import FileEntry
 
 if sys.platform != "win32":
@@ -212,15 +213,7 @@ class StateFolder:
         """Write to a temporary, flush it to the disk, give it its name, flush that."""
         temporary = self.folder / f".{name}.tmp"
         with _writing(self.folder):
-            try:
-                with temporary.open("wb") as stream:
-                    stream.write(blob)
-                    stream.flush()
-                    os.fsync(stream.fileno())
-                os.replace(temporary, self.folder / name)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
+            replace_file(self.folder / name, blob, temporary)
             sync(self.folder)
 
 
@@ -303,15 +296,6 @@ def _refuse_other_files(folder: Path) -> None:
             f"The folder {folder.name!r} holds {others[0][:80]!r} but no {STATE_FILE}, so it is not the state of a "
             "run. Give a folder that is new or empty."
         )
-
-
-def sync(path: Path) -> None:
-    """Flush a file, or the names in a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _checked_name(name: str) -> str:

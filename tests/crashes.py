@@ -14,11 +14,18 @@ from pathlib import Path
 import torch
 import transformers.modeling_utils
 
+from optimum_otprune import files
 from optimum_otprune.commands.main import main
 
 DIED = 137
 TIMEOUT = 120
-STEPS = ((os, "replace"), (os, "rename"), (os, "fsync"), (transformers.modeling_utils, "safe_save_file"))
+STEPS = (
+    (os, "replace"),
+    (os, "rename"),
+    (files, "_exchange"),
+    (os, "fsync"),
+    (transformers.modeling_utils, "safe_save_file"),
+)
 REMOVALS = ((os, "unlink"), (os, "rmdir"))
 
 
@@ -56,7 +63,7 @@ def command(*arguments: object) -> int:
 def at_each_step(react: Callable[[int], None], patch, removals: bool = True) -> None:
     """Call `react` with the number of every step of writing that this process takes from now on, before it is taken.
 
-    Steps are renaming, flushing, removing, and opening for writing; a file that is opened is empty then.
+    Steps are renaming, exchanging, flushing, removing, and opening for writing; a file that is opened is empty then.
 
     Args:
         react: Called with 1, 2, …

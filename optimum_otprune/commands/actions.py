@@ -6,7 +6,6 @@ import io
 import json
 import logging
 import os
-import shutil
 import sys
 import warnings
 from collections.abc import Callable
@@ -17,12 +16,13 @@ from typing import Any
 from transformers.utils import logging as transformers_logging
 
 from optimum_otprune.card import needs_remote_code
-from optimum_otprune.checkpoint import save_text, weight_bytes
+from optimum_otprune.checkpoint import weight_bytes
 from optimum_otprune.commands.arguments import config_options, loading_options, state_folder
 from optimum_otprune.commands.benchmark import run_benchmark
 from optimum_otprune.commands.demo import run_demo
 from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.errors import ConfigurationError, IntegrityError, ReportError, UsageError
+from optimum_otprune.files import recover, save_text
 from optimum_otprune.folder_card import folder_card, replace_card
 from optimum_otprune.hub import PushResult, verify_saved
 from optimum_otprune.hub_access import check_hub_access
@@ -38,6 +38,8 @@ from optimum_otprune.resume import forget_if_saved
 from optimum_otprune.sharing import push_saved
 from optimum_otprune.state import StateFolder
 from optimum_otprune.trials import TuningResult
+
+_OWN_KEYS = ("optimum_otprune_version", "pruning_ratio")  # of a configuration, which a better one may replace
 
 
 def _main_process_speaks(action: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], None]:
@@ -75,6 +77,8 @@ def prune(args: argparse.Namespace) -> None:
     if state is not None:
         check_single("`--resume`", "Leave it out, or start one.")
     is_new = args.overwrite or args.dry_run
+    if is_main_process() and not args.dry_run:
+        recover(output)
     is_saved = state is not None and not is_new and _was_saved(args.model, output, state, config)
     if not is_saved:
         check_output_folder(output, args.overwrite)
@@ -117,19 +121,10 @@ def _was_saved(model: str, output: Path, state: Path, config: OTPruningConfig) -
     return is_same and forget_if_saved(state, report)
 
 
-def _remove_partial_folders(output: Path) -> None:
-    """What a process that was killed while it saved left beside the output."""
-    if not output.absolute().parent.is_dir():
-        return
-    for path in output.absolute().parent.iterdir():
-        if path.is_dir() and path.name.startswith(f".{output.absolute().name}.partial-"):
-            shutil.rmtree(path, ignore_errors=True)
-
-
 def _prune_and_save(args: argparse.Namespace, config: OTPruningConfig, output: Path, state: Path | None) -> None:
     if state is not None:
-        with StateFolder.opened(state):  # what is wrong with it is told before a model is loaded
-            _remove_partial_folders(output)
+        with StateFolder.opened(state):
+            pass  # what is wrong with it is told before a model is loaded
     pruner = OTPruner.from_pretrained(args.model, config, **loading_options(args))
     check_model(pruner.model)
     check_output_folder(output, args.overwrite, weight_bytes(pruner.model))
@@ -166,7 +161,7 @@ def tune(args: argparse.Namespace) -> None:
     config = _config(args)
     output = output_path(args.output)
     places = noted_places(source_model=args.model, calibration_data=args.calibration_data, study=args.study)
-    check_output_file(output, args.overwrite, places)
+    check_output_file(output, args.overwrite, places, _OWN_KEYS)
     pruner = OTPruner.from_pretrained(args.model, config, **loading_options(args))
 
     def show(result: TuningResult) -> None:
@@ -186,7 +181,7 @@ def tune(args: argparse.Namespace) -> None:
         progress=not args.quiet,
         on_trial=show,
     )
-    save_text(output, best.to_json_string(), args.overwrite)
+    save_text(output, best.to_json_string(), args.overwrite, _OWN_KEYS)
     result = pruner.tuning
     assert result is not None
     print(

@@ -20,13 +20,15 @@ from optimum_otprune.benchmarking import (
     cut_copy,
     widths_by_multiple,
 )
-from optimum_otprune.checkpoint import save_text, weight_bytes
+from optimum_otprune.checkpoint import weight_bytes
 from optimum_otprune.errors import UsageError
+from optimum_otprune.files import save_text
 from optimum_otprune.loading import load_checkpoint
 from optimum_otprune.outputs import check_output_file, noted_places, output_path
 from optimum_otprune.report import versions
 
 _SHARED_OPTIONS = ("token", "cache_dir", "local_files_only", "trust_remote_code")
+_OWN_KEYS = ("comparisons", "multiples", "versions")  # of a file that this wrote, which it may replace
 _HEAD = (
     f"{'batch':>5} {'prompt':>6} {'model':<8} {'first token':>11} {'prefill':>13} {'decode':>11} {'peak memory':>11} "
     f"{'KV cache':>9}"
@@ -43,8 +45,8 @@ def run_benchmark(args: argparse.Namespace) -> None:
         OTPruneError: If a model cannot be loaded, the two do not belong together, or a shape cannot be run.
     """
     if args.json is not None:
-        check_output_file(output_path(args.json), True, noted_places(source_model=args.dense))
-        check_output_file(output_path(args.json), True, noted_places(source_model=args.pruned))
+        for model in (args.dense, args.pruned):
+            check_output_file(output_path(args.json), True, noted_places(source_model=model), _OWN_KEYS)
     device = checked_device(args.device)
     settings = BenchmarkSettings(
         tuple(args.batch_sizes), tuple(args.seqlens), args.new_tokens, args.warm_up, args.repeats
@@ -79,7 +81,7 @@ def run_benchmark(args: argparse.Namespace) -> None:
             "multiples": cuts,
             "versions": versions(),
         }
-        save_text(output_path(args.json), json.dumps(content, indent=2) + "\n", overwrite=True)
+        save_text(output_path(args.json), json.dumps(content, indent=2) + "\n", True, _OWN_KEYS)
         print(f"\nSaved to {args.json}.")
 
 
