@@ -1,6 +1,7 @@
 """Pushing to the Hub: one commit of an explicit list of files, retried without committing twice."""
 
 import hashlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from optimum_otprune.manifest import (
     CARD_FILE,
     MANIFEST_FILE,
     FileEntry,
+    check_plain,
     describe_problems,
     digest,
     find_problems,
@@ -140,10 +142,11 @@ def push_folder(
         Where it is.
 
     Raises:
-        IntegrityError: If the folder is not as it was saved; nothing was sent.
+        IntegrityError: If the folder is not as it was saved, or holds links; nothing was sent.
         HubError: Of the fitting kind; the repository is as before or complete, and the same call may be repeated.
     """
     listed = read_manifest(folder)
+    check_plain(folder, {*listed, CARD_FILE, MANIFEST_FILE})
     entries = dict(listed)
     if (folder / CARD_FILE).is_file():
         entries[CARD_FILE] = digest(folder / CARD_FILE)
@@ -152,13 +155,25 @@ def push_folder(
     entries |= {name: _entry(content) for name, content in replaced.items()}
     manifest = (folder / MANIFEST_FILE).read_bytes() if entries == listed else manifest_text(entries).encode()
     files: dict[str, Path | bytes] = {
-        **{name: folder / name for name in entries},
+        **{name: _checked_content(folder, name, entry) for name, entry in entries.items() if name not in replaced},
         **replaced,
         MANIFEST_FILE: manifest,
     }
     entries[MANIFEST_FILE] = _entry(manifest)
     push = _Push(repo_id, files, entries, True, revision, create_pr, commit_message or _MESSAGE)
     return _start(push, private, token, deadline)
+
+
+def _checked_content(folder: Path, name: str, entry: FileEntry) -> Path | bytes:
+    """Of all but weights, the bytes that were checked: whatever is put in the file's place meanwhile is not sent."""
+    if is_weights_file(name):
+        return folder / name
+    descriptor = os.open(folder / name, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+    with os.fdopen(descriptor, "rb") as stream:
+        content = stream.read()
+    if _entry(content) != entry:
+        raise IntegrityError(describe_problems({"changed": [name]}))
+    return content
 
 
 def _entry(content: bytes) -> FileEntry:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +19,15 @@ _CHUNK = 1 << 20
 _NAME = re.compile(r"(additional_chat_templates/)?[A-Za-z0-9_][A-Za-z0-9_.\- ]*")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 # What a loader could read although nobody listed it: it would be preferred to, or mixed with, the listed files.
-_LOADABLE = frozenset({".safetensors", ".bin", ".pt", ".pth", ".json", ".py", ".model", ".jinja", ".h5", ".gguf"})
-_LOADABLE_NAMES = frozenset({"vocab.txt", "merges.txt"})
+_CODE = frozenset({".py", ".pyc", ".pyd", ".so", ".dll", ".dylib"})
+_WEIGHT_FORMATS = frozenset(
+    {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npz", ".h5", ".keras", ".msgpack"}
+    | {".gguf", ".ggml", ".onnx", ".ot", ".tflite"}
+)
+_SETTINGS = frozenset({".json", ".jinja", ".model", ".tiktoken"})
+_SETTINGS_NAMES = frozenset({"vocab.txt", "merges.txt"})
+_NESTED_SETTINGS = re.compile(r".*(config|index|tokenizer|vocab)[^/]*\.json", re.DOTALL)
+_LARGEST_INDEX = 1 << 28  # bytes
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|h5|msgpack)(\.index\.json)?")
 
 
@@ -116,8 +123,9 @@ def read_manifest(folder: Path) -> dict[str, FileEntry]:
 def verify_folder(folder: Path) -> dict[str, FileEntry]:
     """Compare every file with the manifest.
 
-    Files that are not listed count only where a loader would read them, such as a stale `model.safetensors`; hidden
-    files, licenses and pictures may be added.
+    Files that are not listed count only where they could change how the folder loads or runs, such as a stale
+    `model.safetensors`, weights of another format, code, or configurations in a folder below; hidden files, licenses,
+    and pictures may be added. The weights themselves must be listed.
 
     Args:
         folder: A saved folder.
@@ -136,7 +144,7 @@ def verify_folder(folder: Path) -> dict[str, FileEntry]:
 
 
 def find_problems(folder: Path, entries: Mapping[str, FileEntry]) -> dict[str, list[str]]:
-    """File names by what is wrong with them: `changed`, `missing`, `extra`; empty if all is well."""
+    """File names by what is wrong with them: `changed`, `missing`, `extra`, `not listed`; empty if all is well."""
     missing = [name for name in sorted(entries) if not (folder / name).is_file()]
     changed = [
         name
@@ -144,10 +152,46 @@ def find_problems(folder: Path, entries: Mapping[str, FileEntry]) -> dict[str, l
         if name not in missing
         and ((folder / name).stat().st_size != entries[name].size or digest(folder / name) != entries[name])
     ]
-    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    extra = unlisted(names, entries)
-    found = {"changed": changed, "missing": missing, "extra": extra}
+    paths = list(folder.rglob("*"))
+    extra = unlisted((path.relative_to(folder).as_posix() for path in paths if path.is_file()), entries)
+    extra += [path.name for path in paths if path.is_dir() and path.is_symlink() and path.name[:1] != "."]
+    not_listed = [] if missing or changed else _weights_not_listed(folder, entries)
+    found = {"changed": changed, "missing": missing, "extra": extra, "not listed": not_listed}
     return {kind: names for kind, names in found.items() if names}
+
+
+def _weights_not_listed(folder: Path, entries: Mapping[str, FileEntry]) -> list[str]:
+    """Weights that a loader needs, and that nothing would be known of."""
+    weights = [name for name in entries if is_weights_file(name)]
+    wanted = {"model.safetensors"} if all(name.endswith(".json") for name in weights) else set()
+    for index in (name for name in weights if name.endswith(".json") and entries[name].size <= _LARGEST_INDEX):
+        try:
+            shards = json.loads((folder / index).read_bytes())["weight_map"].values()
+            wanted |= {str(shard)[:80] for shard in shards}
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise IntegrityError(
+                f"{index} is damaged: want an object with a `weight_map` from tensors to files. Get the folder again."
+            ) from error
+    return sorted(wanted - set(entries))
+
+
+def check_plain(folder: Path, names: Iterable[str]) -> None:
+    """Raise where a listed file is a link, or lies in a linked folder: its content would come from elsewhere.
+
+    Args:
+        folder: A saved folder.
+        names: Of files in it.
+
+    Raises:
+        IntegrityError: Names the first one.
+    """
+    for name in sorted(names):
+        file = folder / name
+        parts = [path for path in (file, *file.parents) if path != folder and path.is_relative_to(folder)]
+        if any(path.is_symlink() for path in parts) or (file.exists() and not file.is_file()):
+            raise IntegrityError(
+                f"{name!r} is a link or no plain file, so what it leads to could be sent. Put the file itself there."
+            )
 
 
 def unlisted(names: Any, entries: Mapping[str, FileEntry]) -> list[str]:
@@ -155,12 +199,17 @@ def unlisted(names: Any, entries: Mapping[str, FileEntry]) -> list[str]:
     return sorted(
         name
         for name in names
-        if name not in entries
-        and name != MANIFEST_FILE
-        and not name.startswith(".")
-        and (Path(name).suffix.lower() in _LOADABLE or name in _LOADABLE_NAMES)
-        and ("/" not in name or name.startswith("additional_chat_templates/"))
+        if name not in entries and name != MANIFEST_FILE and not name.startswith(".") and _is_loadable(name)
     )
+
+
+def _is_loadable(name: str) -> bool:
+    suffix = Path(name).suffix.lower()
+    if suffix in _CODE or suffix in _WEIGHT_FORMATS:
+        return True
+    if "/" in name and not name.startswith("additional_chat_templates/"):
+        return _NESTED_SETTINGS.fullmatch(name.lower()) is not None
+    return suffix in _SETTINGS or name in _SETTINGS_NAMES
 
 
 def describe_problems(problems: Mapping[str, list[str]]) -> str:
@@ -171,7 +220,7 @@ def describe_problems(problems: Mapping[str, list[str]]) -> str:
     ]
     return (
         f"The files are not those that were saved ({'; '.join(parts)}). Remove extra files, and get changed or "
-        "missing ones again."
+        "missing ones, or a manifest that lists the weights, again."
     )
 
 

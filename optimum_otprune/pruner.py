@@ -290,7 +290,7 @@ class OTPruner(HubMixin):
             OTPruneError: Without optuna, or where an argument, the study's file or the first trial is at fault.
         """
         check_single("`tune`", "Start one.")
-        file = None if study is None else Path(study)
+        file = None if study is None else Path(os.path.expanduser(study))
         seed = self.config.seed if seed is None else seed
         space, shape = search_space, latency_shape
         settings = TuningSettings(

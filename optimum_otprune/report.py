@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from optimum_otprune.errors import ReportError
+from optimum_otprune.files import replace_file
 from optimum_otprune.functional.rescue import RescueEnergies, dilution_ratio, pooled, rescue_ratio
 from optimum_otprune.version import __version__
 
@@ -168,7 +169,8 @@ class PruningReport:
     def save(self, path: str | os.PathLike) -> None:
         """Write the report as JSON."""
         text = json.dumps(self.to_dict(), indent=2, sort_keys=True, allow_nan=False)
-        Path(path).write_text(text + "\n", encoding="utf-8")
+        file = Path(os.path.expanduser(path))
+        replace_file(file, (text + "\n").encode(), file.with_name(f".{file.name}.partial-{os.getpid()}"))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "PruningReport":

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -140,6 +141,8 @@ def _open_study(optuna: Any, path: Path | None) -> "optuna.Study":
     """Of a file, go on; what a killed process left half done is closed."""
     if path is None:
         return optuna.create_study()
+    if path.is_symlink():
+        raise _no_study(path, "it is a link")
     try:
         if path.exists() and path.stat().st_size > 0:
             _prepare_journal(path)
@@ -183,7 +186,7 @@ def _prepare_journal(path: Path) -> None:
     if not isinstance(first, dict) or first.get("study_name") != _STUDY_NAME:
         raise _no_study(path, "it does not begin with one")
     if not content.endswith(b"\n"):  # half a line, which nothing could be appended to
-        path.write_bytes(content[: content.rfind(b"\n") + 1])
+        os.truncate(path, content.rfind(b"\n") + 1)
 
 
 def _conditions(settings: TuningSettings) -> dict[str, Any]:

@@ -78,17 +78,69 @@ def test_missing_longer_and_extra_files_are_told_apart(folder):
         "x.py",
         "chat_template.jinja",
         "vocab.txt",
+        "model.gguf",
+        "flax_model.msgpack",
+        "tf_model.h5",
+        "tf_model.H5",
+        "generation_config.json",
+        "original/consolidated.00.pth",
+        "custom/code.py",
+        "custom/native.so",
+        "onnx/model.onnx",
+        "encoder/config.json",
+        "encoder/pytorch_model.bin.index.json",
+        "additional_chat_templates/other.jinja",
     ],
 )
 def test_a_file_that_a_loader_would_read_must_be_listed(folder, name):
+    (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).write_bytes(b"x")
     with pytest.raises(IntegrityError, match=f"extra: '{name}'"):
         verify_folder(folder)
 
 
+def test_a_linked_folder_is_told_but_files_that_are_links_count_by_their_content(folder, tmp_path):
+    """As in the Hub's cache."""
+    (folder / "config.json").rename(tmp_path / "blob")
+    (folder / "config.json").symlink_to(tmp_path / "blob")
+    verify_folder(folder)
+    (folder / "encoder").symlink_to(tmp_path)
+    with pytest.raises(IntegrityError, match="extra: 'encoder'"):
+        verify_folder(folder)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        (None, "not listed: 'model.safetensors'"),
+        ({"weight_map": {"a": "model-00001-of-00001.safetensors"}}, "not listed: 'model-00001-of-00001.safetensors'"),
+        ({"weight_map": []}, "model.safetensors.index.json is damaged"),
+        ([], "model.safetensors.index.json is damaged"),
+    ],
+)
+def test_a_manifest_must_list_the_weights(folder, index, message):
+    """Else anything could be put in their place."""
+    if index is None:
+        (folder / "model.safetensors").unlink()
+    else:
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    write_manifest(folder)
+    with pytest.raises(IntegrityError, match=message):
+        verify_folder(folder)
+
+
+def test_weights_that_are_there_but_not_listed_are_told(folder):
+    content = json.loads((folder / MANIFEST_FILE).read_text())
+    del content["files"]["model.safetensors"]
+    (folder / MANIFEST_FILE).write_text(json.dumps(content))
+    with pytest.raises(IntegrityError, match=r"extra: 'model.safetensors'; not listed: 'model.safetensors'"):
+        verify_folder(folder)
+
+
 def test_licenses_pictures_and_hidden_files_may_be_added(folder):
     (folder / ".cache").mkdir()
-    for name in (".gitattributes", "LICENSE", "notes.txt", "plot.png", ".cache/model.safetensors"):
+    (folder / "results").mkdir()
+    for name in (".gitattributes", "LICENSE", "notes.txt", "plot.png", ".cache/model.safetensors", "results/a.json"):
         (folder / name).write_bytes(b"x")
     verify_folder(folder)
 

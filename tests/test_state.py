@@ -65,6 +65,19 @@ def test_temporaries_of_a_killed_process_are_removed(folder):
         assert not list(folder.glob(".*.tmp"))
 
 
+@pytest.mark.parametrize("name", [".state.json.tmp", "state.json", ".layer-00001.json.tmp", "layer-00001.json"])
+def test_nothing_is_written_through_a_link_that_somebody_planted(folder, name, tmp_path, record_figure):
+    (tmp_path / "thesis.txt").write_text("dear")
+    with StateFolder.opened(folder) as state:
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(tmp_path / "thesis.txt")
+        state.write({"layer-00001.json": b"[]"})
+        assert state.read("layer-00001.json") == b"[]"
+    assert (tmp_path / "thesis.txt").read_text() == "dear"
+    assert not any(path.is_symlink() for path in folder.iterdir())
+    record_figure("R13", tried=1, ok=1)
+
+
 def test_a_folder_with_other_things_in_it_is_refused_and_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("dear")
     with pytest.raises(StateError, match="holds 'thesis.txt' but no state.json"), StateFolder.opened(tmp_path):

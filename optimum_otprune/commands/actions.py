@@ -174,7 +174,7 @@ def tune(args: argparse.Namespace) -> None:
         args.calibration_data,
         num_trials=args.trials,
         timeout=args.timeout,
-        study=None if args.study is None else os.path.expanduser(args.study),
+        study=args.study,
         target_latency=args.target_latency,
         latency_shape=args.latency_shape,
         batch_size=args.batch_size,

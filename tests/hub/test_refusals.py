@@ -2,6 +2,7 @@
 
 import pytest
 
+from optimum_otprune.manifest import write_manifest
 from tests.hub.conftest import contents
 from tests.hub.state import Fault
 
@@ -129,3 +130,25 @@ def test_without_a_token_nothing_is_asked(hub, worker_of, saved):
 def test_what_cannot_be_verified_is_told(hub, worker, arguments, error):
     answer = worker("verify", **arguments)
     assert answer.errors[0] == error, answer
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", "config.json", "model.safetensors", "additional_chat_templates/a.jinja"]
+)
+@pytest.mark.parametrize("is_same", [True, False], ids=["of the same content", "of another"])
+def test_a_link_is_refused_and_what_it_leads_to_is_not_sent(
+    hub, worker, saved, tmp_path, name, is_same, record_figure
+):
+    (saved / "additional_chat_templates").mkdir()
+    (saved / "additional_chat_templates" / "a.jinja").write_text("a template")
+    write_manifest(saved)
+    linked = saved / name.split("/")[0]
+    linked.rename(tmp_path / "secret")
+    if linked.suffix and not is_same:
+        (tmp_path / "secret").write_text("a private key")
+    linked.symlink_to(tmp_path / "secret")
+    answer = worker("push", folder=str(saved), repo_id="me/new")
+    assert answer.errors[0] == "IntegrityError"
+    assert f"'{name}' is a link or no plain file" in answer.message
+    assert not hub.state.requests
+    record_figure("R13", tried=1, ok=1)
