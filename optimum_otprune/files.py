@@ -208,32 +208,50 @@ def _lock(folder: Path) -> int | None:
 
 
 def _put_in_place(partial: Path, target: Path, overwrite: bool) -> None:
-    if not overwrite or not target.is_dir() or not any(target.iterdir()):
-        if sys.platform == "win32" and target.is_dir():
-            target.rmdir()
-        try:
-            os.rename(partial, target)  # takes the place of an empty folder, and of no other
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
+    """Give a complete folder the output's name; undone where the names cannot be flushed to the disk."""
+    if overwrite and target.is_dir() and any(target.iterdir()):
+        names, foreign = own_files(target)
+        if foreign is not None:
             raise OutputError(
-                f"The output folder {target.name!r} was written by somebody else meanwhile, and stays as it is. Save "
-                "again elsewhere; the model in memory is unharmed."
-            ) from error
-        sync(target.parent)
+                f"The output folder {target.name!r} got {foreign!r} meanwhile, which is not ours, and stays as it is. "
+                "Save again elsewhere; the model in memory is unharmed."
+            )
+        old = _replace(partial, target)
+        try:
+            sync(target.parent)
+        except BaseException:
+            if old == partial:
+                _exchange(partial, target)
+            else:
+                _rename_both(old, target, partial)
+            raise
+        _remove(old, names)
         return
-    names, foreign = own_files(target)
-    if foreign is not None:
+    if sys.platform == "win32" and target.is_dir():
+        target.rmdir()
+    try:
+        os.rename(partial, target)  # takes the place of an empty folder, and of no other
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
         raise OutputError(
-            f"The output folder {target.name!r} got {foreign!r} meanwhile, which is not ours, and stays as it is. "
-            "Save again elsewhere; the model in memory is unharmed."
-        )
-    old = partial
-    if not _exchange(partial, target):
-        old = partial.with_name(partial.name.replace(".partial-", ".old-"))
-        _rename_both(partial, target, old)
-    sync(target.parent)
-    _remove(old, names)
+            f"The output folder {target.name!r} was written by somebody else meanwhile, and stays as it is. Save "
+            "again elsewhere; the model in memory is unharmed."
+        ) from error
+    try:
+        sync(target.parent)
+    except BaseException:
+        os.rename(target, partial)
+        raise
+
+
+def _replace(partial: Path, target: Path) -> Path:
+    """Exchange two folders, in one step where that can be; returns where the old one is."""
+    if _exchange(partial, target):
+        return partial
+    old = partial.with_name(partial.name.replace(".partial-", ".old-"))
+    _rename_both(partial, target, old)
+    return old
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -249,11 +267,11 @@ def _exchange(one: Path, other: Path) -> bool:
     raise OSError(code, os.strerror(code))
 
 
-def _rename_both(partial: Path, target: Path, old: Path) -> None:
+def _rename_both(new: Path, target: Path, old: Path) -> None:
     """In two steps; `recover` knows what a process leaves that is killed between them."""
     os.rename(target, old)
     try:
-        os.rename(partial, target)
+        os.rename(new, target)
     except BaseException:
         if not os.path.lexists(target):
             os.rename(old, target)

@@ -359,7 +359,7 @@ class OTPruner(HubMixin):
 
         Args:
             save_directory: Must not exist, or be empty, unless `overwrite`.
-            overwrite: Replace a folder that is not empty.
+            overwrite: Replace a folder that holds a saved model and nothing else, in one step.
             max_shard_size: Of one safetensors file; default: 5 GB, or a twentieth of a model with offloaded weights.
             push_to_hub: Also push the folder; whether that will be allowed is checked before saving.
             repo_id: Where to; default: the folder's name, under the token's own user.
@@ -370,8 +370,8 @@ class OTPruner(HubMixin):
             The folder.
 
         Raises:
-            OutputError: If the folder is not empty, cannot be written, or the disk is full; nothing half-written
-                stays.
+            OutputError: If the folder is not empty, holds other files than may be replaced, cannot be written, or is
+                or contains a place of the user's; nothing half-written stays.
             HubError: If pushing fails; the folder is there all the same, unless access was refused beforehand.
         """
         folder = output_path(save_directory)

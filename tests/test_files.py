@@ -11,7 +11,7 @@ from optimum_otprune import files
 from optimum_otprune.errors import OutputError
 from optimum_otprune.files import recover, replace_file, save_text, writing_folder
 from optimum_otprune.manifest import MANIFEST_FILE, verify_folder, write_manifest
-from tests.crashes import DIED, exit_code, forked, hashes
+from tests.crashes import DIED, at_each_step, die_at, exit_code, forked, full_disk_at, hashes
 
 MODEL = {"config.json": "{}", "model.safetensors": "weights", "tokenizer.json": "{}"}
 
@@ -277,6 +277,49 @@ def test_an_interruption_just_after_the_exchange_removes_nothing_of_the_old_fold
     (old[0] / "thesis.txt").unlink()
     recover(target)
     assert names(target.parent) == ["out"]
+
+
+def steps(target, removals=True):
+    """How many steps of writing replacing a folder takes."""
+    taken = []
+    with pytest.MonkeyPatch.context() as patch:
+        at_each_step(taken.append, patch, removals)
+        save(target, "old")
+    return len(taken)
+
+
+def test_killed_at_any_step_of_replacing_the_old_or_the_new_folder_is_there_whole(target, request, record_figure):
+    can_exchange = "two renames" not in request.node.name
+    count = steps(target)
+    assert count > 15
+    for number in range(1, count + 1):
+
+        def dies(number=number):
+            die_at(number, pytest.MonkeyPatch())
+            save(target, "new")
+            return 0
+
+        assert exit_code(forked(dies)) == DIED
+        assert target.is_dir() or not can_exchange
+        recover(target)
+        verify_folder(target)
+        assert weights(target) in ("old", "new")
+        assert names(target.parent) == ["out"]
+        save(target, "old")
+    record_figure("R4, processes that died at a step", count, count)
+
+
+def test_a_disk_that_is_full_at_any_step_of_replacing_leaves_the_old_folder(target, record_figure):
+    count = steps(target, removals=False)
+    for number in range(1, count + 1):
+        with pytest.MonkeyPatch.context() as patch:
+            full_disk_at(number, patch)
+            with pytest.raises(OutputError, match="the disk is full"):
+                save(target, "new")
+        assert weights(target) == "old"
+        verify_folder(target)
+        assert names(target.parent) == ["out"]
+    record_figure("R5", count, count)
 
 
 FOLDERS_OF_OTHERS = (".out.partial-backup", ".out.old-version", ".out.partial-0123456789ABCDEF", ".output.partial-x")

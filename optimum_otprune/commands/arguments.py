@@ -104,7 +104,11 @@ def add_benchmark_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="also measure DENSE cut to the share of channels that PRUNED kept, rounded to each of these multiples",
     )
-    group.add_argument("--json", metavar="FILE", help="write everything measured there; replaced if it exists")
+    group.add_argument(
+        "--json",
+        metavar="FILE",
+        help="write everything measured there; an earlier such file is replaced",
+    )
     group.add_argument("--quiet", action="store_true", help="no progress bars of loading")
     loading = parser.add_argument_group("loading")
     loading.add_argument("--dtype", default="auto", help="of both models' weights (default: that of DENSE)")

@@ -80,7 +80,11 @@ class PruneCommand(_Command):
         parser.add_argument(
             "-o", "--output", required=True, metavar="OUT", help="folder to write; must be new or empty"
         )
-        parser.add_argument("--overwrite", action="store_true", help="replace the output folder if it is not empty")
+        parser.add_argument(
+            "--overwrite",
+            action="store_true",
+            help="replace an output folder that holds a saved model only",
+        )
         parser.add_argument(
             "--push-to-hub", metavar="REPO", help="also push the result there; checked before the model is loaded"
         )
@@ -109,7 +113,9 @@ class TuneCommand(_Command):
         parser.add_argument(
             "-o", "--output", required=True, metavar="FILE", help="file for the best configuration, such as best.json"
         )
-        parser.add_argument("--overwrite", action="store_true", help="replace the output file if it exists")
+        parser.add_argument(
+            "--overwrite", action="store_true", help="replace an output file that holds a configuration"
+        )
         parser.add_argument("--calibration-data", metavar="DATA", help=DATA_HELP)
         group = parser.add_argument_group("search")
         group.add_argument("--trials", type=int, default=20, metavar="N", help="trials in all (default: 20)")
@@ -224,7 +230,11 @@ class DemoCommand(_Command):
         parser.add_argument(
             "-o", "--output", metavar="OUT", help="folder for the pruned model (default: a temporary one)"
         )
-        parser.add_argument("--overwrite", action="store_true", help="replace the output folder if it is not empty")
+        parser.add_argument(
+            "--overwrite",
+            action="store_true",
+            help="replace an output folder that holds a saved model only",
+        )
         parser.add_argument("--pruning-ratio", type=float, default=0.5, metavar="X", help="default: 0.5")
         add_debug_option(parser)
 
