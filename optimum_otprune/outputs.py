@@ -167,12 +167,12 @@ def own_files(folder: Path, is_unfinished: bool = False) -> tuple[list[str], str
     own: list[str] = []
     foreign: list[str] = []
     for name, is_plain in sorted(_names(folder)):
-        kept = _PARTIAL_FILE.fullmatch(name)  # of a card whose writing was killed
+        kept = _PARTIAL_FILE.fullmatch(name)  # of a card or report whose writing was killed
         known = kept[1] if kept else name
         if listed:
             is_own = known in listed
         else:
-            is_own = bool(_MODEL_FILE.fullmatch(name) or (is_unfinished and _OWN_FILE.fullmatch(name)))
+            is_own = bool(_MODEL_FILE.fullmatch(name) or (is_unfinished and _OWN_FILE.fullmatch(known)))
         (own if is_own and is_plain else foreign).append(name)
     is_model = "config.json" in own and any(name.endswith((".safetensors", ".bin")) for name in own)
     if own and not (listed or is_unfinished or is_model):

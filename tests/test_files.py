@@ -333,6 +333,14 @@ def test_hidden_folders_of_others_stay(target, record_figure):
     record_figure("R13", tried=len(FOLDERS_OF_OTHERS), ok=len(FOLDERS_OF_OTHERS))
 
 
+def test_an_abandoned_folder_goes_with_every_file_that_a_save_writes(target):
+    left = target.with_name(f".out.partial-{'0' * 16}")
+    ours = ("README.md", "otprune_report.json", ".otprune_report.json.partial-12", "rescue.png", "modeling_otprune.py")
+    fill(left, **dict.fromkeys((*ours, "otprune_config.json", "otprune_manifest.json", "chat_template.jinja"), "half"))
+    recover(target)
+    assert names(target.parent) == ["out"]
+
+
 def test_an_abandoned_folder_keeps_what_is_not_ours_and_says_so(target, record_figure):
     left = target.with_name(f".out.partial-{'0' * 16}")
     fill(left, **{"thesis.txt": "dear"})

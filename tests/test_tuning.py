@@ -202,6 +202,13 @@ def test_a_file_that_is_no_study_is_one_clear_error(content, samples, tmp_path):
     assert (tmp_path / "notes.txt").read_text() == content
 
 
+def test_a_study_that_is_a_link_is_refused(samples, tmp_path):
+    (tmp_path / "study.log").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StudyError, match=r"'study.log' is no study of `tune` \(it is a link\)"):
+        tune(make_pruner(), samples, study=tmp_path / "study.log")
+    assert not (tmp_path / "elsewhere").exists()
+
+
 def test_a_study_in_a_folder_that_does_not_exist_is_one_clear_error(samples, tmp_path):
     with pytest.raises(StudyError, match="'study.log' cannot be read or written"):
         tune(make_pruner(), samples, study=tmp_path / "absent" / "study.log")
