@@ -11,6 +11,7 @@ from scipy.cluster.vq import kmeans2
 from torch import Tensor
 
 from optimum_otprune.configuration import OTPruningConfig
+from optimum_otprune.custom_functions import guarded
 from optimum_otprune.errors import ConfigurationError
 from optimum_otprune.functional.compensation import Refit, constant_bias, refit_down
 from optimum_otprune.functional.costs import CostInputs, TransportCost, channel_vectors, transport_cost
@@ -70,7 +71,7 @@ class Recipe:
             if field not in functions and not (field == "statistics" and "cost" in functions):
                 raise ConfigurationError(f"`{field}` would be ignored: the method {config.method!r} does not use it.")
             functions[field] = FUNCTION_FIELDS[field].entry(function)
-        return cls(config, functions)
+        return cls(config, {field: guarded(field, entry) for field, entry in functions.items()})
 
     @property
     def transports(self) -> bool:

@@ -188,8 +188,8 @@ def onloaded(module: nn.Module) -> Iterator[None]:
             if has_offloaded_params(part):
                 stack.enter_context(align_module_device(part))
                 hook = part._hf_hook
-                hook.offload = False  # type: ignore[union-attr] # else each forward pass loads, and drops, them again
                 stack.callback(setattr, hook, "offload", True)
+                hook.offload = False  # type: ignore[union-attr] # else each forward pass loads, and drops, them again
         yield
 
 

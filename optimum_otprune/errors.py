@@ -21,6 +21,14 @@ class UnsupportedModelError(OTPruneError, ValueError):
     """The model's architecture or state cannot be pruned."""
 
 
+class HalfPrunedError(OTPruneError, RuntimeError):
+    """Pruning was interrupted and could not be undone: the model is neither dense nor pruned."""
+
+
+class CustomFunctionError(OTPruneError, RuntimeError):
+    """A function that is not of this package, a user's own or a plugin's, raised an error."""
+
+
 class ModelLoadError(OTPruneError, OSError):
     """A model, tokenizer or configuration could not be found, downloaded or read."""
 

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable
 import torch
 from transformers import PreTrainedModel
 
-from optimum_otprune.architectures.block import FFNBlock, unchanged
+from optimum_otprune.architectures.block import FFNBlock
+from optimum_otprune.architectures.changes import unchanged
 from optimum_otprune.block_runner import input_device
 from optimum_otprune.errors import ConfigurationError
 from optimum_otprune.functional.ffn import FFNWeights

@@ -172,6 +172,16 @@ def hub_id(name: str | None) -> str | None:
     return name
 
 
+def is_pruned_folder(name: str | None) -> bool:
+    """Return whether a name is a local folder whose report says that channels were pruned.
+
+    Raises:
+        ReportError: If the report is damaged.
+    """
+    report = Path(name or "", REPORT_FILE)
+    return bool(name) and report.is_file() and PruningReport.load(report).pruning_ratio > 0
+
+
 def _check_source(name: str) -> None:
     path = Path(name)
     if path.is_dir():

@@ -16,6 +16,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PreTrainedModel
 
 from optimum_otprune.architectures.block import FFNBlock
+from optimum_otprune.architectures.changes import mark_half_pruned
 from optimum_otprune.architectures.resize import finish_resize
 from optimum_otprune.compression import Compression, LayerInputs, Recipe, compress
 from optimum_otprune.configuration import OTPruningConfig
@@ -208,6 +209,7 @@ def _prune_layers(
                     store.save(finished)
                 else:
                     stream.replay(block)
+                mark_half_pruned(model)
                 block.install(finished.weights)
                 reports.append(finished.report)
                 if block is not blocks[-1]:  # nobody asks what comes out of the last one
@@ -298,7 +300,7 @@ def _named(block: FFNBlock) -> Iterator[None]:
     try:
         yield
     except OTPruneError as error:
-        raise type(error)(f"Layer {block.layer}: {error}") from error
+        raise type(error)(f"Layer {block.layer}: {error}") from error.__cause__ or error
 
 
 def _layer_inputs(

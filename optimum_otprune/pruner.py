@@ -10,13 +10,14 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_otprune.architectures.block import ffn_blocks
+from optimum_otprune.architectures.changes import all_or_nothing, check_dense, check_whole, is_pruned, mark_pruned
 from optimum_otprune.budget import with_pruning_ratio
 from optimum_otprune.calibration import ModelLimits, TokenData, TokenSource, calibration_tokens, evaluation_tokens
 from optimum_otprune.checkpoint import save_checkpoint, weight_bytes
 from optimum_otprune.compression import Recipe
 from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.devices import restore_ties
-from optimum_otprune.loading import hub_id, load_checkpoint
+from optimum_otprune.loading import hub_id, is_pruned_folder, load_checkpoint
 from optimum_otprune.loading_options import LOADING_DEFAULTS, as_config, check_loading_options, refuse_loading_options
 from optimum_otprune.outputs import noted_places, output_path, resolved_output
 from optimum_otprune.perplexity import evaluate_perplexity
@@ -116,9 +117,13 @@ class OTPruner(HubMixin):
         if isinstance(model_name_or_path, PreTrainedModel):
             refuse_loading_options(options)
             ffn_blocks(model_name_or_path)
+            if is_pruned_folder(model_name_or_path.name_or_path):
+                mark_pruned(model_name_or_path)
             return cls(model_name_or_path, given, tokenizer, base_model=hub_id(model_name_or_path.name_or_path))
         loaded = load_checkpoint(str(model_name_or_path), options)
         ffn_blocks(loaded.model)
+        if loaded.report is not None and loaded.report.pruning_ratio > 0:
+            mark_pruned(loaded.model)
         report = loaded.report if given is None or given == loaded.config else None
         base = (loaded.base_model, loaded.base_card)
         pruner = cls(loaded.model, given or loaded.config, tokenizer or loaded.tokenizer, report, *base)
@@ -177,13 +182,16 @@ class OTPruner(HubMixin):
     ) -> PruningReport:
         """Prune the model in place; of several processes, each on its part of the calibration samples.
 
+        Whatever ends this early, an interruption too, the model is then what it was before, bit for bit. One with
+        offloaded weights is half-pruned if its layers have begun to change, and refused from then on.
+
         Args:
             calibration_data: See `optimum_otprune.calibration.calibration_tokens`; None is the configuration's
                 dataset.
             batch_size: Samples per forward pass; changes nothing but speed, memory and rounding.
             progress: Whether to show progress bars.
             resume_from: Folder that keeps every finished layer until `save_pretrained`, so that an interrupted run can
-                go on: load the dense model again and call this as before. The result is the same, bit for bit.
+                go on: call this as before, with the dense model. The result is the same, bit for bit.
             max_hidden_memory: How much of the calibration samples' hidden states each process keeps in main memory, in
                 bytes or as `"4GB"`; the rest waits in files. Changes nothing but memory and speed.
             spill_folder: Where those files are while it runs; default: the system's folder for temporary ones.
@@ -194,13 +202,17 @@ class OTPruner(HubMixin):
             The report, also kept as `self.report`.
 
         Raises:
-            CalibrationDataError: If the data cannot be used; the model is untouched.
+            CalibrationDataError: If the data cannot be used.
+            UnsupportedModelError: If the model was pruned already.
+            HalfPrunedError: If it is half-pruned.
+            CustomFunctionError: If a function that is not of this package raises; names it and the layer.
             NumericalError: If weights, activations or scores are NaN or infinite; names the layer.
             ConfigurationError: If the configuration does not fit the model.
             StateError: If `resume_from` is in use, damaged, or of another model, data, configuration or environment.
             OutputError: If `resume_from` cannot be written; finished layers are kept there.
         """
         check_positive(batch_size=batch_size)
+        check_dense(self.model)
         check_model(self.model)
         if resume_from is not None:
             check_single("`resume_from`", "Leave it out, or start one.")
@@ -212,13 +224,14 @@ class OTPruner(HubMixin):
         state = None if resume_from is None else Path(os.path.expanduser(resume_from))
         self._places |= noted_places(calibration_data=calibration_data, state=state, spill_folder=spill_folder)
         run = {} if state is None else run_fingerprint(self.model, recipe, data.tokens, batch_size)
-        with resumable(state, run) as store:
-            pruned = prune_model(self.model, blocks, recipe, data.tokens, settings, store)
-        self._unsaved_state = None if state is None else (state, run)
         custom = {name: recipe.functions[name].name for name in functions if name in recipe.functions}
-        self.report = self._report_of(pruned, before, data, custom)
-        self._calibrated_on = data
-        return self.report
+        with all_or_nothing(self.model):
+            with resumable(state, run) as store:
+                pruned = prune_model(self.model, blocks, recipe, data.tokens, settings, store)
+            report = self._report_of(pruned, before, data, custom)
+        self._unsaved_state = None if state is None else (state, run)
+        self._calibrated_on, self.report = data, report
+        return report
 
     def _sizes(self) -> tuple[int, int]:
         """Parameters and bytes of the model as it is."""
@@ -290,6 +303,7 @@ class OTPruner(HubMixin):
             OTPruneError: Without optuna, or where an argument, the study's file or the first trial is at fault.
         """
         check_single("`tune`", "Start one.")
+        check_dense(self.model)
         file = None if study is None else Path(os.path.expanduser(study))
         seed = self.config.seed if seed is None else seed
         space, shape = search_space, latency_shape
@@ -331,12 +345,14 @@ class OTPruner(HubMixin):
         Raises:
             CalibrationDataError: If the data cannot be used.
             NumericalError: If the model's outputs are NaN.
+            HalfPrunedError: If the model is neither dense nor pruned.
         """
+        check_whole(self.model)
         check_positive(batch_size=batch_size, max_windows=max_windows)
         self._places |= noted_places(evaluation_data=data)
         tokens = evaluation_tokens(data, self.config, self.tokenizer, self.limits, max_windows)
         measured = evaluate_perplexity(self.model, tokens.tokens, batch_size, progress)
-        stage = "dense" if self.report is None else "pruned"
+        stage = "dense" if self.report is None and not is_pruned(self.model) else "pruned"
         metrics = {**measured, "data": tokens.source, "stage": stage}
         if self._calibrated_on is not None and tokens.tokens.shape[1] == self._calibrated_on.tokens.shape[1]:
             metrics["seen_windows"] = tokens.count_shared_with(self._calibrated_on)
@@ -373,7 +389,9 @@ class OTPruner(HubMixin):
             OutputError: If the folder is not empty, holds other files than may be replaced, cannot be written, or is
                 or contains a place of the user's; nothing half-written stays.
             HubError: If pushing fails; the folder is there all the same, unless access was refused beforehand.
+            HalfPrunedError: If the model is neither dense nor pruned.
         """
+        check_whole(self.model)
         folder = output_path(save_directory)
         if not push_to_hub:
             refuse_push_options({"repo_id": repo_id, **push_options})

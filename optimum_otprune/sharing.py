@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
+from optimum_otprune.architectures.changes import check_whole
 from optimum_otprune.errors import ConfigurationError
 from optimum_otprune.folder_card import repository_card
 from optimum_otprune.hub import PushResult, push_folder
@@ -18,6 +21,8 @@ PUSH_OPTIONS = ("private", "token", "revision", "create_pr", "commit_message", "
 
 class HubMixin(ABC):
     """Pushing of what can be saved."""
+
+    model: PreTrainedModel
 
     @abstractmethod
     def _save(self, folder: Path, overwrite: bool, max_shard_size: int | str | None) -> Path:
@@ -56,7 +61,9 @@ class HubMixin(ABC):
         Raises:
             HubError: Of the fitting kind; the model in memory is unharmed, and the same call may be repeated.
             OutputError: If there is no room for the temporary folder.
+            HalfPrunedError: If the model is neither dense nor pruned.
         """
+        check_whole(self.model)
         check_single("`push_to_hub`", "Save with `save_pretrained`, then push the folder from one.")
         options: dict[str, Any] = {
             "private": private,

@@ -16,7 +16,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from optimum_otprune.architectures.block import FFNBlock, native_intercept, unchanged
+from optimum_otprune.architectures.block import FFNBlock, native_intercept
+from optimum_otprune.architectures.changes import unchanged
 from optimum_otprune.budget import with_pruning_ratio
 from optimum_otprune.compression import Recipe
 from optimum_otprune.configuration import OTPruningConfig

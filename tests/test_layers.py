@@ -30,6 +30,7 @@ LAYERS = (
         "gradients",
         "self_calibration",
         "perplexity",
+        "custom_functions",
         "compression",
         "flops",
     ),

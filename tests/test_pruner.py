@@ -4,7 +4,6 @@ import json
 import logging
 import subprocess
 import sys
-import warnings
 
 import pytest
 import torch
@@ -365,14 +364,6 @@ def test_a_folder_that_is_not_empty_is_only_replaced_when_told_so(llama, tokens,
     pruner.save_pretrained(tmp_path / "out", overwrite=True)
     assert not (tmp_path / "out" / "precious.txt").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_pruning_twice_starts_from_the_width_that_is_there(llama, tokens):
-    pruner = prune(llama, tokens)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        report = pruner.prune(tokens, progress=False)
-    assert (report.layers[0].intermediate_size_before, report.layers[0].intermediate_size_after) == (24, 12)
 
 
 def test_reconstruction_lowers_the_error_and_is_reproducible(tokens, tmp_path):

@@ -1,9 +1,7 @@
 """`FFNBlock`: reads and installs the weights of one FFN; nothing else in the package assigns to a model's weights."""
 
 import copy
-import itertools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -87,47 +85,15 @@ class FFNBlock:
                 setattr(owner, attribute, weights.intermediate_size)
 
     def keep(self) -> Callable[[], None]:
-        """Return a function that makes the FFN what it is now: weights bit for bit, biases, and recorded sizes."""
-        modules = [module for name in ("gate", "up", "down") if (module := self.projection(name)) is not None]
-        put_back = [keep_parameters(module) for module in modules]
-        owners = [
-            (submodule(self.module, path.rpartition(".")[0]), path.rpartition(".")[2])
-            for path in self.spec.size_attributes
-        ]
-        sizes = [
-            (owner, name) for owner, name in (*owners, *itertools.product(modules, _FEATURES)) if hasattr(owner, name)
-        ]
-        values = [(owner, name, getattr(owner, name)) for owner, name in sizes]
+        """Return a function that makes the FFN's parameters what they are now, bit for bit, wherever they are."""
+        names = ("gate", "up", "down")
+        put_back = [keep_parameters(module) for name in names if (module := self.projection(name)) is not None]
 
         def undo() -> None:
             for step in put_back:
                 step()
-            for owner, name, value in values:
-                setattr(owner, name, value)
 
         return undo
-
-
-@contextmanager
-def unchanged(model: PreTrainedModel, blocks: list[FFNBlock]) -> Iterator[None]:
-    """A block of code that may prune the model, which is afterwards as it was before, bit for bit.
-
-    Args:
-        model: The model.
-        blocks: All its FFN blocks.
-    """
-    undo = [block.keep() for block in blocks]
-    settings = dict(model.config.__dict__)
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for step in undo:
-            step()
-        model.config.__dict__.clear()
-        model.config.__dict__.update(settings)
-        for module, training in modes:
-            module.training = training
 
 
 def _set_features(module: nn.Module, in_features: int, out_features: int) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
+from optimum_otprune.architectures.changes import check_dense
 from optimum_otprune.card import needs_remote_code
 from optimum_otprune.checkpoint import weight_bytes
 from optimum_otprune.commands.arguments import config_options, loading_options, state_folder
@@ -127,6 +128,7 @@ def _prune_and_save(args: argparse.Namespace, config: OTPruningConfig, output: P
             pass  # what is wrong with it is told before a model is loaded
     pruner = OTPruner.from_pretrained(args.model, config, **loading_options(args))
     check_model(pruner.model)
+    check_dense(pruner.model)
     check_output_folder(output, args.overwrite, weight_bytes(pruner.model))
     wait_for_all()  # before the first one writes there
     passes = {"batch_size": args.batch_size, "progress": not args.quiet}
