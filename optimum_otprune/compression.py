@@ -24,8 +24,9 @@ from optimum_otprune.functional.importance import (
     channel_importance,
     combined_statistics,
 )
-from optimum_otprune.functional.marginals import MarginalInputs, check_vector, marginal
+from optimum_otprune.functional.marginals import MarginalInputs, marginal
 from optimum_otprune.functional.rescue import self_share, transported_mass
+from optimum_otprune.functional.returned import check_finite, returned_tensor
 from optimum_otprune.functional.selection import obs_channels, top_channels
 from optimum_otprune.functional.solvers import SolverSettings, solve_transport
 from optimum_otprune.registry import GRADIENTS, Entry
@@ -251,8 +252,10 @@ def _marginal_inputs(inputs: LayerInputs, recipe: Recipe, importance: Tensor | N
         statistics = combined_statistics(inputs.snip, inputs.fo)
     score = torch.zeros(n) if importance is None else importance.cpu()
     if "statistics" in recipe.functions:
-        score = recipe.functions["statistics"].function(statistics)
-        check_vector(score, n, f"The mixture {recipe.functions['statistics'].name!r}")
+        name, function = recipe.functions["statistics"].name, recipe.functions["statistics"].function
+        what = f"The mixture {name!r}"
+        score = returned_tensor(function(statistics), (n,), what, f"one number per channel, shape {(n,)}").cpu()
+        check_finite(score, what, "Check the weights and gradients of this layer, or load the model in float32.")
     return MarginalInputs(score, is_kept, statistics)
 
 

@@ -21,6 +21,8 @@ from accelerate.utils.offload import OffloadedWeightsLoader, PrefixedDataset, of
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from optimum_otprune.heap import return_freed_memory
+
 
 def execution_device(module: nn.Module) -> torch.device:
     """Return the device that a module computes on, whether or not its weights are there now."""
@@ -184,6 +186,8 @@ def onloaded(module: nn.Module) -> Iterator[None]:
         module: Offloaded or not, as a whole or in parts; nothing is written back.
     """
     with ExitStack() as stack:
+        if any(has_offloaded_params(part) for part in module.modules()):
+            stack.callback(return_freed_memory)  # last, when the weights are dropped
         for part in module.modules():
             if has_offloaded_params(part):
                 stack.enter_context(align_module_device(part))

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import weakref
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,6 @@ class _WithoutSignatures(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = re.sub(r"(https?://[^\s?]+)\?\S+", r"\1?…", record.getMessage()), None
         return True
-
-
-_FILTER = _WithoutSignatures()
 
 
 class _Api(HfApi):
@@ -57,7 +55,9 @@ class HubClient:
         self.repo_id = repo_id
         self.deadline = deadline
         self._api = _Api(token, deadline)
-        logging.getLogger("huggingface_hub.utils._http").addFilter(_FILTER)  # once, however often it is added
+        logger, without_signatures = logging.getLogger("huggingface_hub.utils._http"), _WithoutSignatures()
+        logger.addFilter(without_signatures)
+        weakref.finalize(self, logger.removeFilter, without_signatures)  # a call left behind at a deadline keeps it
 
     @property
     def what(self) -> str:

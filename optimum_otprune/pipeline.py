@@ -20,7 +20,6 @@ from optimum_otprune.architectures.changes import mark_half_pruned
 from optimum_otprune.architectures.resize import finish_resize
 from optimum_otprune.compression import Compression, LayerInputs, Recipe, compress
 from optimum_otprune.configuration import OTPruningConfig
-from optimum_otprune.devices import is_offloaded
 from optimum_otprune.errors import ConfigurationError, OTPruneError
 from optimum_otprune.feasibility import check_feasible
 from optimum_otprune.functional.compensation import refit_down
@@ -29,7 +28,6 @@ from optimum_otprune.functional.metric import error_metric
 from optimum_otprune.functional.reconstruction import ReconstructionSettings, Share, reconstruct
 from optimum_otprune.functional.rescue import RescueEnergies, dilution_ratio, relative_error, rescue_ratio
 from optimum_otprune.gradients import GradientScores, gradient_moments, gradient_scores
-from optimum_otprune.heap import return_large_blocks
 from optimum_otprune.layer_data import (
     LayerData,
     heldout_mask,
@@ -146,8 +144,6 @@ def prune_model(
     Raises:
         OTPruneError: Of the kind that fits; the message names the layer.
     """
-    if is_offloaded(model):
-        return_large_blocks()
     config = recipe.config
     widths = plan_widths(blocks, config)
     for block in blocks:

@@ -7,7 +7,7 @@ import torch
 
 from optimum_otprune.compression import LayerInputs, Recipe, centroid_cost, compress
 from optimum_otprune.configuration import OTPruningConfig
-from optimum_otprune.errors import ShapeError
+from optimum_otprune.errors import NumericalError, ShapeError
 from optimum_otprune.functional.costs import costs
 from optimum_otprune.functional.ffn import FFNWeights, channel_activations, ffn_forward
 from optimum_otprune.functional.gram import gram_statistics
@@ -143,6 +143,14 @@ def test_functions_that_return_no_vector_are_refused(returned):
     for field in ("target_distribution", "statistics"):
         with pytest.raises(ShapeError, match="want one number per channel"):
             run(solver="emd", functions={field: lambda inputs: returned})
+
+
+def test_a_mixture_that_is_not_finite_is_named():
+    def broken(statistics):
+        return torch.full((WIDTH,), float("nan"))
+
+    with pytest.raises(NumericalError, match=f"mixture 'broken' is NaN or infinite for {WIDTH} of {WIDTH} channels"):
+        run(solver="emd", functions={"statistics": broken})
 
 
 def test_a_kept_channel_that_was_never_active_keeps_its_weights():

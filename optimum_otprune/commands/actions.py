@@ -4,16 +4,12 @@ import argparse
 import functools
 import io
 import json
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
-
-from transformers.utils import logging as transformers_logging
 
 from optimum_otprune.architectures.changes import check_dense
 from optimum_otprune.card import needs_remote_code
@@ -21,6 +17,7 @@ from optimum_otprune.checkpoint import weight_bytes
 from optimum_otprune.commands.arguments import config_options, loading_options, state_folder
 from optimum_otprune.commands.benchmark import run_benchmark
 from optimum_otprune.commands.demo import run_demo
+from optimum_otprune.commands.terminal import speaking
 from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.errors import ConfigurationError, IntegrityError, ReportError, UsageError
 from optimum_otprune.files import recover, save_text
@@ -48,8 +45,8 @@ def _main_process_speaks(action: Callable[[argparse.Namespace], None]) -> Callab
 
     @functools.wraps(action)
     def quiet_elsewhere(args: argparse.Namespace) -> None:
-        with nullcontext() if is_main_process() else redirect_stdout(io.StringIO()):
-            _speak(args.quiet or not is_main_process())
+        is_main = is_main_process()
+        with nullcontext() if is_main else redirect_stdout(io.StringIO()), speaking(args.quiet or not is_main):
             action(args)
 
     return quiet_elsewhere
@@ -152,10 +149,9 @@ def _prune_and_save(args: argparse.Namespace, config: OTPruningConfig, output: P
     print(f"Saved to {output}. Load it with AutoModelForCausalLM.from_pretrained({str(output)!r}{trust}).")
 
 
+@speaking(quiet=True, silent="optimum_otprune.tuning")  # trials are printed; lines per layer would hide them
 def tune(args: argparse.Namespace) -> None:
     """Search for a better configuration and write it to a file."""
-    _speak(quiet=True)  # a line for every layer of every trial would hide the trials
-    logging.getLogger("optimum_otprune.tuning").setLevel(logging.ERROR)  # printed below
     given = [name for name in BUDGET_FIELDS if getattr(args, name) is not None]
     if args.target_latency is not None and given:
         option = given[0].replace("_", "-")
@@ -205,10 +201,10 @@ def evaluate(args: argparse.Namespace) -> None:
     print(f"Perplexity: {metrics['perplexity']:.2f} ({_protocol(metrics)})")
 
 
+@_main_process_speaks
 def benchmark(args: argparse.Namespace) -> None:
     """Compare the speed of two models."""
     check_single("`otprune benchmark`", "Start one.")
-    _speak(args.quiet)
     run_benchmark(args)
 
 
@@ -271,9 +267,9 @@ def verify(args: argparse.Namespace) -> None:
     print(f"All files are as they were saved{'' if commit is None else f' (commit {commit})'}.")
 
 
+@speaking(quiet=True)
 def demo(args: argparse.Namespace) -> None:
     """Prune the small model that the package carries."""
-    _speak(quiet=True)
     _usage(lambda: OTPruningConfig(pruning_ratio=args.pruning_ratio))
     run_demo(args.pruning_ratio, None if args.output is None else output_path(args.output), args.overwrite)
 
@@ -302,18 +298,3 @@ def _usage(make: Any) -> Any:
         return make()
     except ConfigurationError as error:
         raise UsageError(str(error)) from error
-
-
-def _speak(quiet: bool) -> None:
-    """One line per layer and per warning on standard error."""
-    package = logging.getLogger("optimum_otprune")
-    if not package.handlers:
-        package.addHandler(logging.StreamHandler())
-    package.setLevel(logging.WARNING if quiet else logging.INFO)
-    if quiet:
-        transformers_logging.disable_progress_bar()
-
-    def show(message: Warning | str, category: type[Warning], *where: Any, **kwargs: Any) -> None:
-        print(f"warning: {message}", file=sys.stderr)
-
-    warnings.showwarning = show

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from optimum_otprune.errors import NumericalError, ShapeError
 from optimum_otprune.functional.ffn import FFNWeights
+from optimum_otprune.functional.returned import returned_tensor
 from optimum_otprune.registry import ACTIVATIONS, Registry
 
 _BLOCK_ROWS = 512
@@ -115,18 +116,22 @@ def transport_cost(name: str | CostFunction, inputs: CostInputs, kept_channels: 
         kept_channels: LongTensor `(kept_size,)`.
 
     Raises:
-        ShapeError: If the matrix is not `(intermediate_size, kept_size)`.
-        NumericalError: If an entry is NaN, infinite or negative.
+        ShapeError: If matrix or gain is no tensor `(intermediate_size, kept_size)`.
+        NumericalError: If an entry is NaN, infinite or negative, or a gain is not finite.
     """
     entry = costs.entry(name)
     result = entry.function(inputs, kept_channels)
     cost = TransportCost(result) if isinstance(result, Tensor) else result
-    expected = (inputs.weights.intermediate_size, len(kept_channels))
-    if tuple(cost.matrix.shape) != expected:
-        raise ShapeError(f"The cost {entry.name!r} returned shape {tuple(cost.matrix.shape)}; want {expected}.")
-    if not torch.isfinite(cost.matrix).all() or (cost.matrix < 0).any():
+    what, expected = f"The cost {entry.name!r}", (inputs.weights.intermediate_size, len(kept_channels))
+    if not isinstance(cost, TransportCost):
+        raise ShapeError(f"{what} returned a {type(cost).__name__}; want a tensor of shape {expected}.")
+    matrix = returned_tensor(cost.matrix, expected, what).to(kept_channels.device)
+    gain = None if cost.gain is None else returned_tensor(cost.gain, expected, f"{what}, as its gain,")
+    if not torch.isfinite(matrix).all() or (matrix < 0).any():
         raise NumericalError(
-            f"The cost {entry.name!r} returned NaN, infinite or negative entries, on which no transport can be "
-            "solved. Check the weights and the activations of this layer."
+            f"{what} returned NaN, infinite or negative entries, on which no transport can be solved. Check the "
+            "weights and the activations of this layer."
         )
-    return cost
+    if gain is not None and not all(abs(float(end)) < torch.inf for end in gain.aminmax()):  # NaN is not below
+        raise NumericalError(f"{what} returned gains that are NaN or infinite. Check the activations of this layer.")
+    return TransportCost(matrix, gain)

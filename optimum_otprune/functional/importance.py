@@ -6,8 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from optimum_otprune.errors import NumericalError, ShapeError
+from optimum_otprune.errors import ShapeError
 from optimum_otprune.functional.ffn import FFNWeights
+from optimum_otprune.functional.returned import check_finite, returned_tensor
 from optimum_otprune.registry import ACTIVATIONS, GRADIENTS, Registry
 
 
@@ -165,17 +166,11 @@ def channel_importance(name: str | Importance, statistics: ChannelStatistics) ->
         NumericalError: If a score is NaN or infinite.
     """
     entry = importances.entry(name)
-    importance = entry.function(statistics)
-    n = statistics.weights.intermediate_size
-    if not isinstance(importance, Tensor) or importance.shape != (n,):
-        got = tuple(importance.shape) if isinstance(importance, Tensor) else type(importance).__name__
-        raise ShapeError(f"The importance {entry.name!r} returned {got}; want one score per channel, shape {(n,)}.")
-    if not torch.isfinite(importance).all():
-        raise NumericalError(
-            f"The importance {entry.name!r} is NaN or infinite for {int((~torch.isfinite(importance)).sum())} of {n} "
-            "channels. Check the activations and gradients of this layer, or load the model in float32."
-        )
-    return importance
+    n, what = statistics.weights.intermediate_size, f"The importance {entry.name!r}"
+    found = entry.function(statistics)
+    importance = returned_tensor(found, (n,), what, f"one score per channel, shape {(n,)}")
+    check_finite(importance, what, "Check the activations and gradients of this layer, or load the model in float32.")
+    return importance.to(statistics.weights.up.device)
 
 
 def weight_level_statistics(scores: WeightScores) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from optimum_otprune.errors import NumericalError, RegistryError, ShapeError
 from optimum_otprune.functional.importance import standardize
+from optimum_otprune.functional.returned import returned_tensor
 from optimum_otprune.methods import STRATEGIES
 from optimum_otprune.registry import GRADIENTS, Registry, unknown_name
 
@@ -185,25 +186,15 @@ def marginal(name: str | Distribution, inputs: MarginalInputs) -> Tensor:
                 "weights and gradients of this layer, or load the model in float32."
             )
     mass = entry.function(inputs)
-    check_vector(mass, len(inputs.importance), f"The distribution {entry.name!r}")
-    mass = mass.double()
+    k = len(inputs.importance)
+    mass = returned_tensor(mass, (k,), f"The distribution {entry.name!r}", f"one number per channel, shape {(k,)}")
+    mass = mass.to(inputs.importance.device).double()
     if not torch.isfinite(mass).all() or (mass < 0).any() or mass.sum() <= 0:
         raise NumericalError(
             f"The distribution {entry.name!r} returned negative, NaN, infinite or only zero masses. A mass must be "
             "finite and non-negative; check the scores that it was given."
         )
     return mass / mass.sum()
-
-
-def check_vector(values: object, length: int, what: str) -> None:
-    """Raise unless a function of the user's returned one number per channel.
-
-    Raises:
-        ShapeError: If it is no tensor of shape `(length,)`.
-    """
-    if not isinstance(values, Tensor) or values.shape != (length,):
-        got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else f"a {type(values).__name__}"
-        raise ShapeError(f"{what} returned {got}; want one number per channel, a tensor of shape {(length,)}.")
 
 
 def _weighted(weights: Mapping[str, float]) -> Mixture:

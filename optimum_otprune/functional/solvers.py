@@ -114,7 +114,7 @@ def solve_transport(
         The plan, float64 on the CPU.
 
     Raises:
-        ShapeError: If cost and marginals do not fit together.
+        ShapeError: If cost and marginals do not fit together, or what a solver returned is no plan.
         TransportError: If cost or marginals cannot be transported, or the plan is negative, not finite, or misses a
             marginal that its solver had to meet.
 
@@ -138,6 +138,17 @@ def solve_transport(
     a, b = (check_marginal(part, side) for part, side in ((a, "source"), (b, "target")))
     solved = entry.function(cost, a, b, settings or SolverSettings())
     meets = getattr(entry.function, "meets", _MEETS.get(entry.name, (True, True)))
-    result = Solved(solved, True) if isinstance(solved, Tensor) else solved
-    plan = checked_plan(result, cost, (a, b), entry.name, meets)
+    plan = checked_plan(_as_solved(solved, entry.name, cost), cost, (a, b), entry.name, meets)
     return plan._replace(matrix=plan.matrix.to("cpu", torch.float64))
+
+
+def _as_solved(found: object, name: str, cost: Tensor) -> Solved:
+    """What a solver returned, its plan dense or of coordinates, where the cost is."""
+    matrix, converged = found if isinstance(found, Solved) else (found, True)
+    kinds = (torch.strided, torch.sparse_coo)
+    if not isinstance(matrix, Tensor) or matrix.layout not in kinds or matrix.is_complex():
+        raise ShapeError(
+            f"The solver {name!r} returned a {type(matrix).__name__} that is no plan; want a tensor of shape "
+            f"{tuple(cost.shape)}, dense or sparse_coo, of real numbers, or a `Solved` with one."
+        )
+    return Solved(matrix.detach().to(cost.device), bool(converged))

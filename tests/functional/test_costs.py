@@ -220,6 +220,31 @@ def test_a_cost_of_another_shape_is_refused():
         transport_cost(transposed, CostInputs(make_ffn()), KEPT)
 
 
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (None, "a NoneType; want a tensor"),
+        ([[1.0] * 4] * 12, "a list; want a tensor"),
+        (TransportCost([1.0]), r"a list; want \(12, 4\)"),
+        (TransportCost(torch.ones(12, 4), torch.ones(4)), r"as its gain, returned shape \(4,\); want \(12, 4\)"),
+    ],
+)
+def test_what_is_no_cost_is_refused(returned, message):
+    with pytest.raises(ShapeError, match=message):
+        transport_cost(lambda inputs, kept_channels: returned, CostInputs(make_ffn()), KEPT)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_gains_that_are_not_finite_are_refused(value):
+    def broken(inputs, kept_channels):
+        gain = torch.ones(12, len(kept_channels))
+        gain[5, 1] = value
+        return TransportCost(torch.ones(12, len(kept_channels)), gain)
+
+    with pytest.raises(NumericalError, match="'broken' returned gains that are NaN or infinite"):
+        transport_cost(broken, CostInputs(make_ffn()), KEPT)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1e-3])
 def test_a_cost_that_cannot_be_transported_is_refused(value):
     def broken(inputs, kept_channels):

@@ -272,7 +272,14 @@ def test_a_statistic_that_was_not_collected_is_named(name, field):
 
 @pytest.mark.parametrize(
     ("result", "got"),
-    [(torch.ones(11), r"\(11,\)"), (torch.ones(12, 1), r"\(12, 1\)"), ([1.0] * 12, "list"), (None, "NoneType")],
+    [
+        (torch.ones(11), r"shape \(11,\)"),
+        (torch.ones(12, 1), r"shape \(12, 1\)"),
+        ([1.0] * 12, "a list"),
+        (None, "a NoneType"),
+        (torch.ones(12, dtype=torch.complex64), "a tensor that is complex"),
+        (torch.ones(12).to_sparse(), "a tensor that is not dense"),
+    ],
 )
 def test_an_importance_of_another_shape_is_refused(result, got):
     def mine(statistics):

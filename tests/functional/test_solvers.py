@@ -12,6 +12,7 @@ from scipy.optimize import linear_sum_assignment, linprog
 
 from optimum_otprune.errors import RegistryError, ShapeError, TransportError
 from optimum_otprune.functional import sinkhorn
+from optimum_otprune.functional.plans import Solved
 from optimum_otprune.functional.solvers import SolverSettings, check_marginal, solve_transport, solvers
 from tests.functional.helpers import law, permutation, probabilities, random_numbers, seeds, untouched
 
@@ -303,6 +304,12 @@ def test_a_plan_that_is_none_is_refused(result):
         TransportError, match=r"'broken' returned no usable plan \(wrong shape, NaN or negative mass\)"
     ):
         solve_transport(broken, *problem(0))
+
+
+@pytest.mark.parametrize("result", [None, [1.0], Solved([1.0], True), torch.ones(9, 4) * 1j], ids=str)
+def test_what_is_no_plan_at_all_is_refused(result):
+    with pytest.raises(ShapeError, match=r"returned a \w+ that is no plan; want a tensor of shape \(9, 4\)"):
+        solve_transport(lambda *inputs: result, *problem(0))
 
 
 def test_a_plan_that_moves_nothing_is_refused():

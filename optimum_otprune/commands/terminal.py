@@ -1,0 +1,60 @@
+"""What a command says on standard error while it runs; when it is done, the process speaks as before."""
+
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
+from transformers.utils import logging as transformers_logging
+
+
+@contextmanager
+def speaking(quiet: bool, silent: str | None = None) -> Iterator[None]:
+    """One line per layer and per warning.
+
+    Args:
+        quiet: Without lines per layer and progress bars of loading.
+        silent: A logger of this package that says nothing but errors.
+    """
+    package = logging.getLogger("optimum_otprune")
+    with ExitStack() as stack:
+        if not package.handlers:
+            handler = logging.StreamHandler()
+            stack.callback(package.removeHandler, handler)
+            package.addHandler(handler)
+        _set_level(stack, package, logging.WARNING if quiet else logging.INFO)
+        if silent is not None:
+            _set_level(stack, logging.getLogger(silent), logging.ERROR)
+        if quiet:
+            stack.enter_context(_no_bars())
+        stack.callback(setattr, warnings, "showwarning", warnings.showwarning)
+        warnings.showwarning = _show
+        yield
+
+
+def _show(message: Warning | str, category: type[Warning], *where: Any, **kwargs: Any) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def _set_level(stack: ExitStack, logger: logging.Logger, level: int) -> None:
+    stack.callback(logger.setLevel, logger.level)
+    logger.setLevel(level)
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Neither of transformers nor of the Hub's client, whose switch is the same but for its environment variable."""
+    is_on, is_hub_off = transformers_logging.is_progress_bar_enabled(), are_progress_bars_disabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the variable decides, and the client says so each time
+            if is_on:
+                transformers_logging.enable_progress_bar()
+            if is_hub_off:
+                disable_progress_bars()
