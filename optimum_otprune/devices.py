@@ -162,6 +162,13 @@ def restore_ties(model: PreTrainedModel) -> None:
             owner._parameters[name] = shared
 
 
+def model_sizes(model: PreTrainedModel) -> tuple[int, int]:
+    """Return how many parameters a model has, and their bytes; what is shared counts once, wherever it is."""
+    restore_ties(model)
+    sizes = [(parameter.numel(), parameter.element_size()) for parameter in model.parameters()]
+    return sum(count for count, _ in sizes), sum(count * size for count, size in sizes)
+
+
 @contextmanager
 def known_as_offloaded(model: PreTrainedModel) -> Iterator[None]:
     """A block of code that saves a model: transformers reads its device map, which `cpu_offload` does not make."""

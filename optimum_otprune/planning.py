@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from optimum_otprune.architectures.block import FFNBlock, ffn_blocks
-from optimum_otprune.architectures.changes import check_dense, mark_pruned
+from optimum_otprune.architectures.changes import check_dense
 from optimum_otprune.architectures.spec import find_spec
 from optimum_otprune.budget import added_biases, channel_cost, with_pruning_ratio
 from optimum_otprune.calibration import ExpectedSamples, ModelLimits, TokenSource, expected_samples
@@ -27,7 +27,7 @@ from optimum_otprune.expectations import (
 from optimum_otprune.feasibility import check_feasible
 from optimum_otprune.flops import forward_flops
 from optimum_otprune.latency import matmul_rate
-from optimum_otprune.loading import is_pruned_folder, load_skeleton
+from optimum_otprune.loading import load_skeleton, note_if_pruned
 from optimum_otprune.plan import MemoryUse, PruningPlan
 from optimum_otprune.widths import given_widths, plan_widths
 
@@ -63,8 +63,7 @@ def plan_pruning(
         options = {"device_map": getattr(model, "hf_device_map", None) or execution_device(model), "max_memory": None}
     else:
         model, has_tokenizer = load_skeleton(str(model_name_or_path), options)
-    if is_pruned_folder(model.name_or_path):
-        mark_pruned(model)
+    note_if_pruned(model)
     check_dense(model)
     blocks = ffn_blocks(model)
     config = with_pruning_ratio(config, model, blocks)

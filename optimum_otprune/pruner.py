@@ -10,14 +10,14 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_otprune.architectures.block import ffn_blocks
-from optimum_otprune.architectures.changes import all_or_nothing, check_dense, check_whole, is_pruned, mark_pruned
+from optimum_otprune.architectures.changes import all_or_nothing, check_dense, check_whole, is_pruned
 from optimum_otprune.budget import with_pruning_ratio
 from optimum_otprune.calibration import ModelLimits, TokenData, TokenSource, calibration_tokens, evaluation_tokens
-from optimum_otprune.checkpoint import save_checkpoint, weight_bytes
+from optimum_otprune.checkpoint import save_checkpoint
 from optimum_otprune.compression import Recipe
 from optimum_otprune.configuration import OTPruningConfig
-from optimum_otprune.devices import restore_ties
-from optimum_otprune.loading import hub_id, is_pruned_folder, load_checkpoint
+from optimum_otprune.devices import model_sizes
+from optimum_otprune.loading import hub_id, load_checkpoint, note_if_pruned
 from optimum_otprune.loading_options import LOADING_DEFAULTS, as_config, check_loading_options, refuse_loading_options
 from optimum_otprune.outputs import noted_places, output_path, resolved_output
 from optimum_otprune.perplexity import evaluate_perplexity
@@ -117,13 +117,10 @@ class OTPruner(HubMixin):
         if isinstance(model_name_or_path, PreTrainedModel):
             refuse_loading_options(options)
             ffn_blocks(model_name_or_path)
-            if is_pruned_folder(model_name_or_path.name_or_path):
-                mark_pruned(model_name_or_path)
+            note_if_pruned(model_name_or_path)
             return cls(model_name_or_path, given, tokenizer, base_model=hub_id(model_name_or_path.name_or_path))
         loaded = load_checkpoint(str(model_name_or_path), options)
         ffn_blocks(loaded.model)
-        if loaded.report is not None and loaded.report.pruning_ratio > 0:
-            mark_pruned(loaded.model)
         report = loaded.report if given is None or given == loaded.config else None
         base = (loaded.base_model, loaded.base_card)
         pruner = cls(loaded.model, given or loaded.config, tokenizer or loaded.tokenizer, report, *base)
@@ -182,8 +179,8 @@ class OTPruner(HubMixin):
     ) -> PruningReport:
         """Prune the model in place; of several processes, each on its part of the calibration samples.
 
-        Whatever ends this early, an interruption too, the model is then what it was before, bit for bit. One with
-        offloaded weights is half-pruned if its layers have begun to change, and refused from then on.
+        Whatever ends this early, an interruption too, the model is then what it was before, bit for bit. Only one with
+        offloaded weights stays half-pruned once layers were changed: every method refuses it (`HalfPrunedError`).
 
         Args:
             calibration_data: See `optimum_otprune.calibration.calibration_tokens`; None is the configuration's
@@ -204,7 +201,6 @@ class OTPruner(HubMixin):
         Raises:
             CalibrationDataError: If the data cannot be used.
             UnsupportedModelError: If the model was pruned already.
-            HalfPrunedError: If it is half-pruned.
             CustomFunctionError: If a function that is not of this package raises; names it and the layer.
             NumericalError: If weights, activations or scores are NaN or infinite; names the layer.
             ConfigurationError: If the configuration does not fit the model.
@@ -220,28 +216,22 @@ class OTPruner(HubMixin):
         blocks = ffn_blocks(self.model)
         recipe = Recipe.resolve(with_pruning_ratio(self.config, self.model, blocks), functions)
         data = calibration_tokens(calibration_data, self.config, self.tokenizer, self.limits)
-        before = self._sizes()
+        before = model_sizes(self.model)
         state = None if resume_from is None else Path(os.path.expanduser(resume_from))
         self._places |= noted_places(calibration_data=calibration_data, state=state, spill_folder=spill_folder)
         run = {} if state is None else run_fingerprint(self.model, recipe, data.tokens, batch_size)
         custom = {name: recipe.functions[name].name for name in functions if name in recipe.functions}
-        with all_or_nothing(self.model):
-            with resumable(state, run) as store:
-                pruned = prune_model(self.model, blocks, recipe, data.tokens, settings, store)
+        with all_or_nothing(self.model), resumable(state, run) as store:
+            pruned = prune_model(self.model, blocks, recipe, data.tokens, settings, store)
             report = self._report_of(pruned, before, data, custom)
         self._unsaved_state = None if state is None else (state, run)
         self._calibrated_on, self.report = data, report
         return report
 
-    def _sizes(self) -> tuple[int, int]:
-        """Parameters and bytes of the model as it is."""
-        restore_ties(self.model)
-        return self.model.num_parameters(), weight_bytes(self.model)
-
     def _report_of(
         self, pruned: PrunedLayers, before: tuple[int, int], data: TokenData, custom: Mapping[str, str]
     ) -> PruningReport:
-        parameters, size = self._sizes()
+        parameters, size = model_sizes(self.model)
         return PruningReport(
             config=self.config.to_dict(),
             layers=tuple(pruned.reports),
@@ -345,7 +335,6 @@ class OTPruner(HubMixin):
         Raises:
             CalibrationDataError: If the data cannot be used.
             NumericalError: If the model's outputs are NaN.
-            HalfPrunedError: If the model is neither dense nor pruned.
         """
         check_whole(self.model)
         check_positive(batch_size=batch_size, max_windows=max_windows)
@@ -389,7 +378,6 @@ class OTPruner(HubMixin):
             OutputError: If the folder is not empty, holds other files than may be replaced, cannot be written, or is
                 or contains a place of the user's; nothing half-written stays.
             HubError: If pushing fails; the folder is there all the same, unless access was refused beforehand.
-            HalfPrunedError: If the model is neither dense nor pruned.
         """
         check_whole(self.model)
         folder = output_path(save_directory)

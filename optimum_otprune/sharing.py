@@ -61,7 +61,6 @@ class HubMixin(ABC):
         Raises:
             HubError: Of the fitting kind; the model in memory is unharmed, and the same call may be repeated.
             OutputError: If there is no room for the temporary folder.
-            HalfPrunedError: If the model is neither dense nor pruned.
         """
         check_whole(self.model)
         check_single("`push_to_hub`", "Save with `save_pretrained`, then push the folder from one.")

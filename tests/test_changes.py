@@ -127,7 +127,7 @@ PLACES = {
     "mark_half_pruned": pipeline,
     "finish_resize": pipeline,
     "versions": pruner,
-    "weight_bytes": pruner,
+    "model_sizes": pruner,
     "replace_parameter": block,
     "_set_features": block,
     "mark_pruned": changes,
