@@ -295,8 +295,7 @@ class OTPruner(HubMixin):
         check_single("`tune`", "Start one.")
         check_dense(self.model)
         file = None if study is None else Path(os.path.expanduser(study))
-        seed = self.config.seed if seed is None else seed
-        space, shape = search_space, latency_shape
+        space, shape, seed = search_space, latency_shape, self.config.seed if seed is None else seed
         settings = TuningSettings(
             num_trials, timeout, space, file, target_latency, shape, validation_share, seed, batch_size, progress
         )
