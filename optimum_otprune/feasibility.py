@@ -1,5 +1,7 @@
 """What can be told to be impossible from a configuration and a model's architecture, before any work."""
 
+import warnings
+
 from transformers import PreTrainedModel
 
 from optimum_otprune.architectures.block import FFNBlock, native_intercept
@@ -34,3 +36,18 @@ def check_feasible(model: PreTrainedModel, blocks: list[FFNBlock], config: OTPru
     if may_differ and config.non_uniform_format == "per_layer_config":
         modeling_code(model, blocks[0].spec)
     return can_hold_intercept
+
+
+def warn_of_empty(empty: int, channels: int) -> None:
+    """Warn where the ratio counts channels that hold nothing: a few may be dead, many are padding.
+
+    Args:
+        empty: Channels of zeros in all FFNs.
+        channels: All channels.
+    """
+    if empty:
+        warnings.warn(
+            f"{empty:,} of {channels:,} FFN channels hold nothing but zeros, yet the ratio counts them. If the model "
+            "was pruned before and filled up with zeros, prune the dense model instead.",
+            stacklevel=5,
+        )

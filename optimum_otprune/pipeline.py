@@ -21,9 +21,9 @@ from optimum_otprune.architectures.resize import finish_resize
 from optimum_otprune.compression import Compression, LayerInputs, Recipe, compress
 from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.errors import ConfigurationError, OTPruneError
-from optimum_otprune.feasibility import check_feasible
+from optimum_otprune.feasibility import check_feasible, warn_of_empty
 from optimum_otprune.functional.compensation import refit_down
-from optimum_otprune.functional.ffn import FFNWeights, check_weights
+from optimum_otprune.functional.ffn import FFNWeights, check_weights, empty_channels
 from optimum_otprune.functional.metric import error_metric
 from optimum_otprune.functional.reconstruction import ReconstructionSettings, Share, reconstruct
 from optimum_otprune.functional.rescue import RescueEnergies, dilution_ratio, relative_error, rescue_ratio
@@ -146,11 +146,15 @@ def prune_model(
     """
     config = recipe.config
     widths = plan_widths(blocks, config)
+    empty = 0
     for block in blocks:
         with _named(block):
-            check_weights(block.read(), "the FFN")
+            dense = block.read()
+            check_weights(dense, "the FFN")
+            empty += empty_channels(dense)
     if all(width == block.intermediate_size for width, block in zip(widths, blocks)):
         return PrunedLayers([_untouched(block) for block in blocks], 0)
+    warn_of_empty(empty, sum(block.intermediate_size for block in blocks))
     can_hold_intercept = check_feasible(model, blocks, config, widths)
     model.eval()
     spill = settings.spill()

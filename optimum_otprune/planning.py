@@ -186,6 +186,9 @@ def _working_memory(work: Workload, weights: Mapping[str, int], max_hidden_memor
     uses = [MemoryUse(name, purpose, size) for name in computing for purpose, size in working_bytes(work).items()]
     if set(weights) <= set(computing):
         uses = [use for use in uses if use.purpose != "one block"]  # the blocks are there with all weights
+        pruned = work.kept_parameters * work.num_layers * work.element_size  # put back if anything fails
+        shares = {name: pruned * weights[name] // sum(weights.values()) for name in computing}
+        uses += [MemoryUse(name, "pruned FFNs beside the dense ones", size) for name, size in shares.items()]
     kept, spilled = 0, 0
     for purpose, size in calibration_bytes(work).items():
         fits = min(size, max(0, max_hidden_memory - kept))

@@ -295,6 +295,17 @@ def test_the_command_refuses_a_pruned_folder_before_it_evaluates_it(samples, tmp
     assert not (tmp_path / "again").exists()
 
 
+def test_channels_of_zeros_are_counted_where_no_report_tells_of_padding(samples):
+    """A dense model may have some, so that they are no reason to refuse it."""
+    subject = make_pruner()
+    mlp = subject.model.model.layers[1].mlp
+    with torch.no_grad():
+        for weight in (mlp.gate_proj.weight[20:], mlp.up_proj.weight[20:], mlp.down_proj.weight[:, 19:]):
+            weight.zero_()
+    with pytest.warns(UserWarning, match="^4 of 72 FFN channels hold nothing but zeros, yet the ratio counts them"):
+        subject.prune(samples, progress=False)
+
+
 def test_a_run_that_prunes_nothing_may_be_followed_by_one_that_does(samples, undisturbed):
     subject = make_pruner(pruning_ratio=0.0)
     subject.prune(samples, progress=False)

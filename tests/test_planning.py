@@ -93,6 +93,7 @@ def test_memory_goes_where_the_device_map_puts_it(config_only, tokens):
     plan = OTPruner.plan(config_only, config, tokens, device_map={"model": 0, "lm_head": "disk"}, dtype="bfloat16")
     assert uses(plan, "disk") == {"weights": 64 * 32 * 2}
     assert uses(plan, "cuda:0")["weights"] == plan.bytes_before - 64 * 32 * 2
+    assert "pruned FFNs beside the dense ones" not in uses(plan, "cuda:0")  # offloaded: nothing is kept to put back
     assert uses(plan, "cuda:0")["one block"] == (4 * 32 * 32 * 3 // 4 + 3 * 32 * 48 + 64) * 2
     assert uses(plan, "cpu")["inputs of one FFN"] == 12 * 20 * 32 * 2
     assert plan.computing_device == "cuda:0"
@@ -113,6 +114,7 @@ def test_an_automatic_map_is_that_of_accelerate_for_the_memory_given(config_only
 
 def test_hidden_states_above_the_limit_are_spilled_to_disk(config_only, tokens):
     plan = OTPruner.plan(config_only, HALF, tokens, max_hidden_memory=40_000)
+    assert uses(plan, "cpu")["pruned FFNs beside the dense ones"] == 3 * 3 * 32 * 24 * 4
     all_states = 3 * 12 * 20 * 32 * 4  # the pruned model's, the dense model's, and the inputs of one FFN
     assert uses(plan, "cpu")["hidden states"] == 40_000
     assert uses(plan, "disk") == {"spilled": all_states - 40_000}

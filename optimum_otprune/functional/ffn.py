@@ -90,6 +90,17 @@ def check_weights(weights: FFNWeights, where: str = "the FFN") -> None:
             )
 
 
+def empty_channels(weights: FFNWeights) -> int:
+    """Return how many channels have nothing but zeros in gate row, up row and down column, as padding leaves them.
+
+    Example:
+        >>> empty_channels(FFNWeights(up=torch.tensor([[1.0], [0.0]]), down=torch.tensor([[2.0, 0.0]])))
+        1
+    """
+    used = weights.up.any(dim=1) | weights.down.any(dim=0)
+    return int((~(used if weights.gate is None else used | weights.gate.any(dim=1))).sum())
+
+
 def channel_activations(weights: FFNWeights, inputs: Tensor, activation: Activation) -> Tensor:
     """Return what every channel hands to the down projection: `act(W_g x) * (W_u x)`, or `act(W_u x)` without a gate.
 
