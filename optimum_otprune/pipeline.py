@@ -36,6 +36,7 @@ from optimum_otprune.layer_data import (
     token_sets,
 )
 from optimum_otprune.layer_store import FinishedLayer, LayerStore
+from optimum_otprune.outcome import PrunedLayers
 from optimum_otprune.prepared import Expected, Prepared
 from optimum_otprune.processes import from_main, gathered, is_main_process, own_samples, process_index, summed
 from optimum_otprune.quantities import SIZE_UNITS, parse_quantity
@@ -109,18 +110,6 @@ def hidden_memory(limit: int | float | str) -> int:
     if size < 0:
         raise ConfigurationError(f"`max_hidden_memory` is {size}; want 0 or more bytes.")
     return size
-
-
-class PrunedLayers(NamedTuple):
-    """What pruning all layers left behind.
-
-    Attributes:
-        reports: One per layer.
-        padding_parameters: Zeros in the model that only fill up layers to a common width.
-    """
-
-    reports: list[LayerReport]
-    padding_parameters: int
 
 
 def prune_model(

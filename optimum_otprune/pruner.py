@@ -21,11 +21,11 @@ from optimum_otprune.loading import hub_id, load_checkpoint, note_if_pruned
 from optimum_otprune.loading_options import LOADING_DEFAULTS, as_config, check_loading_options, refuse_loading_options
 from optimum_otprune.outputs import noted_places, output_path, resolved_output
 from optimum_otprune.perplexity import evaluate_perplexity
-from optimum_otprune.pipeline import PassSettings, PrunedLayers, hidden_memory, prune_model
+from optimum_otprune.pipeline import PassSettings, hidden_memory, prune_model
 from optimum_otprune.plan import PruningPlan
 from optimum_otprune.planning import plan_pruning
 from optimum_otprune.processes import check_launch, check_model, check_single, is_main_process, wait_for_all
-from optimum_otprune.report import PruningReport, versions
+from optimum_otprune.report import PruningReport
 from optimum_otprune.resume import forget, resumable, run_fingerprint
 from optimum_otprune.sharing import HubMixin, check_push, checked_push_options, push_saved, refuse_push_options
 from optimum_otprune.spill import DEFAULT_LIMIT
@@ -220,34 +220,21 @@ class OTPruner(HubMixin):
         state = None if resume_from is None else Path(os.path.expanduser(resume_from))
         self._places |= noted_places(calibration_data=calibration_data, state=state, spill_folder=spill_folder)
         run = {} if state is None else run_fingerprint(self.model, recipe, data.tokens, batch_size)
-        custom = {name: recipe.functions[name].name for name in functions if name in recipe.functions}
         with all_or_nothing(self.model), resumable(state, run) as store:
             pruned = prune_model(self.model, blocks, recipe, data.tokens, settings, store)
-            report = self._report_of(pruned, before, data, custom)
+            report = pruned.report(self.model, self.config, data, before, **self._known(recipe, functions))
         self._unsaved_state = None if state is None else (state, run)
         self._calibrated_on, self.report = data, report
         return report
 
-    def _report_of(
-        self, pruned: PrunedLayers, before: tuple[int, int], data: TokenData, custom: Mapping[str, str]
-    ) -> PruningReport:
-        parameters, size = model_sizes(self.model)
-        return PruningReport(
-            config=self.config.to_dict(),
-            layers=tuple(pruned.reports),
-            parameters_before=before[0],
-            parameters_after=parameters - pruned.padding_parameters,
-            padding_parameters=pruned.padding_parameters,
-            calibration=data.describe(),
-            base_model=self.base_model,
-            evaluations=tuple(self._evaluations),
-            custom_functions=custom,
-            versions=versions(),
-            size_before=before[1],
-            size_after=size,
-            model_type=self.model.config.model_type,
-            base_card=self.base_card,
-        )
+    def _known(self, recipe: Recipe, custom: Mapping[str, Any]) -> dict[str, Any]:
+        """What a report says of the model and of functions that took the place of registered ones."""
+        return {
+            "base_model": self.base_model,
+            "base_card": self.base_card,
+            "evaluations": tuple(self._evaluations),
+            "custom_functions": {name: recipe.functions[name].name for name in custom if name in recipe.functions},
+        }
 
     def tune(
         self,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from optimum_otprune import OTPruner, OTPruningConfig, pipeline, pruner
+from optimum_otprune import OTPruner, OTPruningConfig, outcome, pipeline
 from optimum_otprune.architectures import block, changes
 from optimum_otprune.devices import is_offloaded
 from optimum_otprune.errors import CustomFunctionError, HalfPrunedError, OTPruneError, UnsupportedModelError
@@ -126,8 +126,8 @@ PLACES = {
     "measure_rescue": pipeline,
     "mark_half_pruned": pipeline,
     "finish_resize": pipeline,
-    "versions": pruner,
-    "model_sizes": pruner,
+    "versions": outcome,
+    "model_sizes": outcome,
     "replace_parameter": block,
     "_set_features": block,
     "mark_pruned": changes,

@@ -35,7 +35,7 @@ LAYERS = (
         "flops",
     ),
     ("widths", "feasibility", "prepared", "layer_store", "resume"),
-    ("budget", "pipeline"),
+    ("budget", "outcome", "pipeline"),
     ("markdown", "base_card", "reproduction", "citations", "plots", "findings", "card_metadata", "card"),
     ("loading", "loading_options", "checkpoint", "folder_card"),
     ("search_space", "latency", "benchmarking", "trials", "fingerprint", "tuning"),

@@ -1,0 +1,58 @@
+"""What a finished run left behind, and the report of it."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedModel
+
+from optimum_otprune.calibration import TokenData
+from optimum_otprune.configuration import OTPruningConfig
+from optimum_otprune.devices import model_sizes
+from optimum_otprune.report import LayerReport, PruningReport, versions
+
+
+class PrunedLayers(NamedTuple):
+    """What pruning all layers left behind.
+
+    Attributes:
+        reports: One per layer.
+        padding_parameters: Zeros in the model that only fill up layers to a common width.
+    """
+
+    reports: list[LayerReport]
+    padding_parameters: int
+
+    def report(
+        self,
+        model: PreTrainedModel,
+        config: OTPruningConfig,
+        data: TokenData,
+        sizes_before: tuple[int, int],
+        **known: Any,
+    ) -> PruningReport:
+        """The report of the whole run.
+
+        Args:
+            model: As it is now.
+            config: What was done.
+            data: Calibration samples.
+            sizes_before: Parameters and bytes of the dense model.
+            **known: Other fields of the report.
+        """
+        parameters, size = model_sizes(model)
+        measured: Mapping[str, Any] = {
+            "parameters_before": sizes_before[0],
+            "parameters_after": parameters - self.padding_parameters,
+            "padding_parameters": self.padding_parameters,
+            "size_before": sizes_before[1],
+            "size_after": size,
+        }
+        return PruningReport(
+            config=config.to_dict(),
+            layers=tuple(self.reports),
+            calibration=data.describe(),
+            versions=versions(),
+            model_type=model.config.model_type,
+            **measured,
+            **known,
+        )
