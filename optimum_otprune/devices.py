@@ -21,7 +21,7 @@ from accelerate.utils.offload import OffloadedWeightsLoader, PrefixedDataset, of
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from optimum_otprune.heap import return_freed_memory
+from optimum_otprune.heap import large_blocks_returned
 
 
 def execution_device(module: nn.Module) -> torch.device:
@@ -176,7 +176,7 @@ def known_as_offloaded(model: PreTrainedModel) -> Iterator[None]:
     if own is None and is_offloaded(model):
         model.hf_device_map = {"": "cpu"}  # type: ignore[assignment]
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), large_blocks_returned(is_offloaded(model)):
             # Shards are small by default: one of them is in memory at a time.
             warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
             yield
@@ -193,8 +193,6 @@ def onloaded(module: nn.Module) -> Iterator[None]:
         module: Offloaded or not, as a whole or in parts; nothing is written back.
     """
     with ExitStack() as stack:
-        if any(has_offloaded_params(part) for part in module.modules()):
-            stack.callback(return_freed_memory)  # last, when the weights are dropped
         for part in module.modules():
             if has_offloaded_params(part):
                 stack.enter_context(align_module_device(part))

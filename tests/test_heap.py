@@ -9,7 +9,7 @@ import pytest
 SCRIPT = """
 import ctypes, sys
 from pathlib import Path
-from optimum_otprune.heap import return_freed_memory
+from optimum_otprune.heap import large_blocks_returned
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
@@ -22,20 +22,26 @@ def block(size):
     ctypes.memset(pointer, 1, size)
     return pointer
 
-libc.free(block(30_000_000))  # glibc learns that blocks of this size come and go, and keeps them
-before = resident()
-blocks = [block(8_000_000) for _ in range(10)]
-last = block(100_000)  # above them in the heap
-for pointer in blocks:
-    libc.free(pointer)
-if sys.argv[1] == "returned":
-    return_freed_memory()
-print(resident() - before)
+def grown():
+    before = resident()
+    blocks = [block(8_000_000) for _ in range(10)]
+    last = block(100_000)  # above them in the heap
+    for pointer in blocks:
+        libc.free(pointer)
+    return resident() - before
+
+libc.free(block(33_000_000))  # glibc learns that blocks of this size come and go, and keeps them
+if sys.argv[1] == "kept":
+    print(grown())
+else:
+    with large_blocks_returned():
+        inside = grown()
+    print(inside if sys.argv[1] == "returned" else grown())
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc alone")
-@pytest.mark.parametrize(("how", "is_returned"), [("kept", False), ("returned", True)])
-def test_freed_blocks_below_one_in_use_are_given_back(how, is_returned):
+@pytest.mark.parametrize(("how", "is_returned"), [("kept", False), ("returned", True), ("afterwards", False)])
+def test_large_blocks_are_given_back_when_they_are_freed_for_as_long_as_wanted(how, is_returned):
     done = subprocess.run([sys.executable, "-c", SCRIPT, how], capture_output=True, text=True, check=True)
     assert (int(done.stdout) < 10_000_000) is is_returned
