@@ -1,33 +1,32 @@
-"""From data of any kind to token ids `(num_samples, seqlen)`, seeded. The only door to `datasets`."""
+"""From documents to samples of token ids `(num_samples, seqlen)`, seeded; only the text that is needed is tokenized."""
 
-import json
-import os
-from collections.abc import Sequence
-from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any, NamedTuple, TypeAlias
+import random
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any, NamedTuple, TypeVar
 
-import datasets
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_otprune.configuration import OTPruningConfig
+from optimum_otprune.documents import Documents, TokenSource, documents
 from optimum_otprune.errors import CalibrationDataError
-
-TokenSource: TypeAlias = str | os.PathLike | Sequence[str] | datasets.Dataset | Tensor | np.ndarray
+from optimum_otprune.token_ids import given_ids
 
 DEFAULT_SEQLEN = 2048
-_TOKEN_SUFFIXES = (".npy", ".safetensors", ".pt", ".pth")
 _NO_TOKENIZER = (
     "This model has no tokenizer, so text cannot be used. Give token ids of shape (num_samples, seqlen), or a "
     "tokenizer."
 )
-_JSON_SUFFIXES = (".jsonl", ".json")
-_TEXT_SUFFIXES = (".txt", ".text", ".md", ".raw", ".tokens", *_JSON_SUFFIXES)
+_CHARACTERS = 8  # of a piece of text for each token of a window; texts have 1 to 6 a token
+_SPARE = 2  # pieces for each sample: some hold no whole window
+_STREAMED = 16  # pieces that are read of a data set without an end, for each sample
+_BATCH = 16  # pieces that are tokenized at once
+_MARGIN = 256  # tokens before a cut in a text that may depend on what was cut off
+_SHARED = 32  # tokens in a row that two texts do not share by chance
+_T = TypeVar("_T")
 
 
 class TokenData(NamedTuple):
@@ -47,14 +46,32 @@ class TokenData(NamedTuple):
         return {"data": self.source, "num_samples": num_samples, "seqlen": seqlen, "num_tokens": self.tokens.numel()}
 
     def count_shared_with(self, other: "TokenData") -> int:
-        """Return how many of these samples are, token by token, samples of the other too.
+        """Return how many of these samples share a passage with the other's samples, of whatever length those are.
+
+        A passage is 32 tokens in a row, or as many as the shorter samples have; one token again and again is none.
 
         Example:
             >>> TokenData(torch.tensor([[1, 2], [3, 4]]), "").count_shared_with(TokenData(torch.tensor([[3, 4]]), ""))
             1
         """
-        others = {sample.numpy().tobytes() for sample in other.tokens.long().cpu()}
-        return sum(sample.numpy().tobytes() in others for sample in self.tokens.long().cpu())
+        length = min(_SHARED, self.tokens.shape[1], other.tokens.shape[1])
+        others = np.unique(_passages(other.tokens, length)[0])
+        passages, is_text = _passages(self.tokens, length)
+        return int((np.isin(passages, others) & is_text).any(axis=1).sum())
+
+
+def _passages(tokens: Tensor, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Hashes of all runs of so many tokens `(num_samples, num_runs)`, and whether each has two different tokens."""
+    ids = tokens.cpu().numpy().astype(np.uint64)
+    runs = ids.shape[1] - length + 1
+    hashes = np.zeros((len(ids), runs), dtype=np.uint64)
+    is_text = np.zeros((len(ids), runs), dtype=bool)
+    for offset in range(length):
+        column = ids[:, offset : offset + runs]
+        hashes = (hashes ^ column) * np.uint64(0x9E3779B97F4A7C15)  # modulo 2^64
+        hashes ^= hashes >> np.uint64(29)
+        is_text |= column != ids[:, :runs]
+    return hashes, is_text
 
 
 class ExpectedSamples(NamedTuple):
@@ -105,11 +122,14 @@ def calibration_tokens(
 ) -> TokenData:
     """Return the calibration samples: all rows of a token matrix, else `num_samples` windows without replacement.
 
+    Of a long text they are drawn from pieces all over it, and only these are tokenized; no window is repeated. The
+    same text gives the same samples, whatever kind of data it is in.
+
     Args:
-        data: None for the configuration's dataset, a Hub dataset name, a file (text, JSON lines, or token ids as .npy,
-            .safetensors or .pt) or a folder of such or of a dataset, a list of strings, a `datasets.Dataset`, or
-            token ids
-            `(num_samples, seqlen)` or as one stream.
+        data: None for the configuration's dataset, a Hub dataset name, a file (text, JSON, JSON lines, CSV, Parquet,
+            compressed or not, or token ids as .npy, .safetensors or .pt) or a folder of such or of a dataset, a list
+            of strings, a dataset of `datasets`, or token ids `(num_samples, seqlen)` or as one stream. In place of
+            strings, rows may be conversations, which the tokenizer's chat template renders, or lists of token ids.
         config: Names dataset, number and length of samples, and the seed.
         tokenizer: Needed for text only.
         limits: Of the model.
@@ -117,13 +137,19 @@ def calibration_tokens(
     Raises:
         CalibrationDataError: If the data cannot be found or used; the message says why.
     """
-    tokens, source = _tokens(data, config, config.calibration_split, tokenizer, limits)
-    if tokens.ndim == 1:
-        windows = _windows(tokens, limits.seqlen(config))
-        generator = torch.Generator().manual_seed(config.seed)
-        chosen = torch.randperm(len(windows), generator=generator)[: config.num_samples].sort().values
-        tokens = windows[chosen]
-    return TokenData(_checked(tokens, limits), source)
+    ids = given_ids(data)
+    seqlen = limits.seqlen(config)
+    if ids is not None:
+        return TokenData(
+            _checked(ids if ids.ndim == 2 else _drawn(_windows(ids, seqlen), config), limits), "token ids"
+        )
+    found = documents(data, config, config.calibration_split, tokenizer, shuffle=True)
+    if found.hold_ids():
+        limit = _STREAMED * config.num_samples if found.is_streamed else None
+        windows = islice(_id_windows(found.ids(), seqlen), limit)
+        kept = [window for _, window in _reservoir(windows, config.num_samples, config.seed)[0]]
+        return TokenData(_checked(np.stack(kept), limits), "token ids")
+    return TokenData(_checked(_text_samples(found, config, tokenizer, seqlen), limits), found.source)
 
 
 def expected_samples(
@@ -140,21 +166,17 @@ def expected_samples(
     Raises:
         CalibrationDataError: If the data are known to be of no use: not there, of the wrong kind, or too long.
     """
-    if isinstance(data, (np.ndarray, Tensor)) or _is_token_file(data):
+    if given_ids(data) is not None:
         read = calibration_tokens(data, config, None, limits)
         num_samples, seqlen = read.tokens.shape
         return ExpectedSamples(num_samples, seqlen, read.source, is_exact=True)
-    if data is None:
-        source = config.dataset
-    elif isinstance(data, (str, os.PathLike)):
-        source = _kind_of_name(data)
-    else:
-        source = _texts(data, config, config.calibration_split)[1]
-    if has_tokenizer is False:
+    found = documents(data, config, config.calibration_split, None)
+    is_text = not (found.is_local and found.hold_ids())
+    if is_text and has_tokenizer is False:
         raise CalibrationDataError(_NO_TOKENIZER)
     seqlen = limits.seqlen(config)
     _check_seqlen(seqlen, limits)
-    return ExpectedSamples(config.num_samples, seqlen, source, is_exact=False)
+    return ExpectedSamples(config.num_samples, seqlen, found.source if is_text else "token ids", is_exact=False)
 
 
 def evaluation_tokens(
@@ -166,6 +188,9 @@ def evaluation_tokens(
 ) -> TokenData:
     """Return consecutive windows without overlap, the tail dropped; rows of a token matrix are windows as they are.
 
+    Documents are one text, a blank line between them, tokenized in one call; of a text that is longer than
+    `max_windows` need, only the beginning is, up to where later text cannot change the tokens of the windows.
+
     Args:
         data: As for `calibration_tokens`.
         config: Names dataset and window length.
@@ -176,36 +201,186 @@ def evaluation_tokens(
     Raises:
         CalibrationDataError: If the data cannot be found or used.
     """
-    tokens, source = _tokens(data, config, config.evaluation_split, tokenizer, limits)
-    windows = _windows(tokens, limits.seqlen(config)) if tokens.ndim == 1 else tokens
-    return TokenData(_checked(windows[:max_windows], limits), source)
+    ids = given_ids(data)
+    seqlen = limits.seqlen(config)
+    if ids is not None:
+        return TokenData(
+            _checked((ids if ids.ndim == 2 else _windows(ids, seqlen))[:max_windows], limits), "token ids"
+        )
+    found = documents(data, config, config.evaluation_split, tokenizer)
+    if found.hold_ids():
+        windows = list(islice(_id_windows(found.ids(), seqlen), max_windows))
+        return TokenData(_checked(np.stack(windows), limits), "token ids")
+    num_tokens = None if max_windows is None else max_windows * seqlen
+    tokens = _first_tokens(found.text(), tokenizer, num_tokens)
+    return TokenData(_checked(_windows(tokens, seqlen)[:max_windows], limits), found.source)
 
 
-def _windows(stream: Tensor, seqlen: int) -> Tensor:
+def _text_samples(
+    found: Documents, config: OTPruningConfig, tokenizer: PreTrainedTokenizerBase | None, seqlen: int
+) -> np.ndarray:
+    """Windows drawn over all of a text; of a short text from all its windows.
+
+    Pieces are drawn in one pass, by reservoir sampling. They are cut longer where they hold too few windows, so that
+    in the end there is nothing left out of which a window could be made.
+    """
+    count = config.num_samples
+    size = _CHARACTERS * seqlen
+    while True:
+        pieces = _pieces(found.text(), size)
+        if found.is_streamed:
+            pieces = islice(pieces, _STREAMED * count)
+        kept, total = _reservoir(pieces, _SPARE * count, config.seed)
+        if total == len(kept):
+            stream = _first_tokens((piece for _, piece in kept), tokenizer)
+            return _drawn(_windows(stream, seqlen), config)
+        windows = _piece_windows(kept, tokenizer, config, seqlen)
+        if len(windows) == count:
+            return np.stack(windows)
+        size *= 2
+
+
+def _piece_windows(
+    pieces: list[tuple[int, str]], tokenizer: PreTrainedTokenizerBase | None, config: OTPruningConfig, seqlen: int
+) -> list[np.ndarray]:
+    """At most `num_samples` windows in the order of the text: of each piece the first, of each the second, ..."""
+    random.Random(config.seed).shuffle(pieces)
+    found: list[tuple[int, int, np.ndarray]] = []
+    whole = 0
+    for start in range(0, len(pieces), _BATCH):
+        batch = pieces[start : start + _BATCH]
+        rows = _tokenized([piece for _, piece in batch], tokenizer, add_special_tokens=False)
+        for (number, _), row in zip(batch, rows):
+            windows = np.asarray(row[: len(row) // seqlen * seqlen], dtype=np.int64).reshape(-1, seqlen)
+            found += [(rank, number, window) for rank, window in enumerate(windows)]
+            whole += len(windows) > 0
+        if whole >= config.num_samples:
+            break
+    by_rank = sorted(found, key=lambda entry: entry[0])[: config.num_samples]
+    return [window for _, _, window in sorted(by_rank, key=lambda entry: (entry[1], entry[0]))]
+
+
+def _first_tokens(
+    parts: Iterator[str], tokenizer: PreTrainedTokenizerBase | None, num_tokens: int | None = None
+) -> np.ndarray:
+    """The first so many token ids of a text, and some more; all of them for None."""
+    read: list[str] = []
+    size = 0
+    wanted = None if num_tokens is None else num_tokens + _MARGIN
+    characters = None if wanted is None else _CHARACTERS * wanted
+    pieces = parts if characters is None else _pieces(parts, min(characters, 1 << 14))
+    while True:
+        is_all = True
+        for piece in pieces:
+            read.append(piece)
+            size += len(piece)
+            if characters is not None and size >= characters:
+                is_all = False
+                break
+        text = "".join(read)
+        if is_all and not text.strip():
+            raise CalibrationDataError(
+                "The data hold no text: every document is empty. Give at least one window of text."
+            )
+        ids = np.asarray(_tokenized(text, tokenizer), dtype=np.int64)
+        if is_all:
+            return ids
+        assert characters is not None
+        assert wanted is not None
+        if len(ids) >= wanted:
+            return ids[: len(ids) - _MARGIN]
+        characters *= 2
+
+
+def _tokenized(text: Any, tokenizer: PreTrainedTokenizerBase | None, **options: bool) -> Any:
+    if tokenizer is None:
+        raise CalibrationDataError(_NO_TOKENIZER)
+    return tokenizer(text, verbose=False, **options)["input_ids"]
+
+
+def _pieces(parts: Iterable[str], size: int) -> Iterator[str]:
+    """Cut a text into pieces of at most so many characters, however it is split into parts: at the end of a paragraph.
+
+    Else at the end of a line, else of a word; never before the middle of a piece.
+    """
+    text, start = "", 0
+    for part in parts:
+        text, start = text[start:] + part, 0
+        while len(text) - start > size:
+            end = _end(text, start, size)
+            yield text[start:end]
+            start = end
+    if len(text) > start:
+        yield text[start:]
+
+
+def _end(text: str, start: int, size: int) -> int:
+    for separator in ("\n\n", "\n", " "):
+        at = text.rfind(separator, start + size // 2, start + size)
+        if at >= 0:
+            return at + len(separator)
+    return start + size
+
+
+def _reservoir(items: Iterable[_T], size: int, seed: int) -> tuple[list[tuple[int, _T]], int]:
+    """Draw so many items without replacement in one pass: with their numbers, in order; and how many there are."""
+    generator = random.Random(seed)
+    kept: list[tuple[int, _T]] = []
+    total = 0
+    for number, item in enumerate(items):
+        total += 1
+        if number < size:
+            kept.append((number, item))
+        elif (place := generator.randrange(total)) < size:
+            kept[place] = (number, item)
+    return sorted(kept, key=lambda entry: entry[0]), total
+
+
+def _drawn(windows: np.ndarray, config: OTPruningConfig) -> np.ndarray:
+    generator = torch.Generator().manual_seed(config.seed)
+    return windows[torch.randperm(len(windows), generator=generator)[: config.num_samples].sort().values.numpy()]
+
+
+def _id_windows(rows: Iterable[np.ndarray], seqlen: int) -> Iterator[np.ndarray]:
+    """Windows of the rows one after another, the tail dropped."""
+    rest = np.zeros(0, dtype=np.int64)
+    count = 0
+    for row in rows:
+        rest = np.concatenate([rest, row])
+        whole = len(rest) // seqlen
+        yield from rest[: whole * seqlen].reshape(whole, seqlen)
+        count += whole
+        rest = rest[whole * seqlen :]
+    if not count:
+        raise _too_short(len(rest), seqlen)
+
+
+def _windows(stream: np.ndarray, seqlen: int) -> np.ndarray:
     count = len(stream) // seqlen
     if count == 0:
-        raise CalibrationDataError(
-            f"The data hold {len(stream)} tokens, fewer than one window of {seqlen}. Give more text, or set a "
-            "smaller `seqlen`."
-        )
-    return stream[: count * seqlen].view(count, seqlen)
+        raise _too_short(len(stream), seqlen)
+    return stream[: count * seqlen].reshape(count, seqlen)
 
 
-def _checked(tokens: Tensor, limits: ModelLimits) -> Tensor:
-    if tokens.ndim != 2 or tokens.numel() == 0:
-        raise CalibrationDataError(
-            f"Token ids have shape {tuple(tokens.shape)}; want (num_samples, seqlen), at least one sample."
-        )
-    if tokens.shape[1] < 2:
+def _too_short(num_tokens: int, seqlen: int) -> CalibrationDataError:
+    return CalibrationDataError(
+        f"The data hold {num_tokens} tokens, fewer than one window of {seqlen}. Give more text, or set a smaller "
+        "`seqlen`."
+    )
+
+
+def _checked(ids: np.ndarray, limits: ModelLimits) -> Tensor:
+    """Samples as a LongTensor of their own; ids of 64 bits without a sign are compared before they could wrap."""
+    if ids.shape[1] < 2:
         raise CalibrationDataError("Samples of one token predict nothing: give sequences of at least 2 tokens.")
-    _check_seqlen(tokens.shape[1], limits)
-    low, high = int(tokens.min()), int(tokens.max())
+    _check_seqlen(ids.shape[1], limits)
+    low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= limits.vocab_size:
         raise CalibrationDataError(
             f"Token ids go from {low} to {high}, but the model's vocabulary has {limits.vocab_size} (ids 0 to "
             f"{limits.vocab_size - 1}). They were made with another tokenizer."
         )
-    return tokens.long()
+    return torch.from_numpy(np.array(ids, dtype=np.int64, order="C"))
 
 
 def _check_seqlen(seqlen: int, limits: ModelLimits) -> None:
@@ -214,178 +389,3 @@ def _check_seqlen(seqlen: int, limits: ModelLimits) -> None:
             f"Sequences have {seqlen} tokens, but the model has only {limits.max_positions} positions. Cut them, or "
             f"set `seqlen` to at most {limits.max_positions}."
         )
-
-
-def _is_token_file(data: object) -> bool:
-    return isinstance(data, (str, os.PathLike)) and Path(data).suffix in _TOKEN_SUFFIXES
-
-
-def _tokens(
-    data: TokenSource | None,
-    config: OTPruningConfig,
-    split: str,
-    tokenizer: PreTrainedTokenizerBase | None,
-    limits: ModelLimits,
-) -> tuple[Tensor, str]:
-    """Token ids, a matrix or a stream, and the name of their source."""
-    if isinstance(data, np.ndarray):
-        data = torch.from_numpy(data)
-    if isinstance(data, Tensor):
-        return _checked_ids(data), "token ids"
-    if _is_token_file(data):
-        return _checked_ids(_read_tokens(_existing(Path(data)))), "token ids"  # type: ignore[arg-type]
-    texts, source = _texts(data, config, split)
-    if tokenizer is None:
-        raise CalibrationDataError(_NO_TOKENIZER)
-    text = "\n\n".join(texts)
-    if not text.strip():
-        raise CalibrationDataError("The data hold no text: every document is empty. Give at least one window of text.")
-    stream = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
-    return stream, source
-
-
-def _checked_ids(tokens: Tensor) -> Tensor:
-    if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
-        raise CalibrationDataError(f"Token ids are {tokens.dtype}; want integers.")
-    if tokens.ndim not in (1, 2) or tokens.numel() == 0:
-        raise CalibrationDataError(
-            f"Token ids have shape {tuple(tokens.shape)}; want (num_samples, seqlen), or one stream of ids, not empty."
-        )
-    return tokens
-
-
-def _existing(path: Path) -> Path:
-    if not path.exists():
-        raise CalibrationDataError(f"The file {path.name!r} does not exist. Check the path of the calibration data.")
-    return path
-
-
-def _read_tokens(path: Path) -> Tensor:
-    try:
-        if path.suffix == ".npy":
-            return torch.from_numpy(np.load(path, allow_pickle=False))
-        loaded = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
-    except (OSError, ValueError, RuntimeError, EOFError, UnpicklingError, SafetensorError) as error:
-        raise CalibrationDataError(
-            f"{path.name} cannot be read as token ids ({type(error).__name__}: {str(error).splitlines()[0]}). Save "
-            "one integer array or tensor; pickled objects are refused."
-        ) from error
-    if isinstance(loaded, dict):
-        if "input_ids" not in loaded and len(loaded) != 1:
-            raise CalibrationDataError(
-                f"{path.name} holds the tensors {', '.join(sorted(loaded))}; want one, or one named 'input_ids'."
-            )
-        loaded = loaded["input_ids"] if "input_ids" in loaded else next(iter(loaded.values()))
-    if not isinstance(loaded, Tensor):
-        raise CalibrationDataError(f"{path.name} holds a {type(loaded).__name__}; want one tensor of token ids.")
-    return loaded
-
-
-def _texts(data: Any, config: OTPruningConfig, split: str) -> tuple[list[str], str]:
-    if data is None:
-        return _hub_texts(config.dataset, config.dataset_config, split, config.text_column), config.dataset
-    if isinstance(data, datasets.Dataset):
-        return _column(data, config.text_column), "a datasets.Dataset"
-    if isinstance(data, (str, os.PathLike)):
-        return _named_texts(data, config, split)
-    if isinstance(data, (list, tuple)):
-        if not data:
-            raise CalibrationDataError("The calibration data are an empty list. Give at least one text.")
-        wrong = next((entry for entry in data if not isinstance(entry, str)), None)
-        if wrong is not None:
-            raise CalibrationDataError(f"The list of texts holds a {type(wrong).__name__}; want strings only.")
-        return list(data), "texts"
-    raise CalibrationDataError(
-        f"Data of type {type(data).__name__} are not understood. Give a dataset name, a file, a list of strings, a "
-        "datasets.Dataset or a tensor of token ids."
-    )
-
-
-def _named_texts(data: str | os.PathLike, config: OTPruningConfig, split: str) -> tuple[list[str], str]:
-    source, path = _kind_of_name(data), Path(data)
-    if path.is_dir():
-        return _folder_texts(path, config, split), source
-    if path.is_file():
-        return _file_texts(path, config.text_column), source
-    same = data == config.dataset
-    return _hub_texts(str(data), config.dataset_config if same else None, split, config.text_column), source
-
-
-def _kind_of_name(data: str | os.PathLike) -> str:
-    """What a name is, for reports: something local, or a dataset of the Hub, which is named."""
-    path = Path(data)
-    if path.exists():
-        return "local folder" if path.is_dir() else "local file"
-    looks_local = path.is_absolute() or str(data).startswith((".", "~")) or path.suffix in _TEXT_SUFFIXES
-    if looks_local or not isinstance(data, str) or data.count("/") > 1:
-        raise CalibrationDataError(f"{path.name!r} is neither a file nor a folder. Check the path of the data.")
-    return data
-
-
-def _file_texts(path: Path, text_column: str) -> list[str]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CalibrationDataError(
-            f"{path.name} is not UTF-8 text ({error.reason}). Convert it, or give token ids."
-        ) from error
-    if path.suffix not in _JSON_SUFFIXES:
-        return [text]
-    texts = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise CalibrationDataError(
-                f"Line {number} of {path.name} is not JSON ({error}). Want one object a line."
-            ) from error
-        entry = row.get(text_column) if isinstance(row, dict) else row
-        if not isinstance(entry, str):
-            raise CalibrationDataError(
-                f"Line {number} of {path.name} has no text under {text_column!r}. Set `text_column` to the right key."
-            )
-        texts.append(entry)
-    return texts
-
-
-def _folder_texts(path: Path, config: OTPruningConfig, split: str) -> list[str]:
-    if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
-        loaded = datasets.load_from_disk(str(path))
-        return _column(
-            _split(loaded, split) if isinstance(loaded, datasets.DatasetDict) else loaded, config.text_column
-        )
-    files = sorted(file for file in path.iterdir() if file.suffix in _TEXT_SUFFIXES and file.name != "README.md")
-    if not files:
-        raise CalibrationDataError(
-            f"The folder {path.name!r} holds no text files ({', '.join(_TEXT_SUFFIXES)}) and no saved dataset."
-        )
-    return [text for file in files for text in _file_texts(file, config.text_column)]
-
-
-def _hub_texts(name: str, dataset_config: str | None, split: str, text_column: str) -> list[str]:
-    try:
-        dataset = datasets.load_dataset(name, dataset_config, split=split)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise CalibrationDataError(
-            f"The dataset {name!r} (split {split!r}) could not be loaded: it does not exist, or the Hub cannot be "
-            "reached "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}). Offline, give a local text file or token ids "
-            "as data."
-        ) from error
-    return _column(dataset, text_column)
-
-
-def _split(loaded: datasets.DatasetDict, split: str) -> datasets.Dataset:
-    if split not in loaded:
-        raise CalibrationDataError(f"The dataset has no split {split!r}; it has {', '.join(loaded)}.")
-    return loaded[split]
-
-
-def _column(dataset: datasets.Dataset, text_column: str) -> list[str]:
-    if text_column not in dataset.column_names:
-        raise CalibrationDataError(
-            f"The dataset has no column {text_column!r}; it has {', '.join(dataset.column_names)}. Set `text_column`."
-        )
-    return [str(text) for text in dataset[text_column]]

@@ -148,7 +148,7 @@ class Malicious:
         ("bad.safetensors", b"version https://git-lfs.github.com/spec/v1", "cannot be read as token ids"),
         ("bad.jsonl", b"{not json}\n", "Line 1 of bad.jsonl is not JSON"),
         ("bad.jsonl", b'\n{"body": "x"}\n', "Line 2 of bad.jsonl has no text under 'text'"),
-        ("bad.txt", b"\xff\xfe\x00", "is not UTF-8"),
+        ("bad.txt", b"\xff\xfe\x00", "bad.txt is no text: it is not UTF-16"),
     ],
 )
 def test_damaged_and_malicious_files_are_refused(tmp_path, tokenizer, capsys, name, content, message):
