@@ -1,4 +1,4 @@
-"""From documents to samples of token ids `(num_samples, seqlen)`, seeded; only the text that is needed is tokenized."""
+"""From documents to samples of token ids `(num_samples, seqlen)`, seeded; no more text is tokenized than needed."""
 
 import random
 from collections.abc import Iterable, Iterator
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.documents import Documents, TokenSource, documents
 from optimum_otprune.errors import CalibrationDataError
+from optimum_otprune.overlap import passage_sketch
 from optimum_otprune.token_ids import given_ids
 
 DEFAULT_SEQLEN = 2048
@@ -25,7 +26,6 @@ _SPARE = 2  # pieces for each sample: some hold no whole window
 _STREAMED = 16  # pieces that are read of a data set without an end, for each sample
 _BATCH = 16  # pieces that are tokenized at once
 _MARGIN = 256  # tokens before a cut in a text that may depend on what was cut off
-_SHARED = 32  # tokens in a row that two texts do not share by chance
 _T = TypeVar("_T")
 
 
@@ -43,35 +43,9 @@ class TokenData(NamedTuple):
     def describe(self) -> dict[str, Any]:
         """Entries for a report."""
         num_samples, seqlen = self.tokens.shape
-        return {"data": self.source, "num_samples": num_samples, "seqlen": seqlen, "num_tokens": self.tokens.numel()}
-
-    def count_shared_with(self, other: "TokenData") -> int:
-        """Return how many of these samples share a passage with the other's samples, of whatever length those are.
-
-        A passage is 32 tokens in a row, or as many as the shorter samples have; one token again and again is none.
-
-        Example:
-            >>> TokenData(torch.tensor([[1, 2], [3, 4]]), "").count_shared_with(TokenData(torch.tensor([[3, 4]]), ""))
-            1
-        """
-        length = min(_SHARED, self.tokens.shape[1], other.tokens.shape[1])
-        others = np.unique(_passages(other.tokens, length)[0])
-        passages, is_text = _passages(self.tokens, length)
-        return int((np.isin(passages, others) & is_text).any(axis=1).sum())
-
-
-def _passages(tokens: Tensor, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Hashes of all runs of so many tokens `(num_samples, num_runs)`, and whether each has two different tokens."""
-    ids = tokens.cpu().numpy().astype(np.uint64)
-    runs = ids.shape[1] - length + 1
-    hashes = np.zeros((len(ids), runs), dtype=np.uint64)
-    is_text = np.zeros((len(ids), runs), dtype=bool)
-    for offset in range(length):
-        column = ids[:, offset : offset + runs]
-        hashes = (hashes ^ column) * np.uint64(0x9E3779B97F4A7C15)  # modulo 2^64
-        hashes ^= hashes >> np.uint64(29)
-        is_text |= column != ids[:, :runs]
-    return hashes, is_text
+        entries = {"data": self.source, "num_samples": num_samples, "seqlen": seqlen}
+        sketch = passage_sketch(self.tokens)
+        return {**entries, "num_tokens": self.tokens.numel(), **({"passages": sketch} if sketch else {})}
 
 
 class ExpectedSamples(NamedTuple):
@@ -149,7 +123,8 @@ def calibration_tokens(
         windows = islice(_id_windows(found.ids(), seqlen), limit)
         kept = [window for _, window in _reservoir(windows, config.num_samples, config.seed)[0]]
         return TokenData(_checked(np.stack(kept), limits), "token ids")
-    return TokenData(_checked(_text_samples(found, config, tokenizer, seqlen), limits), found.source)
+    samples = _text_samples(found, config, _needed(tokenizer), seqlen)
+    return TokenData(_checked(samples, limits), found.source)
 
 
 def expected_samples(
@@ -212,12 +187,12 @@ def evaluation_tokens(
         windows = list(islice(_id_windows(found.ids(), seqlen), max_windows))
         return TokenData(_checked(np.stack(windows), limits), "token ids")
     num_tokens = None if max_windows is None else max_windows * seqlen
-    tokens = _first_tokens(found.text(), tokenizer, num_tokens)
+    tokens = _first_tokens(found.text(), _needed(tokenizer), num_tokens)
     return TokenData(_checked(_windows(tokens, seqlen)[:max_windows], limits), found.source)
 
 
 def _text_samples(
-    found: Documents, config: OTPruningConfig, tokenizer: PreTrainedTokenizerBase | None, seqlen: int
+    found: Documents, config: OTPruningConfig, tokenizer: PreTrainedTokenizerBase, seqlen: int
 ) -> np.ndarray:
     """Windows drawn over all of a text; of a short text from all its windows.
 
@@ -241,7 +216,7 @@ def _text_samples(
 
 
 def _piece_windows(
-    pieces: list[tuple[int, str]], tokenizer: PreTrainedTokenizerBase | None, config: OTPruningConfig, seqlen: int
+    pieces: list[tuple[int, str]], tokenizer: PreTrainedTokenizerBase, config: OTPruningConfig, seqlen: int
 ) -> list[np.ndarray]:
     """At most `num_samples` windows in the order of the text: of each piece the first, of each the second, ..."""
     random.Random(config.seed).shuffle(pieces)
@@ -249,7 +224,7 @@ def _piece_windows(
     whole = 0
     for start in range(0, len(pieces), _BATCH):
         batch = pieces[start : start + _BATCH]
-        rows = _tokenized([piece for _, piece in batch], tokenizer, add_special_tokens=False)
+        rows = tokenizer([piece for _, piece in batch], add_special_tokens=False, verbose=False)["input_ids"]
         for (number, _), row in zip(batch, rows):
             windows = np.asarray(row[: len(row) // seqlen * seqlen], dtype=np.int64).reshape(-1, seqlen)
             found += [(rank, number, window) for rank, window in enumerate(windows)]
@@ -261,7 +236,7 @@ def _piece_windows(
 
 
 def _first_tokens(
-    parts: Iterator[str], tokenizer: PreTrainedTokenizerBase | None, num_tokens: int | None = None
+    parts: Iterator[str], tokenizer: PreTrainedTokenizerBase, num_tokens: int | None = None
 ) -> np.ndarray:
     """The first so many token ids of a text, and some more; all of them for None."""
     read: list[str] = []
@@ -282,7 +257,7 @@ def _first_tokens(
             raise CalibrationDataError(
                 "The data hold no text: every document is empty. Give at least one window of text."
             )
-        ids = np.asarray(_tokenized(text, tokenizer), dtype=np.int64)
+        ids = np.asarray(tokenizer(text, verbose=False)["input_ids"], dtype=np.int64)
         if is_all:
             return ids
         assert characters is not None
@@ -292,10 +267,10 @@ def _first_tokens(
         characters *= 2
 
 
-def _tokenized(text: Any, tokenizer: PreTrainedTokenizerBase | None, **options: bool) -> Any:
+def _needed(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
     if tokenizer is None:
         raise CalibrationDataError(_NO_TOKENIZER)
-    return tokenizer(text, verbose=False, **options)["input_ids"]
+    return tokenizer
 
 
 def _pieces(parts: Iterable[str], size: int) -> Iterator[str]:

@@ -85,6 +85,15 @@ def evaluated_on_calibration_data(config: OTPruningConfig, report: PruningReport
     return None if seen is None else False
 
 
+def seen_before(config: OTPruningConfig, report: PruningReport, evaluation: Mapping[str, Any]) -> str | None:
+    """Return a sentence where an evaluation of the pruned model is on text that the model was calibrated on."""
+    if not evaluated_on_calibration_data(config, report, Comparison(evaluation["data"], None, evaluation)):
+        return None
+    seen = evaluation.get("seen_windows")
+    windows = f"{seen:,} of the {evaluation['num_windows']:,} windows hold" if seen else "The windows are of"
+    return f"{windows} text that the model was calibrated on; expect a higher perplexity on other text."
+
+
 def limitations(config: OTPruningConfig, report: PruningReport) -> list[str]:
     """Return sentences in plain text on what the model should not be trusted with, the gravest first."""
     found = []

@@ -21,6 +21,7 @@ from optimum_otprune.heap import large_blocks_returned
 from optimum_otprune.loading import hub_id, load_checkpoint, note_if_pruned
 from optimum_otprune.loading_options import LOADING_DEFAULTS, as_config, check_loading_options, refuse_loading_options
 from optimum_otprune.outputs import noted_places, output_path, resolved_output
+from optimum_otprune.overlap import seen_windows
 from optimum_otprune.perplexity import evaluate_perplexity
 from optimum_otprune.pipeline import PassSettings, hidden_memory, prune_model
 from optimum_otprune.plan import PruningPlan
@@ -316,8 +317,9 @@ class OTPruner(HubMixin):
 
         Returns:
             `perplexity`, `nll` (nats per token), `num_tokens`, and the protocol: `num_windows`, `seqlen`, `stride`,
-            `dtype`, `protocol`, `data`, and `stage` (`"dense"` or `"pruned"`); after `prune`, where windows and
-            calibration samples are of one length, also `seen_windows`: how many of the windows are such samples.
+            `dtype`, `protocol`, `data`, and `stage` (`"dense"` or `"pruned"`); after `prune` also `seen_windows`: how
+            many of the windows share a passage with the calibration samples. For a folder that was loaded it is there
+            if some do, and a lower bound.
 
         Raises:
             CalibrationDataError: If the data cannot be used.
@@ -330,8 +332,8 @@ class OTPruner(HubMixin):
         measured = evaluate_perplexity(self.model, tokens.tokens, batch_size, progress)
         stage = "dense" if self.report is None and not is_pruned(self.model) else "pruned"
         metrics = {**measured, "data": tokens.source, "stage": stage}
-        if self._calibrated_on is not None and tokens.tokens.shape[1] == self._calibrated_on.tokens.shape[1]:
-            metrics["seen_windows"] = tokens.count_shared_with(self._calibrated_on)
+        calibrated_on = None if self._calibrated_on is None else self._calibrated_on.tokens
+        metrics |= seen_windows(tokens.tokens, calibrated_on, self.report and self.report.calibration.get("passages"))
         self._evaluations.append(metrics)
         if self.report is not None:
             self.report = dataclasses.replace(self.report, evaluations=tuple(self._evaluations))

@@ -6,7 +6,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from optimum_otprune.commands.terminal import speaking
 from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.errors import ConfigurationError, IntegrityError, ReportError, UsageError
 from optimum_otprune.files import recover, save_text
+from optimum_otprune.findings import seen_before
 from optimum_otprune.folder_card import folder_card, replace_card
 from optimum_otprune.hub import PushResult, verify_saved
 from optimum_otprune.hub_access import check_hub_access
@@ -57,6 +58,8 @@ def prune(args: argparse.Namespace) -> None:
     """Prune a model and save it."""
     if args.eval_data is not None and not args.eval:
         raise UsageError("`--eval-data` would be ignored without `--eval`.")
+    if args.max_windows is not None and not args.eval:
+        raise UsageError("`--max-windows` would be ignored without `--eval`.")
     if args.private and args.push_to_hub is None:
         raise UsageError("`--private` would be ignored without `--push-to-hub`.")
     hidden_memory(args.max_hidden_memory)
@@ -129,8 +132,9 @@ def _prune_and_save(args: argparse.Namespace, config: OTPruningConfig, output: P
     check_output_folder(output, args.overwrite, weight_bytes(pruner.model))
     wait_for_all()  # before the first one writes there
     passes = {"batch_size": args.batch_size, "progress": not args.quiet}
+    measured = {**passes, "max_windows": args.max_windows}
     if args.eval:
-        dense = pruner.evaluate(args.eval_data, **passes)
+        dense = pruner.evaluate(args.eval_data, **measured)
     report = pruner.prune(
         args.calibration_data,
         resume_from=state,
@@ -140,10 +144,11 @@ def _prune_and_save(args: argparse.Namespace, config: OTPruningConfig, output: P
     )
     print(report)
     if args.eval:
-        pruned = pruner.evaluate(args.eval_data, **passes)
+        pruned = pruner.evaluate(args.eval_data, **measured)
         print(
             f"Perplexity: {dense['perplexity']:.2f} dense -> {pruned['perplexity']:.2f} pruned ({_protocol(pruned)})"
         )
+        _tell_seen(config, report, pruned)
     pruner.save_pretrained(output, overwrite=args.overwrite)
     trust = ", trust_remote_code=True" if needs_remote_code(config, report) else ""
     print(f"Saved to {output}. Load it with AutoModelForCausalLM.from_pretrained({str(output)!r}{trust}).")
@@ -199,6 +204,13 @@ def evaluate(args: argparse.Namespace) -> None:
         args.data, batch_size=args.batch_size, max_windows=args.max_windows, progress=not args.quiet
     )
     print(f"Perplexity: {metrics['perplexity']:.2f} ({_protocol(metrics)})")
+    _tell_seen(pruner.config, pruner.report, metrics)
+
+
+def _tell_seen(config: OTPruningConfig, report: PruningReport | None, metrics: Mapping[str, Any]) -> None:
+    """Whether a pruned model was measured on text that it was calibrated on."""
+    if report is not None and metrics["stage"] == "pruned" and (sentence := seen_before(config, report, metrics)):
+        print(sentence)
 
 
 @_main_process_speaks
@@ -222,6 +234,7 @@ def report(args: argparse.Namespace) -> None:
     print(saved)
     for metrics in saved.evaluations:
         print(f"Perplexity of the {metrics['stage']} model: {metrics['perplexity']:.2f} ({_protocol(metrics)})")
+        _tell_seen(OTPruningConfig.from_dict(saved.config), saved, metrics)
 
 
 def card(args: argparse.Namespace) -> None:

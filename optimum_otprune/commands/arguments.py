@@ -10,7 +10,7 @@ from optimum_otprune.options import OPTIONS, OPTIONS_BY_NAME, Option
 from optimum_otprune.state import default_state_folder
 
 DATA_HELP = (
-    "Hub dataset name, file (text, JSON lines, or token ids as .npy, .safetensors or .pt) or folder; "
+    "Hub dataset name, file (text, JSON, CSV or Parquet, or token ids as .npy, .safetensors or .pt) or folder; "
     "default: the configuration's dataset"
 )
 
@@ -157,6 +157,13 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--batch-size", type=int, default=8, metavar="N", help="samples per forward pass (default: 8)")
     group.add_argument("--quiet", action="store_true", help="no progress bars and no line per layer")
     add_debug_option(group)
+
+
+def add_windows_option(parser: argparse.ArgumentParser) -> None:
+    """`--max-windows`."""
+    parser.add_argument(
+        "--max-windows", type=int, metavar="N", help="measure perplexity on the first so many windows only"
+    )
 
 
 def add_memory_options(parser: argparse.ArgumentParser) -> None:

@@ -16,6 +16,7 @@ from optimum_otprune.commands.arguments import (
     add_model_options,
     add_resume_option,
     add_run_options,
+    add_windows_option,
     state_folder,
 )
 from optimum_otprune.commands.interruption import Terminated, sigterm_interrupts
@@ -97,6 +98,7 @@ class PruneCommand(_Command):
         )
         parser.add_argument("--eval", action="store_true", help="measure perplexity before and after")
         parser.add_argument("--eval-data", metavar="DATA", help=f"what to measure it on: {DATA_HELP}")
+        add_windows_option(parser)
         add_resume_option(parser)
         add_config_options(parser)
         add_memory_options(parser)
@@ -149,7 +151,7 @@ class EvaluateCommand(_Command):
         add_model_options(parser)
         parser.add_argument("--data", metavar="DATA", help=DATA_HELP)
         parser.add_argument("--seqlen", type=int, metavar="N", help="tokens per window")
-        parser.add_argument("--max-windows", type=int, metavar="N", help="only the first so many windows")
+        add_windows_option(parser)
         add_run_options(parser)
 
 
