@@ -278,15 +278,21 @@ def _pieces(parts: Iterable[str], size: int) -> Iterator[str]:
 
     Else at the end of a line, else of a word; never before the middle of a piece.
     """
-    text, start = "", 0
+    waiting: list[str] = []
+    length = 0
     for part in parts:
-        text, start = text[start:] + part, 0
+        waiting.append(part)
+        length += len(part)
+        if length <= size:
+            continue
+        text, start = "".join(waiting), 0
         while len(text) - start > size:
             end = _end(text, start, size)
             yield text[start:end]
             start = end
-    if len(text) > start:
-        yield text[start:]
+        waiting, length = [text[start:]], len(text) - start
+    if length:
+        yield "".join(waiting)
 
 
 def _end(text: str, start: int, size: int) -> int:

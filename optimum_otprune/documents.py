@@ -4,7 +4,8 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -168,9 +169,9 @@ def documents(
         is_streamed = isinstance(table, datasets.IterableDataset)
         if is_streamed and shuffle:
             table = table.shuffle(seed=config.seed, buffer_size=_SHUFFLED)
-        _check_column(table, column)
-        rows = partial(_table_rows, table, column)
-        return Documents("a datasets.Dataset", rows, column, tokenizer, is_streamed=is_streamed)
+        return Documents(
+            "a datasets.Dataset", partial(_table_rows, table, column), column, tokenizer, is_streamed=is_streamed
+        )
     return Documents("texts", partial(_list_rows, _values(data), column), column, tokenizer)
 
 
@@ -214,7 +215,7 @@ def _named(
     path = local_path(name)
     if data is not None:
         if path.is_dir():
-            return Documents("local folder", partial(_folder_rows, path, column, split), column, tokenizer)
+            return Documents("local folder", _folder(path, column, split), column, tokenizer)
         if path.is_file():
             return Documents("local file", partial(file_rows, path, column), column, tokenizer)
         looks_local = path.is_absolute() or str(name).startswith((".", "~")) or data_suffix(path) in DATA_SUFFIXES[1:]
@@ -228,11 +229,12 @@ def _named(
             "is text, a list of texts: [text]."
         ) from error
     dataset_config = config.dataset_config if name == config.dataset else None
-    rows = partial(_hub_rows, str(name), dataset_config, split, column)
-    return Documents(str(name), rows, column, tokenizer, is_local=False)
+    table = cache(partial(_hub_table, str(name), dataset_config, split))
+    return Documents(str(name), lambda: _table_rows(table(), column), column, tokenizer, is_local=False)
 
 
-def _folder_rows(path: Path, column: str, split: str) -> Iterator[Row]:
+def _folder(path: Path, column: str, split: str) -> Callable[[], Iterator[Row]]:
+    """What reads a folder: a dataset that was saved there, or its files one after another."""
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
         try:
             loaded = datasets.load_from_disk(str(path))
@@ -240,19 +242,16 @@ def _folder_rows(path: Path, column: str, split: str) -> Iterator[Row]:
             raise CalibrationDataError(
                 f"The dataset in the folder {path.name!r} cannot be read ({type(error).__name__}). Save it again."
             ) from error
-        table = _split(loaded, split)
-        _check_column(table, column)
-        yield from _table_rows(table, column)
-        return
+        return partial(_table_rows, _split(loaded, split), column)
+    name = path.absolute().name
     files, others = _folder_files(path)
     if not files:
         raise CalibrationDataError(
-            f"The folder {path.name!r} holds no text files ({listed(DATA_SUFFIXES[1:])}) and no saved dataset."
+            f"The folder {name!r} holds no text files ({', '.join(DATA_SUFFIXES[1:])}) and no saved dataset."
         )
     if others:
-        logger.warning("Left out of %r, since their names are not those of text: %s.", path.name, listed(others))
-    for file in files:
-        yield from file_rows(file, column)
+        logger.warning("Left out of %r, since their names are not those of text: %s.", name, listed(others))
+    return lambda: chain.from_iterable(file_rows(file, column) for file in files)
 
 
 def _folder_files(path: Path) -> tuple[list[Path], list[str]]:
@@ -271,17 +270,15 @@ def _folder_files(path: Path) -> tuple[list[Path], list[str]]:
     return sorted(found), sorted(others)
 
 
-def _hub_rows(name: str, dataset_config: str | None, split: str, column: str) -> Iterator[Row]:
+def _hub_table(name: str, dataset_config: str | None, split: str) -> datasets.Dataset:
     try:
-        table = datasets.load_dataset(name, dataset_config, split=split)
+        return datasets.load_dataset(name, dataset_config, split=split)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = next(iter(str(error).splitlines()), "")
         raise CalibrationDataError(
             f"The dataset {name!r} (split {split!r}) could not be loaded: it does not exist, or the Hub cannot be "
             f"reached ({type(error).__name__}: {reason}). Offline, give a local text file or token ids as data."
         ) from error
-    _check_column(table, column)
-    yield from _table_rows(table, column)
 
 
 def _split(loaded: Any, split: str) -> Any:
@@ -292,22 +289,21 @@ def _split(loaded: Any, split: str) -> Any:
     return loaded[split]
 
 
-def _check_column(table: Any, column: str) -> None:
-    names = table.column_names  # None for a stream that does not say
-    if names is not None and column not in names:
-        raise CalibrationDataError(f"The dataset has no column {column!r}; it has {listed(names)}. Set `text_column`.")
-
-
 def _table_rows(table: Any, column: str) -> Iterator[Row]:
     """As plain Python values, whatever format the user set."""
-    number = 0
+    names = table.column_names
+    if names is not None and column not in names:  # a stream may know its columns by its rows only
+        raise _no_column(column, names)
     if isinstance(table, datasets.Dataset):
         table = table.with_format(None).select_columns([column])
+    number = 0
     for batch in table.iter(_ROWS):
         if column not in batch:
-            raise CalibrationDataError(
-                f"The dataset has no column {column!r}; it has {listed(batch)}. Set `text_column`."
-            )
+            raise _no_column(column, batch)
         for value in batch[column]:
             number += 1
             yield Row(value, f"Row {number} of the dataset")
+
+
+def _no_column(column: str, names: Iterable[str]) -> CalibrationDataError:
+    return CalibrationDataError(f"The dataset has no column {column!r}; it has {listed(names)}. Set `text_column`.")

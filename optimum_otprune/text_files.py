@@ -129,7 +129,7 @@ def _opened_text(path: Path, encoding: str, newline: str | None) -> Iterator[IO[
 
 def _no_text(path: Path, why: str) -> CalibrationDataError:
     return CalibrationDataError(
-        f"{path.name} is no text: {why}. Give UTF-8 text, JSON lines, JSON, CSV, Parquet, or token ids."
+        f"{path.name} is no text: {why}. Give UTF-8 text, JSON, CSV, Parquet, or token ids as `np.save` writes them."
     )
 
 

@@ -2,12 +2,15 @@
 
 import json
 import pickle
+import random
+from importlib.resources import as_file, files
 
 import datasets
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoTokenizer
 
 from optimum_otprune import documentation
 from optimum_otprune.calibration import ModelLimits, calibration_tokens, evaluation_tokens
@@ -83,6 +86,92 @@ def test_samples_of_a_stream_are_seeded_and_drawn_without_replacement():
         calibrate(stream, config=OTPruningConfig(seqlen=10, num_samples=4, seed=seed)).tokens for seed in range(9)
     ]
     assert any(not torch.equal(found.tokens, other) for other in others)
+
+
+class Counting:
+    """A tokenizer that counts the characters it was given."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.characters = 0
+
+    def __call__(self, text, **options):
+        self.characters += len(text) if isinstance(text, str) else sum(map(len, text))
+        return self.tokenizer(text, **options)
+
+
+@pytest.fixture(scope="module")
+def demo_tokenizer():
+    """A byte-level BPE."""
+    with as_file(files("optimum_otprune") / "demo_model") as folder:
+        return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def long_text() -> str:
+    """200,000 characters of numbered sentences in paragraphs of all lengths."""
+    generator = random.Random(0)
+    words = ["transport", "plans", "move", "mass", "from", "one", "measure", "to", "another", "at", "a", "cost"]
+    sentences = (f"{' '.join(generator.choices(words, k=9))} {number}." for number in range(4000))
+    return "".join(sentence + generator.choice([" ", " ", "\n", "\n\n"]) for sentence in sentences)[:200_000]
+
+
+WIDE = ModelLimits(vocab_size=100_000, max_positions=None)
+
+
+def test_samples_are_drawn_all_over_a_long_text_and_only_they_are_tokenized(demo_tokenizer, long_text):
+    config = OTPruningConfig(seqlen=32, num_samples=40)
+    counting = Counting(demo_tokenizer)
+    found = calibrate([long_text], counting, config, WIDE)
+    assert found.tokens.shape == (40, 32)
+    assert counting.characters < len(long_text) / 10
+    places = [long_text.index(demo_tokenizer.decode(row[2:-2])) for row in found.tokens]  # in order, each once
+    assert places == sorted(set(places))
+    assert all(
+        sum(quarter <= place * 4 / len(long_text) < quarter + 1 for place in places) > 3 for quarter in range(4)
+    )
+    assert len(set(places)) == 40
+    assert torch.equal(calibrate([long_text], demo_tokenizer, config, WIDE).tokens, found.tokens)
+    assert not torch.equal(calibrate([long_text], demo_tokenizer, config.replace(seed=1), WIDE).tokens, found.tokens)
+
+
+def test_a_long_text_gives_the_same_samples_however_it_is_split(demo_tokenizer, long_text, tmp_path):
+    config = OTPruningConfig(seqlen=32, num_samples=10)
+    paragraphs = long_text.split("\n\n")
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(text) for text in paragraphs))
+    (tmp_path / "a.txt").write_text(long_text)
+    expected = calibrate([long_text], demo_tokenizer, config, WIDE).tokens
+    for data in (paragraphs, tmp_path / "a.jsonl", tmp_path / "a.txt", [long_text]):
+        assert torch.equal(calibrate(data, demo_tokenizer, config, WIDE).tokens, expected)
+
+
+@pytest.mark.parametrize(
+    "text", [" ".join("x" * 50 for _ in range(3000)), "w1 " * 3000, "w1" + " " * 9000 + "w2 " * 99]
+)
+@pytest.mark.parametrize("num_samples", [1, 9, 290, 10_000])
+def test_as_many_samples_as_the_text_has_windows_for(tokenizer, text, num_samples):
+    found = calibrate([text], tokenizer, OTPruningConfig(seqlen=10, num_samples=num_samples))
+    assert len(found.tokens) == min(num_samples, len(tokenizer(text)["input_ids"]) // 10)
+
+
+@pytest.mark.parametrize("max_windows", [1, 7, 100, 10**6])
+def test_the_first_windows_are_those_of_the_whole_text_and_little_more_is_tokenized(
+    demo_tokenizer, long_text, max_windows
+):
+    config = OTPruningConfig(seqlen=64)
+    expected = evaluation_tokens([long_text], config, demo_tokenizer, WIDE).tokens[:max_windows]
+    for data in ([long_text], long_text.split("\n\n")):
+        counting = Counting(demo_tokenizer)
+        found = evaluation_tokens(data, config, counting, WIDE, max_windows)
+        assert torch.equal(found.tokens, expected)
+        assert counting.characters <= min(len(long_text), 8 * (64 * max_windows + 256) + 2**14)
+
+
+def test_all_of_a_text_is_one_stream_with_the_special_tokens_at_its_beginning(demo_tokenizer, long_text):
+    stream = torch.tensor(demo_tokenizer(long_text, verbose=False)["input_ids"])
+    found = evaluation_tokens(long_text.split("\n\n"), OTPruningConfig(seqlen=64), demo_tokenizer, WIDE).tokens
+    assert torch.equal(found.flatten(), stream[: found.numel()])
+    assert len(stream) - found.numel() < 64
 
 
 def test_evaluation_windows_are_consecutive_and_the_tail_is_dropped():

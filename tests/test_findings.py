@@ -16,6 +16,7 @@ from optimum_otprune.findings import (
     evaluated_on_calibration_data,
     hub_name,
     limitations,
+    seen_before,
 )
 from optimum_otprune.functional.rescue import RescueEnergies
 from tests.hostile import HOSTILE
@@ -98,6 +99,25 @@ def test_for_unnamed_data_only_the_recorded_windows_tell(seen, answer):
         evaluations=(evaluation("pruned", 12.0, data="texts", **seen),),
     )
     assert evaluated_on_calibration_data(CONFIG, report, comparisons(report)[0]) is answer
+
+
+@pytest.mark.parametrize(
+    ("seen", "config", "sentence"),
+    [
+        ({"seen_windows": 3}, {}, "3 of the "),
+        (
+            {},
+            {"evaluation_split": "train"},
+            "The windows are of text that the model was calibrated on; expect a higher",
+        ),
+        ({}, {}, None),
+        ({"seen_windows": 0}, {}, None),
+    ],
+)
+def test_an_evaluation_on_calibration_text_is_a_sentence(seen, config, sentence):
+    report = make_report(evaluations=())
+    found = seen_before(OTPruningConfig(**config), report, evaluation("pruned", 12.0, **seen))
+    assert found is None if sentence is None else found.startswith(sentence)
 
 
 def test_a_good_report_has_only_the_limitations_of_all():

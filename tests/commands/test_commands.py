@@ -45,6 +45,26 @@ def test_prune_evaluates_saves_and_reports(llama_folder, token_file, tmp_path, c
     assert capsys.readouterr().out.startswith("Perplexity: ")
 
 
+def test_evaluation_on_calibration_text_is_told_and_limited(llama_folder, tmp_path, capsys):
+    numbers = torch.randint(60, (4000,), generator=torch.Generator().manual_seed(0)).tolist()
+    text, other = tmp_path / "text.txt", tmp_path / "other.txt"
+    text.write_text(" ".join(f"w{number}" for number in numbers[:2000]))
+    other.write_text(" ".join(f"w{number}" for number in numbers[2000:]))
+    out, told = tmp_path / "out", "windows hold text that the model was calibrated on"
+    data = ["--calibration-data", text, "--eval", "--eval-data", text, "--max-windows", "7"]
+    assert run("prune", llama_folder, "-o", out, *HALF, *data) == 0
+    assert f"7 of the 7 {told}" in capsys.readouterr().out
+    assert run("report", out) == 0
+    assert capsys.readouterr().out.count(told) == 1
+    for seqlen in ("40", "36"):  # in another process, and of another length
+        assert run("evaluate", out, "--data", text, "--seqlen", seqlen, "--quiet") == 0
+        assert told in capsys.readouterr().out
+    assert run("evaluate", out, "--data", other, "--max-windows", "7", "--quiet") == 0
+    printed = capsys.readouterr().out
+    assert told not in printed
+    assert f"({7 * 39} tokens" in printed
+
+
 @pytest.mark.parametrize("suffix", ["npy", "pt", "jsonl", "txt"])
 def test_calibration_files_of_every_kind_are_read(llama_folder, tokens, tmp_path, suffix):
     path = tmp_path / f"data.{suffix}"
@@ -80,6 +100,7 @@ def test_a_saved_configuration_is_the_start_and_options_override_it(llama_folder
         (["--solver", "sinkhon"], "Did you mean 'sinkhorn'"),
         (["--method", "flap", "--solver", "emd"], "would be ignored"),
         (["--eval-data", "x.txt"], "without `--eval`"),
+        (["--max-windows", "3"], "`--max-windows` would be ignored without `--eval`"),
         (["--private"], "ignored without `--push-to-hub`"),
         (["--no-such-option"], "unrecognized arguments"),
     ],
