@@ -14,7 +14,7 @@ from pathlib import Path
 
 from optimum_otprune.errors import IntegrityError, OutputError
 from optimum_otprune.manifest import MANIFEST_FILE, verify_folder
-from optimum_otprune.outputs import check_output_file, check_output_folder, own_files, resolved_output
+from optimum_otprune.outputs import check_output_file, check_output_folder, check_place, own_files, resolved_output
 
 if sys.platform != "win32":
     import fcntl
@@ -100,6 +100,7 @@ def writing_folder(
         OutputError: See `check_output_folder`; if another process has written the output meanwhile; or if writing
             fails. Nothing new stays then.
     """
+    check_place(output, places or {})
     recover(output)
     check_output_folder(output, overwrite, needed_bytes, places)
     target = resolved_output(output)

@@ -96,6 +96,8 @@ class StateFolder:
             raise StateError(
                 f"The state {folder.name!r} is a file. Give the name of a folder, new or of an earlier run."
             )
+        if folder.is_symlink():
+            raise StateError(f"The state {folder.name!r} is a link. Give the name of the folder that it leads to.")
         state = cls(folder)
         with _writing(folder):
             folder.mkdir(parents=True, exist_ok=True)

@@ -78,6 +78,12 @@ def test_nothing_is_written_through_a_link_that_somebody_planted(folder, name, t
     record_figure("R13", tried=1, ok=1)
 
 
+def test_a_folder_that_is_a_link_is_refused(folder):
+    (folder.parent / "link").symlink_to(folder)
+    with pytest.raises(StateError, match="The state 'link' is a link"), StateFolder.opened(folder.parent / "link"):
+        pass
+
+
 def test_a_folder_with_other_things_in_it_is_refused_and_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("dear")
     with pytest.raises(StateError, match="holds 'thesis.txt' but no state.json"), StateFolder.opened(tmp_path):
