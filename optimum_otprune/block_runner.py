@@ -1,8 +1,8 @@
 """Run a model piece by piece: what comes before its blocks, one block, and what comes after them."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,55 +11,87 @@ from transformers import PreTrainedModel
 
 from optimum_otprune.architectures.block import FFNBlock
 from optimum_otprune.devices import execution_device
+from optimum_otprune.spill import StoredTensor, TensorSpill
+
+_Call = tuple[tuple, dict[str, Any]]  # what a block is given beside the hidden states
 
 
-class _FirstBlockReached(Exception):
-    """Ends a forward pass once the inputs of the first block are known."""
+class _OwnTensor(NamedTuple):
+    """A tensor that one batch alone is given, where it waits.
+
+    Attributes:
+        stored: On the CPU or in a file.
+        device: Where the block is given it.
+    """
+
+    stored: StoredTensor
+    device: torch.device
 
 
 class BlockRunner:
     """Calls of a model's blocks, one at a time.
 
-    What a block is given beside the hidden states is noted once for each size of batch: without padding it depends on
-    nothing else.
+    What a block is given beside the hidden states is noted for each batch, for it may depend on the token ids, as the
+    embeddings that some models have for each layer do. What is the same for all batches of a size, as masks and
+    positions are, is kept once.
 
     Args:
         model: The model.
         blocks: All its blocks, in order.
         batches: Token ids `(batch, seqlen)` each.
+        spill: Where hidden states before the first block, and what batches do not share, wait.
     """
 
-    def __init__(self, model: PreTrainedModel, blocks: list[FFNBlock], batches: Sequence[Tensor]):
-        self._model, self._blocks = model, blocks
+    def __init__(self, model: PreTrainedModel, blocks: list[FFNBlock], batches: Sequence[Tensor], spill: TensorSpill):
+        self._model, self._blocks, self._spill = model, blocks, spill
         self._form: tuple | None = None  # what a block returns beside the hidden states, in a tuple; None: not known
         self._is_tuple = False
-        self._calls: dict[int, list[tuple[tuple, dict[str, Any]]]] = {}
-        for size, batch in sorted({len(batch): batch for batch in batches}.items()):
-            self._calls[size] = self._noted_calls(batch)
+        self._calls: list[list[_Call]] = []
+        self._first_hidden: list[StoredTensor] = []
+        first_of_size: dict[torch.Size, list[_Call]] = {}
+        for batch in batches:
+            hidden, calls = self._noted_calls(batch)
+            self._first_hidden.append(spill.put(hidden))
+            like = first_of_size.setdefault(batch.shape, calls)
+            self._calls.append(calls if like is calls else self._sharing(calls, like))
 
-    @torch.no_grad()
-    def first_hidden(self, batch: Tensor) -> Tensor:
-        """Hidden states `(batch, seqlen, hidden_size)` before the first block."""
-        found: list[Tensor] = []
+    def take_first_hidden(self) -> list[StoredTensor]:
+        """Hand over the hidden states `(batch, seqlen, hidden_size)` before the first block, by batch; once."""
+        taken, self._first_hidden = self._first_hidden, []
+        return taken
 
-        def note(block: FFNBlock, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
-            found.append(hidden)
-            raise _FirstBlockReached
-
-        with self._replaced_blocks(note), suppress(_FirstBlockReached):
-            self._forward(batch)
-        return found[0]
-
-    def run(self, block: FFNBlock, hidden: Tensor) -> Tensor:
+    def run(self, block: FFNBlock, hidden: Tensor, index: int) -> Tensor:
         """Hidden states behind a block; differentiable where gradients are enabled.
 
         Args:
             block: As it is now.
-            hidden: `(batch, seqlen, hidden_size)` on any device, of one of the sizes of batch.
+            hidden: `(batch, seqlen, hidden_size)` on any device; stays as it is.
+            index: Of the batch that they are of.
         """
-        args, kwargs = self._calls[len(hidden)][block.layer]
-        output = block.module(hidden.to(block.device), *args, **kwargs)
+        args, kwargs = _mapped(self._calls[index][block.layer], _loaded)
+        device = block.device
+        # A block may add to its input in place.
+        hidden = hidden.clone() if hidden.device == device else hidden.to(device)
+        output = block.module(hidden, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
+
+    def given(self, block: FFNBlock, index: int) -> list[Tensor]:
+        """All tensors that a block is given beside the hidden states of a batch."""
+        return [_loaded(leaf) for leaf in _leaves(self._calls[index][block.layer])]
+
+    def _sharing(self, calls: list[_Call], like: list[_Call]) -> list[_Call]:
+        """Calls in which every tensor is the one of `like` if it equals that, and waits in the spill else."""
+        known: dict[int, Any] = {}  # blocks are often given the same tensor: it is compared, and kept, once
+        for own, other in zip(_leaves(calls), _leaves(like)):
+            if id(own) not in known and _is_equal(own, other):
+                known[id(own)] = other
+
+        def kept(tensor: Tensor) -> Any:
+            if id(tensor) not in known:
+                known[id(tensor)] = _OwnTensor(self._spill.put(tensor), tensor.device)
+            return known[id(tensor)]
+
+        return _mapped(calls, kept)
 
     def finish(self, batch: Tensor, hidden: Tensor, **kwargs: Any) -> Any:
         """The model's output for the hidden states behind its last block, differentiable by them.
@@ -80,23 +112,24 @@ class BlockRunner:
         return (hidden, *(self._form or ())) if self._is_tuple else hidden
 
     @torch.no_grad()
-    def _noted_calls(self, batch: Tensor) -> list[tuple[tuple, dict[str, Any]]]:
-        calls: list[tuple[tuple, dict[str, Any]]] = []
+    def _noted_calls(self, batch: Tensor) -> tuple[Tensor, list[_Call]]:
+        """Hidden states before the first block, and what each block is given beside them."""
+        first: list[Tensor] = []
+        calls: list[_Call] = []
 
         def note(block: FFNBlock, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
+            if not calls:
+                first.append(hidden.clone())
             calls.append((args, kwargs))
-            if self._form is None:  # of the first block and the smallest batch: it is that of all
+            if self._form is None:  # of the first block and the first batch: it is that of all
                 output = block.module(hidden, *args, **kwargs)
                 self._is_tuple = isinstance(output, tuple)
                 self._form = output[1:] if self._is_tuple else ()
             return self._as_output(hidden)
 
         with self._replaced_blocks(note):
-            self._forward(batch)
-        return calls
-
-    def _forward(self, batch: Tensor) -> None:
-        self._model.base_model(input_ids=batch.to(input_device(self._model)), use_cache=False)
+            self._model.base_model(input_ids=batch.to(input_device(self._model)), use_cache=False)
+        return first[0], calls
 
     @contextmanager
     def _replaced_blocks(self, function: Callable[[FFNBlock, Tensor, tuple, dict[str, Any]], Any]) -> Iterator[None]:
@@ -133,6 +166,56 @@ def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def unchunked(model: PreTrainedModel) -> Iterator[None]:
+    """A block of code during which FFNs see a whole sequence at once, which takes more memory and changes nothing.
+
+    BERT and its relatives run them piece by piece where `chunk_size_feed_forward` is set: hooks would see each piece.
+    """
+    name = "chunk_size_feed_forward"
+    chunked = [(module, size) for module in model.modules() if (size := module.__dict__.get(name))]
+    for module, _ in chunked:
+        setattr(module, name, 0)
+    try:
+        yield
+    finally:
+        for module, size in chunked:
+            setattr(module, name, size)
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """The tensors in nested containers, in order."""
+    if isinstance(value, (Tensor, _OwnTensor)):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _leaves(part)
+    elif isinstance(value, Mapping):
+        yield from _leaves(list(value.values()))
+
+
+def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:
+    """Plain nested containers with a function applied to the tensors in them; other objects stay the same."""
+    if isinstance(value, (Tensor, _OwnTensor)):
+        return function(value)
+    if type(value) in (tuple, list):
+        return type(value)(_mapped(part, function) for part in value)
+    if type(value) is dict:
+        return {name: _mapped(part, function) for name, part in value.items()}
+    return value
+
+
+def _loaded(leaf: Any) -> Tensor:
+    return leaf.stored.load().to(leaf.device) if isinstance(leaf, _OwnTensor) else leaf
+
+
+def _is_equal(one: Tensor, other: Tensor) -> bool:
+    if one is other:
+        return True
+    form = [(tensor.shape, tensor.dtype, tensor.device) for tensor in (one, other)]
+    return form[0] == form[1] and torch.equal(one, other)
 
 
 def _set_forward(module: nn.Module, forward: Callable | None) -> None:

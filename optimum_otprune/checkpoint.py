@@ -14,6 +14,7 @@ from optimum_otprune.architectures.spec import find_spec
 from optimum_otprune.card import model_card
 from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.devices import is_offloaded, known_as_offloaded, restore_ties
+from optimum_otprune.faithfulness import check_parameters
 from optimum_otprune.files import writing_folder
 from optimum_otprune.manifest import CARD_FILE, write_manifest
 from optimum_otprune.outputs import resolved_output
@@ -49,9 +50,11 @@ def save_checkpoint(
 
     Raises:
         OutputError: See `optimum_otprune.files.writing_folder`.
+        NumericalError: If a parameter is NaN or infinite; names it.
     """
     restore_ties(model)
     with writing_folder(folder, overwrite, weight_bytes(model), places) as partial, _known_failures():
+        check_parameters(model)
         _make_generation_config_valid(model)
         with known_as_offloaded(model):
             _save_model(model, partial, shard_size(model, max_shard_size))

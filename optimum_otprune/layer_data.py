@@ -156,7 +156,8 @@ class LayerData(NamedTuple):
             stream: Before the block.
             is_heldout: BoolTensor over all tokens.
             config: What is done; says what tokens count and whether targets are read again.
-            correction: Share c of the earlier layers' error that the targets `W_d h + c · (dense − pruned)` contain.
+            correction: Share c of the earlier layers' error that the targets `W_d h + c · (dense − pruned)` contain,
+                divided by what the block adds of its FFN's output.
             advance: See `CalibrationStream.taps`.
 
         Raises:
@@ -166,7 +167,7 @@ class LayerData(NamedTuple):
         token_weights = torch.ones(len(is_heldout))
         if config.token_weighting == "residual":
             token_weights = _weights_among_all(stream.energies(block), is_heldout)
-        elif correction:
+        else:
             stream.follow_dense(block)
         sums, device = _accumulators(exact), dense.up.device
         keeps_corrections = bool(correction) and _reads_targets_again(config)

@@ -3,8 +3,7 @@
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -15,12 +14,14 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PreTrainedModel
 
-from optimum_otprune.architectures.block import FFNBlock
+from optimum_otprune.architectures.block import FFNBlock, named
 from optimum_otprune.architectures.changes import mark_half_pruned
 from optimum_otprune.architectures.resize import finish_resize
+from optimum_otprune.block_runner import unchunked
 from optimum_otprune.compression import Compression, LayerInputs, Recipe, compress
 from optimum_otprune.configuration import OTPruningConfig
-from optimum_otprune.errors import ConfigurationError, OTPruneError
+from optimum_otprune.errors import ConfigurationError
+from optimum_otprune.faithfulness import check_logits, check_parameters, measured_factors
 from optimum_otprune.feasibility import check_feasible, warn_of_empty
 from optimum_otprune.functional.compensation import refit_down
 from optimum_otprune.functional.ffn import FFNWeights, check_weights, empty_channels
@@ -119,6 +120,7 @@ def prune_model(
     tokens: Tensor,
     settings: PassSettings,
     store: LayerStore,
+    factors: Sequence[float | None] | None = None,
 ) -> PrunedLayers:
     """Prune the FFN of every block in place and write the new widths into the model's configuration.
 
@@ -129,30 +131,32 @@ def prune_model(
         tokens: Calibration samples, LongTensor `(num_samples, seqlen)`.
         settings: Of the passes.
         store: Where finished layers are found and kept.
+        factors: From `measured_factors`, if the model was checked already.
 
     Raises:
         OTPruneError: Of the kind that fits; the message names the layer.
     """
     config = recipe.config
     widths = plan_widths(blocks, config)
-    empty = 0
-    for block in blocks:
-        with _named(block):
-            dense = block.read()
-            check_weights(dense, "the FFN")
-            empty += empty_channels(dense)
+    check_parameters(model, blocks)
+    empty = sum(empty_channels(block.read()) for block in blocks)
     if all(width == block.intermediate_size for width, block in zip(widths, blocks)):
         return PrunedLayers([_untouched(block) for block in blocks], 0)
     warn_of_empty(empty, sum(block.intermediate_size for block in blocks))
     can_hold_intercept = check_feasible(model, blocks, config, widths)
     model.eval()
+    factors = measured_factors(model, blocks, tokens) if factors is None else factors
     spill = settings.spill()
-    prepared = store.prepared(
-        lambda: _prepare(model, blocks, widths, recipe, tokens, settings, spill),
-        lambda: Expected.of((block.read() for block in blocks), tokens, recipe.needs_gradients, recipe.weighs_errors),
-    )
-    reports = _prune_layers(model, blocks, recipe, prepared, settings, store, can_hold_intercept, spill)
+    with unchunked(model):
+        prepared = store.prepared(
+            lambda: _prepare(model, blocks, widths, recipe, tokens, settings, spill),
+            lambda: Expected.of(
+                (block.read() for block in blocks), tokens, recipe.needs_gradients, recipe.weighs_errors
+            ),
+        )
+        reports = _prune_layers(model, blocks, recipe, prepared, settings, store, can_hold_intercept, spill, factors)
     padding = finish_resize(model, blocks, config.non_uniform_format)
+    check_logits(model, tokens)
     _warn_of_padding(reports, padding)
     return PrunedLayers(reports, padding)
 
@@ -166,19 +170,19 @@ def _prune_layers(
     store: LayerStore,
     can_hold_intercept: bool,
     spill: TensorSpill,
+    factors: Sequence[float | None],
 ) -> list[LayerReport]:
     """All layers in order, each on what those below it, pruned now or before, produce."""
-    correction = (recipe.config.target_correction or 0.0) if blocks[0].spec.residual else 0.0
-    tracks = correction > 0
+    share = recipe.config.target_correction or 0.0
+    corrections = [share / factor if block.spec.residual and factor else 0.0 for block, factor in zip(blocks, factors)]
     tokens, is_heldout = _own_part(prepared.tokens, prepared.is_heldout, 1)
-    stream = CalibrationStream(model, blocks, tokens, settings.batch_size, tracks, spill)
+    stream = CalibrationStream(model, blocks, tokens, settings.batch_size, any(corrections), spill, factors)
     prune_layer = partial(
         _prune_layer,
         stream=stream,
         prepared=prepared,
         is_heldout=is_heldout,
         recipe=recipe,
-        correction=correction,
         can_hold_intercept=can_hold_intercept,
     )
     reports = []
@@ -190,11 +194,12 @@ def _prune_layers(
                 reports.append(_untouched(block))
                 stream.skip(block)
                 continue
-            with _named(block):
+            with named(block):
                 dense = block.read()
                 finished = store.finished(block.layer, dense, width)
                 if finished is None:
-                    finished = from_main(prune_layer(block, dense, width))
+                    finished = from_main(prune_layer(block, dense, width, correction=corrections[block.layer]))
+                    check_weights(finished.weights, "the pruned FFN")
                     store.save(finished)
                 else:
                     stream.replay(block)
@@ -281,15 +286,6 @@ def _prepare(
 def layer_seed(config: OTPruningConfig, layer: int) -> int:
     """One seed a layer, so that no layer depends on what another drew."""
     return config.seed + 100_003 * layer
-
-
-@contextmanager
-def _named(block: FFNBlock) -> Iterator[None]:
-    """Errors say in which layer they happened."""
-    try:
-        yield
-    except OTPruneError as error:
-        raise type(error)(f"Layer {block.layer}: {error}") from error.__cause__ or error
 
 
 def _layer_inputs(

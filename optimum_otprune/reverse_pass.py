@@ -66,7 +66,7 @@ class ReversePass:
         self._names = {module: name for name, module in model.named_modules()}
         inside = {module for block in blocks for module in block.module.modules()}
         self._around = [module for module in model.modules() if module is not model and module not in inside]
-        self._runner = BlockRunner(model, blocks, self.batches)
+        self._runner = BlockRunner(model, blocks, self.batches, spill)
 
     def blocks(self) -> Iterator[tuple[FFNBlock, Iterator[FFNGradients]]]:
         """Every block, the last one first, with the gradients of each batch; they are to be read in this order.
@@ -91,21 +91,21 @@ class ReversePass:
     @torch.no_grad()
     def _forward(self) -> list[list[StoredTensor]]:
         """Hidden states before every block and behind the last one, by block and batch."""
-        hidden = [[self._spill.put(self._runner.first_hidden(batch)) for batch in self.batches]]
+        hidden = [self._runner.take_first_hidden()]
         for block in tqdm(self._blocks, desc="Forward", unit="layer", disable=not self._progress):
             outputs = []
             with onloaded(block.module):
-                for states in hidden[-1]:
-                    output = self._runner.run(block, states.load())
+                for index, states in enumerate(hidden[-1]):
+                    output = self._runner.run(block, states.load(), index)
                     if not torch.isfinite(output).all():
-                        self._raise_at_module(block, states.load())
+                        self._raise_at_module(block, states.load(), index)
                     outputs.append(self._spill.put(output))
             hidden.append(outputs)
         return hidden
 
-    def _raise_at_module(self, block: FFNBlock, hidden: Tensor) -> None:
+    def _raise_at_module(self, block: FFNBlock, hidden: Tensor, index: int) -> None:
         with _singular_values(list(block.module.modules()), self._names, every_output=True):
-            self._runner.run(block, hidden)
+            self._runner.run(block, hidden, index)
         raise _not_finite(self._names[block.module])
 
     def _head_gradient(self, objective: str, batch: Tensor, hidden: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ class ReversePass:
         """Through one block: the gradients by its outputs give way to those by its inputs."""
         for index, states in enumerate(before):
             above = {objective: parts[index].load() for objective, parts in gradients.items()}
-            found, below = self._through(block, states.load(), above)
+            found, below = self._through(block, states.load(), index, above)
             for objective, gradient in below.items():
                 gradients[objective][index] = self._spill.put(gradient)
             scale = self._loss_scale(self.batches[index])
@@ -140,7 +140,7 @@ class ReversePass:
             yield found
 
     def _through(
-        self, block: FFNBlock, hidden: Tensor, above: dict[str, Tensor]
+        self, block: FFNBlock, hidden: Tensor, index: int, above: dict[str, Tensor]
     ) -> tuple[FFNGradients, dict[str, Tensor]]:
         found: dict[str, dict[str, Tensor]] = {}
         below: dict[str, Tensor] = {}
@@ -150,7 +150,7 @@ class ReversePass:
             if SINGULAR_VALUES in above:
                 values = stack.enter_context(_singular_values(list(block.module.modules()), self._names))
             hidden = hidden.to(block.device).detach().requires_grad_(True)
-            output = self._runner.run(block, hidden)
+            output = self._runner.run(block, hidden, index)
             left = len(above)
             for objective, gradient in above.items():
                 left -= 1
@@ -180,8 +180,9 @@ def _noted(block: FFNBlock) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
     """A dictionary that a run of the block fills with inputs and outputs of the FFN's projections."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def note(name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
+    def note(name: str, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         seen[name] = (args[0], output)
+        return output.clone()  # what a block adds in place is then not added to what was noted
 
     handles = [
         module.register_forward_hook(partial(note, name))

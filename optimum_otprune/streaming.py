@@ -1,6 +1,6 @@
 """Forward through a model block by block: each layer sees what the pruned layers below it produce."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -13,8 +13,6 @@ from optimum_otprune.block_runner import BlockRunner, hooked
 from optimum_otprune.devices import onloaded
 from optimum_otprune.functional.ffn import ffn_forward
 from optimum_otprune.spill import StoredTensor, TensorSpill
-
-_ROUNDING = 1e-5  # of the norm
 
 
 class FFNTap(NamedTuple):
@@ -46,6 +44,8 @@ class CalibrationStream:
         batch_size: Samples per forward pass.
         track_dense: Whether the hidden states of the dense model are streamed beside those of the pruned one.
         spill: Where hidden states wait; default: in memory up to its default limit.
+        factors: What each block adds of its FFN's output to what it puts out, or None where that is no plain multiple
+            of it; default: not known of any.
     """
 
     def __init__(
@@ -56,11 +56,12 @@ class CalibrationStream:
         batch_size: int,
         track_dense: bool,
         spill: TensorSpill | None = None,
+        factors: Sequence[float | None] | None = None,
     ):
         self.spill = spill or TensorSpill()
-        batches = tokens.split(batch_size)
-        self._runner = BlockRunner(model, blocks, [*batches, tokens[:1]])
-        self._hidden = [self.spill.put(self._runner.first_hidden(batch)) for batch in batches]
+        self._runner = BlockRunner(model, blocks, tokens.split(batch_size), self.spill)
+        self._factors = factors or [None] * len(blocks)
+        self._hidden = self._runner.take_first_hidden()
         self._dense_hidden = list(self._hidden) if track_dense else None
         self._ffn_inputs: list[StoredTensor] | None = None  # then `_hidden` is what a block puts out beside its FFN
 
@@ -76,7 +77,7 @@ class CalibrationStream:
         found = []
         with onloaded(block.module):
             for index, hidden in enumerate(self._hidden if self._dense_hidden is None else self._dense_hidden):
-                output = self._runner.run(block, hidden.load())
+                output = self._runner.run(block, hidden.load(), index)
                 found.append(output.float().square().sum(dim=-1).flatten().cpu())
                 if self._dense_hidden is not None:
                     self._dense_hidden[index] = self.spill.put(output)
@@ -90,52 +91,45 @@ class CalibrationStream:
             block: The block.
             advance: Whether it stays as it is, so that its outputs are what the next block sees.
         """
-        adds = False
+        factor = None if advance else self._exact_factor(block)
         ffn_inputs = []
         with onloaded(block.module):
             for index, stored in enumerate(self._hidden):
-                hidden = stored.load()
-                with _noted(block) as seen:
-                    output = self._runner.run(block, hidden)
-                if index == 0 and not advance:
-                    adds = self._adds_its_ffn(block, hidden[:1], output[:1], seen["outputs"])
+                with noted(block) as seen:
+                    output = self._runner.run(block, stored.load(), index)
                 missing = None
                 if self._dense_hidden is not None:
                     dense = self._dense_hidden[index].load().to(output.device)
                     missing = (dense.float() - output.float()).flatten(end_dim=-2)
                 inputs = self.spill.put(seen["inputs"])
-                if adds:
+                if factor is not None:
                     ffn_inputs.append(inputs)
-                    self._hidden[index] = self.spill.put(output - seen["outputs"].view_as(output))
+                    beside = output.sub(seen["outputs"].view_as(output), alpha=factor)
+                    self._hidden[index] = self.spill.put(beside)
                 elif advance:
                     self._hidden[index] = self.spill.put(output)
                 yield FFNTap(**seen, stored_inputs=inputs, missing=missing)
-        self._ffn_inputs = ffn_inputs if adds else None
+        self._ffn_inputs = None if factor is None else ffn_inputs
 
     @torch.no_grad()
     def advance(self, block: FFNBlock) -> None:
         """Run a block as it is now, so that the next one sees its outputs; behind `taps` its FFN alone, if it can be.
 
-        That is where the block adds the FFN's output as it is, in float32: else rounding would add up.
+        That is where the block adds a multiple of the FFN's output, in float32: else rounding would add up.
         """
-        if self._ffn_inputs is None:
+        factor = self._exact_factor(block)
+        if self._ffn_inputs is None or factor is None:
             self._run_all(block, self._hidden)
             return
         weights = block.read()
         for index, (beside, inputs) in enumerate(zip(self._hidden, self._ffn_inputs)):
             outputs = ffn_forward(weights, inputs.load().to(weights.up.device), block.activation)
             states = beside.load().to(outputs.device)
-            self._hidden[index] = self.spill.put(states + outputs.view_as(states))
+            self._hidden[index] = self.spill.put(states.add(outputs.view_as(states), alpha=factor))
         self._ffn_inputs = None
 
-    def _adds_its_ffn(self, block: FFNBlock, hidden: Tensor, output: Tensor, ffn_outputs: Tensor) -> bool:
-        """Whether a block's output is something plus the FFN's output: tried on one sample, for names do not tell."""
-        if block.up.weight.dtype != torch.float32:
-            return False
-        beside = output - ffn_outputs[: output.shape[1]].view_as(output)
-        with _without_output(block):
-            found = self._runner.run(block, hidden)
-        return bool((found - beside).norm() <= _ROUNDING * output.norm())
+    def _exact_factor(self, block: FFNBlock) -> float | None:
+        return self._factors[block.layer] if block.up.weight.dtype == torch.float32 else None
 
     def skip(self, block: FFNBlock) -> None:
         """Run a block that stays as it is, on the dense model's hidden states too if they are tracked."""
@@ -158,28 +152,22 @@ class CalibrationStream:
     def _run_all(self, block: FFNBlock, hidden: list[StoredTensor]) -> None:
         with onloaded(block.module):
             for index, states in enumerate(hidden):  # one by one, so that the old ones make room for the new ones
-                hidden[index] = self.spill.put(self._runner.run(block, states.load()))
+                hidden[index] = self.spill.put(self._runner.run(block, states.load(), index))
 
 
 @contextmanager
-def _without_output(block: FFNBlock) -> Iterator[None]:
-    """A block whose down projection puts out zeros."""
-    down = block.projection("down")
-    assert down is not None
-    with hooked([down.register_forward_hook(lambda module, args, output: torch.zeros_like(output))]):
-        yield
+def noted(block: FFNBlock) -> Iterator[dict[str, Tensor]]:
+    """A dictionary that each run of the block fills with the FFN's inputs, activations and outputs.
 
-
-@contextmanager
-def _noted(block: FFNBlock) -> Iterator[dict[str, Tensor]]:
-    """A dictionary that each run of the block fills with the FFN's inputs, activations and outputs."""
+    Inputs and outputs are copies: a block may add to them in place.
+    """
     seen: dict[str, Tensor] = {}
 
     def before_up(module: nn.Module, args: tuple) -> None:
-        seen["inputs"] = args[0].flatten(end_dim=-2)
+        seen["inputs"] = args[0].flatten(end_dim=-2).clone()
 
     def after_down(module: nn.Module, args: tuple, output: Tensor) -> None:
-        seen["hidden"], seen["outputs"] = args[0].flatten(end_dim=-2), output.flatten(end_dim=-2)
+        seen["hidden"], seen["outputs"] = args[0].flatten(end_dim=-2), output.flatten(end_dim=-2).clone()
 
     down = block.projection("down")
     assert down is not None

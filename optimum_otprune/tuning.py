@@ -29,6 +29,7 @@ from optimum_otprune.errors import (
     OTPruneError,
     StudyError,
 )
+from optimum_otprune.faithfulness import measured_factors
 from optimum_otprune.fingerprint import check_same, fingerprint
 from optimum_otprune.functional.selection import sensible_multiple
 from optimum_otprune.latency import forward_seconds, width_for_latency
@@ -79,9 +80,11 @@ def tune_model(
     """
     optuna = _optuna()
     _check_one_budget(base, settings.target_latency)
+    factors = measured_factors(model, blocks, tokens)
+    is_residual = blocks[0].spec.residual and any(factors)
     can_hold_intercept = native_intercept(model, blocks[0].spec)
     given = settings.search_space
-    given = default_search_space(base, blocks[0].spec.residual, can_hold_intercept) if given is None else given
+    given = default_search_space(base, is_residual, can_hold_intercept) if given is None else given
     space = check_search_space(given, base)
     settings = settings._replace(latency_shape=settings.latency_shape or (1, tokens.shape[1]))
     fit, heldout = split_samples(tokens, settings.validation_share, settings.seed)
@@ -91,7 +94,7 @@ def tune_model(
         study = _open_study(optuna, settings.study)
         _check_same(study, fingerprint(model, tokens, base, space, **_conditions(settings)))
         base = _at_latency(study, model, blocks, base, settings)
-        objective = partial(_perplexity, model, blocks, fit, heldout, settings.batch_size)
+        objective = partial(_perplexity, model, blocks, fit, heldout, settings.batch_size, factors)
         return _search(optuna, study, base, space, objective, settings, on_trial)
 
 
@@ -245,12 +248,13 @@ def _perplexity(
     fit: Tensor,
     heldout: Tensor,
     batch_size: int,
+    factors: list[float | None],
     config: OTPruningConfig,
 ) -> float:
     """Of the model pruned by a configuration; the model itself stays as it is."""
     recipe = Recipe.resolve(with_pruning_ratio(config, model, blocks), {})
     with unchanged(model, blocks):
-        prune_model(model, blocks, recipe, fit, PassSettings(batch_size, progress=False), NoStore())
+        prune_model(model, blocks, recipe, fit, PassSettings(batch_size, progress=False), NoStore(), factors)
         perplexity = float(evaluate_perplexity(model, heldout, batch_size, progress=False)["perplexity"])
     if not math.isfinite(perplexity):
         raise NumericalError("The pruned model's perplexity on the held-out samples is infinite.")

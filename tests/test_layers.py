@@ -30,6 +30,7 @@ LAYERS = (
         "block_runner",
         "streaming",
         "reverse_pass",
+        "faithfulness",
         "layer_data",
         "gradients",
         "self_calibration",

@@ -1,7 +1,8 @@
 """`FFNBlock`: reads and installs the weights of one FFN; nothing else in the package assigns to a model's weights."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from transformers import PreTrainedModel
 
 from optimum_otprune.architectures.spec import FFNSpec, find_blocks, find_spec, submodule
 from optimum_otprune.devices import execution_device, keep_parameters, read_parameter, replace_parameter
-from optimum_otprune.errors import UnsupportedModelError
+from optimum_otprune.errors import OTPruneError, UnsupportedModelError
 from optimum_otprune.functional.ffn import FFNWeights
 
 _FEATURES = ("in_features", "out_features", "nx", "nf")
@@ -96,6 +97,15 @@ class FFNBlock:
         return undo
 
 
+@contextmanager
+def named(block: FFNBlock) -> Iterator[None]:
+    """A block of code in whose errors it says in which layer they happened."""
+    try:
+        yield
+    except OTPruneError as error:
+        raise type(error)(f"Layer {block.layer}: {error}") from error.__cause__ or error
+
+
 def _set_features(module: nn.Module, in_features: int, out_features: int) -> None:
     """Keep a linear module's own record of its shape true (`nn.Linear`, transformers' `Conv1D`)."""
     for attribute, value in zip(_FEATURES, (in_features, out_features) * 2):
@@ -114,6 +124,7 @@ def ffn_blocks(model: PreTrainedModel) -> list[FFNBlock]:
             "This model is quantized already; its packed weights cannot be pruned. Prune the original model first, "
             "save it, and quantize the pruned one."
         )
+    _check_plain(model)
     _, spec = find_spec(model)
     blocks = [FFNBlock(module, spec, layer) for layer, module in enumerate(find_blocks(model, spec))]
     if len({block.module for block in blocks}) < len(blocks):
@@ -127,7 +138,49 @@ def ffn_blocks(model: PreTrainedModel) -> list[FFNBlock]:
                 f"The FFN weights of layer {block.layer} are {block.up.weight.dtype}. Prune the model before it is "
                 "quantized."
             )
+        _check_alone(block)
     return blocks
+
+
+def _check_plain(model: PreTrainedModel) -> None:
+    """Raise where modules stand for others: adapters that change what a projection puts out, or compiled code."""
+    for name, module in model.named_modules():
+        if "base_layer" in module._modules:
+            raise UnsupportedModelError(
+                f"An adapter is in the model (at {name!r}): its layers cannot be pruned or saved as they are. Merge "
+                "the adapter first (`merge_and_unload`)."
+            )
+        if "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None:
+            where = f"The module {name!r}" if name else "The model"
+            raise UnsupportedModelError(
+                f"{where} is compiled, so that nobody can look into it while it runs. Load the model without "
+                "compiling it, and compile the pruned one."
+            )
+
+
+def _check_alone(block: FFNBlock) -> None:
+    """Raise where a block has experts, or other FFNs, beside the one that is known: only that would be cut.
+
+    Experts are stacked in one tensor of three dimensions, or are a list of modules with FFN-like weights each.
+    """
+    hidden_size = int(block.up.weight.shape[0 if block.spec.transposed else 1])  # type: ignore[index, arg-type]
+    for name, module in block.module.named_modules():
+        stacked = not isinstance(module, nn.modules.conv._ConvNd) and any(
+            part is not None and part.ndim == 3 and min(part.shape) > 1 and hidden_size in part.shape[1:]
+            for part in module._parameters.values()
+        )
+        listed = isinstance(module, nn.ModuleList) and sum(_is_ffn(part, hidden_size) for part in module) > 1
+        if stacked or listed:
+            raise UnsupportedModelError(
+                f"Layer {block.layer} has experts, or other FFNs, beside its dense FFN (at {name!r}): only the dense "
+                "part would be pruned. Mixture-of-experts models are not supported; prune a dense one."
+            )
+
+
+def _is_ffn(module: nn.Module, hidden_size: int) -> bool:
+    """Whether a module has matrices from the hidden size to another, and back."""
+    shapes = [part.shape for part in module.parameters() if part.ndim == 2 and part.shape[0] != part.shape[1]]
+    return any(shape[1] == hidden_size for shape in shapes) and any(shape[0] == hidden_size for shape in shapes)
 
 
 def native_intercept(model: PreTrainedModel, spec: FFNSpec) -> bool:
