@@ -87,13 +87,13 @@ def measured_factors(model: PreTrainedModel, blocks: list[FFNBlock], tokens: Ten
 
 
 def check_logits(model: PreTrainedModel, tokens: Tensor) -> None:
-    """Raise where a model's logits on the check's sample are not finite; minus infinity may rule out a token.
+    """Raise where a model's logits on the check's sample are NaN or infinite; minus infinity rules a token out.
 
     Raises:
         NumericalError: Says so.
     """
     with torch.no_grad():
-        _check_output(model(input_ids=_sample(tokens).to(input_device(model)), use_cache=False)[0])
+        _check_output(_output(model, _sample(tokens)))
 
 
 def check_parameters(model: PreTrainedModel, blocks: Sequence[FFNBlock] = ()) -> None:
@@ -128,11 +128,20 @@ def _sample(tokens: Tensor) -> Tensor:
     return tokens[:1, :_SAMPLE_TOKENS]
 
 
+def _output(model: PreTrainedModel, batch: Tensor) -> Tensor:
+    """Logits, or what else comes first where a model has none."""
+    return model(input_ids=batch.to(input_device(model)), use_cache=False)[0]
+
+
 def _check_output(logits: Tensor) -> None:
-    if torch.isnan(logits).any() or torch.isposinf(logits).any():
+    _check_finite("the model's logits", logits.masked_fill(logits == -math.inf, 0))  # that rules out a token
+
+
+def _check_finite(what: str, values: Tensor) -> None:
+    if not torch.isfinite(values).all():
         raise NumericalError(
-            "The model's logits are NaN or infinite on the calibration data. The weights are damaged, or the model's "
-            "dtype overflowed: load it in float32."
+            f"{what} are NaN or infinite on the calibration data. The weights are damaged, or the model's dtype "
+            "overflowed: load it in float32."
         )
 
 
@@ -154,23 +163,29 @@ def _inputs_in_whole(model: PreTrainedModel, blocks: list[FFNBlock], batch: Tens
     """Inputs `(num_tokens, hidden_size)` of every FFN in a forward pass of the model, on the CPU."""
     seen: dict[int, list[Tensor]] = {block.layer: [] for block in blocks}
 
-    def note(layer: int, module: nn.Module, args: tuple) -> None:
-        seen[layer].append(args[0].flatten(end_dim=-2).to("cpu", copy=True))
+    def before_up(block: FFNBlock, module: nn.Module, args: tuple) -> None:
+        with named(block):
+            _check_finite("the inputs of the FFN", args[0])
+        seen[block.layer].append(args[0].flatten(end_dim=-2).to("cpu", copy=True))
 
-    with hooked(block.up.register_forward_pre_hook(partial(note, block.layer)) for block in blocks):
-        output = model(input_ids=batch.to(input_device(model)), use_cache=False)[0]
+    def after_down(block: FFNBlock, module: nn.Module, args: tuple, output: Tensor) -> None:
+        with named(block):
+            _check_finite("the outputs of the FFN", output)
+
+    handles = []
+    for block in blocks:
+        down = block.projection("down")
+        assert down is not None
+        handles.append(block.up.register_forward_pre_hook(partial(before_up, block)))
+        handles.append(down.register_forward_hook(partial(after_down, block)))
+    with hooked(handles):
+        _check_output(_output(model, batch))
     for layer, calls in seen.items():
         if len(calls) != 1:
             raise UnsupportedModelError(
                 f"Layer {layer}: hooks on the FFN fire {len(calls)} times in a forward pass; want once. Load the "
                 "model without compiling it, with its plain FFN, which runs once a pass."
             )
-        if not torch.isfinite(calls[0]).all():
-            raise NumericalError(
-                f"Layer {layer}: the inputs of the FFN are NaN or infinite on the calibration data. The weights are "
-                "damaged, or the model's dtype overflowed: load it in float32."
-            )
-    _check_output(output)
     return [seen[block.layer][0] for block in blocks]
 
 

@@ -31,6 +31,7 @@ from optimum_otprune.architectures.block import ffn_blocks, native_intercept
 from optimum_otprune.architectures.resize import finish_resize
 from optimum_otprune.architectures.spec import ARCHITECTURES, FFNSpec, find_spec, register_architecture
 from optimum_otprune.errors import RegistryError, UnsupportedModelError
+from optimum_otprune.faithfulness import measured_factors
 from optimum_otprune.functional.ffn import check_weights, ffn_forward
 from tests.conftest import make_llama
 
@@ -111,6 +112,18 @@ def test_weights_are_read_channel_first_and_compute_what_the_module_computes(nam
         model(input_ids=tokens)
     computed = ffn_forward(weights, seen["inputs"].reshape(-1, 32), block.activation)
     torch.testing.assert_close(computed, seen["outputs"].reshape(-1, 32), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_known_architecture_is_block_by_block_what_it_is_as_a_whole(name, dtype, tokens, record_figure):
+    model = build(name).to(dtype)
+    model.train()
+    blocks = ffn_blocks(model)
+    factors = measured_factors(model, blocks, tokens)
+    assert factors == ([None] * 2 if name in ("gemma2", "bert") else [1.0] * len(blocks))
+    assert all(module.training for module in model.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    record_figure("R15", tried=2 * len(blocks), ok=2 * len(blocks))
 
 
 def test_a_shrunk_model_runs_and_loads_plainly_with_equal_logits(name, tokens, tmp_path):
