@@ -222,7 +222,8 @@ class OTPruner(HubMixin):
         state = None if resume_from is None else Path(os.path.expanduser(resume_from))
         self._places |= noted_places(calibration_data=calibration_data, state=state, spill_folder=spill_folder)
         run = {} if state is None else run_fingerprint(self.model, recipe, data.tokens, batch_size)
-        with all_or_nothing(self.model), large_blocks_returned(is_offloaded(self.model)), resumable(state, run) as store:
+        returned = large_blocks_returned(is_offloaded(self.model))
+        with all_or_nothing(self.model), returned, resumable(state, run) as store:
             pruned = prune_model(self.model, blocks, recipe, data.tokens, settings, store)
             report = pruned.report(self.model, self.config, data, before, **self._known(recipe, functions))
         self._unsaved_state = None if state is None else (state, run)
