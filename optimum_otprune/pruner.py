@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_otprune.architectures.block import ffn_blocks
+from optimum_otprune.architectures.wrappers import is_named, unwrapped
 from optimum_otprune.budget import with_pruning_ratio
 from optimum_otprune.calibration import ModelLimits, TokenData, TokenSource, calibration_tokens, evaluation_tokens
 from optimum_otprune.checkpoint import save_checkpoint, weight_bytes
@@ -18,6 +19,7 @@ from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.devices import restore_ties
 from optimum_otprune.loading import hub_id, load_checkpoint
 from optimum_otprune.loading_options import LOADING_DEFAULTS, as_config, check_loading_options, refuse_loading_options
+from optimum_otprune.model_files import check_code
 from optimum_otprune.outputs import noted_places, output_path, resolved_output
 from optimum_otprune.perplexity import evaluate_perplexity
 from optimum_otprune.pipeline import PassSettings, PrunedLayers, hidden_memory, prune_model
@@ -54,7 +56,8 @@ class OTPruner(HubMixin):
         base_model: str | None = None,
         base_card: Mapping[str, Any] | None = None,
     ):
-        self.model = model
+        self.model = unwrapped(model)
+        check_code(self.model, tokenizer)
         self.config = config or OTPruningConfig()
         self.tokenizer = tokenizer
         self.report = report
@@ -87,7 +90,8 @@ class OTPruner(HubMixin):
         """Load a model to prune, or a pruned one with its configuration and report.
 
         Args:
-            model_name_or_path: Hub id, local folder, or a model in memory (then the loading options must be left out).
+            model_name_or_path: Hub id, local folder, or a model in memory (then the loading options must be left out);
+                a compiled or data-parallel one is unwrapped.
             config: A configuration, a dictionary, or where one is saved; default: the one saved with the model, else
                 all defaults.
             tokenizer: In place of the model's own, which is loaded if it has one.
@@ -107,16 +111,17 @@ class OTPruner(HubMixin):
             ModelLoadError: If the model cannot be found, downloaded or read, or its weights are not all there.
             IntegrityError: With `verify`, if files are changed, missing or extra, or there is no manifest.
             HubError: With `verify`, if the Hub does not give the files.
-            UnsupportedModelError: If it has no known FFN, or is quantized.
+            UnsupportedModelError: If it has no known FFN, is quantized, or has an adapter that is not merged.
             ConfigurationError: If `config` is not valid.
         """
         options = {name: value for name, value in locals().items() if name in LOADING_DEFAULTS}
         check_launch()
         given = None if config is None else as_config(config, options)
-        if isinstance(model_name_or_path, PreTrainedModel):
+        if not is_named(model_name_or_path):
             refuse_loading_options(options)
-            ffn_blocks(model_name_or_path)
-            return cls(model_name_or_path, given, tokenizer, base_model=hub_id(model_name_or_path.name_or_path))
+            model = unwrapped(model_name_or_path)
+            ffn_blocks(model)
+            return cls(model, given, tokenizer, base_model=hub_id(model.name_or_path))
         loaded = load_checkpoint(str(model_name_or_path), options)
         ffn_blocks(loaded.model)
         report = loaded.report if given is None or given == loaded.config else None
@@ -154,8 +159,9 @@ class OTPruner(HubMixin):
         check_positive(batch_size=batch_size)
         limit = hidden_memory(max_hidden_memory)
         options = check_loading_options(loading)
-        if isinstance(model_name_or_path, PreTrainedModel):
+        if not is_named(model_name_or_path):
             refuse_loading_options(options)
+            model_name_or_path = unwrapped(model_name_or_path)
         given = OTPruningConfig() if config is None else as_config(config, options)
         return plan_pruning(model_name_or_path, given, options, calibration_data, batch_size, limit)
 

@@ -1,0 +1,64 @@
+"""What people put around a model or into it: taken off where nothing is lost by it, else told."""
+
+import os
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from optimum_otprune.errors import ConfigurationError, UnsupportedModelError
+
+_MERGE = "Merge the adapter first (`model = model.merge_and_unload()` of peft), and give the merged model."
+
+
+def unwrapped(model: object) -> PreTrainedModel:
+    """Return the model that a compiled or data-parallel one is made of, or the model itself.
+
+    Args:
+        model: A model in memory; the wrapper goes on to work around the same model.
+
+    Raises:
+        UnsupportedModelError: If it is a model of peft, or no model of transformers.
+        ConfigurationError: If it is no model at all.
+    """
+    inner = model
+    while isinstance(inner, nn.Module) and not isinstance(inner, PreTrainedModel):
+        if hasattr(inner, "peft_config") and not hasattr(inner, "_orig_mod"):
+            raise UnsupportedModelError(
+                f"The model is of type {type(inner).__name__}, an adapter around a model, whose weights are not in the "
+                f"layers that would be pruned. {_MERGE}"
+            )
+        wrapped = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)  # torch.compile; parallel ones
+        if not isinstance(wrapped, nn.Module):
+            break
+        inner = wrapped
+    if isinstance(inner, PreTrainedModel):
+        return inner
+    if isinstance(inner, nn.Module):
+        raise UnsupportedModelError(
+            f"The model is of type {type(inner).__name__}; want a `PreTrainedModel` of transformers. Load it by "
+            "`AutoModelForCausalLM.from_pretrained`, or give its name or folder."
+        )
+    raise ConfigurationError(
+        f"The model is of type {type(model).__name__}; want the name of a model, a folder, or a `PreTrainedModel`."
+    )
+
+
+def is_named(model: object) -> bool:
+    """Whether something stands for a model by name or path."""
+    return isinstance(model, (str, os.PathLike))
+
+
+def refuse_adapters(model: PreTrainedModel) -> None:
+    """Raise where adapters were put into a model's layers: their weights would be left out of what is saved.
+
+    Raises:
+        UnsupportedModelError: Names the first such layer.
+    """
+    for name, module in model.named_modules():
+        parts = dict(module.named_children())
+        if "base_layer" in parts or any(part.startswith("lora_") for part in parts):
+            raise UnsupportedModelError(
+                f"The model has an adapter in it, first in {name!r}; saved, it would lack weights. Merge it first: "
+                "load the model without the adapter, `PeftModel.from_pretrained(model, adapter).merge_and_unload()` "
+                "of peft, and give the result."
+            )
