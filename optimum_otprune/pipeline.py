@@ -16,7 +16,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PreTrainedModel
 
 from optimum_otprune.architectures.block import FFNBlock
-from optimum_otprune.architectures.resize import finish_resize
+from optimum_otprune.architectures.resize import finish_resize, switches_biases
 from optimum_otprune.compression import Compression, LayerInputs, Recipe, compress
 from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.devices import is_offloaded
@@ -40,7 +40,7 @@ from optimum_otprune.layer_store import FinishedLayer, LayerStore
 from optimum_otprune.prepared import Expected, Prepared
 from optimum_otprune.processes import from_main, gathered, is_main_process, own_samples, process_index, summed
 from optimum_otprune.quantities import SIZE_UNITS, parse_quantity
-from optimum_otprune.report import LayerReport
+from optimum_otprune.report import ADDED_BIASES, LayerReport
 from optimum_otprune.self_calibration import self_calibration_tokens
 from optimum_otprune.spill import DEFAULT_LIMIT, TensorSpill
 from optimum_otprune.streaming import CalibrationStream
@@ -118,10 +118,12 @@ class PrunedLayers(NamedTuple):
     Attributes:
         reports: One per layer.
         padding_parameters: Zeros in the model that only fill up layers to a common width.
+        added_biases: Whether the model's configuration had no biases before and has them now.
     """
 
     reports: list[LayerReport]
     padding_parameters: int
+    added_biases: bool = False
 
 
 def prune_model(
@@ -162,9 +164,13 @@ def prune_model(
         lambda: Expected.of((block.read() for block in blocks), tokens, recipe.needs_gradients, recipe.weighs_errors),
     )
     reports = _prune_layers(model, blocks, recipe, prepared, settings, store, can_hold_intercept, spill)
+    had_biases = switches_biases(model, blocks[0].spec)
     padding = finish_resize(model, blocks, config.non_uniform_format)
+    added_biases = switches_biases(model, blocks[0].spec) and not had_biases
+    if added_biases:
+        logger.warning(ADDED_BIASES)
     _warn_of_padding(reports, padding)
-    return PrunedLayers(reports, padding)
+    return PrunedLayers(reports, padding, added_biases)
 
 
 def _prune_layers(

@@ -90,8 +90,7 @@ class OTPruner(HubMixin):
         """Load a model to prune, or a pruned one with its configuration and report.
 
         Args:
-            model_name_or_path: Hub id, local folder, or a model in memory (then the loading options must be left out);
-                a compiled or data-parallel one is unwrapped.
+            model_name_or_path: Hub id, local folder, or a model in memory (then the loading options must be left out).
             config: A configuration, a dictionary, or where one is saved; default: the one saved with the model, else
                 all defaults.
             tokenizer: In place of the model's own, which is loaded if it has one.
@@ -241,6 +240,7 @@ class OTPruner(HubMixin):
             parameters_before=before[0],
             parameters_after=parameters - pruned.padding_parameters,
             padding_parameters=pruned.padding_parameters,
+            added_biases=pruned.added_biases,
             calibration=data.describe(),
             base_model=self.base_model,
             evaluations=tuple(self._evaluations),

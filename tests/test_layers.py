@@ -36,7 +36,7 @@ LAYERS = (
     ("widths", "feasibility", "prepared", "layer_store", "resume"),
     ("budget", "pipeline"),
     ("markdown", "base_card", "reproduction", "citations", "plots", "findings", "card_metadata", "card"),
-    ("loading", "loading_options", "model_files", "checkpoint", "folder_card"),
+    ("sources", "loading", "loading_options", "model_files", "checkpoint", "folder_card"),
     ("search_space", "latency", "benchmarking", "trials", "fingerprint", "tuning"),
     ("expectations", "plan", "planning"),
     ("sharing", "pruner"),

@@ -1,5 +1,6 @@
 """No token, user name, host or local path gets into a file, a log or an error; nothing is unpickled."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 
 from optimum_otprune import OTPruner, OTPruningConfig
 from optimum_otprune.configuration import CONFIG_FILE
-from optimum_otprune.errors import ModelLoadError, OTPruneError
+from optimum_otprune.errors import ModelLoadError, OTPruneError, without_credentials
+from optimum_otprune.hub_client import _WithoutSignatures
 from optimum_otprune.options import OPTIONS
 
 CANARIES = ("alice-canary", "hf_canaryToken123", "canary-host")
@@ -23,7 +25,7 @@ def home(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("alice-canary")
 
 
-def run(home: Path, *arguments: str) -> subprocess.CompletedProcess:
+def run(home: Path, *arguments: str, **changes: str) -> subprocess.CompletedProcess:
     """`otprune` as a user whose name, home, host and token are canaries, at the most talkative level."""
     environment = os.environ | {
         "HOME": str(home),
@@ -34,6 +36,7 @@ def run(home: Path, *arguments: str) -> subprocess.CompletedProcess:
         "HF_TOKEN": "hf_canaryToken123",
         "HF_HUB_VERBOSITY": "debug",
         "PYTHONPATH": str(Path(__file__).parents[1]),
+        **changes,
     }
     command = [sys.executable, "-m", "optimum_otprune", *arguments]
     return subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, check=False)
@@ -85,6 +88,39 @@ def test_errors_of_damaged_folders_name_no_path(home, llama, tmp_path, damage):
     with pytest.raises(ModelLoadError) as caught:
         OTPruner.from_pretrained(folder)
     assert leaks(str(caught.value)) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("GET https://me:s3cret@hub.example/api?x=1 failed", "GET https://hub.example/api?x=1 failed"),
+        ("http://me:p@ss@localhost:8080: refused", "http://localhost:8080: refused"),
+        ("https://token@hub.example", "https://hub.example"),
+        ("https://hub.example/a@b and me@mail.example", "https://hub.example/a@b and me@mail.example"),
+        ("Invalid port: 's3cret@hub.example'", "Invalid port: '***@hub.example'"),
+        ("auth=('me', 'a/b')", "auth=('me', 'a/b')"),
+    ],
+)
+def test_credentials_of_an_address_are_in_no_error(monkeypatch, text, shown):
+    monkeypatch.setenv("HF_ENDPOINT", "https://me:s3cret@hub.example")
+    assert without_credentials(text) == shown
+    assert str(OTPruneError(text)) == shown
+    assert str(ModelLoadError(text)) == shown
+    record = logging.LogRecord("x", logging.WARNING, "x", 1, "%s", (text.replace("?x=1", ""),), None)
+    assert _WithoutSignatures().filter(record)
+    assert record.getMessage() == shown.replace("?x=1", "")
+
+
+def test_a_hub_that_is_reached_by_credentials_leaks_none(home):
+    there = {"HF_ENDPOINT": "http://alice-canary:hf_canaryToken123@127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    commands = [
+        run(home, "prune", "canary/model", "-o", "new", "--dry-run", **there),
+        run(home, "verify", "canary/model", **there),
+        run(home, "report", "canary/model", **there),
+    ]
+    for made in commands:
+        assert made.returncode != 0
+        assert leaks(made.stdout + made.stderr) == [], made.args
 
 
 def test_weights_that_could_hold_code_are_not_loaded(llama, tmp_path):

@@ -24,8 +24,8 @@ def unwrapped(model: object) -> PreTrainedModel:
     while isinstance(inner, nn.Module) and not isinstance(inner, PreTrainedModel):
         if hasattr(inner, "peft_config") and not hasattr(inner, "_orig_mod"):
             raise UnsupportedModelError(
-                f"The model is of type {type(inner).__name__}, an adapter around a model, whose weights are not in the "
-                f"layers that would be pruned. {_MERGE}"
+                f"The model is of type {type(inner).__name__}, an adapter around a model, whose weights are not in "
+                f"the layers that would be pruned. {_MERGE}"
             )
         wrapped = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)  # torch.compile; parallel ones
         if not isinstance(wrapped, nn.Module):
