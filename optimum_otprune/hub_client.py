@@ -2,7 +2,8 @@
 
 import logging
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,17 @@ class _WithoutSignatures(logging.Filter):
 
 
 _FILTER = _WithoutSignatures()
+
+
+@contextmanager
+def without_secrets_in_warnings() -> Iterator[None]:
+    """A block in which the client, whoever calls it, writes no signature and no credentials into its warnings."""
+    logger, without = logging.getLogger("huggingface_hub.utils._http"), _WithoutSignatures()
+    logger.addFilter(without)
+    try:
+        yield
+    finally:
+        logger.removeFilter(without)
 
 
 class _Api(HfApi):

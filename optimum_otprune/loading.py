@@ -25,6 +25,7 @@ from optimum_otprune.base_card import read_base_card
 from optimum_otprune.configuration import CONFIG_FILE, OTPruningConfig
 from optimum_otprune.errors import ModelLoadError
 from optimum_otprune.hub import verify_saved
+from optimum_otprune.hub_client import without_secrets_in_warnings
 from optimum_otprune.manifest import CARD_FILE
 from optimum_otprune.processes import own_device
 from optimum_otprune.report import REPORT_FILE, PruningReport
@@ -204,7 +205,8 @@ def _check_repository(name: str, hub: dict[str, Any]) -> None:
 @contextmanager
 def _loading(name: str) -> Iterator[None]:
     try:
-        yield
+        with without_secrets_in_warnings():
+            yield
     except SafetensorError as error:
         raise ModelLoadError(
             f"The weights of {_shown(name)} are damaged ({error}). Download or copy them again; a file of a few "

@@ -18,8 +18,8 @@ REPORT_FILE = "otprune_report.json"
 
 # Of a model whose FFNs had no biases: there are programs that read no `mlp_bias`, and say nothing.
 ADDED_BIASES = (
-    "The FFNs have gained biases (`mlp_bias`), which transformers reads. SGLang and TGI drop them without a word, which "
-    "makes the model worse there; `intercept='never'` adds none."
+    "The FFNs have gained biases (`mlp_bias`), which transformers reads. SGLang and TGI drop them without a word, and "
+    "the model is worse there; `intercept='never'` adds none."
 )
 
 _WIDTH = 60
