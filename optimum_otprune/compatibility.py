@@ -10,7 +10,7 @@ PER_LAYER_VERSION = "5.15"  # the first one with `per_layer_config`
 # `model_type` of the models that were compared.
 # fmt: off
 COMPARED = frozenset({
-    "apertus", "arcee", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma",
+    "arcee", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma",
     "gemma2", "gemma3_text", "gpt2", "gpt_neox", "granite", "helium", "hunyuan_v1_dense",
     "llama", "ministral", "mistral", "olmo", "olmo2", "olmo3", "opt",
     "phi3", "qwen2", "qwen3", "seed_oss", "smollm3", "stablelm", "starcoder2",
