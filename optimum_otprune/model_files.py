@@ -11,11 +11,10 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from optimum_otprune.architectures.remote_code import MODELING_FILE, modeling_code
 from optimum_otprune.architectures.spec import find_spec
+from optimum_otprune.architectures.wrappers import has_own_code
 from optimum_otprune.compatibility import with_older_names, with_older_tokenizer
-from optimum_otprune.errors import UnsupportedModelError
 
 _CONFIG, _GENERATION, _TOKENIZER = "config.json", "generation_config.json", "tokenizer_config.json"
-_DYNAMIC = "transformers_modules."  # where transformers puts the code of repositories
 
 
 def save_model_files(
@@ -37,9 +36,9 @@ def save_model_files(
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     of_class = {"AutoConfig": model.config, "AutoTokenizer": tokenizer, "AutoModel": model}
-    custom = tuple(auto for auto, made in of_class.items() if made is not None and _is_custom(made))
+    custom = tuple(auto for auto, made in of_class.items() if made is not None and has_own_code(made))
     if (folder / MODELING_FILE).is_file():
-        custom = ("AutoModel",)
+        custom += ("AutoModel",)
     _edit(folder / _CONFIG, lambda values: with_older_names(_with_code_of_its_own(values, folder, custom)))
     added = _added(tokenizer) if (folder / "tokenizer.json").is_file() else {}
     _edit(
@@ -56,26 +55,6 @@ def _added(tokenizer: PreTrainedTokenizerBase | None) -> dict[str, bool]:
         "add_bos_token": tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id,
         "add_eos_token": tokenizer.eos_token_id is not None and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id,
     }
-
-
-def check_code(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Raise where a class is of a repository's own code that could not be saved with the model.
-
-    Raises:
-        UnsupportedModelError: Names the class.
-    """
-    for made in (model, model.config, tokenizer):
-        module = type(made).__module__
-        if module.startswith(_DYNAMIC) and not _is_custom(made):
-            raise UnsupportedModelError(
-                f"{type(made).__name__} is code of a repository that would not be saved with the model. Load it by "
-                "an auto class, such as `AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)`."
-            )
-
-
-def _is_custom(made: object) -> bool:
-    """Whether an object's class is saved as code beside it."""
-    return getattr(type(made), "_auto_class", None) is not None
 
 
 def _save_model(model: PreTrainedModel, folder: Path, max_shard_size: int | str) -> None:

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_otprune.architectures.block import ffn_blocks
-from optimum_otprune.architectures.wrappers import is_named, unwrapped
+from optimum_otprune.architectures.wrappers import model_in_memory, unwrapped
 from optimum_otprune.budget import with_pruning_ratio
 from optimum_otprune.calibration import ModelLimits, TokenData, TokenSource, calibration_tokens, evaluation_tokens
 from optimum_otprune.checkpoint import save_checkpoint, weight_bytes
@@ -19,7 +19,6 @@ from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.devices import restore_ties
 from optimum_otprune.loading import hub_id, load_checkpoint
 from optimum_otprune.loading_options import LOADING_DEFAULTS, as_config, check_loading_options, refuse_loading_options
-from optimum_otprune.model_files import check_code
 from optimum_otprune.outputs import noted_places, output_path, resolved_output
 from optimum_otprune.perplexity import evaluate_perplexity
 from optimum_otprune.pipeline import PassSettings, PrunedLayers, hidden_memory, prune_model
@@ -35,9 +34,7 @@ from optimum_otprune.tuning import tune_model
 
 
 class OTPruner(HubMixin):
-    """Prunes the feed-forward layers of a causal language model in place.
-
-    Make one by `from_pretrained`.
+    """Prunes the feed-forward layers of a causal language model in place. Make one by `from_pretrained`.
 
     Attributes:
         model: The model, pruned after `prune`.
@@ -57,14 +54,13 @@ class OTPruner(HubMixin):
         base_card: Mapping[str, Any] | None = None,
     ):
         self.model = unwrapped(model)
-        check_code(self.model, tokenizer)
         self.config = config or OTPruningConfig()
         self.tokenizer = tokenizer
         self.report = report
         self.base_model = base_model
         self.base_card = dict(base_card or {})
         self.tuning: TuningResult | None = None
-        self._places = noted_places(source_model=model.name_or_path)
+        self._places = noted_places(source_model=self.model.name_or_path)
         self._calibrated_on: TokenData | None = None
         self._unsaved_state: tuple[Path, Mapping[str, Any]] | None = None
         self._evaluations: list[Mapping[str, Any]] = list(report.evaluations) if report else []
@@ -95,8 +91,7 @@ class OTPruner(HubMixin):
                 all defaults.
             tokenizer: In place of the model's own, which is loaded if it has one.
             dtype: Of the weights; `"auto"` is the checkpoint's.
-            device_map: Where layers go, as in transformers.
-            max_memory: By device, as in transformers.
+            device_map, max_memory: Where layers go, as in transformers.
             offload_folder: For layers that are offloaded to disk.
             revision: Branch, tag or commit.
             token: Hub token; True uses the saved one.
@@ -116,9 +111,9 @@ class OTPruner(HubMixin):
         options = {name: value for name, value in locals().items() if name in LOADING_DEFAULTS}
         check_launch()
         given = None if config is None else as_config(config, options)
-        if not is_named(model_name_or_path):
+        model = model_in_memory(model_name_or_path)
+        if model is not None:
             refuse_loading_options(options)
-            model = unwrapped(model_name_or_path)
             ffn_blocks(model)
             return cls(model, given, tokenizer, base_model=hub_id(model.name_or_path))
         loaded = load_checkpoint(str(model_name_or_path), options)
@@ -147,8 +142,7 @@ class OTPruner(HubMixin):
         Args:
             model_name_or_path: As for `from_pretrained`.
             config: As for `from_pretrained`; default: all defaults.
-            calibration_data: As for `prune`.
-            batch_size: As for `prune`.
+            calibration_data, batch_size: As for `prune`.
             max_hidden_memory: Bytes of hidden states in main memory; what is more is spilled to disk.
             **loading: Options of `from_pretrained`, such as `dtype`, `device_map` and `max_memory`.
 
@@ -158,11 +152,13 @@ class OTPruner(HubMixin):
         check_positive(batch_size=batch_size)
         limit = hidden_memory(max_hidden_memory)
         options = check_loading_options(loading)
-        if not is_named(model_name_or_path):
+        model = model_in_memory(model_name_or_path)
+        if model is not None:
             refuse_loading_options(options)
-            model_name_or_path = unwrapped(model_name_or_path)
         given = OTPruningConfig() if config is None else as_config(config, options)
-        return plan_pruning(model_name_or_path, given, options, calibration_data, batch_size, limit)
+        return plan_pruning(
+            model_name_or_path if model is None else model, given, options, calibration_data, batch_size, limit
+        )
 
     @property
     def limits(self) -> ModelLimits:
@@ -230,9 +226,7 @@ class OTPruner(HubMixin):
         restore_ties(self.model)
         return self.model.num_parameters(), weight_bytes(self.model)
 
-    def _report_of(
-        self, pruned: PrunedLayers, before: tuple[int, int], data: TokenData, custom: Mapping[str, str]
-    ) -> PruningReport:
+    def _report_of(self, pruned: PrunedLayers, before: tuple, data: TokenData, custom: Mapping) -> PruningReport:
         parameters, size = self._sizes()
         return PruningReport(
             config=self.config.to_dict(),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from optimum_otprune.architectures.spec import FFNSpec, find_blocks, find_spec, submodule
-from optimum_otprune.architectures.wrappers import refuse_adapters
+from optimum_otprune.architectures.wrappers import check_whole
 from optimum_otprune.devices import execution_device, keep_parameters, read_parameter, replace_parameter
 from optimum_otprune.errors import UnsupportedModelError
 from optimum_otprune.functional.ffn import FFNWeights
@@ -149,7 +149,7 @@ def ffn_blocks(model: PreTrainedModel) -> list[FFNBlock]:
             "This model is quantized already; its packed weights cannot be pruned. Prune the original model first, "
             "save it, and quantize the pruned one."
         )
-    refuse_adapters(model)
+    check_whole(model)
     _, spec = find_spec(model)
     blocks = [FFNBlock(module, spec, layer) for layer, module in enumerate(find_blocks(model, spec))]
     if len({block.module for block in blocks}) < len(blocks):

@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from optimum_otprune.errors import ConfigurationError, UnsupportedModelError
 
+_DYNAMIC = "transformers_modules."  # where transformers puts the code of repositories
 _MERGE = "Merge the adapter first (`model = model.merge_and_unload()` of peft), and give the merged model."
 
 
@@ -43,16 +44,21 @@ def unwrapped(model: object) -> PreTrainedModel:
     )
 
 
-def is_named(model: object) -> bool:
-    """Whether something stands for a model by name or path."""
-    return isinstance(model, (str, os.PathLike))
-
-
-def refuse_adapters(model: PreTrainedModel) -> None:
-    """Raise where adapters were put into a model's layers: their weights would be left out of what is saved.
+def model_in_memory(model: object) -> PreTrainedModel | None:
+    """Return the model, unwrapped, or None for a name or path of one.
 
     Raises:
-        UnsupportedModelError: Names the first such layer.
+        UnsupportedModelError: See `unwrapped`.
+        ConfigurationError: See `unwrapped`.
+    """
+    return None if isinstance(model, (str, os.PathLike)) else unwrapped(model)
+
+
+def check_whole(model: PreTrainedModel) -> None:
+    """Raise where adapters or code belong to a model that would be left out of what is saved.
+
+    Raises:
+        UnsupportedModelError: Names the first adapted layer, or the class whose code would not be saved.
     """
     for name, module in model.named_modules():
         parts = dict(module.named_children())
@@ -62,3 +68,14 @@ def refuse_adapters(model: PreTrainedModel) -> None:
                 "load the model without the adapter, `PeftModel.from_pretrained(model, adapter).merge_and_unload()` "
                 "of peft, and give the result."
             )
+    for made in (model, model.config):
+        if type(made).__module__.startswith(_DYNAMIC) and not has_own_code(made):
+            raise UnsupportedModelError(
+                f"{type(made).__name__} is code of a repository that would not be saved with the model. Load it by "
+                "an auto class, such as `AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)`."
+            )
+
+
+def has_own_code(made: object) -> bool:
+    """Whether the code of an object's class is saved beside it, as transformers does for what auto classes loaded."""
+    return getattr(type(made), "_auto_class", None) is not None
