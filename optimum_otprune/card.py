@@ -9,6 +9,7 @@ from jinja2 import Environment, StrictUndefined, Template
 
 from optimum_otprune.card_metadata import card_metadata, copied_metadata
 from optimum_otprune.citations import bibliography, citations
+from optimum_otprune.compatibility import tested_versions
 from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.findings import (
     UNNAMED_DATA,
@@ -106,6 +107,11 @@ def _facts(config: OTPruningConfig, report: PruningReport, name: str) -> dict[st
         "evaluations": [_evaluation(config, report, pair) for pair in pairs],
         "calibration_data": _data(config, report.calibration["data"], config.calibration_split),
         "limitations": limitations(config, report),
+        "versions_that_load": tested_versions(
+            report.model_type,
+            needs_remote_code(config, report),
+            escape(report.versions.get("transformers", "")),
+        ),
         "many_layers": len(report.layers) > _MANY_LAYERS,
         "functions": {escape(key): escape(value) for key, value in report.custom_functions.items()},
         "versions": ", ".join(f"{escape(key)} {escape(value)}" for key, value in sorted(report.versions.items())),

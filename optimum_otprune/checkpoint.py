@@ -9,14 +9,13 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from optimum_otprune.architectures.remote_code import MODELING_FILE, modeling_code
-from optimum_otprune.architectures.spec import find_spec
 from optimum_otprune.card import model_card
 from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.devices import is_offloaded, known_as_offloaded, restore_ties
 from optimum_otprune.faithfulness import check_parameters
 from optimum_otprune.files import writing_folder
 from optimum_otprune.manifest import CARD_FILE, write_manifest
+from optimum_otprune.model_files import save_model_files
 from optimum_otprune.outputs import resolved_output
 from optimum_otprune.plots import PLOT_FILE, can_plot, save_rescue_plot
 from optimum_otprune.report import REPORT_FILE, PruningReport
@@ -55,11 +54,8 @@ def save_checkpoint(
     restore_ties(model)
     with writing_folder(folder, overwrite, weight_bytes(model), places) as partial, _known_failures():
         check_parameters(model)
-        _make_generation_config_valid(model)
         with known_as_offloaded(model):
-            _save_model(model, partial, shard_size(model, max_shard_size))
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
+            save_model_files(partial, model, tokenizer, shard_size(model, max_shard_size))
         config.save_pretrained(partial)
         if report is not None:
             report.save(partial / REPORT_FILE)
@@ -73,18 +69,6 @@ def save_checkpoint(
     return folder
 
 
-def _save_model(model: PreTrainedModel, folder: Path, max_shard_size: int | str) -> None:
-    """The model, with a modeling file if its layers differ in width."""
-    if not getattr(model.config, "is_heterogeneous", False):
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
-        return
-    code = modeling_code(model, find_spec(model)[1])
-    model.config.auto_map = code.auto_map
-    # Tensors named as the modeling file has them: transformers converts older names for its own classes only.
-    model.save_pretrained(folder, max_shard_size=max_shard_size, save_original_format=False)
-    (folder / MODELING_FILE).write_text(code.text, encoding="utf-8")
-
-
 @contextmanager
 def _known_failures() -> Iterator[None]:
     """A full disk is an `OSError`, whichever library meets it."""
@@ -93,14 +77,3 @@ def _known_failures() -> Iterator[None]:
     except SafetensorError as error:
         full = errno.ENOSPC if "No space left" in str(error) else errno.EIO
         raise OSError(full, os.strerror(full)) from error
-
-
-def _make_generation_config_valid(model: PreTrainedModel) -> None:
-    """Sampling parameters without sampling load with a warning, but are refused when saved."""
-    generation = getattr(model, "generation_config", None)
-    if generation is None or generation.do_sample:
-        return
-    try:
-        generation.validate(strict=True)
-    except ValueError:
-        generation.do_sample = True

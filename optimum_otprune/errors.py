@@ -1,8 +1,37 @@
 """Every error of this package: `OTPruneError` and the fitting builtin, so both can be caught."""
 
+import os
+import re
+from urllib.parse import unquote
+
+_USER = re.compile(r"(?<=://)[^/\s'\"]*@")  # of an address
+_SHORTEST = 3  # characters of what is looked for outside addresses
+
+
+def without_credentials(text: str) -> str:
+    """Return a text without user names and passwords of addresses, those of `HF_ENDPOINT` wherever they stand.
+
+    Example:
+        >>> without_credentials("No answer from https://me:secret@hub.example/api.")
+        'No answer from https://hub.example/api.'
+    """
+    text = _USER.sub("", text)
+    found = _USER.search(os.environ.get("HF_ENDPOINT", ""))
+    if found is None:
+        return text
+    whole = found[0].removesuffix("@")
+    secrets = {whole, unquote(whole), whole.partition(":")[2], unquote(whole.partition(":")[2])}
+    for secret in sorted(secrets, key=len, reverse=True):
+        if len(secret) >= _SHORTEST:
+            text = text.replace(secret, "***")
+    return text
+
 
 class OTPruneError(Exception):
-    """Base class of all errors that this package raises on purpose."""
+    """Base class of all errors that this package raises on purpose; no message holds credentials of an address."""
+
+    def __init__(self, *args: object):
+        super().__init__(*(without_credentials(part) if isinstance(part, str) else part for part in args))
 
 
 class ConfigurationError(OTPruneError, ValueError):

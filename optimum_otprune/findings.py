@@ -9,7 +9,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.errors import ReportError
-from optimum_otprune.report import REPORT_FILE, PruningReport
+from optimum_otprune.report import ADDED_BIASES, REPORT_FILE, PruningReport
 
 # How `calibration` names data that have no public name.
 UNNAMED_DATA: Mapping[str, str] = {
@@ -107,6 +107,8 @@ def limitations(config: OTPruningConfig, report: PruningReport) -> list[str]:
     if harmed and (report.rescue_ratio >= 0 or len(harmed) < len(report.layers)):
         layers = f"layer {harmed[0]}" if len(harmed) == 1 else f"layers {', '.join(harmed[:-1])} and {harmed[-1]}"
         found.append(f"The rescue ratio of {layers} is negative: plain dropping would have been better there.")
+    if report.added_biases:
+        found.append(ADDED_BIASES)
     if any(evaluated_on_calibration_data(config, report, pair) for pair in pairs):
         found.append("It was evaluated on data that it was calibrated on; expect a higher perplexity on other text.")
     if report.pruning_ratio >= _HIGH_RATIO:
@@ -151,6 +153,8 @@ def check_readable(report: PruningReport) -> None:
             _check(f"layers[{index}].energies.{name}", value, float)
     for name in ("parameters_before", "parameters_after", "padding_parameters"):
         _check(name, getattr(report, name), int)
+    if not isinstance(report.added_biases, bool):
+        raise ReportError(f"`added_biases` of the report is {report.added_biases!r:.60}; want true or false.")
     optional: dict[str, type] = {"size_before": int, "size_after": int, "base_model": str, "model_type": str}
     for name, kind in optional.items():
         if getattr(report, name) is not None:

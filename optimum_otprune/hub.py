@@ -14,6 +14,7 @@ from optimum_otprune.errors import (
     HubConflictError,
     HubNotFoundError,
     IntegrityError,
+    without_credentials,
 )
 from optimum_otprune.hub_access import check_visibility
 from optimum_otprune.hub_client import HubClient
@@ -301,7 +302,7 @@ def _send(client: HubClient, push: _Push, private: bool | None) -> PushResult:
             if landed is None:
                 raise
             return landed
-        return PushResult(client.repo_id, done.oid, done.pr_url or client.url, changed=True)
+        return PushResult(client.repo_id, done.oid, without_credentials(done.pr_url or client.url), True)
 
     return with_retries(attempt, client.what, client.deadline)
 

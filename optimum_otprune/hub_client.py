@@ -3,7 +3,8 @@
 import logging
 import re
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,31 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 
-from optimum_otprune.errors import HubTimeoutError
+from optimum_otprune.errors import HubTimeoutError, without_credentials
 from optimum_otprune.retries import Deadline, with_retries
 
 
 class _WithoutSignatures(logging.Filter):
-    """Takes the query off addresses in the client's warnings: whoever has a signed one can write there for an hour."""
+    """Takes the query off addresses in the client's warnings: whoever has a signed one can write there for an hour.
+
+    Credentials in an address go, too.
+    """
 
     def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = re.sub(r"(https?://[^\s?]+)\?\S+", r"\1?…", record.getMessage()), None
+        message = without_credentials(record.getMessage())
+        record.msg, record.args = re.sub(r"(https?://[^\s?]+)\?\S+", r"\1?…", message), None
         return True
+
+
+@contextmanager
+def without_secrets_in_warnings() -> Iterator[None]:
+    """A block in which the client, whoever calls it, writes no signature and no credentials into its warnings."""
+    logger, without = logging.getLogger("huggingface_hub.utils._http"), _WithoutSignatures()
+    logger.addFilter(without)
+    try:
+        yield
+    finally:
+        logger.removeFilter(without)
 
 
 class _Api(HfApi):
@@ -67,7 +83,7 @@ class HubClient:
     @property
     def url(self) -> str:
         """The repository's page."""
-        return f"{self._api.endpoint}/{self.repo_id}"
+        return without_credentials(f"{self._api.endpoint}/{self.repo_id}")
 
     def user(self) -> dict[str, Any]:
         """Whose token it is, after the repository's name was found valid."""

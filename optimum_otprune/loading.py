@@ -1,6 +1,5 @@
 """Load a model, pruned or not, with its tokenizer and what pruning left beside it; what is damaged is told."""
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from transformers import (
@@ -20,22 +19,33 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
+from transformers.utils import cached_file
 
 from optimum_otprune.architectures.changes import mark_pruned
 from optimum_otprune.base_card import read_base_card
 from optimum_otprune.configuration import CONFIG_FILE, OTPruningConfig
 from optimum_otprune.errors import ModelLoadError
 from optimum_otprune.hub import verify_saved
+from optimum_otprune.hub_client import without_secrets_in_warnings
 from optimum_otprune.manifest import CARD_FILE
 from optimum_otprune.processes import own_device
 from optimum_otprune.report import REPORT_FILE, PruningReport
+from optimum_otprune.sources import ADAPTER_FILE, check_config, check_file, check_folder, explanation
 
 _FOLDERS = re.compile(r"(?<![\w:/.])/(?:[^\s'\"/]+/)+")  # of absolute paths, such as the cache's, but not of addresses
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
-_PER_LAYER_HINT = (
-    "its layers differ in width, which the code of transformers cannot build. Read the modeling file in it, then pass "
-    "`trust_remote_code=True` (`--trust-remote-code`)"
+# Whatever transformers, torch and the code of a model raise where its files are not what that code expects.
+_FOREIGN = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    ImportError,
+    LookupError,
+    TypeError,
+    NameError,
+    AttributeError,
+    ArithmeticError,
+    StrictDataclassError,
 )
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -80,11 +90,12 @@ def load_checkpoint(name: str, options: Mapping[str, Any]) -> Checkpoint:
         HubError: If it was to be verified and the Hub does not answer.
     """
     name, options = _expanded(name, options)
-    _check_source(name)
     hub = {option: options[option] for option in _HUB_OPTIONS if options[option] is not None}
+    _check_source(name)
     if options["verify"]:
         commit = verify_saved(name, **hub)
         hub |= {} if commit is None else {"revision": commit}  # what was verified is what is loaded
+    _check_repository(name, hub)
     remote = {"trust_remote_code": bool(options["trust_remote_code"])}
     placement = {
         option: options[option]
@@ -130,8 +141,9 @@ def load_skeleton(name: str, options: Mapping[str, Any]) -> tuple[PreTrainedMode
         ModelLoadError: If the configuration cannot be found or read.
     """
     name, options = _expanded(name, options)
-    _check_source(name)
     hub = {option: options[option] for option in _HUB_OPTIONS if options[option] is not None}
+    _check_source(name, needs_weights=False)
+    _check_repository(name, hub)
     remote = {"trust_remote_code": bool(options["trust_remote_code"])}
     with _loading(name):
         config = AutoConfig.from_pretrained(name, **hub, **remote)
@@ -186,62 +198,38 @@ def note_if_pruned(model: PreTrainedModel) -> None:
         mark_pruned(model)
 
 
-def _check_source(name: str) -> None:
+def _check_source(name: str, needs_weights: bool = True) -> None:
     path = Path(name)
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelLoadError(
-                f"The folder {path.name!r} has no config.json, so it holds no model. Give the folder that "
-                "`save_pretrained` wrote."
-            )
-        _check_index(path)
+        check_folder(path, needs_weights)
     elif path.is_file():
-        raise ModelLoadError(f"{path.name!r} is a file. Give the folder that holds it, with its config.json.")
+        check_file(path)
     elif hub_id(name) is None:
-        raise ModelLoadError(f"{path.name!r} is neither a folder nor a valid Hub id of the form 'user/name'.")
+        raise ModelLoadError(f"{path.name[:80]!r} is neither a folder nor a valid Hub id of the form 'user/name'.")
 
 
-def _check_index(folder: Path) -> None:
-    """Shards lie in the folder: the loader would follow a name such as `../other.safetensors` out of it."""
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    if not index.is_file():
-        return
-    try:
-        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        strange = sorted(repr(shard)[:60] for shard in shards if Path(shard).name != shard or "\\" in shard)
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ModelLoadError(
-            f"{index.name} in {folder.name!r} is damaged: want an object with a `weight_map` from tensors to files. "
-            "Download it again."
-        ) from error
-    if strange:
-        raise ModelLoadError(
-            f"{index.name} in {folder.name!r} names a file outside the folder: {strange[0]}. Get the model from "
-            "somebody you trust."
-        )
+def _check_repository(name: str, hub: dict[str, Any]) -> None:
+    """What `check_folder` finds in a folder's configuration, for a model of the Hub."""
+    if not Path(name).is_dir():
+        with _loading(name):
+            config, _ = PreTrainedConfig.get_config_dict(name, **hub)
+        check_config(_shown(name), config, _optional_file(name, ADAPTER_FILE, hub) is not None)
 
 
 @contextmanager
 def _loading(name: str) -> Iterator[None]:
     try:
-        yield
+        with without_secrets_in_warnings():
+            yield
     except SafetensorError as error:
         raise ModelLoadError(
             f"The weights of {_shown(name)} are damaged ({error}). Download or copy them again; a file of a few "
             "hundred bytes is a git-lfs pointer."
         ) from error
-    except (OSError, ValueError, RuntimeError, ImportError, LookupError, TypeError) as error:
-        local = Path(name).is_dir()
-        why = (
-            _PER_LAYER_HINT
-            if "per-layer attribute" in str(error)
-            else (
-                "check the files in it; weights must be safetensors files, since loading others could run code"
-                if local
-                else "either it does not exist (or is private and needs `token`), or the Hub cannot be reached. "
-                "Offline, give a local folder, or set HF_HUB_OFFLINE=1 to use what was downloaded before"
-            )
-        )
+    except _FOREIGN as error:
+        if isinstance(error, ModelLoadError):
+            raise
+        why = explanation(error, Path(name).is_dir())
         raise ModelLoadError(f"{_shown(name)} could not be loaded: {why}. ({_without_path(error, name)})") from error
 
 

@@ -17,10 +17,12 @@ class PrunedLayers(NamedTuple):
     Attributes:
         reports: One per layer.
         padding_parameters: Zeros in the model that only fill up layers to a common width.
+        added_biases: Whether the model's configuration had no biases before and has them now.
     """
 
     reports: list[LayerReport]
     padding_parameters: int
+    added_biases: bool = False
 
     def report(
         self,
@@ -44,6 +46,7 @@ class PrunedLayers(NamedTuple):
             "parameters_before": sizes_before[0],
             "parameters_after": parameters - self.padding_parameters,
             "padding_parameters": self.padding_parameters,
+            "added_biases": self.added_biases,
             "size_before": sizes_before[1],
             "size_after": size,
         }

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from optimum_otprune.architectures.block import FFNBlock, named
 from optimum_otprune.architectures.changes import mark_half_pruned
-from optimum_otprune.architectures.resize import finish_resize
+from optimum_otprune.architectures.resize import finish_resize, switches_biases
 from optimum_otprune.block_runner import unchunked
 from optimum_otprune.compression import Compression, LayerInputs, Recipe, compress
 from optimum_otprune.configuration import OTPruningConfig
@@ -41,7 +41,7 @@ from optimum_otprune.outcome import PrunedLayers
 from optimum_otprune.prepared import Expected, Prepared
 from optimum_otprune.processes import from_main, gathered, is_main_process, own_samples, process_index, summed
 from optimum_otprune.quantities import SIZE_UNITS, parse_quantity
-from optimum_otprune.report import LayerReport
+from optimum_otprune.report import ADDED_BIASES, LayerReport
 from optimum_otprune.self_calibration import self_calibration_tokens
 from optimum_otprune.spill import DEFAULT_LIMIT, TensorSpill
 from optimum_otprune.streaming import CalibrationStream
@@ -155,10 +155,14 @@ def prune_model(
             ),
         )
         reports = _prune_layers(model, blocks, recipe, prepared, settings, store, can_hold_intercept, spill, factors)
+    had_biases = switches_biases(model, blocks[0].spec)
     padding = finish_resize(model, blocks, config.non_uniform_format)
     check_logits(model, tokens)
+    added_biases = switches_biases(model, blocks[0].spec) and not had_biases
+    if added_biases:
+        logger.warning(ADDED_BIASES)
     _warn_of_padding(reports, padding)
-    return PrunedLayers(reports, padding)
+    return PrunedLayers(reports, padding, added_biases)
 
 
 def _prune_layers(

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_otprune.architectures.block import ffn_blocks
 from optimum_otprune.architectures.changes import all_or_nothing, check_dense, check_whole, is_pruned
+from optimum_otprune.architectures.wrappers import model_in_memory, unwrapped
 from optimum_otprune.budget import with_pruning_ratio
 from optimum_otprune.calibration import ModelLimits, TokenData, TokenSource, calibration_tokens, evaluation_tokens
 from optimum_otprune.checkpoint import save_checkpoint
@@ -36,9 +37,7 @@ from optimum_otprune.tuning import tune_model
 
 
 class OTPruner(HubMixin):
-    """Prunes the feed-forward layers of a causal language model in place.
-
-    Make one by `from_pretrained`.
+    """Prunes the feed-forward layers of a causal language model in place. Make one by `from_pretrained`.
 
     Attributes:
         model: The model, pruned after `prune`.
@@ -57,14 +56,14 @@ class OTPruner(HubMixin):
         base_model: str | None = None,
         base_card: Mapping[str, Any] | None = None,
     ):
-        self.model = model
+        self.model = unwrapped(model)
         self.config = config or OTPruningConfig()
         self.tokenizer = tokenizer
         self.report = report
         self.base_model = base_model
         self.base_card = dict(base_card or {})
         self.tuning: TuningResult | None = None
-        self._places = noted_places(source_model=model.name_or_path)
+        self._places = noted_places(source_model=self.model.name_or_path)
         self._calibrated_on: TokenData | None = None
         self._unsaved_state: tuple[Path, Mapping[str, Any]] | None = None
         self._evaluations: list[Mapping[str, Any]] = list(report.evaluations) if report else []
@@ -110,17 +109,18 @@ class OTPruner(HubMixin):
             ModelLoadError: If the model cannot be found, downloaded or read, or its weights are not all there.
             IntegrityError: With `verify`, if files are changed, missing or extra, or there is no manifest.
             HubError: With `verify`, if the Hub does not give the files.
-            UnsupportedModelError: If it has no known FFN, or is quantized.
+            UnsupportedModelError: If it has no known FFN, is quantized, or has an adapter that is not merged.
             ConfigurationError: If `config` is not valid.
         """
         options = {name: value for name, value in locals().items() if name in LOADING_DEFAULTS}
         check_launch()
         given = None if config is None else as_config(config, options)
-        if isinstance(model_name_or_path, PreTrainedModel):
+        model = model_in_memory(model_name_or_path)
+        if model is not None:
             refuse_loading_options(options)
-            ffn_blocks(model_name_or_path)
-            note_if_pruned(model_name_or_path)
-            return cls(model_name_or_path, given, tokenizer, base_model=hub_id(model_name_or_path.name_or_path))
+            ffn_blocks(model)
+            note_if_pruned(model)
+            return cls(model, given, tokenizer, base_model=hub_id(model.name_or_path))
         loaded = load_checkpoint(str(model_name_or_path), options)
         ffn_blocks(loaded.model)
         report = loaded.report if given is None or given == loaded.config else None
@@ -158,10 +158,13 @@ class OTPruner(HubMixin):
         check_positive(batch_size=batch_size)
         limit = hidden_memory(max_hidden_memory)
         options = check_loading_options(loading)
-        if isinstance(model_name_or_path, PreTrainedModel):
+        model = model_in_memory(model_name_or_path)
+        if model is not None:
             refuse_loading_options(options)
         given = OTPruningConfig() if config is None else as_config(config, options)
-        return plan_pruning(model_name_or_path, given, options, calibration_data, batch_size, limit)
+        return plan_pruning(
+            model_name_or_path if model is None else model, given, options, calibration_data, batch_size, limit
+        )
 
     @property
     def limits(self) -> ModelLimits:

@@ -16,6 +16,12 @@ from optimum_otprune.version import __version__
 
 REPORT_FILE = "otprune_report.json"
 
+# Of a model whose FFNs had no biases: there are programs that read no `mlp_bias`, and say nothing.
+ADDED_BIASES = (
+    "The FFNs have gained biases (`mlp_bias`), which transformers reads. SGLang and TGI drop them without a word, and "
+    "the model is worse there; `intercept='never'` adds none."
+)
+
 _WIDTH = 60
 
 
@@ -95,6 +101,7 @@ class PruningReport:
         size_after: Bytes of the pruned model's.
         model_type: Of the architecture, as transformers names it, or None.
         base_card: License and language of the base model, as its card states them; see `base_card.read_base_card`.
+        added_biases: Whether the FFNs had no biases before and have some now.
     """
 
     config: Mapping[str, Any]
@@ -111,6 +118,7 @@ class PruningReport:
     model_type: str | None = None
     base_card: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     padding_parameters: int = 0
+    added_biases: bool = False
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -256,6 +264,7 @@ def _summary(report: PruningReport) -> str:
         f"  Pruned channels: {pruned:,} ({report.pruning_ratio:.1%})",
         f"  Kept channels: {kept:,}" + _width_range(report.widths),
         f"  Parameters: {report.parameters_before:,} -> {report.parameters_after:,}" + _padding(report),
+        *([f"  {ADDED_BIASES}"] if report.added_biases else []),
         "Global Rescue Effect",
         f"  Rescued {report.rescue_ratio:.3f} ({report.rescue_ratio:.1%}) of the pruned channels' output energy",
         "Global Dilution Effect",

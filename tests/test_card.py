@@ -65,6 +65,15 @@ def assert_harmless(card: str, has_plot: bool = False) -> Page:
     return page
 
 
+def test_a_card_says_which_versions_load_the_folder():
+    assert "loads with transformers 4.57 and newer" in words(model_card(CONFIG, make_report(model_type="llama"), "x"))
+    unknown = words(model_card(CONFIG, make_report(model_type="mine", versions={"transformers": "5.9.0"}), "x"))
+    assert "saved with transformers 5.9.0; models of this type were not tested with older versions" in unknown
+    config = OTPruningConfig(pruning_ratio=0.5, non_uniform_format="per_layer_config")
+    layers = (layer_report(0, after=4), layer_report(1, after=6))
+    assert "needs transformers 5.15 or newer" in words(model_card(config, make_report(layers=layers), "x"))
+
+
 def test_the_first_lines_say_what_it_is_and_what_it_costs():
     text = words(model_card(CONFIG, make_report(), "user/llama-half"))
     assert (

@@ -49,6 +49,13 @@ def test_a_factor_that_is_not_finite_is_none(dense):
     assert comparisons(report)[0].factor is None
 
 
+def test_added_biases_that_some_programs_drop_are_told():
+    assert "SGLang and TGI drop them without a word" in said(make_report(added_biases=True))
+    assert "SGLang" not in said(make_report())
+    with pytest.raises(ReportError, match="`added_biases` of the report is 'yes'; want true or false"):
+        check_readable(make_report(added_biases="yes"))
+
+
 @pytest.mark.parametrize("name", ["user/name", "gpt2", "meta-llama/Llama-3.2-1B"])
 def test_names_of_the_hub_are_known(name):
     assert hub_name(name) == name

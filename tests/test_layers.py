@@ -14,7 +14,7 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if "_optimum_register" not
 LAYERS = (
     ("version", "errors", "registry", "methods", "quantities", "options", "option_checks"),
     ("functional",),
-    ("manifest", "retries", "hub_client", "hub_access", "hub"),
+    ("compatibility", "manifest", "retries", "hub_client", "hub_access", "hub"),
     ("outputs", "files"),
     ("resolution", "configuration", "report"),
     ("state",),
@@ -42,7 +42,7 @@ LAYERS = (
     ("widths", "feasibility", "prepared", "layer_store", "resume"),
     ("budget", "outcome", "pipeline"),
     ("markdown", "base_card", "reproduction", "citations", "plots", "findings", "card_metadata", "card"),
-    ("loading", "loading_options", "checkpoint", "folder_card"),
+    ("sources", "loading", "loading_options", "model_files", "checkpoint", "folder_card"),
     ("search_space", "latency", "benchmarking", "trials", "fingerprint", "tuning"),
     ("expectations", "plan", "planning"),
     ("sharing", "pruner"),

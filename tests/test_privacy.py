@@ -1,5 +1,6 @@
 """No token, user name, host or local path gets into a file, a log or an error; nothing is unpickled."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -10,10 +11,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from optimum_otprune import OTPruner, OTPruningConfig
+from optimum_otprune import OTPruner, OTPruningConfig, loading
 from optimum_otprune.configuration import CONFIG_FILE
-from optimum_otprune.errors import ModelLoadError, OTPruneError
+from optimum_otprune.errors import ModelLoadError, OTPruneError, without_credentials
+from optimum_otprune.hub_client import HubClient, _WithoutSignatures
 from optimum_otprune.options import OPTIONS
+from optimum_otprune.retries import Deadline
 
 CANARIES = ("alice-canary", "hf_canaryToken123", "canary-host")
 
@@ -85,6 +88,42 @@ def test_errors_of_damaged_folders_name_no_path(home, llama, tmp_path, damage):
     with pytest.raises(ModelLoadError) as caught:
         OTPruner.from_pretrained(folder)
     assert leaks(str(caught.value)) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("GET https://me:s3cret@hub.example/api?x=1 failed", "GET https://hub.example/api?x=1 failed"),
+        ("http://me:p@ss@localhost:8080: refused", "http://localhost:8080: refused"),
+        ("https://token@hub.example", "https://hub.example"),
+        ("https://hub.example/a@b and me@mail.example", "https://hub.example/a@b and me@mail.example"),
+        ("Invalid port: 's3cret@hub.example'", "Invalid port: '***@hub.example'"),
+        ("auth=('me', 'a/b')", "auth=('me', 'a/b')"),
+    ],
+)
+def test_credentials_of_an_address_are_in_no_error(monkeypatch, text, shown):
+    monkeypatch.setenv("HF_ENDPOINT", "https://me:s3cret@hub.example")
+    assert without_credentials(text) == shown
+    assert str(OTPruneError(text)) == shown
+    assert str(ModelLoadError(text)) == shown
+    record = logging.LogRecord("x", logging.WARNING, "x", 1, "%s", (text.replace("?x=1", ""),), None)
+    assert _WithoutSignatures().filter(record)
+    assert record.getMessage() == shown.replace("?x=1", "")
+
+
+def test_credentials_of_the_hub_are_in_no_address_and_no_warning_while_loading(llama_folder, monkeypatch, caplog):
+    client = HubClient("me/x", None, Deadline(1.0))
+    monkeypatch.setattr(client._api, "endpoint", "https://alice-canary:hf_canaryToken123@hub.example")
+    assert client.url == "https://hub.example/me/x"
+
+    def fail(*args, **kwargs):
+        logging.getLogger("huggingface_hub.utils._http").warning("GET %s/api failed", client._api.endpoint)
+        raise OSError(f"We could not connect to {client._api.endpoint}/api")
+
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", fail)
+    with caplog.at_level("WARNING"), pytest.raises(ModelLoadError, match="connect to https://hub.example") as caught:
+        OTPruner.from_pretrained(llama_folder)
+    assert leaks(str(caught.value) + caplog.text) == []
 
 
 def test_weights_that_could_hold_code_are_not_loaded(llama, tmp_path):

@@ -181,14 +181,21 @@ def test_a_disk_offloaded_model_is_pruned_and_saved_like_a_plain_one(llama_folde
     torch.testing.assert_close(logits(reloaded, tokens), logits(plain.model, tokens), rtol=1e-5, atol=1e-5)
 
 
-def test_an_intercept_is_stored_natively_and_only_where_one_was_wanted(tokens, tmp_path):
+def test_an_intercept_is_stored_natively_and_only_where_one_was_wanted(tokens, tmp_path, caplog):
     without = prune(make_llama(), tokens, intercept="never")
     assert not without.model.config.mlp_bias
     assert without.model.model.layers[0].mlp.down_proj.bias is None
+    assert not without.report.added_biases
+    assert "SGLang" not in str(without.report) + caplog.text
     with_one = prune(make_llama(), tokens, intercept="always")
     assert with_one.model.config.mlp_bias
+    assert with_one.report.added_biases
+    assert "SGLang and TGI drop them without a word" in str(with_one.report)
+    assert "SGLang and TGI drop them without a word" in caplog.text
+    assert not prune(make_llama(mlp_bias=True), tokens, intercept="always").report.added_biases
     assert all(layer.intercept for layer in with_one.report.layers)
     with_one.save_pretrained(tmp_path / "out")
+    assert "SGLang and TGI drop them" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(logits(reloaded, tokens), logits(with_one.model, tokens))
 

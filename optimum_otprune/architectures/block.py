@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from optimum_otprune.architectures.spec import FFNSpec, find_blocks, find_spec, submodule
+from optimum_otprune.architectures.wrappers import check_plain
 from optimum_otprune.devices import execution_device, keep_parameters, read_parameter, replace_parameter
 from optimum_otprune.errors import OTPruneError, UnsupportedModelError
 from optimum_otprune.functional.ffn import FFNWeights
@@ -117,14 +118,14 @@ def ffn_blocks(model: PreTrainedModel) -> list[FFNBlock]:
     """Return the FFN blocks of a model, in the order of its forward pass.
 
     Raises:
-        UnsupportedModelError: If the model has no known FFN, is quantized, or its layers differ in width.
+        UnsupportedModelError: If the model has no known FFN, is quantized or adapted, or its layers share a module.
     """
     if getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None) is not None:
         raise UnsupportedModelError(
             "This model is quantized already; its packed weights cannot be pruned. Prune the original model first, "
             "save it, and quantize the pruned one."
         )
-    _check_plain(model)
+    check_plain(model)
     _, spec = find_spec(model)
     blocks = [FFNBlock(module, spec, layer) for layer, module in enumerate(find_blocks(model, spec))]
     if len({block.module for block in blocks}) < len(blocks):
@@ -140,22 +141,6 @@ def ffn_blocks(model: PreTrainedModel) -> list[FFNBlock]:
             )
         _check_alone(block)
     return blocks
-
-
-def _check_plain(model: PreTrainedModel) -> None:
-    """Raise where modules stand for others: adapters that change what a projection puts out, or compiled code."""
-    for name, module in model.named_modules():
-        if "base_layer" in module._modules:
-            raise UnsupportedModelError(
-                f"An adapter is in the model (at {name!r}): its layers cannot be pruned or saved as they are. Merge "
-                "the adapter first (`merge_and_unload`)."
-            )
-        if "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None:
-            where = f"The module {name!r}" if name else "The model"
-            raise UnsupportedModelError(
-                f"{where} is compiled, so that nobody can look into it while it runs. Load the model without "
-                "compiling it, and compile the pruned one."
-            )
 
 
 def _check_alone(block: FFNBlock) -> None:

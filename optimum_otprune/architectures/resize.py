@@ -5,6 +5,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from optimum_otprune.architectures.block import FFNBlock
+from optimum_otprune.architectures.spec import FFNSpec
 from optimum_otprune.functional.ffn import FFNWeights
 
 
@@ -37,6 +38,11 @@ def finish_resize(model: PreTrainedModel, blocks: list[FFNBlock], non_uniform_fo
         if block.intermediate_size < max(widths):
             block.install(padded(block.read(), max(widths)))
     return model.num_parameters() - before
+
+
+def switches_biases(model: PreTrainedModel, spec: FFNSpec) -> bool:
+    """Whether a switch in the model's configuration gives its FFNs biases."""
+    return spec.bias_key is not None and bool(getattr(model.config, spec.bias_key, False))
 
 
 def padded(weights: FFNWeights, width: int) -> FFNWeights:

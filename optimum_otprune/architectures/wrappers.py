@@ -1,0 +1,87 @@
+"""What people put around a model or into it: taken off where nothing is lost by it, else told."""
+
+import os
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from optimum_otprune.errors import ConfigurationError, UnsupportedModelError
+
+_DYNAMIC = "transformers_modules."  # where transformers puts the code of repositories
+_MERGE = "Merge the adapter first (`model = model.merge_and_unload()` of peft), and give the merged model."
+
+
+def unwrapped(model: object) -> PreTrainedModel:
+    """Return the model that a compiled or data-parallel one is made of, or the model itself.
+
+    Args:
+        model: A model in memory; the wrapper goes on to work around the same model.
+
+    Raises:
+        UnsupportedModelError: If it is a model of peft, or no model of transformers.
+        ConfigurationError: If it is no model at all.
+    """
+    inner = model
+    while isinstance(inner, nn.Module) and not isinstance(inner, PreTrainedModel):
+        if hasattr(inner, "peft_config") and not hasattr(inner, "_orig_mod"):
+            raise UnsupportedModelError(
+                f"The model is of type {type(inner).__name__}, an adapter around a model, whose weights are not in "
+                f"the layers that would be pruned. {_MERGE}"
+            )
+        wrapped = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)  # torch.compile; parallel ones
+        if not isinstance(wrapped, nn.Module):
+            break
+        inner = wrapped
+    if isinstance(inner, PreTrainedModel):
+        return inner
+    if isinstance(inner, nn.Module):
+        raise UnsupportedModelError(
+            f"The model is of type {type(inner).__name__}; want a `PreTrainedModel` of transformers. Load it by "
+            "`AutoModelForCausalLM.from_pretrained`, or give its name or folder."
+        )
+    raise ConfigurationError(
+        f"The model is of type {type(model).__name__}; want the name of a model, a folder, or a `PreTrainedModel`."
+    )
+
+
+def model_in_memory(model: object) -> PreTrainedModel | None:
+    """Return the model, unwrapped, or None for a name or path of one.
+
+    Raises:
+        UnsupportedModelError: See `unwrapped`.
+        ConfigurationError: See `unwrapped`.
+    """
+    return None if isinstance(model, (str, os.PathLike)) else unwrapped(model)
+
+
+def check_plain(model: PreTrainedModel) -> None:
+    """Raise where adapters or code belong to a model that would be left out of what is saved, or it is compiled.
+
+    Raises:
+        UnsupportedModelError: Names the first adapted or compiled module, or the class whose code would not be saved.
+    """
+    for name, module in model.named_modules():
+        parts = dict(module.named_children())
+        if "base_layer" in parts or any(part.startswith("lora_") for part in parts):
+            raise UnsupportedModelError(
+                f"The model has an adapter in it, first in {name!r}; saved, it would lack weights. Merge it first: "
+                "load the model without the adapter, `PeftModel.from_pretrained(model, adapter).merge_and_unload()` "
+                "of peft, and give the result."
+            )
+        if "_orig_mod" in parts or getattr(module, "_compiled_call_impl", None) is not None:
+            where = f"The module {name!r}" if name else "The model"
+            raise UnsupportedModelError(
+                f"{where} is compiled, so that nobody can look into it while it runs. Load the model without "
+                "compiling it, and compile the pruned one."
+            )
+    for made in (model, model.config):
+        if type(made).__module__.startswith(_DYNAMIC) and not has_own_code(made):
+            raise UnsupportedModelError(
+                f"{type(made).__name__} is code of a repository that would not be saved with the model. Load it by "
+                "an auto class, such as `AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)`."
+            )
+
+
+def has_own_code(made: object) -> bool:
+    """Whether the code of an object's class is saved beside it, as transformers does for what auto classes loaded."""
+    return getattr(type(made), "_auto_class", None) is not None

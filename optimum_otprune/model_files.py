@@ -1,0 +1,123 @@
+"""The files of a model and of its tokenizer: they hold what is in memory, for every loader, and nothing beyond it."""
+
+import copy
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from optimum_otprune.architectures.remote_code import MODELING_FILE, modeling_code
+from optimum_otprune.architectures.spec import find_spec
+from optimum_otprune.architectures.wrappers import has_own_code
+from optimum_otprune.compatibility import with_older_names, with_older_tokenizer
+
+_CONFIG, _GENERATION, _TOKENIZER = "config.json", "generation_config.json", "tokenizer_config.json"
+
+
+def save_model_files(
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, max_shard_size: int | str
+) -> None:
+    """Write weights, configurations, tokenizer and whatever code they need; what is in memory stays as it is.
+
+    Args:
+        folder: An empty one.
+        model: Pruned or not.
+        tokenizer: Or None.
+        max_shard_size: Of one safetensors file.
+    """
+    with _copied_settings(model) as generation:
+        _save_model(model, folder, max_shard_size)
+    if generation is not None and (folder / _GENERATION).is_file():
+        text = generation.to_json_string(keys_to_pop=["compile_config"])
+        (folder / _GENERATION).write_text(text, encoding="utf-8")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    of_class = {"AutoConfig": model.config, "AutoTokenizer": tokenizer, "AutoModel": model}
+    custom = tuple(auto for auto, made in of_class.items() if made is not None and has_own_code(made))
+    if (folder / MODELING_FILE).is_file():
+        custom += ("AutoModel",)
+    _edit(folder / _CONFIG, lambda values: with_older_names(_with_code_of_its_own(values, folder, custom)))
+    added = _added(tokenizer) if (folder / "tokenizer.json").is_file() else {}
+    _edit(
+        folder / _TOKENIZER, lambda values: with_older_tokenizer(_with_code_of_its_own(values, folder, custom), added)
+    )
+
+
+def _added(tokenizer: PreTrainedTokenizerBase | None) -> dict[str, bool]:
+    """Whether a tokenizer puts a beginning and an end around a text, found out by one."""
+    ids = [] if tokenizer is None else tokenizer("a", verbose=False)["input_ids"]
+    if tokenizer is None or not ids:
+        return {}
+    return {
+        "add_bos_token": tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id,
+        "add_eos_token": tokenizer.eos_token_id is not None and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id,
+    }
+
+
+def _save_model(model: PreTrainedModel, folder: Path, max_shard_size: int | str) -> None:
+    """The model, with a modeling file if its layers differ in width."""
+    if not getattr(model.config, "is_heterogeneous", False):
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        return
+    code = modeling_code(model, find_spec(model)[1])
+    model.config.auto_map = code.auto_map
+    # Tensors named as the modeling file has them: transformers converts older names for its own classes only.
+    model.save_pretrained(folder, max_shard_size=max_shard_size, save_original_format=False)
+    (folder / MODELING_FILE).write_text(code.text, encoding="utf-8")
+
+
+@contextmanager
+def _copied_settings(model: PreTrainedModel) -> Iterator[GenerationConfig | None]:
+    """A block in which the model has copies of its configurations, for saving writes into them; gives the decoding's.
+
+    The copy of that is a valid one in its place: transformers loads sampling parameters without sampling, as many
+    models have them, but refuses to save them.
+    """
+    config, generation = model.config, getattr(model, "generation_config", None)
+    model.config = copy.deepcopy(config)
+    # These have had no effect since transformers 5, which refuses to save them.
+    for name in getattr(config, "_get_generation_parameters", dict)():
+        model.config.__dict__.pop(name, None)
+    if generation is not None:
+        model.generation_config = GenerationConfig()
+    try:
+        yield generation
+    finally:
+        model.config = config
+        if generation is not None:
+            model.generation_config = generation
+
+
+def _edit(file: Path, change: Callable[[dict[str, Any]], Mapping[str, Any]]) -> None:
+    """Change a JSON file that may be there."""
+    if file.is_file():
+        values = change(json.loads(file.read_text(encoding="utf-8")))
+        file.write_text(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _with_code_of_its_own(values: dict[str, Any], folder: Path, custom: tuple[str, ...]) -> dict[str, Any]:
+    """Return a configuration that points to code in its folder only, and only for classes that code defines.
+
+    A model that runs on a class of transformers would, loaded with `trust_remote_code=True`, run on the code of the
+    repository that it once came from.
+
+    Args:
+        values: Of a configuration's file.
+        folder: Where it lies, with the code that was saved.
+        custom: Beginnings of the names of auto classes whose object has a class of its own.
+    """
+    rest = {name: value for name, value in values.items() if name not in ("auto_map", "custom_pipelines")}
+    auto_map = values.get("auto_map")
+    kept = {}
+    for auto, reference in auto_map.items() if isinstance(auto_map, dict) else ():
+        several = isinstance(reference, (list, tuple))  # a slow and a fast tokenizer
+        names = [
+            name if name is None else str(name).rpartition("--")[2] for name in (reference if several else [reference])
+        ]
+        files = [folder / f"{name.split('.')[0]}.py" for name in names if name is not None]
+        if auto.startswith(custom) and files and all(file.is_file() for file in files):
+            kept[auto] = names if several else names[0]
+    return {**rest, "auto_map": kept} if kept else rest
