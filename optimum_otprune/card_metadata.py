@@ -7,11 +7,10 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from optimum_otprune.base_card import checked_base_card
+from optimum_otprune.comparison import Comparison
 from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.findings import (
     UNNAMED_DATA,
-    Comparison,
-    comparisons,
     evaluated_on_calibration_data,
     hub_name,
 )
@@ -44,7 +43,7 @@ def card_metadata(config: OTPruningConfig, report: PruningReport | None, name: s
     widths = [layer.intermediate_size_after for layer in report.layers]
     extra["intermediate_size"] = widths if len(set(widths)) > 1 else next(iter(widths), None)
     extra |= {"rescue_ratio": _rounded(report.rescue_ratio), "dilution_ratio": _rounded(report.dilution_ratio)}
-    results = [result for pair in comparisons(report) for result in _results(config, report, pair)]
+    results = [result for pair in report.comparisons for result in _results(config, report, pair)]
     dataset = hub_name(report.calibration["data"])
     return ModelCardData(
         base_model=hub_name(report.base_model),

@@ -26,7 +26,6 @@ from optimum_otprune.functional.compensation import refit_down
 from optimum_otprune.functional.ffn import FFNWeights, check_weights
 from optimum_otprune.functional.metric import error_metric
 from optimum_otprune.functional.reconstruction import ReconstructionSettings, Share, reconstruct
-from optimum_otprune.functional.rescue import RescueEnergies, dilution_ratio, relative_error, rescue_ratio
 from optimum_otprune.gradients import GradientScores, gradient_moments, gradient_scores
 from optimum_otprune.heap import return_large_blocks
 from optimum_otprune.layer_data import (
@@ -40,6 +39,7 @@ from optimum_otprune.layer_store import FinishedLayer, LayerStore
 from optimum_otprune.prepared import Expected, Prepared
 from optimum_otprune.processes import from_main, gathered, is_main_process, own_samples, process_index, summed
 from optimum_otprune.quantities import SIZE_UNITS, parse_quantity
+from optimum_otprune.ratios import RescueEnergies, dilution_ratio, relative_error, rescue_ratio
 from optimum_otprune.report import LayerReport
 from optimum_otprune.self_calibration import self_calibration_tokens
 from optimum_otprune.spill import DEFAULT_LIMIT, TensorSpill

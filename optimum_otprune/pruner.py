@@ -244,6 +244,7 @@ class OTPruner(HubMixin):
             size_after=size,
             model_type=self.model.config.model_type,
             base_card=self.base_card,
+            token_weighting=self.config.token_weighting,
         )
 
     def tune(

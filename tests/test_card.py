@@ -108,7 +108,7 @@ def test_how_to_load_has_the_name_and_a_tokenizer_where_there_is_one():
 
 def test_a_model_that_needs_remote_code_is_loaded_with_it_and_a_warning():
     report = make_report()
-    layers = (report.layers[0], dataclasses.replace(report.layers[1], intermediate_size_after=3))
+    layers = (report.layers[0], layer_report(1, after=3))
     report, config = dataclasses.replace(report, layers=layers), CONFIG.replace(non_uniform_format="per_layer_config")
     assert "remote code is needed" in model_card(config, make_report(), "user/x")  # all layers have the same width
     assert "remote code is needed" in model_card(CONFIG, report, "user/x")  # filled up

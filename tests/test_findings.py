@@ -11,13 +11,11 @@ from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.errors import ReportError
 from optimum_otprune.findings import (
     UNNAMED_DATA,
-    check_readable,
-    comparisons,
     evaluated_on_calibration_data,
     hub_name,
     limitations,
 )
-from optimum_otprune.functional.rescue import RescueEnergies
+from optimum_otprune.ratios import RescueEnergies
 from tests.hostile import HOSTILE
 from tests.reports import evaluation, layer_report, make_report
 
@@ -37,7 +35,7 @@ def test_evaluations_are_paired_by_data_and_protocol_and_the_latest_counts():
             evaluation("pruned", 12.0),
         )
     )
-    first, second = comparisons(report)
+    first, second = report.comparisons
     assert (first.dense["perplexity"], first.pruned["perplexity"], first.factor) == (10.0, 12.0, 1.2)
     assert (second.dense, second.factor, second.one["seqlen"]) == (None, None, 64)
 
@@ -45,7 +43,7 @@ def test_evaluations_are_paired_by_data_and_protocol_and_the_latest_counts():
 @pytest.mark.parametrize("dense", [0.0, float("inf"), float("nan")])
 def test_a_factor_that_is_not_finite_is_none(dense):
     report = make_report(evaluations=(evaluation("dense", dense), evaluation("pruned", float("inf"))))
-    assert comparisons(report)[0].factor is None
+    assert report.comparisons[0].factor is None
 
 
 @pytest.mark.parametrize("name", ["user/name", "gpt2", "meta-llama/Llama-3.2-1B"])
@@ -88,7 +86,7 @@ def test_data_without_a_name_are_called_as_calibration_calls_them(tmp_path, toke
 def test_evaluation_on_calibration_data_is_recognized(changes, seen, config, answer):
     extra = {} if seen is None else {"seen_windows": seen}
     report = make_report(evaluations=(evaluation("pruned", 12.0, **changes, **extra),))
-    assert evaluated_on_calibration_data(OTPruningConfig(**config), report, comparisons(report)[0]) is answer
+    assert evaluated_on_calibration_data(OTPruningConfig(**config), report, report.comparisons[0]) is answer
 
 
 @pytest.mark.parametrize(("seen", "answer"), [({}, None), ({"seen_windows": 0}, False)])
@@ -97,7 +95,7 @@ def test_for_unnamed_data_only_the_recorded_windows_tell(seen, answer):
         calibration={"data": "texts", "num_samples": 4, "seqlen": 100, "num_tokens": 400},
         evaluations=(evaluation("pruned", 12.0, data="texts", **seen),),
     )
-    assert evaluated_on_calibration_data(CONFIG, report, comparisons(report)[0]) is answer
+    assert evaluated_on_calibration_data(CONFIG, report, report.comparisons[0]) is answer
 
 
 def test_a_good_report_has_only_the_limitations_of_all():
@@ -154,4 +152,4 @@ def test_each_limitation_is_said_where_it_holds(changes, sentence):
 )
 def test_a_report_that_lacks_what_a_card_says_is_refused_by_name(changes, name):
     with pytest.raises(ReportError, match=f"`{name}` of the report is .*; want .* Restore `otprune_report.json`"):
-        check_readable(make_report(**changes))
+        make_report(**changes).check(is_finite=False)

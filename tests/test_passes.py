@@ -266,16 +266,19 @@ def test_a_nan_in_the_gradients_names_the_layer(llama, tokens):
 
 def test_tokens_count_by_the_inverse_of_the_hidden_states_squared_norm():
     energy, is_heldout = torch.tensor([1.0, 2.0, 4.0, 1.0, 0.0]), torch.tensor([False, False, False, True, True])
-    weights = residual_token_weights(energy, is_heldout)
+    weights, unit = residual_token_weights(energy, is_heldout)
     torch.testing.assert_close(weights[0] / weights[1], torch.tensor(2.0))
     torch.testing.assert_close(weights[0] / weights[2], torch.tensor(4.0))
     torch.testing.assert_close(weights[4] / weights[3], torch.tensor(100.0))  # counts as a tenth of the median's norm
     torch.testing.assert_close(weights[~is_heldout].mean(), torch.tensor(1.0))
     torch.testing.assert_close(weights[is_heldout].mean(), torch.tensor(1.0))
+    assert unit == pytest.approx((1 + 100) / 2)
 
 
 def test_where_hidden_states_are_zero_all_tokens_count_the_same():
-    assert torch.equal(residual_token_weights(torch.zeros(4), torch.arange(4) == 3), torch.ones(4))
+    weights, unit = residual_token_weights(torch.zeros(4), torch.arange(4) == 3)
+    assert torch.equal(weights, torch.ones(4))
+    assert unit == 1.0
 
 
 def test_a_token_of_weight_two_counts_as_two_tokens():
