@@ -232,6 +232,11 @@ class PruningReport:
         for index, evaluation in enumerate(self.evaluations):
             check_entry(f"evaluations[{index}]", evaluation, Mapping)
             _check_numbers(f"evaluations[{index}]", evaluation, _EVALUATION, is_finite)
+            if evaluation["stage"] not in ("dense", "pruned"):
+                raise ReportError(
+                    f"`evaluations[{index}].stage` of the report is {evaluation['stage']!r:.60}; want 'dense' or "
+                    "'pruned'. Get the folder again."
+                )
             if "seen_windows" in evaluation:
                 check_entry(f"evaluations[{index}].seen_windows", evaluation["seen_windows"], int, 0)
 

@@ -3,11 +3,9 @@
 import argparse
 import functools
 import io
-import json
 import logging
 import os
 import sys
-import warnings
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
@@ -20,11 +18,13 @@ from optimum_otprune.checkpoint import weight_bytes
 from optimum_otprune.commands.arguments import config_options, loading_options, state_folder
 from optimum_otprune.commands.benchmark import run_benchmark
 from optimum_otprune.commands.demo import run_demo
+from optimum_otprune.commands.reading import protocol
+from optimum_otprune.commands.speaking import VisibleFormatter
 from optimum_otprune.configuration import OTPruningConfig
-from optimum_otprune.errors import ConfigurationError, IntegrityError, ReportError, UsageError
+from optimum_otprune.errors import ConfigurationError, IntegrityError, UsageError
 from optimum_otprune.files import recover, save_text
 from optimum_otprune.folder_card import folder_card, replace_card
-from optimum_otprune.hub import PushResult, verify_saved
+from optimum_otprune.hub import PushResult
 from optimum_otprune.hub_access import check_hub_access
 from optimum_otprune.loading import hub_id
 from optimum_otprune.manifest import verify_folder
@@ -142,9 +142,9 @@ def _prune_and_save(args: argparse.Namespace, config: OTPruningConfig, output: P
     print(report)
     if args.eval:
         pruned = pruner.evaluate(args.eval_data, **passes)
-        print(
-            f"Perplexity: {dense['perplexity']:.2f} dense -> {pruned['perplexity']:.2f} pruned ({_protocol(pruned)})"
-        )
+        print(f"Perplexity: {dense['perplexity']:.2f} dense -> {pruned['perplexity']:.2f} pruned ({protocol(pruned)})")
+        if pruner.report is not None and pruner.report.contradiction is not None:
+            print(pruner.report.contradiction)
     pruner.save_pretrained(output, overwrite=args.overwrite)
     trust = ", trust_remote_code=True" if needs_remote_code(config, report) else ""
     print(f"Saved to {output}. Load it with AutoModelForCausalLM.from_pretrained({str(output)!r}{trust}).")
@@ -200,7 +200,7 @@ def evaluate(args: argparse.Namespace) -> None:
     metrics = pruner.evaluate(
         args.data, batch_size=args.batch_size, max_windows=args.max_windows, progress=not args.quiet
     )
-    print(f"Perplexity: {metrics['perplexity']:.2f} ({_protocol(metrics)})")
+    print(f"Perplexity: {metrics['perplexity']:.2f} ({protocol(metrics)})")
 
 
 def benchmark(args: argparse.Namespace) -> None:
@@ -208,22 +208,6 @@ def benchmark(args: argparse.Namespace) -> None:
     check_single("`otprune benchmark`", "Start one.")
     _speak(args.quiet)
     run_benchmark(args)
-
-
-def report(args: argparse.Namespace) -> None:
-    """Print what pruning did to a saved model."""
-    path = _folder(args) / REPORT_FILE
-    if not path.is_file():
-        raise ReportError(f"{_folder(args).name!r} has no {REPORT_FILE}: it is no folder that `otprune prune` wrote.")
-    saved = PruningReport.load(path)
-    if args.json:
-        print(json.dumps(saved.to_dict(), indent=2, sort_keys=True))
-        return
-    for layer in saved.layers:
-        print(layer)
-    print(saved)
-    for metrics in saved.evaluations:
-        print(f"Perplexity of the {metrics['stage']} model: {metrics['perplexity']:.2f} ({_protocol(metrics)})")
 
 
 def card(args: argparse.Namespace) -> None:
@@ -261,14 +245,6 @@ def _tell_push(result: PushResult) -> None:
     print(f"Pushed to {result.url}." if result.changed else f"{result.url} holds it already; nothing was sent.")
 
 
-def verify(args: argparse.Namespace) -> None:
-    """Check a saved model's files."""
-    commit = verify_saved(
-        os.path.expanduser(args.source), revision=args.revision, token=args.token, cache_dir=args.cache_dir
-    )
-    print(f"All files are as they were saved{'' if commit is None else f' (commit {commit})'}.")
-
-
 def demo(args: argparse.Namespace) -> None:
     """Prune the small model that the package carries."""
     _speak(quiet=True)
@@ -278,12 +254,6 @@ def demo(args: argparse.Namespace) -> None:
 
 def _folder(args: argparse.Namespace) -> Path:
     return Path(os.path.expanduser(args.folder))
-
-
-def _protocol(metrics: Any) -> str:
-    return (
-        f"{metrics['num_tokens']:,} tokens of {metrics['data']} in windows of {metrics['seqlen']}, {metrics['dtype']}"
-    )
 
 
 def _config(args: argparse.Namespace) -> OTPruningConfig:
@@ -303,15 +273,12 @@ def _usage(make: Any) -> Any:
 
 
 def _speak(quiet: bool) -> None:
-    """One line per layer and per warning on standard error."""
+    """One line per layer on standard error."""
     package = logging.getLogger("optimum_otprune")
     if not package.handlers:
-        package.addHandler(logging.StreamHandler())
+        handler = logging.StreamHandler()
+        handler.setFormatter(VisibleFormatter())
+        package.addHandler(handler)
     package.setLevel(logging.WARNING if quiet else logging.INFO)
     if quiet:
         transformers_logging.disable_progress_bar()
-
-    def show(message: Warning | str, category: type[Warning], *where: Any, **kwargs: Any) -> None:
-        print(f"warning: {message}", file=sys.stderr)
-
-    warnings.showwarning = show
