@@ -1,12 +1,14 @@
 """What a report means is said in words that follow from its numbers."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
 from datasets import Dataset
 
 from optimum_otprune.calibration import ModelLimits, calibration_tokens
+from optimum_otprune.card import model_card
 from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.errors import ReportError
 from optimum_otprune.findings import (
@@ -153,3 +155,77 @@ def test_each_limitation_is_said_where_it_holds(changes, sentence):
 def test_a_report_that_lacks_what_a_card_says_is_refused_by_name(changes, name):
     with pytest.raises(ReportError, match=f"`{name}` of the report is .*; want .* Restore `otprune_report.json`"):
         make_report(**changes).check(is_finite=False)
+
+
+def layers(*ratios: float) -> tuple:
+    return tuple(layer_report(index, ratio) for index, ratio in enumerate(ratios))
+
+
+def raised(factor: float) -> tuple:
+    return (evaluation("dense", 10.0), evaluation("pruned", 10.0 * factor))
+
+
+@pytest.mark.parametrize(
+    ("ratios", "factor", "why"),
+    [
+        (
+            (0.6, -80.0, 0.7, 0.65),
+            1.3,
+            r"few layers decide the pooled ratio \(layer 1 \(-80\)\)",
+        ),
+        (
+            (-0.1, -0.2, 0.0),
+            1.2,
+            "×1.20 all the same: the ratio looks at the output of each layer alone, and later",
+        ),
+        ((0.9, 0.8, 0.85), 3.0, "×3.00 all the same: the ratio looks at the output of each layer alone, and errors"),
+        ((-0.1, -0.2, 0.0), 1.6, None),
+        ((0.9, 0.8, 0.85), 1.2, None),
+        ((0.3, 0.4, 0.35), 1.2, None),
+    ],
+)
+def test_a_verdict_that_the_perplexity_contradicts_says_why(ratios, factor, why):
+    report = make_report(layers=layers(*ratios), evaluations=raised(factor))
+    for text in (str(report), said(report), model_card(CONFIG, report, "x")):
+        assert ("all the same" in text) == (why is not None)
+        assert why is None or re.search(why, text)
+
+
+def test_layers_that_were_hardly_heard_had_little_to_lose():
+    energies = RescueEnergies(output=100.0, pruned=4.0, error=5.0, kept=96.0, shift=0.0)
+    quiet = dataclasses.replace(layer_report(0, -0.25), energies=energies)
+    assert "made up only 4.0% of the layers' output" in said(make_report(layers=(quiet,), evaluations=raised(1.1)))
+
+
+def test_without_both_perplexities_nothing_is_contradicted():
+    assert make_report(layers=layers(-5.0), evaluations=()).contradiction is None
+    assert make_report(layers=layers(-5.0), evaluations=(evaluation("pruned", 12.0),)).contradiction is None
+
+
+def test_the_median_and_layers_far_from_the_others_stand_beside_the_pooled_ratio():
+    report = make_report(layers=layers(0.6, -80.0, 0.7, 0.65))
+    text = str(report)
+    assert report.rescue_ratio < -19
+    assert report.median_rescue_ratio == pytest.approx(0.625)
+    assert "  Rescued -19.512 (harmful, below -100%) of the pruned" in text
+    assert "  Median over layers 0.625 (62.5%)" in text
+    assert "  Far from the others: layer 1 (-80)" in text
+    assert "-8000" not in f"{text} {report.layers[1]}"
+    assert "Far from" not in str(make_report())
+    card = model_card(CONFIG, report, "x")
+    assert "| Rescue ratio, median over layers | | 0.625 | |" in card
+    assert "−80.000 (harmful)" in card
+    assert "layer 4 (0.99) is far from that of the other layers" in said(make_report(layers=layers(*[0.3] * 4, 0.99)))
+
+
+def test_the_medians_are_of_layers_that_lost_channels():
+    whole = dataclasses.replace(layer_report(0, 1.0, after=8), energies=RescueEnergies(0.0, 0.0, 0.0, 0.0, 0.0))
+    report = make_report(layers=(whole, layer_report(1, 0.2), layer_report(2, 0.4)))
+    assert report.median_rescue_ratio == pytest.approx(0.3)
+    assert make_report(layers=()).median_rescue_ratio == 1.0
+
+
+@pytest.mark.parametrize(("weighting", "words"), [("residual", True), ("uniform", False)])
+def test_the_card_says_how_tokens_were_weighed(weighting, words):
+    card = model_card(CONFIG, make_report(token_weighting=weighting), "x")
+    assert ("each weighed by 1 / the squared norm of the hidden state" in card) == words

@@ -14,7 +14,7 @@ from optimum_otprune.devices import execution_device, read_parameter, replace_pa
 from optimum_otprune.errors import NumericalError
 from optimum_otprune.functional.gram import gram_statistics
 from optimum_otprune.gradients import gradient_moments, gradient_scores
-from optimum_otprune.layer_data import LayerData, heldout_mask, residual_token_weights
+from optimum_otprune.layer_data import LayerData, heldout_mask, measure_rescue, residual_token_weights
 from optimum_otprune.perplexity import TokenPerplexity, evaluate_perplexity
 from optimum_otprune.streaming import CalibrationStream
 from tests.architectures.test_contract import build
@@ -310,3 +310,27 @@ def test_a_block_that_scales_its_ffn_is_run_as_a_whole(llama, tokens):
     stream = CalibrationStream(llama, blocks, tokens, batch_size=5, track_dense=False)
     list(stream.taps(blocks[0]))
     assert stream._ffn_inputs is None
+
+
+def test_rescue_is_measured_with_the_weights_that_the_fit_has(llama, tokens):
+    """Of each layer relative to its hidden states, so that layers can be added up."""
+    blocks, is_heldout = ffn_blocks(llama), heldout_mask(12, 20, 0.25, seed=0)
+    config, kept = OTPruningConfig(pruning_ratio=0.5), torch.arange(24)
+    stream = CalibrationStream(llama, blocks, tokens, batch_size=5, track_dense=False)
+    dense = blocks[0].read()
+    energy = stream.energies(blocks[0])
+    data = LayerData.of(blocks[0], dense, stream, is_heldout, config)
+    assert data.weight_unit == pytest.approx(float((1 / energy[is_heldout]).mean()), rel=1e-3)
+    [measured] = measure_rescue(data, [dense.select(kept)], kept)
+    outputs = torch.cat([batch.outputs for batch in data.batches(only_heldout=True)])
+    assert measured.output == pytest.approx(float((outputs.square().sum(1) / energy[is_heldout]).sum()), rel=1e-3)
+    uniform = LayerData.of(
+        blocks[0],
+        dense,
+        CalibrationStream(llama, blocks, tokens, batch_size=5, track_dense=False),
+        is_heldout,
+        config.replace(token_weighting="uniform"),
+    )
+    assert uniform.weight_unit == 1.0
+    [plain] = measure_rescue(uniform, [dense.select(kept)], kept)
+    assert plain.output == pytest.approx(float(outputs.square().sum()), rel=1e-5)
