@@ -87,6 +87,7 @@ def folder(tmp_path):
     config = OTPruningConfig(pruning_ratio=0.5)
     config.save_pretrained(tmp_path / "out")
     make_report(config).save(tmp_path / "out" / REPORT_FILE)
+    (tmp_path / "out" / "model.safetensors").write_bytes(b"weights")
     write_manifest(tmp_path / "out")
     return tmp_path / "out"
 

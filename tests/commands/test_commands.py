@@ -228,6 +228,7 @@ def test_optimum_cli_knows_the_same_commands():
 @pytest.mark.parametrize("command", ["report", "verify"])
 def test_commands_that_only_read_import_no_torch(command, tmp_path):
     make_report().save(tmp_path / "otprune_report.json")
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
     write_manifest(tmp_path)
     code = (
         f"import sys\nfrom optimum_otprune.commands.main import main\nmain([{command!r}, {str(tmp_path)!r}])\n"
