@@ -226,7 +226,7 @@ class OTPruner(HubMixin):
         return self.model.num_parameters(), weight_bytes(self.model)
 
     def _report_of(
-        self, pruned: PrunedLayers, before: tuple[int, int], data: TokenData, custom: Mapping[str, str]
+        self, pruned: PrunedLayers, before: tuple[int, int], data: TokenData, custom: dict
     ) -> PruningReport:
         parameters, size = self._sizes()
         return PruningReport(
