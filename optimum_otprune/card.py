@@ -9,13 +9,11 @@ from jinja2 import Environment, StrictUndefined, Template
 
 from optimum_otprune.card_metadata import card_metadata, copied_metadata
 from optimum_otprune.citations import bibliography, citations
+from optimum_otprune.comparison import Comparison
 from optimum_otprune.compatibility import tested_versions
 from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.findings import (
     UNNAMED_DATA,
-    Comparison,
-    check_readable,
-    comparisons,
     evaluated_on_calibration_data,
     hub_name,
     limitations,
@@ -80,6 +78,7 @@ def _template() -> Template:
     )
     environment.filters |= {
         "ratio": _ratio,
+        "rescue": _rescue,
         "share": _share,
         "change": _change,
         "size": _size,
@@ -91,8 +90,8 @@ def _template() -> Template:
 
 def _facts(config: OTPruningConfig, report: PruningReport, name: str) -> dict[str, Any]:
     """Everything that the template shows of a pruned model, strings escaped."""
-    check_readable(report)
-    pairs = comparisons(report)
+    report.check(is_finite=False)
+    pairs = report.comparisons
     cited = citations(config)
     base = hub_name(report.base_model)
     before = [layer.intermediate_size_before for layer in report.layers]
@@ -106,12 +105,15 @@ def _facts(config: OTPruningConfig, report: PruningReport, name: str) -> dict[st
         "headline_data": _data(config, pairs[0].data, config.evaluation_split) if pairs else "",
         "evaluations": [_evaluation(config, report, pair) for pair in pairs],
         "calibration_data": _data(config, report.calibration["data"], config.calibration_split),
-        "limitations": limitations(config, report),
+        "limitations": limitations(report),
         "versions_that_load": tested_versions(
             report.model_type,
             needs_remote_code(config, report),
             escape(report.versions.get("transformers", "")),
         ),
+        "weighed": ", each weighed by 1 / the squared norm of the hidden state behind the layer, as in the fit"
+        if report.token_weighting == "residual"
+        else "",
         "many_layers": len(report.layers) > _MANY_LAYERS,
         "functions": {escape(key): escape(value) for key, value in report.custom_functions.items()},
         "versions": ", ".join(f"{escape(key)} {escape(value)}" for key, value in sorted(report.versions.items())),
@@ -147,7 +149,7 @@ def _reproduction(config: OTPruningConfig, report: PruningReport, name: str) -> 
         output=plain_text(name.rsplit("/", 1)[-1]) or "pruned",
         calibration_data=_argument(config, report.calibration["data"], _CALIBRATION_PLACEHOLDER),
         evaluated=stages >= {"dense", "pruned"},
-        evaluation_data=_argument(config, comparisons(report)[0].data, _EVALUATION_PLACEHOLDER) if stages else None,
+        evaluation_data=_argument(config, report.comparisons[0].data, _EVALUATION_PLACEHOLDER) if stages else None,
     )
     shown = (run.model, run.calibration_data, run.evaluation_data if run.evaluated else None)
     words = {
@@ -208,7 +210,7 @@ def _evaluation(config: OTPruningConfig, report: PruningReport, pair: Comparison
         "dtype": escape(one["dtype"]),
         "protocol": escape(one["protocol"]),
         "seen_windows": one.get("seen_windows"),
-        "seen": evaluated_on_calibration_data(config, report, pair),
+        "seen": evaluated_on_calibration_data(report, pair),
     }
 
 
@@ -222,6 +224,11 @@ def _range(widths: list[int]) -> str:
 def _ratio(value: float) -> str:
     """Three decimals, with the minus sign of typography."""
     return f"{value:.3f}".replace("-", "−") if math.isfinite(value) else "not finite"
+
+
+def _rescue(value: float) -> str:
+    """A ratio, and a word where it is so far below zero that the number says little."""
+    return f"{_ratio(value)} (harmful)" if value < -1 else _ratio(value)
 
 
 def _share(value: float) -> str:

@@ -7,11 +7,10 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from optimum_otprune.base_card import checked_base_card
+from optimum_otprune.comparison import Comparison
 from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.findings import (
     UNNAMED_DATA,
-    Comparison,
-    comparisons,
     evaluated_on_calibration_data,
     hub_name,
 )
@@ -44,7 +43,7 @@ def card_metadata(config: OTPruningConfig, report: PruningReport | None, name: s
     widths = [layer.intermediate_size_after for layer in report.layers]
     extra["intermediate_size"] = widths if len(set(widths)) > 1 else next(iter(widths), None)
     extra |= {"rescue_ratio": _rounded(report.rescue_ratio), "dilution_ratio": _rounded(report.dilution_ratio)}
-    results = [result for pair in comparisons(report) for result in _results(config, report, pair)]
+    results = [result for pair in report.comparisons for result in _results(config, report, pair)]
     dataset = hub_name(report.calibration["data"])
     return ModelCardData(
         base_model=hub_name(report.base_model),
@@ -79,7 +78,7 @@ def _architecture(report: PruningReport) -> list[str]:
 def _results(config: OTPruningConfig, report: PruningReport, pair: Comparison) -> list[EvalResult]:
     dataset = hub_name(pair.data)
     known = dataset is not None and dataset == config.dataset
-    caution = ", on calibration data" if evaluated_on_calibration_data(config, report, pair) else ""
+    caution = ", on calibration data" if evaluated_on_calibration_data(report, pair) else ""
     results = []
     for evaluation, what in ((pair.pruned, "pruned"), (pair.dense, "base model")):
         value = None if evaluation is None else _rounded(evaluation["perplexity"])

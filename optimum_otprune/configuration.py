@@ -4,6 +4,7 @@ import copy
 import inspect
 import json
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -19,10 +20,12 @@ from optimum_otprune.option_checks import check_option
 from optimum_otprune.options import BUDGET_FIELDS, OPTIONS, OPTIONS_BY_NAME
 from optimum_otprune.registry import unknown_name
 from optimum_otprune.resolution import resolve
+from optimum_otprune.untrusted import read_json, visible
 from optimum_otprune.version import __version__
 
 CONFIG_FILE = "otprune_config.json"
 
+_LARGEST = 1 << 18  # bytes of a file
 _VERSION_KEY = "optimum_otprune_version"
 # Keys that transformers and optimum write into, or pass to, any configuration.
 _FOREIGN_KEYS = frozenset({"model_type", "transformers_version", "optimum_version", "name_or_path", "_commit_hash"})
@@ -126,14 +129,15 @@ class OTPruningConfig(BaseConfig):
         """
         return_unused = kwargs.pop("return_unused_kwargs", False)
         if not isinstance(config_dict, Mapping):
-            raise ConfigurationError(f"A configuration is an object of options by name, got {config_dict!r}.")
+            raise ConfigurationError(f"A configuration is an object of options by name, got {config_dict!r:.60}.")
         values = {name: value for name, value in config_dict.items() if name not in _FOREIGN_KEYS}
         written_by = values.pop(_VERSION_KEY, __version__)
         unknown = sorted(name for name in values if name not in OPTIONS_BY_NAME)
         if unknown and _is_newer(str(written_by)):
             warnings.warn(
-                f"This configuration was written by optimum_otprune {written_by}, this is {__version__}. Unknown "
-                f"options are left out: {', '.join(unknown)}. Upgrade optimum_otprune to use them.",
+                f"This configuration was written by optimum_otprune {visible(str(written_by), 40)}, this is "
+                f"{__version__}. Unknown options are left out: {visible(', '.join(unknown))}. Upgrade optimum_otprune "
+                "to use them.",
                 stacklevel=2,
             )
             values = {name: value for name, value in values.items() if name not in unknown}
@@ -163,6 +167,23 @@ class OTPruningConfig(BaseConfig):
                 f"{os.path.basename(str(pretrained_model_name_or_path))!r}: want a file {CONFIG_FILE!r} there, valid "
                 f"JSON. ({str(error).strip().splitlines()[0]})"
             ) from error
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
+        """What the base class reads a file with."""
+        try:
+            values = read_json(Path(json_file), _LARGEST)
+        except ValueError as error:
+            raise ConfigurationError(
+                f"{Path(json_file).name!r} is no pruning configuration: {error}. Want a file like {CONFIG_FILE!r}, as "
+                "`OTPruner.save_pretrained` writes it."
+            ) from error
+        if not isinstance(values, dict):
+            raise ConfigurationError(
+                f"{Path(json_file).name!r} holds a {type(values).__name__}, where a configuration is an object of "
+                "options by name."
+            )
+        return values
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write `otprune_config.json` into a folder, and upload it if asked.
@@ -204,7 +225,7 @@ OTPruningConfig.__init__.__signature__ = inspect.Signature(  # type: ignore[attr
 
 def _is_newer(version: str) -> bool:
     def parts(text: str) -> list[int]:
-        return [int(part) for part in text.split(".") if part.isdigit()]
+        return [int(part) for part in text.split(".") if re.fullmatch("[0-9]{1,9}", part)]
 
     return parts(version) > parts(__version__)
 

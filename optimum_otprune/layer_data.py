@@ -12,8 +12,9 @@ from optimum_otprune.errors import NumericalError
 from optimum_otprune.functional.ffn import FFNWeights, channel_activations
 from optimum_otprune.functional.gram import GramAccumulator, GramStatistics
 from optimum_otprune.functional.reconstruction import TokenSet
-from optimum_otprune.functional.rescue import RescueEnergies, pooled, rescue_energies
+from optimum_otprune.functional.rescue import rescue_energies
 from optimum_otprune.processes import gathered, process_index, summed
+from optimum_otprune.ratios import RescueEnergies, pooled
 from optimum_otprune.spill import StoredTensor, TensorSpill
 from optimum_otprune.streaming import CalibrationStream, FFNTap
 
@@ -59,7 +60,7 @@ def heldout_mask(num_samples: int, seqlen: int, share: float, seed: int) -> Tens
     return mask.flatten()
 
 
-def residual_token_weights(energy: Tensor, is_heldout: Tensor) -> Tensor:
+def residual_token_weights(energy: Tensor, is_heldout: Tensor) -> tuple[Tensor, float]:
     """Weigh tokens by how much an error of the FFN disturbs the hidden state behind it: 1 / its squared norm.
 
     What follows a block normalizes its input first, so the same error matters less where the hidden state is long;
@@ -71,7 +72,8 @@ def residual_token_weights(energy: Tensor, is_heldout: Tensor) -> Tensor:
         is_heldout: BoolTensor `(num_tokens,)`.
 
     Returns:
-        `(num_tokens,)` float32, of mean 1 over the fitted tokens and over the held-out ones.
+        `(num_tokens,)` float32, of mean 1 over the fitted tokens and over the held-out ones; and what a held-out
+        token's weight of 1 stands for, the mean of 1 / squared norm over them.
 
     Raises:
         NumericalError: If a hidden state is NaN or infinite.
@@ -83,11 +85,12 @@ def residual_token_weights(energy: Tensor, is_heldout: Tensor) -> Tensor:
         )
     median = energy.median()
     if median == 0:
-        return torch.ones_like(energy)
+        return torch.ones_like(energy), 1.0
     weights = 1 / energy.clamp_min(_LEAST_ENERGY * median)
+    unit = float(weights[is_heldout].mean(dtype=torch.float64))
     for part in (is_heldout, ~is_heldout):
         weights[part] /= weights[part].mean()
-    return weights
+    return weights, unit
 
 
 class TokenBatch(NamedTuple):
@@ -126,6 +129,8 @@ class LayerData(NamedTuple):
             None where nothing is corrected, or `statistics` are all that is asked for.
         is_heldout: BoolTensor over all tokens.
         token_weights: What each token's error counts, over all tokens.
+        weight_unit: What a held-out token's weight of 1 stands for: 1 / the squared norm of a hidden state, so that
+            energies of layers are shares of their hidden states and can be added up; 1 where all tokens count alike.
         statistics: Second moments of the dense FFN's channels and of the targets.
     """
 
@@ -135,6 +140,7 @@ class LayerData(NamedTuple):
     corrections: Sequence[StoredTensor] | None
     is_heldout: Tensor
     token_weights: Tensor
+    weight_unit: float
     statistics: LayerStatistics
 
     @classmethod
@@ -164,9 +170,9 @@ class LayerData(NamedTuple):
             NumericalError: If a hidden state or an activation is NaN or infinite.
         """
         exact, activation = dense.map(Tensor.float), block.activation
-        token_weights = torch.ones(len(is_heldout))
+        token_weights, weight_unit = torch.ones(len(is_heldout)), 1.0
         if config.token_weighting == "residual":
-            token_weights = _weights_among_all(stream.energies(block), is_heldout)
+            token_weights, weight_unit = _weights_among_all(stream.energies(block), is_heldout)
         else:
             stream.follow_dense(block)
         sums, device = _accumulators(exact), dense.up.device
@@ -189,7 +195,7 @@ class LayerData(NamedTuple):
             start += len(hidden)
         statistics = _all_statistics(sums)
         kept = corrections if keeps_corrections else None
-        return cls(exact, activation, inputs, kept, is_heldout, token_weights, statistics)
+        return cls(exact, activation, inputs, kept, is_heldout, token_weights, weight_unit, statistics)
 
     def batches(self, only_heldout: bool = False) -> Iterator[TokenBatch]:
         """The calibration tokens once more, a batch at a time.
@@ -241,11 +247,11 @@ def _sides(is_heldout: Tensor) -> Iterator[tuple[bool, Tensor | slice]]:
     yield True, is_heldout
 
 
-def _weights_among_all(energy: Tensor, is_heldout: Tensor) -> Tensor:
-    """Token weights of this process's tokens, among those of all processes."""
+def _weights_among_all(energy: Tensor, is_heldout: Tensor) -> tuple[Tensor, float]:
+    """Token weights of this process's tokens, among those of all processes, and their unit."""
     parts = gathered(energy)
-    weights = residual_token_weights(torch.cat(parts), torch.cat(gathered(is_heldout)))
-    return weights.split([len(part) for part in parts])[process_index()]
+    weights, unit = residual_token_weights(torch.cat(parts), torch.cat(gathered(is_heldout)))
+    return weights.split([len(part) for part in parts])[process_index()], unit
 
 
 def _accumulators(weights: FFNWeights) -> dict[bool, GramAccumulator]:
@@ -308,7 +314,7 @@ def token_sets(data: LayerData, spill: TensorSpill) -> tuple[TokenSet, TokenSet]
 
 
 def measure_rescue(data: LayerData, compressed: Sequence[FFNWeights], kept_channels: Tensor) -> list[RescueEnergies]:
-    """Compare compressed FFNs with the dense one on the held-out tokens.
+    """Compare compressed FFNs with the dense one on the held-out tokens, weighed as the fit weighs tokens.
 
     Args:
         data: Of the layer.
@@ -329,9 +335,11 @@ def measure_rescue(data: LayerData, compressed: Sequence[FFNWeights], kept_chann
             own = None if is_selected else channel_activations(weights, batch.inputs, data.activation)
             hidden = batch.hidden[:, kept_channels] if own is None else own
             compressed_sides.append((torch.nn.functional.linear(hidden, weights.down, weights.down_bias), own))
-        energies.append(rescue_energies(outputs, batch.hidden, compressed_sides, dense.down, kept_channels))
+        energies.append(
+            rescue_energies(outputs, batch.hidden, compressed_sides, dense.down, kept_channels, batch.weights)
+        )
     found = zip(*energies) if energies else [()] * len(exact)
-    return [summed(pooled(part)) for part in found]
+    return [summed(pooled(part)).scaled(data.weight_unit) for part in found]
 
 
 def _is_selection(weights: FFNWeights, selected: FFNWeights) -> bool:

@@ -1,7 +1,6 @@
 """Finished layers: kept nowhere, or in a state folder from which an interrupted run goes on."""
 
 import json
-import math
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -11,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from optimum_otprune.errors import StateError
+from optimum_otprune.errors import ReportError, StateError
 from optimum_otprune.functional.ffn import FFNWeights
 from optimum_otprune.prepared import Expected, Prepared, from_tensors, to_tensors
 from optimum_otprune.report import LayerReport
@@ -148,26 +147,12 @@ def _weights(tensors: Mapping[str, Tensor], dense: FFNWeights, width: int) -> FF
 
 def _report(values: Any, layer: int, dense: FFNWeights, width: int) -> LayerReport:
     """Checked: numbers where numbers belong, of this layer and these widths."""
+    unknown: list[str] = []
     try:
-        report = LayerReport.from_dict(values)
-        is_right = _is_report(report, layer, dense, width)
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        report = LayerReport.read(values, "layer", unknown)
+    except ReportError as error:
         raise StateError("It is no report of a layer.") from error
-    if not is_right:
+    sizes = (report.layer, report.intermediate_size_before, report.intermediate_size_after)
+    if unknown or sizes != (layer, dense.intermediate_size, width):
         raise StateError("It is no report of this layer.")
     return report
-
-
-def _is_report(report: LayerReport, layer: int, dense: FFNWeights, width: int) -> bool:
-    sizes = (report.layer, report.intermediate_size_before, report.intermediate_size_after)
-    kept, ridge = report.kept_channels, report.ridge_lambda
-    floats = [getattr(report, name) for name, kind in LayerReport.__annotations__.items() if kind is float]
-    return (
-        sizes == (layer, dense.intermediate_size, width)
-        and all(type(size) is int for size in (*sizes, *kept))
-        and len(kept) == width
-        and all(0 <= channel < dense.intermediate_size for channel in kept)
-        and all(type(number) in (int, float) and math.isfinite(number) for number in (*floats, *report.energies))
-        and (ridge is None or ridge >= 0)
-        and isinstance(report.intercept, bool)
-    )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from optimum_otprune.errors import IntegrityError
+from optimum_otprune.untrusted import read_json
 from optimum_otprune.version import __version__
 
 MANIFEST_FILE = "otprune_manifest.json"
@@ -108,9 +109,9 @@ def read_manifest(folder: Path) -> dict[str, FileEntry]:
             "wrote have one; save the model again."
         )
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise IntegrityError(f"{MANIFEST_FILE} is damaged: it is not valid JSON. Get the folder again.") from error
+        content = read_json(file)
+    except ValueError as error:
+        raise IntegrityError(f"{MANIFEST_FILE} is damaged: {error}. Get the folder again.") from error
     files = content.get("files") if isinstance(content, dict) else None
     if not isinstance(files, dict) or not files or content.get("format") != _FORMAT:
         raise IntegrityError(

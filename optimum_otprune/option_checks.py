@@ -9,6 +9,8 @@ from optimum_otprune.options import Option
 from optimum_otprune.quantities import parse_quantity
 from optimum_otprune.registry import unknown_name
 
+_DIGITS = 9  # of a layer's index
+
 
 def check_option(option: Option, value: Any) -> Any:
     """Return the value in the option's type, or raise with the option's name, what was got and what would be right."""
@@ -70,7 +72,8 @@ def _checked_by_layer(option: Option, value: Any, problem: ConfigurationError) -
         raise problem
     checked = {}
     for layer, number in value.items():
-        index = int(layer) if isinstance(layer, str) and layer.isascii() and layer.isdigit() else layer
+        is_number = isinstance(layer, str) and layer.isascii() and layer.isdigit() and len(layer) <= _DIGITS
+        index = int(layer) if is_number else layer
         if isinstance(index, bool) or not isinstance(index, int) or index < 0 or index in checked:
             raise problem
         if isinstance(number, bool) or not isinstance(number, (int, float)) or not _in_range(option, number):
@@ -81,7 +84,7 @@ def _checked_by_layer(option: Option, value: Any, problem: ConfigurationError) -
 
 def _in_range(option: Option, value: float) -> bool:
     return (
-        math.isfinite(value)
+        (isinstance(value, int) or math.isfinite(value))  # an integer may be too large for a float
         and (option.minimum is None or value >= option.minimum)
         and (option.maximum is None or value <= option.maximum)
         and (option.below is None or value < option.below)

@@ -56,6 +56,7 @@ class PrunedLayers(NamedTuple):
             calibration=data.describe(),
             versions=versions(),
             model_type=model.config.model_type,
+            token_weighting=config.token_weighting or "uniform",
             **measured,
             **known,
         )

@@ -20,6 +20,7 @@ from optimum_otprune.architectures.resize import finish_resize, switches_biases
 from optimum_otprune.block_runner import unchunked
 from optimum_otprune.compression import Compression, LayerInputs, Recipe, compress
 from optimum_otprune.configuration import OTPruningConfig
+from optimum_otprune.devices import is_offloaded
 from optimum_otprune.errors import ConfigurationError
 from optimum_otprune.faithfulness import check_logits, check_parameters, measured_factors
 from optimum_otprune.feasibility import check_feasible, warn_of_empty
@@ -27,8 +28,8 @@ from optimum_otprune.functional.compensation import refit_down
 from optimum_otprune.functional.ffn import FFNWeights, check_weights, empty_channels
 from optimum_otprune.functional.metric import error_metric
 from optimum_otprune.functional.reconstruction import ReconstructionSettings, Share, reconstruct
-from optimum_otprune.functional.rescue import RescueEnergies, dilution_ratio, relative_error, rescue_ratio
 from optimum_otprune.gradients import GradientScores, gradient_moments, gradient_scores
+from optimum_otprune.heap import large_blocks_returned
 from optimum_otprune.layer_data import (
     LayerData,
     heldout_mask,
@@ -41,6 +42,7 @@ from optimum_otprune.outcome import PrunedLayers
 from optimum_otprune.prepared import Expected, Prepared
 from optimum_otprune.processes import from_main, gathered, is_main_process, own_samples, process_index, summed
 from optimum_otprune.quantities import SIZE_UNITS, parse_quantity
+from optimum_otprune.ratios import RescueEnergies, dilution_ratio, relative_error, rescue_ratio
 from optimum_otprune.report import ADDED_BIASES, LayerReport
 from optimum_otprune.self_calibration import self_calibration_tokens
 from optimum_otprune.spill import DEFAULT_LIMIT, TensorSpill
@@ -147,7 +149,7 @@ def prune_model(
     model.eval()
     factors = measured_factors(model, blocks, tokens) if factors is None else factors
     spill = settings.spill()
-    with unchunked(model):
+    with unchunked(model), large_blocks_returned(is_offloaded(model)):
         prepared = store.prepared(
             lambda: _prepare(model, blocks, widths, recipe, tokens, settings, spill),
             lambda: Expected.of(
@@ -155,8 +157,8 @@ def prune_model(
             ),
         )
         reports = _prune_layers(model, blocks, recipe, prepared, settings, store, can_hold_intercept, spill, factors)
-    had_biases = switches_biases(model, blocks[0].spec)
-    padding = finish_resize(model, blocks, config.non_uniform_format)
+        had_biases = switches_biases(model, blocks[0].spec)
+        padding = finish_resize(model, blocks, config.non_uniform_format)
     check_logits(model, tokens)
     added_biases = switches_biases(model, blocks[0].spec) and not had_biases
     if added_biases:

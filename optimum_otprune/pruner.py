@@ -17,8 +17,7 @@ from optimum_otprune.calibration import ModelLimits, TokenData, TokenSource, cal
 from optimum_otprune.checkpoint import save_checkpoint
 from optimum_otprune.compression import Recipe
 from optimum_otprune.configuration import OTPruningConfig
-from optimum_otprune.devices import is_offloaded, model_sizes
-from optimum_otprune.heap import large_blocks_returned
+from optimum_otprune.devices import model_sizes
 from optimum_otprune.loading import hub_id, load_checkpoint, note_if_pruned
 from optimum_otprune.loading_options import LOADING_DEFAULTS, as_config, check_loading_options, refuse_loading_options
 from optimum_otprune.outputs import noted_places, output_path, resolved_output
@@ -225,8 +224,7 @@ class OTPruner(HubMixin):
         state = None if resume_from is None else Path(os.path.expanduser(resume_from))
         self._places |= noted_places(calibration_data=calibration_data, state=state, spill_folder=spill_folder)
         run = {} if state is None else run_fingerprint(self.model, recipe, data.tokens, batch_size)
-        returned = large_blocks_returned(is_offloaded(self.model))
-        with all_or_nothing(self.model), returned, resumable(state, run) as store:
+        with all_or_nothing(self.model), resumable(state, run) as store:
             pruned = prune_model(self.model, blocks, recipe, data.tokens, settings, store)
             report = pruned.report(self.model, self.config, data, before, **self._known(recipe, functions))
         self._unsaved_state = None if state is None else (state, run)

@@ -1,20 +1,35 @@
 """What pruning did, layer by layer: the source of every number in a log line, summary or model card."""
 
 import dataclasses
+import itertools
 import json
 import math
 import os
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from optimum_otprune.comparison import Comparison, compared
 from optimum_otprune.errors import ReportError
 from optimum_otprune.files import replace_file
-from optimum_otprune.functional.rescue import RescueEnergies, dilution_ratio, pooled, rescue_ratio
+from optimum_otprune.layer_report import REPORT_FILE, LayerReport, check_entry, known_entries, warn_of_unknown
+from optimum_otprune.ratios import (
+    GOOD,
+    LIMITED,
+    RescueEnergies,
+    diluted_share,
+    dilution_ratio,
+    dilution_verdict,
+    outliers,
+    pooled,
+    rescue_ratio,
+    rescue_verdict,
+    rescued_share,
+)
+from optimum_otprune.untrusted import read_json
 from optimum_otprune.version import __version__
-
-REPORT_FILE = "otprune_report.json"
 
 # Of a model whose FFNs had no biases: there are programs that read no `mlp_bias`, and say nothing.
 ADDED_BIASES = (
@@ -23,63 +38,18 @@ ADDED_BIASES = (
 )
 
 _WIDTH = 60
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerReport:
-    """What happened to one layer.
-
-    Attributes:
-        layer: Index.
-        intermediate_size_before: Channels before.
-        intermediate_size_after: Channels after.
-        kept_channels: Indices of the kept channels, sorted; for centroids, of the channels nearest to them.
-        rescue_ratio: Share of the pruned channels' output energy that is still delivered, on held-out tokens.
-        dilution_ratio: Share of the kept channels' own contribution given up, on held-out tokens.
-        transported_mass: Share of the pruned channels' mass that the plan moved; 0 without transport.
-        self_share: Mean share of a kept channel's gate and up weights that comes from itself.
-        relative_error_before_refit: `Σ ‖y − ŷ‖² / Σ ‖y‖²` after fusion alone, on held-out tokens.
-        relative_error_after_refit: The same after the refit, fitted without the held-out tokens.
-        relative_error_after_reconstruction: The same after reconstruction; without one, as before it.
-        ridge_lambda: λ of the refit, None without one; infinity where the prior was best.
-        intercept: Whether an output bias was added.
-        energies: What the two ratios are made of.
-    """
-
-    layer: int
-    intermediate_size_before: int
-    intermediate_size_after: int
-    kept_channels: tuple[int, ...]
-    rescue_ratio: float
-    dilution_ratio: float
-    transported_mass: float
-    self_share: float
-    relative_error_before_refit: float
-    relative_error_after_refit: float
-    relative_error_after_reconstruction: float
-    ridge_lambda: float | None
-    intercept: bool
-    energies: RescueEnergies
-
-    @property
-    def pruned_channels(self) -> int:
-        """How many channels went."""
-        return self.intermediate_size_before - self.intermediate_size_after
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, infinity as `"inf"`."""
-        return _layer_to_dict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "LayerReport":
-        """Make a report of what `to_dict` gave; a part that is missing or of another kind is some builtin error."""
-        return _layer_from_dict(values)
-
-    def __str__(self) -> str:
-        return (
-            f"Layer {self.layer:02d}: Rescued {self.rescue_ratio:.3f} ({self.rescue_ratio:.1%}) of pruned channels, "
-            f"Diluted {self.dilution_ratio:.3f} ({self.dilution_ratio:.1%}) of kept channels"
-        )
+_MOST_LAYERS = 10_000
+_LITTLE, _MUCH = 1.5, 2.0  # factors of the perplexity
+_FEW = 0.1  # share of a layer's output energy
+_DERIVED = frozenset(
+    {"pruning_ratio", "rescue_ratio", "dilution_ratio", "median_rescue_ratio", "median_dilution_ratio"}
+)
+_REQUIRED = frozenset({"config", "layers", "parameters_before", "parameters_after", "calibration"})
+_CALIBRATION: Mapping[str, type] = {"data": str, "num_samples": int, "seqlen": int, "num_tokens": int}
+_EVALUATION: Mapping[str, type] = {
+    **{"data": str, "seqlen": int, "num_tokens": int, "num_windows": int, "perplexity": float},
+    **{"stage": str, "dtype": str, "protocol": str},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +70,8 @@ class PruningReport:
         size_before: Bytes of the dense model's weights, shared ones once; None where it was not recorded.
         size_after: Bytes of the pruned model's.
         model_type: Of the architecture, as transformers names it, or None.
+        token_weighting: How tokens count in the energies of layers: `residual` as in the option of that name, or
+            `uniform`, as in reports that do not say.
         base_card: License and language of the base model, as its card states them; see `base_card.read_base_card`.
         added_biases: Whether the FFNs had no biases before and have some now.
     """
@@ -119,6 +91,7 @@ class PruningReport:
     base_card: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     padding_parameters: int = 0
     added_biases: bool = False
+    token_weighting: str = "uniform"
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -146,33 +119,135 @@ class PruningReport:
         """Of the whole model, pooled by energy."""
         return dilution_ratio(self.energies)
 
+    @property
+    def comparisons(self) -> list[Comparison]:
+        """The latest evaluations by data and protocol, those of both models first."""
+        return compared(self.evaluations)
+
+    @property
+    def touched_layers(self) -> tuple[LayerReport, ...]:
+        """Layers that lost channels; all, where none did."""
+        return tuple(layer for layer in self.layers if layer.pruned_channels) or self.layers
+
+    @property
+    def median_rescue_ratio(self) -> float:
+        """Over the layers that lost channels; 1 for a model without layers."""
+        return statistics.median([layer.rescue_ratio for layer in self.touched_layers] or [1.0])
+
+    @property
+    def median_dilution_ratio(self) -> float:
+        """Over the layers that lost channels; 0 for a model without layers."""
+        return statistics.median([layer.dilution_ratio for layer in self.touched_layers] or [0.0])
+
+    @property
+    def contradiction(self) -> str | None:
+        """Why the rescue ratio says one thing and the measured perplexity another; None where they agree."""
+        factor = next((pair.factor for pair in self.comparisons), None)
+        if factor is None or not self.energies.pruned:
+            return None
+        if self.rescue_ratio > GOOD and factor >= _MUCH:
+            return (
+                f"Perplexity is ×{factor:.2f} all the same: the ratio looks at the output of each layer alone, and "
+                "errors of layers add up. Go by the perplexity."
+            )
+        if self.rescue_ratio > LIMITED or factor >= _LITTLE:
+            return None
+        share = self.energies.pruned / self.energies.output if self.energies.output else 0.0
+        if self.median_rescue_ratio > LIMITED:
+            why = f"few layers decide the pooled ratio ({named_layers(self.outliers) or 'the heaviest'}), while half "
+            why += f"of the layers reach {self.median_rescue_ratio:.3f} or more"
+        elif share < _FEW:
+            why = f"the pruned channels made up only {share:.1%} of the layers' output, so there was little to lose"
+        else:
+            why = "the ratio looks at the output of each layer alone, and later layers even out part of the errors"
+        return f"Perplexity is only ×{factor:.2f} all the same: {why}. Go by the perplexity."
+
+    @property
+    def outliers(self) -> tuple[LayerReport, ...]:
+        """Layers whose rescue ratio is far from the others'; see `optimum_otprune.ratios.outliers`."""
+        touched = self.touched_layers
+        return tuple(touched[index] for index in outliers([layer.rescue_ratio for layer in touched]))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dictionaries; infinity as `"inf"`."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        values["layers"] = [_layer_to_dict(layer) for layer in self.layers]
+        values["layers"] = [layer.to_dict() for layer in self.layers]
         values["evaluations"] = [dict(evaluation) for evaluation in self.evaluations]
-        values |= {"pruning_ratio": self.pruning_ratio}
-        values |= {"rescue_ratio": self.rescue_ratio, "dilution_ratio": self.dilution_ratio}
+        values |= {name: getattr(self, name) for name in _DERIVED}
         return {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "PruningReport":
-        """Make a report of what `to_dict` gave.
+        """Make a report of what `to_dict` gave; entries that this version does not know are left out with a warning.
 
         Raises:
-            ReportError: If a part is missing or of another kind.
+            ReportError: If an entry is missing, of another kind, or contradicts another one; names it.
         """
-        known = {field.name for field in dataclasses.fields(cls)}
-        try:
-            arguments = {name: value for name, value in values.items() if name in known}
-            arguments["layers"] = tuple(_layer_from_dict(layer) for layer in values["layers"])
-            arguments["evaluations"] = tuple(values.get("evaluations", ()))
-            return cls(**arguments)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if not isinstance(values, Mapping) or not _REQUIRED & set(values):
             raise ReportError(
-                f"This is no pruning report: {type(error).__name__}: {error}. It is the file `{REPORT_FILE}` that "
-                "`OTPruner.save_pretrained` writes."
-            ) from error
+                f"This is no pruning report. One is the file `{REPORT_FILE}` that `OTPruner.save_pretrained` writes."
+            )
+        names = [field.name for field in dataclasses.fields(cls) if field.name in values or field.name in _REQUIRED]
+        unknown: list[str] = []
+        found = known_entries(values, (*names, *(_DERIVED & set(values))), "report", unknown)
+        check_entry("layers", found["layers"], (list, tuple))
+        if len(found["layers"]) > _MOST_LAYERS:
+            raise ReportError(
+                f"The report is of {len(found['layers']):,} layers; want at most {_MOST_LAYERS:,}. Get the folder "
+                "again from somebody you trust."
+            )
+        layers = [LayerReport.read(layer, f"layers[{i}]", unknown) for i, layer in enumerate(found["layers"])]
+        evaluations = found.get("evaluations", ())
+        check_entry("evaluations", evaluations, (list, tuple))
+        found |= {"layers": tuple(layers), "evaluations": tuple(evaluations)}
+        report = cls(**{name: found[name] for name in (*names, "evaluations")})
+        report.check()
+        warn_of_unknown(unknown)
+        return report
+
+    def check(self, is_finite: bool = True) -> None:
+        """Raise where an entry, say of a file, is of another kind, or counts do not add up.
+
+        Args:
+            is_finite: Whether NaN and infinity are refused, as in files.
+
+        Raises:
+            ReportError: Names the first such entry.
+        """
+        for index, layer in enumerate(self.layers):
+            layer.check(f"layers[{index}]", is_finite)
+        if any(later.layer <= former.layer for former, later in itertools.pairwise(self.layers)):
+            raise ReportError("`layers` of the report are not in order, each once. Get the folder again.")
+        for name in ("config", "calibration", "custom_functions", "versions", "base_card"):
+            check_entry(name, getattr(self, name), Mapping)
+        for name in ("custom_functions", "versions"):
+            for value in getattr(self, name).values():
+                check_entry(name, value, str)
+        check_entry("token_weighting", self.token_weighting, str)
+        check_entry("added_biases", self.added_biases, bool)
+        for name in ("parameters_before", "parameters_after", "padding_parameters"):
+            check_entry(name, getattr(self, name), int, 0)
+        optional: dict[str, type] = {"size_before": int, "size_after": int, "base_model": str, "model_type": str}
+        for name, kind in optional.items():
+            if getattr(self, name) is not None:
+                check_entry(name, getattr(self, name), kind, 0 if kind is int else None)
+        _check_numbers("calibration", self.calibration, _CALIBRATION, is_finite)
+        tokens, samples = self.calibration["num_tokens"], self.calibration["num_samples"]
+        if tokens != samples * self.calibration["seqlen"]:
+            raise ReportError(
+                f"`calibration` of the report has {tokens} tokens, which are not {samples} samples of "
+                f"{self.calibration['seqlen']}. Get the folder again."
+            )
+        for index, evaluation in enumerate(self.evaluations):
+            check_entry(f"evaluations[{index}]", evaluation, Mapping)
+            _check_numbers(f"evaluations[{index}]", evaluation, _EVALUATION, is_finite)
+            if evaluation["stage"] not in ("dense", "pruned"):
+                raise ReportError(
+                    f"`evaluations[{index}].stage` of the report is {evaluation['stage']!r:.60}; want 'dense' or "
+                    "'pruned'. Get the folder again."
+                )
+            if "seen_windows" in evaluation:
+                check_entry(f"evaluations[{index}].seen_windows", evaluation["seen_windows"], int, 0)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the report as JSON."""
@@ -188,11 +263,11 @@ class PruningReport:
             ReportError: If the file is no report.
         """
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            values = read_json(Path(path))
         except ValueError as error:
-            raise ReportError(f"{Path(path).name} is not valid JSON ({error}). Make the report again.") from error
+            raise ReportError(f"{Path(path).name!r} is damaged: {error}. Get the folder again.") from error
         if not isinstance(values, dict):
-            raise ReportError(f"{Path(path).name} holds a {type(values).__name__} where a report is an object.")
+            raise ReportError(f"{Path(path).name!r} holds a {type(values).__name__} where a report is an object.")
         return cls.from_dict(values)
 
     def __str__(self) -> str:
@@ -205,41 +280,24 @@ def versions() -> dict[str, str]:
     return {"optimum_otprune": __version__, **{name: metadata.version(name) for name in names}}
 
 
-def _layer_to_dict(layer: LayerReport) -> dict[str, Any]:
-    values = dataclasses.asdict(layer)
-    values["kept_channels"] = list(layer.kept_channels)
-    values["energies"] = layer.energies._asdict()
-    if layer.ridge_lambda is not None and math.isinf(layer.ridge_lambda):
-        values["ridge_lambda"] = "inf"
-    return values
+def _check_numbers(where: str, values: Mapping[str, Any], kinds: Mapping[str, type], is_finite: bool) -> None:
+    """Strings, and numbers that are not negative."""
+    for name, kind in kinds.items():
+        check_entry(f"{where}.{name}", values.get(name), kind, None if kind is str else 0, is_finite)
 
 
-def _layer_from_dict(values: Mapping[str, Any]) -> LayerReport:
-    ridge = values["ridge_lambda"]
-    return LayerReport(
-        **{
-            **values,
-            "kept_channels": tuple(values["kept_channels"]),
-            "energies": RescueEnergies(**values["energies"]),
-            "ridge_lambda": None if ridge is None else float(ridge),
-        }
-    )
+def named_layers(layers: Sequence[LayerReport]) -> str:
+    """Such as "layer 1 (-80.2) and layer 5 (-0.1)", the first ten of them."""
+    named = [f"layer {layer.layer} ({layer.rescue_ratio:.3g})" for layer in layers[:10]]
+    if len(layers) > len(named):
+        return f"{', '.join(named)} and {len(layers) - len(named)} others"
+    return named[0] if len(named) == 1 else f"{', '.join(named[:-1])} and {named[-1]}"
 
 
 def _statistics_lines(name: str, values: list[float]) -> list[str]:
     mean = sum(values) / len(values)
     std = math.sqrt(sum((value - mean) ** 2 for value in values) / len(values))
     return [f"{name}: mean {mean:.3f}, std {std:.3f}, range {min(values):.3f} to {max(values):.3f}"]
-
-
-def _rescue_words(ratio: float) -> str:
-    if ratio < 0:
-        return "harmful (< 0 %): the compressed layers are further from the dense ones than plain dropping"
-    return "good (> 50 %)" if ratio > 0.5 else "moderate (> 20 %)" if ratio > 0.2 else "limited (<= 20 %)"
-
-
-def _dilution_words(ratio: float) -> str:
-    return "low (< 20 %)" if ratio < 0.2 else "moderate (< 50 %)" if ratio < 0.5 else "high (>= 50 %)"
 
 
 def _width_range(widths: tuple[int, ...]) -> str:
@@ -251,10 +309,9 @@ def _padding(report: PruningReport) -> str:
 
 
 def _summary(report: PruningReport) -> str:
-    rule = "=" * _WIDTH
+    rule, rescue, dilution = "=" * _WIDTH, report.rescue_ratio, report.dilution_ratio
     pruned = sum(layer.pruned_channels for layer in report.layers)
     kept = sum(layer.intermediate_size_after for layer in report.layers)
-    energies = report.energies
     lines = [
         rule,
         "RESCUE EFFECT SUMMARY REPORT".center(_WIDTH).rstrip(),
@@ -266,21 +323,25 @@ def _summary(report: PruningReport) -> str:
         f"  Parameters: {report.parameters_before:,} -> {report.parameters_after:,}" + _padding(report),
         *([f"  {ADDED_BIASES}"] if report.added_biases else []),
         "Global Rescue Effect",
-        f"  Rescued {report.rescue_ratio:.3f} ({report.rescue_ratio:.1%}) of the pruned channels' output energy",
+        f"  Rescued {rescue:.3f} ({rescued_share(rescue)}) of the pruned channels' output energy",
+        f"  Median over layers {report.median_rescue_ratio:.3f} ({rescued_share(report.median_rescue_ratio)})",
+        *([f"  Far from the others: {named_layers(report.outliers)}"] if report.outliers else []),
         "Global Dilution Effect",
-        f"  Diluted {report.dilution_ratio:.3f} ({report.dilution_ratio:.1%}) of the kept channels' own contribution",
+        f"  Diluted {dilution:.3f} ({diluted_share(dilution)}) of the kept channels' own contribution",
+        f"  Median over layers {report.median_dilution_ratio:.3f} ({diluted_share(report.median_dilution_ratio)})",
     ]
-    touched = [layer for layer in report.layers if layer.pruned_channels] or report.layers
-    if touched:
-        rescued = [layer.rescue_ratio for layer in touched]
-        diluted = [layer.dilution_ratio for layer in touched]
+    if report.touched_layers:
+        rescued = [layer.rescue_ratio for layer in report.touched_layers]
+        diluted = [layer.dilution_ratio for layer in report.touched_layers]
         lines += ["Per-Layer Statistics"]
         lines += ["  " + line for line in _statistics_lines("Rescue ratio", rescued)]
         lines += ["  " + line for line in _statistics_lines("Dilution ratio", diluted)]
+    contradiction = report.contradiction
     lines += [
         "Interpretation",
-        f"  Rescue: {_rescue_words(report.rescue_ratio)}" + ("" if energies.pruned else "; nothing was pruned"),
-        f"  Dilution: {_dilution_words(report.dilution_ratio)}",
+        f"  Rescue: {rescue_verdict(rescue)}" + ("" if report.energies.pruned else "; nothing was pruned"),
+        f"  Dilution: {dilution_verdict(dilution)}",
+        *([] if contradiction is None else [f"  {contradiction}"]),
         rule,
     ]
     return "\n".join(lines)

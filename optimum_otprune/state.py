@@ -19,6 +19,7 @@ from typing import Any
 from optimum_otprune.errors import OutputError, StateError
 from optimum_otprune.files import replace_file, sync
 from optimum_otprune.manifest import FileEntry
+from optimum_otprune.untrusted import parse_json
 
 if sys.platform != "win32":
     import fcntl
@@ -49,23 +50,19 @@ def has_state(folder: Path) -> bool:
 
 
 def strict_json(blob: bytes, name: str) -> Any:
-    """Parse JSON that holds no NaN or infinity.
+    """Parse JSON of a state.
 
     Args:
         blob: The file's bytes.
         name: For the message.
 
     Raises:
-        StateError: If it is not that.
+        StateError: If it is none that `parse_json` takes.
     """
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not JSON")
-
     try:
-        return json.loads(blob.decode("utf-8"), parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        raise StateError(f"{name!r} is damaged: it is not valid JSON.") from error
+        return parse_json(blob)
+    except ValueError as error:
+        raise StateError(f"{name!r} is damaged: {error}.") from error
 
 
 class StateFolder:

@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 from markdown_it import MarkdownIt
 
 from optimum_otprune.configuration import OTPruningConfig
-from optimum_otprune.functional.rescue import RescueEnergies
+from optimum_otprune.ratios import RescueEnergies
 from optimum_otprune.report import LayerReport, PruningReport
 
 

@@ -117,7 +117,7 @@ def test_how_to_load_has_the_name_and_a_tokenizer_where_there_is_one():
 
 def test_a_model_that_needs_remote_code_is_loaded_with_it_and_a_warning():
     report = make_report()
-    layers = (report.layers[0], dataclasses.replace(report.layers[1], intermediate_size_after=3))
+    layers = (report.layers[0], layer_report(1, after=3))
     report, config = dataclasses.replace(report, layers=layers), CONFIG.replace(non_uniform_format="per_layer_config")
     assert "remote code is needed" in model_card(config, make_report(), "user/x")  # all layers have the same width
     assert "remote code is needed" in model_card(CONFIG, report, "user/x")  # filled up
@@ -148,7 +148,7 @@ def test_evaluation_on_calibration_data_is_warned_of_at_the_top():
     text = words(model_card(CONFIG, seen, "x"))
     assert text.index("Warning: the evaluation data are calibration data") < text.index("How to load")
     assert "3 of the 20 evaluated windows are calibration samples." in text
-    same_split = words(model_card(OTPruningConfig(evaluation_split="train"), make_report(), "x"))
+    same_split = words(model_card(CONFIG, make_report(OTPruningConfig(evaluation_split="train")), "x"))
     assert "Calibration samples were drawn from the same split of Salesforce/wikitext" in same_split
     unseen = make_report(evaluations=(evaluation("pruned", 12.0, seen_windows=0),))
     assert "None of the 20 evaluated windows is a calibration sample." in words(model_card(CONFIG, unseen, "x"))

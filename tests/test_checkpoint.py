@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from optimum_otprune import OTPruner, OTPruningConfig, checkpoint, outputs, plots
 from optimum_otprune.errors import IntegrityError, ModelLoadError, OutputError, ReportError
 from optimum_otprune.folder_card import folder_card, replace_card, repository_card
-from optimum_otprune.functional.rescue import RescueEnergies
 from optimum_otprune.manifest import MANIFEST_FILE, verify_folder
+from optimum_otprune.ratios import RescueEnergies
 from optimum_otprune.report import LayerReport, PruningReport
 from tests.conftest import make_llama
 

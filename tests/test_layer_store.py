@@ -65,12 +65,12 @@ def test_without_a_folder_nothing_is_kept():
         (SMALL._replace(up=torch.ones(2, 3).long()), {}, "or is no floating-point tensor"),
         (SMALL._replace(up=torch.full((2, 3), float("nan"))), {}, "'up' is not finite"),
         (SMALL, {"layer": 1}, "no report of this layer"),
-        (SMALL, {"kept_channels": [0, 4]}, "no report of this layer"),
-        (SMALL, {"intercept": 1}, "no report of this layer"),
-        (SMALL, {"self_share": "1"}, "no report of this layer"),
+        (SMALL, {"kept_channels": [0, 4]}, "no report of a layer"),
+        (SMALL, {"intercept": 1}, "no report of a layer"),
+        (SMALL, {"self_share": "1"}, "no report of a layer"),
         (SMALL, {"self_share": 10**400}, "no report of a layer"),
         (SMALL, {"energies": [1]}, "no report of a layer"),
-        (SMALL, {"else": 1}, "no report of a layer"),
+        (SMALL, {"else": 1}, "no report of this layer"),
     ],
 )
 def test_a_layer_that_does_not_fit_is_done_again_though_its_checksum_is_right(state, weights, report, message):

@@ -12,11 +12,11 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if "_optimum_register" not
 
 # Each line may import from itself and from the lines above it.
 LAYERS = (
-    ("version", "errors", "registry", "methods", "quantities", "options", "option_checks"),
+    ("version", "errors", "registry", "methods", "quantities", "ratios", "untrusted", "options", "option_checks"),
     ("functional",),
     ("compatibility", "manifest", "retries", "hub_client", "hub_access", "hub"),
     ("outputs", "files"),
-    ("resolution", "configuration", "report"),
+    ("resolution", "configuration", "comparison", "layer_report", "report"),
     ("state",),
     ("devices", "heap", "spill", "processes", "digests"),
     ("architectures",),

@@ -15,7 +15,7 @@ from optimum_otprune.errors import NumericalError
 from optimum_otprune.faithfulness import measured_factors
 from optimum_otprune.functional.gram import gram_statistics
 from optimum_otprune.gradients import gradient_moments, gradient_scores
-from optimum_otprune.layer_data import LayerData, heldout_mask, residual_token_weights
+from optimum_otprune.layer_data import LayerData, heldout_mask, measure_rescue, residual_token_weights
 from optimum_otprune.perplexity import TokenPerplexity, evaluate_perplexity
 from optimum_otprune.streaming import CalibrationStream
 from tests.architectures.test_contract import build
@@ -267,16 +267,19 @@ def test_a_nan_in_the_gradients_names_the_layer(llama, tokens):
 
 def test_tokens_count_by_the_inverse_of_the_hidden_states_squared_norm():
     energy, is_heldout = torch.tensor([1.0, 2.0, 4.0, 1.0, 0.0]), torch.tensor([False, False, False, True, True])
-    weights = residual_token_weights(energy, is_heldout)
+    weights, unit = residual_token_weights(energy, is_heldout)
     torch.testing.assert_close(weights[0] / weights[1], torch.tensor(2.0))
     torch.testing.assert_close(weights[0] / weights[2], torch.tensor(4.0))
     torch.testing.assert_close(weights[4] / weights[3], torch.tensor(100.0))  # counts as a tenth of the median's norm
     torch.testing.assert_close(weights[~is_heldout].mean(), torch.tensor(1.0))
     torch.testing.assert_close(weights[is_heldout].mean(), torch.tensor(1.0))
+    assert unit == pytest.approx((1 + 100) / 2)
 
 
 def test_where_hidden_states_are_zero_all_tokens_count_the_same():
-    assert torch.equal(residual_token_weights(torch.zeros(4), torch.arange(4) == 3), torch.ones(4))
+    weights, unit = residual_token_weights(torch.zeros(4), torch.arange(4) == 3)
+    assert torch.equal(weights, torch.ones(4))
+    assert unit == 1.0
 
 
 def test_a_token_of_weight_two_counts_as_two_tokens():
@@ -300,3 +303,27 @@ def test_the_ffn_alone_is_run_where_the_block_adds_its_output(name, adds, tokens
     for stream in streams:
         stream.advance(blocks[0])
     torch.testing.assert_close(streamed(streams[0]), streamed(streams[1]), rtol=1e-5, atol=1e-6)
+
+
+def test_rescue_is_measured_with_the_weights_that_the_fit_has(llama, tokens):
+    """Of each layer relative to its hidden states, so that layers can be added up."""
+    blocks, is_heldout = ffn_blocks(llama), heldout_mask(12, 20, 0.25, seed=0)
+    config, kept = OTPruningConfig(pruning_ratio=0.5), torch.arange(24)
+    stream = CalibrationStream(llama, blocks, tokens, batch_size=5, track_dense=False)
+    dense = blocks[0].read()
+    energy = stream.energies(blocks[0])
+    data = LayerData.of(blocks[0], dense, stream, is_heldout, config)
+    assert data.weight_unit == pytest.approx(float((1 / energy[is_heldout]).mean()), rel=1e-3)
+    [measured] = measure_rescue(data, [dense.select(kept)], kept)
+    outputs = torch.cat([batch.outputs for batch in data.batches(only_heldout=True)])
+    assert measured.output == pytest.approx(float((outputs.square().sum(1) / energy[is_heldout]).sum()), rel=1e-3)
+    uniform = LayerData.of(
+        blocks[0],
+        dense,
+        CalibrationStream(llama, blocks, tokens, batch_size=5, track_dense=False),
+        is_heldout,
+        config.replace(token_weighting="uniform"),
+    )
+    assert uniform.weight_unit == 1.0
+    [plain] = measure_rescue(uniform, [dense.select(kept)], kept)
+    assert plain.output == pytest.approx(float(outputs.square().sum()), rel=1e-5)

@@ -3,10 +3,9 @@
 import argparse
 import functools
 import io
-import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,13 @@ from optimum_otprune.checkpoint import weight_bytes
 from optimum_otprune.commands.arguments import config_options, loading_options, state_folder
 from optimum_otprune.commands.benchmark import run_benchmark
 from optimum_otprune.commands.demo import run_demo
-from optimum_otprune.commands.terminal import speaking
+from optimum_otprune.commands.reading import protocol, tell_seen
+from optimum_otprune.commands.terminal import showing_progress
 from optimum_otprune.configuration import OTPruningConfig
-from optimum_otprune.errors import ConfigurationError, IntegrityError, ReportError, UsageError
+from optimum_otprune.errors import ConfigurationError, IntegrityError, UsageError
 from optimum_otprune.files import recover, save_text
-from optimum_otprune.findings import seen_before
 from optimum_otprune.folder_card import folder_card, replace_card
-from optimum_otprune.hub import PushResult, verify_saved
+from optimum_otprune.hub import PushResult
 from optimum_otprune.hub_access import check_hub_access
 from optimum_otprune.loading import hub_id
 from optimum_otprune.manifest import verify_folder
@@ -47,7 +46,7 @@ def _main_process_speaks(action: Callable[[argparse.Namespace], None]) -> Callab
     @functools.wraps(action)
     def quiet_elsewhere(args: argparse.Namespace) -> None:
         is_main = is_main_process()
-        with nullcontext() if is_main else redirect_stdout(io.StringIO()), speaking(args.quiet or not is_main):
+        with nullcontext() if is_main else redirect_stdout(io.StringIO()), showing_progress(args.quiet or not is_main):
             action(args)
 
     return quiet_elsewhere
@@ -145,16 +144,16 @@ def _prune_and_save(args: argparse.Namespace, config: OTPruningConfig, output: P
     print(report)
     if args.eval:
         pruned = pruner.evaluate(args.eval_data, **measured)
-        print(
-            f"Perplexity: {dense['perplexity']:.2f} dense -> {pruned['perplexity']:.2f} pruned ({_protocol(pruned)})"
-        )
-        _tell_seen(config, report, pruned)
+        print(f"Perplexity: {dense['perplexity']:.2f} dense -> {pruned['perplexity']:.2f} pruned ({protocol(pruned)})")
+        tell_seen(report, pruned)
+        if pruner.report is not None and pruner.report.contradiction is not None:
+            print(pruner.report.contradiction)
     pruner.save_pretrained(output, overwrite=args.overwrite)
     trust = ", trust_remote_code=True" if needs_remote_code(config, report) else ""
     print(f"Saved to {output}. Load it with AutoModelForCausalLM.from_pretrained({str(output)!r}{trust}).")
 
 
-@speaking(quiet=True, silent="optimum_otprune.tuning")  # trials are printed; lines per layer would hide them
+@showing_progress(quiet=True, silent="optimum_otprune.tuning")  # trials are printed; lines per layer would hide them
 def tune(args: argparse.Namespace) -> None:
     """Search for a better configuration and write it to a file."""
     given = [name for name in BUDGET_FIELDS if getattr(args, name) is not None]
@@ -203,14 +202,8 @@ def evaluate(args: argparse.Namespace) -> None:
     metrics = pruner.evaluate(
         args.data, batch_size=args.batch_size, max_windows=args.max_windows, progress=not args.quiet
     )
-    print(f"Perplexity: {metrics['perplexity']:.2f} ({_protocol(metrics)})")
-    _tell_seen(pruner.config, pruner.report, metrics)
-
-
-def _tell_seen(config: OTPruningConfig, report: PruningReport | None, metrics: Mapping[str, Any]) -> None:
-    """Whether a pruned model was measured on text that it was calibrated on."""
-    if report is not None and metrics["stage"] == "pruned" and (sentence := seen_before(config, report, metrics)):
-        print(sentence)
+    print(f"Perplexity: {metrics['perplexity']:.2f} ({protocol(metrics)})")
+    tell_seen(pruner.report, metrics)
 
 
 @_main_process_speaks
@@ -218,23 +211,6 @@ def benchmark(args: argparse.Namespace) -> None:
     """Compare the speed of two models."""
     check_single("`otprune benchmark`", "Start one.")
     run_benchmark(args)
-
-
-def report(args: argparse.Namespace) -> None:
-    """Print what pruning did to a saved model."""
-    path = _folder(args) / REPORT_FILE
-    if not path.is_file():
-        raise ReportError(f"{_folder(args).name!r} has no {REPORT_FILE}: it is no folder that `otprune prune` wrote.")
-    saved = PruningReport.load(path)
-    if args.json:
-        print(json.dumps(saved.to_dict(), indent=2, sort_keys=True))
-        return
-    for layer in saved.layers:
-        print(layer)
-    print(saved)
-    for metrics in saved.evaluations:
-        print(f"Perplexity of the {metrics['stage']} model: {metrics['perplexity']:.2f} ({_protocol(metrics)})")
-        _tell_seen(OTPruningConfig.from_dict(saved.config), saved, metrics)
 
 
 def card(args: argparse.Namespace) -> None:
@@ -272,15 +248,7 @@ def _tell_push(result: PushResult) -> None:
     print(f"Pushed to {result.url}." if result.changed else f"{result.url} holds it already; nothing was sent.")
 
 
-def verify(args: argparse.Namespace) -> None:
-    """Check a saved model's files."""
-    commit = verify_saved(
-        os.path.expanduser(args.source), revision=args.revision, token=args.token, cache_dir=args.cache_dir
-    )
-    print(f"All files are as they were saved{'' if commit is None else f' (commit {commit})'}.")
-
-
-@speaking(quiet=True)
+@showing_progress(quiet=True)
 def demo(args: argparse.Namespace) -> None:
     """Prune the small model that the package carries."""
     _usage(lambda: OTPruningConfig(pruning_ratio=args.pruning_ratio))
@@ -289,12 +257,6 @@ def demo(args: argparse.Namespace) -> None:
 
 def _folder(args: argparse.Namespace) -> Path:
     return Path(os.path.expanduser(args.folder))
-
-
-def _protocol(metrics: Any) -> str:
-    return (
-        f"{metrics['num_tokens']:,} tokens of {metrics['data']} in windows of {metrics['seqlen']}, {metrics['dtype']}"
-    )
 
 
 def _config(args: argparse.Namespace) -> OTPruningConfig:

@@ -15,6 +15,7 @@ from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.documentation import documentation_texts
 from optimum_otprune.outputs import check_output_folder
 from optimum_otprune.pruner import OTPruner
+from optimum_otprune.ratios import rescued_share
 
 PROMPT = "Return a new"
 _METHODS = (
@@ -119,7 +120,7 @@ def _print_table(results: list[DemoResult]) -> None:
     print(f"{'method':<50}{'perplexity':>12}{'parameters':>13}{'tokens/s':>11}{'rescued':>10}")
     for result in results:
         name = f"{result.name} ({labels[result.name]})" if result.name in labels else result.name
-        rescued = "" if result.rescue_ratio is None else f"{result.rescue_ratio:.1%}"
+        rescued = "" if result.rescue_ratio is None else rescued_share(result.rescue_ratio).split(",")[0]
         print(
             f"{name:<50}{result.perplexity:>12.2f}{result.parameters:>13,}{result.tokens_per_second:>11,.0f}{rescued:>10}"
         )

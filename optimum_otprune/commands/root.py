@@ -20,23 +20,27 @@ from optimum_otprune.commands.arguments import (
     state_folder,
 )
 from optimum_otprune.commands.interruption import Terminated, sigterm_interrupts
+from optimum_otprune.commands.speaking import one_line, speaking
 from optimum_otprune.errors import OTPruneError, StateError, UsageError
 from optimum_otprune.state import has_state
 
+_READING = "optimum_otprune.commands.reading"
+
 
 class _Command(BaseOptimumCLICommand):
-    """A subcommand that runs the function of its name in `optimum_otprune.commands.actions`.
+    """A subcommand that runs the function of its name in the module `actions`.
 
     Exit codes: 0 done, 2 wrong usage, 1 failed, 130 interrupted, 143 terminated; a failure is one line unless
     `--debug`.
     """
 
+    actions = "optimum_otprune.commands.actions"
+
     def run(self) -> None:
-        actions = import_module("optimum_otprune.commands.actions")
         assert self.args is not None
         try:
-            with sigterm_interrupts():
-                getattr(actions, self.COMMAND.name)(self.args)
+            with sigterm_interrupts(), speaking():
+                getattr(import_module(self.actions), self.COMMAND.name)(self.args)
         except (OTPruneError, KeyboardInterrupt) as error:
             if self.args.debug:
                 raise
@@ -68,7 +72,7 @@ def _outcome(error: BaseException) -> tuple[int, str]:
     """Exit code and message."""
     if isinstance(error, KeyboardInterrupt):
         return (143, "terminated.") if isinstance(error, Terminated) else (130, "interrupted.")
-    return 2 if isinstance(error, UsageError) else 1, " ".join(str(error).split())
+    return 2 if isinstance(error, UsageError) else 1, one_line(error)
 
 
 class PruneCommand(_Command):
@@ -167,6 +171,8 @@ class BenchmarkCommand(_Command):
 class ReportCommand(_Command):
     """`otprune report`."""
 
+    actions = _READING
+
     @staticmethod
     def parse_args(parser: argparse.ArgumentParser) -> None:
         """Options."""
@@ -212,6 +218,8 @@ class PushCommand(_Command):
 
 class VerifyCommand(_Command):
     """`otprune verify`."""
+
+    actions = _READING
 
     @staticmethod
     def parse_args(parser: argparse.ArgumentParser) -> None:

@@ -1,19 +1,19 @@
 """What a command says on standard error while it runs; when it is done, the process speaks as before."""
 
 import logging
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
 from transformers.utils import logging as transformers_logging
 
+from optimum_otprune.commands.speaking import VisibleFormatter
+
 
 @contextmanager
-def speaking(quiet: bool, silent: str | None = None) -> Iterator[None]:
-    """One line per layer and per warning.
+def showing_progress(quiet: bool, silent: str | None = None) -> Iterator[None]:
+    """One line per layer.
 
     Args:
         quiet: Without lines per layer and progress bars of loading.
@@ -23,6 +23,7 @@ def speaking(quiet: bool, silent: str | None = None) -> Iterator[None]:
     with ExitStack() as stack:
         if not package.handlers:
             handler = logging.StreamHandler()
+            handler.setFormatter(VisibleFormatter())
             stack.callback(package.removeHandler, handler)
             package.addHandler(handler)
         _set_level(stack, package, logging.WARNING if quiet else logging.INFO)
@@ -30,13 +31,7 @@ def speaking(quiet: bool, silent: str | None = None) -> Iterator[None]:
             _set_level(stack, logging.getLogger(silent), logging.ERROR)
         if quiet:
             stack.enter_context(_no_bars())
-        stack.callback(setattr, warnings, "showwarning", warnings.showwarning)
-        warnings.showwarning = _show
         yield
-
-
-def _show(message: Warning | str, category: type[Warning], *where: Any, **kwargs: Any) -> None:
-    print(f"warning: {message}", file=sys.stderr)
 
 
 def _set_level(stack: ExitStack, logger: logging.Logger, level: int) -> None:

@@ -1,35 +1,11 @@
 """How much of what was pruned is still there, and what the kept channels gave up for it."""
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-_NOTHING = 1e-12  # of the layer's output energy
-_ROUNDING = 1e-5  # float32 sums; plain dropping shall read 0, not −0.0000003
-
-
-class RescueEnergies(NamedTuple):
-    """Sums over held-out calibration tokens, from which both ratios follow; they add up over layers.
-
-    Attributes:
-        output: Σ ‖y‖² of the dense layer.
-        pruned: Σ ‖W_S h_S‖², what the pruned channels contributed.
-        error: Σ ‖y − ŷ‖² of the compressed layer.
-        kept: Σ_k ‖w_k‖² Σ h_k² over kept channels.
-        shift: Σ_k ‖w_k‖² Σ (h'_k − h_k)², how far the kept channels' own activations moved.
-    """
-
-    output: float
-    pruned: float
-    error: float
-    kept: float
-    shift: float
-
-    def __add__(self, other: "RescueEnergies") -> "RescueEnergies":  # type: ignore[override]
-        """Energies of both together."""
-        return RescueEnergies(*(mine + theirs for mine, theirs in zip(self, other)))
+from optimum_otprune.ratios import RescueEnergies
 
 
 def rescue_energies(
@@ -38,8 +14,12 @@ def rescue_energies(
     compressed: Sequence[tuple[Tensor, Tensor | None]],
     down: Tensor,
     kept_channels: Tensor,
+    token_weights: Tensor,
 ) -> list[RescueEnergies]:
-    """Measure one batch of held-out tokens of one layer.
+    """Measure one batch of held-out tokens of one layer, each token weighed as it is where the layer is fitted.
+
+    What is measured otherwise than it is fitted misleads: a few tokens with massive activations, which the fit hardly
+    heeds, would decide the sums.
 
     Args:
         outputs: Dense outputs `(num_tokens, hidden_size)`.
@@ -48,6 +28,7 @@ def rescue_energies(
             `(num_tokens, kept_size)`, or None where they are those of the kept channels.
         down: Dense down projection `(hidden_size, intermediate_size)`.
         kept_channels: LongTensor `(kept_size,)`.
+        token_weights: What each token counts, `(num_tokens,)`.
 
     Returns:
         One entry for each of `compressed`.
@@ -58,11 +39,13 @@ def rescue_energies(
     norms = down[:, kept_channels].double().square().sum(dim=0)  # (kept_size,)
     kept = hidden[:, kept_channels]
 
+    counts = token_weights[:, None]  # (num_tokens, 1)
+
     def energy(tensor: Tensor) -> float:
-        return float(tensor.square().sum(dtype=torch.float64))
+        return float(tensor.square().mul_(counts).sum(dtype=torch.float64))
 
     def channel_energy(tensor: Tensor) -> float:
-        return float(tensor.square().sum(dim=0, dtype=torch.float64) @ norms)
+        return float(tensor.square().mul_(counts).sum(dim=0, dtype=torch.float64) @ norms)
 
     of_dense = {"output": energy(outputs), "pruned": energy(pruned), "kept": channel_energy(kept)}
     return [
@@ -73,50 +56,6 @@ def rescue_energies(
         )
         for compressed_outputs, activations in compressed
     ]
-
-
-def rescue_ratio(energies: RescueEnergies) -> float:
-    """Share of the pruned channels' output energy that the compressed layer still delivers.
-
-    `1 − Σ ‖y − ŷ‖² / Σ ‖W_S h_S‖²`: plain dropping scores 0, a perfect layer 1, a harmful fusion is negative. Where
-    the pruned channels contributed nothing, there was nothing to lose: 1 if the output is intact, else 0.
-
-    Example:
-        >>> rescue_ratio(RescueEnergies(output=10.0, pruned=4.0, error=1.0, kept=9.0, shift=0.0))
-        0.75
-    """
-    nothing = _NOTHING * energies.output
-    if energies.pruned <= nothing:
-        return 1.0 if energies.error <= nothing else 0.0
-    ratio = 1.0 - energies.error / energies.pruned
-    return 0.0 if abs(ratio) < _ROUNDING else ratio
-
-
-def dilution_ratio(energies: RescueEnergies) -> float:
-    """Share of the kept channels' own contribution that was given up: 0 when gate and up are untouched.
-
-    `Σ_k ‖w_k‖² E(h'_k − h_k)² / Σ_k ‖w_k‖² E h_k²`.
-
-    Example:
-        >>> dilution_ratio(RescueEnergies(output=10.0, pruned=4.0, error=1.0, kept=9.0, shift=4.5))
-        0.5
-    """
-    return energies.shift / energies.kept if energies.kept > 0 else 0.0
-
-
-def relative_error(energies: RescueEnergies) -> float:
-    """Output error as a share of the dense layer's output energy, `Σ ‖y − ŷ‖² / Σ ‖y‖²`; 0 for a layer without output.
-
-    Example:
-        >>> relative_error(RescueEnergies(output=10.0, pruned=4.0, error=1.0, kept=9.0, shift=0.0))
-        0.1
-    """
-    return energies.error / energies.output if energies.output > 0 else 0.0
-
-
-def pooled(energies: Iterable[RescueEnergies]) -> RescueEnergies:
-    """Energies of several layers together, so that a layer counts by what it contributes."""
-    return sum(energies, RescueEnergies(0.0, 0.0, 0.0, 0.0, 0.0))
 
 
 def transported_mass(transport_plan: Tensor, source_marginal: Tensor, pruned_channels: Tensor) -> float:

@@ -13,8 +13,10 @@ from optimum_otprune import OTPruner
 from optimum_otprune.commands.arguments import config_options
 from optimum_otprune.commands.main import main
 from optimum_otprune.commands.root import OTPruneCommand, PruneCommand
+from optimum_otprune.manifest import write_manifest
 from optimum_otprune.options import OPTIONS
 from tests.conftest import run_command as run
+from tests.reports import make_report
 
 
 @pytest.fixture
@@ -242,3 +244,16 @@ def test_optimum_cli_knows_the_same_commands():
     )
     assert done.returncode == 0, done.stderr
     assert all(command.name in done.stdout for command in OTPruneCommand.SUBCOMMANDS)
+
+
+@pytest.mark.parametrize("command", ["report", "verify"])
+def test_commands_that_only_read_import_no_torch(command, tmp_path):
+    make_report().save(tmp_path / "otprune_report.json")
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    write_manifest(tmp_path)
+    code = (
+        f"import sys\nfrom optimum_otprune.commands.main import main\nmain([{command!r}, {str(tmp_path)!r}])\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

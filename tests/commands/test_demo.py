@@ -30,3 +30,5 @@ def test_the_demo_rescues_saves_and_reloads(tmp_path, capsys):
     assert "largest difference of logits 0." in printed
     assert "RESCUE EFFECT SUMMARY REPORT" in printed
     assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert reference.rescue_ratio < -1
+    assert next(line for line in printed.splitlines() if line.startswith(reference.name)).endswith("harmful")

@@ -8,14 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optimum_otprune.functional.ffn import FFNWeights, channel_activations, ffn_forward
-from optimum_otprune.functional.rescue import (
+from optimum_otprune.functional.rescue import rescue_energies, self_share, transported_mass
+from optimum_otprune.ratios import (
     RescueEnergies,
+    diluted_share,
     dilution_ratio,
+    outliers,
     pooled,
-    rescue_energies,
     rescue_ratio,
-    self_share,
-    transported_mass,
+    rescued_share,
 )
 from tests.functional.helpers import law, make_ffn, normal, permutation, seeds, untouched
 
@@ -23,13 +24,16 @@ silu = torch.nn.functional.silu
 KEPT = torch.tensor([1, 4, 5, 9])
 
 
-def measure(dense: FFNWeights, compressed: FFNWeights, inputs: torch.Tensor, kept=KEPT) -> RescueEnergies:
+def measure(
+    dense: FFNWeights, compressed: FFNWeights, inputs: torch.Tensor, kept=KEPT, token_weights=None
+) -> RescueEnergies:
     return rescue_energies(
         outputs=ffn_forward(dense, inputs, silu),
         hidden=channel_activations(dense, inputs, silu),
         compressed=[(ffn_forward(compressed, inputs, silu), channel_activations(compressed, inputs, silu))],
         down=dense.down,
         kept_channels=kept,
+        token_weights=torch.ones(len(inputs)) if token_weights is None else token_weights,
     )[0]
 
 
@@ -41,6 +45,7 @@ def test_energies_of_one_token_by_hand():
         compressed=[(torch.tensor([[7.0, 4.0]]), torch.tensor([[3.5, 0.0]])), (torch.tensor([[7.0, 4.0]]), None)],
         down=down,
         kept_channels=torch.tensor([2, 0]),
+        token_weights=torch.ones(1),
     )
     # pruned: channel 1, 2 · (0, 1); kept: 5 · 9 + 1 · 1; shift: 5 · 0.25 + 1 · 1
     assert energies == RescueEnergies(output=74.0, pruned=4.0, error=1.0, kept=46.0, shift=2.25)
@@ -109,12 +114,40 @@ def test_a_harmful_fusion_is_negative(seed):
 
 
 @law
+@given(seed=seeds)
+def test_a_token_of_weight_two_counts_as_two_tokens(seed):
+    dense, compressed, inputs = make_ffn(seed), make_ffn(seed + 1, n=4), normal(seed, 6, 5)
+    weights = torch.tensor([1.0, 2.0, 1.0, 0.0, 3.0, 1.0])
+    weighed = measure(dense, compressed, inputs, token_weights=weights)
+    repeated = measure(dense, compressed, inputs[torch.repeat_interleave(weights.long())])
+    assert weighed == pytest.approx(repeated, rel=1e-5)
+
+
+def test_a_token_with_massive_activations_does_not_decide_the_ratio():
+    """The fit hardly heeds it, so that its output is wrong by more than all others'."""
+    dense, inputs = make_ffn(0), normal(1, 40, 5)
+    inputs[0] *= 1000
+    hidden = channel_activations(dense, inputs, silu)
+    outputs, dropped = hidden @ dense.down.T, hidden[:, KEPT] @ dense.down[:, KEPT].T
+    errors = 0.5 * (outputs - dropped)
+    errors[0] *= 40
+    weights = 1 / outputs.square().sum(dim=1)  # as where the output is long because the hidden state is
+    weights[0] *= 1e-3
+    ratios = [
+        rescue_ratio(rescue_energies(outputs, hidden, [(outputs - errors, None)], dense.down, KEPT, counts)[0])
+        for counts in (torch.ones(40), weights)
+    ]
+    assert ratios[0] < -100
+    assert ratios[1] == pytest.approx(0.75, abs=0.01)
+
+
+@law
 @given(seed=seeds, share=st.floats(0, 1))
 def test_delivering_a_share_of_what_was_pruned_scores_one_minus_the_rest_squared(seed, share):
     hidden, down = normal(seed, 20, 12), normal(seed + 1, 5, 12)
     outputs, dropped = hidden @ down.T, hidden[:, KEPT] @ down[:, KEPT].T
     compressed = [(dropped + share * (outputs - dropped), hidden[:, KEPT])]
-    energies = rescue_energies(outputs, hidden, compressed, down, KEPT)[0]
+    energies = rescue_energies(outputs, hidden, compressed, down, KEPT, torch.ones(20))[0]
     assert math.isclose(rescue_ratio(energies), 1 - (1 - share) ** 2, abs_tol=2e-5)
 
 
@@ -216,3 +249,26 @@ def test_the_share_that_channels_keep_on_themselves_by_hand():
 def test_the_share_of_a_map_that_only_selects_is_one_and_of_an_empty_map_zero():
     assert self_share(torch.eye(12)[KEPT], KEPT) == 1.0
     assert self_share(torch.zeros(4, 12), KEPT) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("ratios", "far"),
+    [
+        ([], []),
+        ([0.5], []),
+        ([0.6, -80.2, 0.7, 0.5], [1]),
+        ([0.6, 0.62, 0.61, 0.59, 0.1], [4]),
+        ([0.5, -0.01, 0.3], [1]),
+        ([-0.5, -0.6, -0.4], []),
+        ([0.1, 0.3, 0.5, 0.7, 0.9], []),
+        ([0.30, 0.31, 0.32, 0.33, 0.99], [4]),
+    ],
+)
+def test_layers_far_from_the_others_are_found(ratios, far):
+    assert outliers(ratios) == far
+
+
+def test_a_share_that_says_nothing_becomes_a_word():
+    assert rescued_share(-211.794) == "harmful, below -100%"
+    assert rescued_share(-0.606) == "-60.6%"
+    assert diluted_share(25.0) == "high, above 100%"

@@ -1,0 +1,50 @@
+"""What the subcommands do that only read a saved folder; no torch is imported for them."""
+
+import argparse
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from optimum_otprune.errors import ReportError
+from optimum_otprune.findings import seen_before
+from optimum_otprune.hub import verify_saved
+from optimum_otprune.report import REPORT_FILE, PruningReport
+
+
+def report(args: argparse.Namespace) -> None:
+    """Print what pruning did to a saved model."""
+    folder = Path(os.path.expanduser(args.folder))
+    if not (folder / REPORT_FILE).is_file():
+        raise ReportError(f"{folder.name!r} has no {REPORT_FILE}: it is no folder that `otprune prune` wrote.")
+    saved = PruningReport.load(folder / REPORT_FILE)
+    if args.json:
+        print(json.dumps(saved.to_dict(), indent=2, sort_keys=True))
+        return
+    for layer in saved.layers:
+        print(layer)
+    print(saved)
+    for metrics in saved.evaluations:
+        print(f"Perplexity of the {metrics['stage']} model: {metrics['perplexity']:.2f} ({protocol(metrics)})")
+        tell_seen(saved, metrics)
+
+
+def verify(args: argparse.Namespace) -> None:
+    """Check a saved model's files."""
+    source = os.path.expanduser(args.source)
+    commit = verify_saved(source, revision=args.revision, token=args.token, cache_dir=args.cache_dir)
+    print(f"All files are as they were saved{'' if commit is None else f' (commit {commit})'}.")
+
+
+def tell_seen(saved: PruningReport | None, metrics: Mapping[str, Any]) -> None:
+    """Print whether a pruned model was measured on text that it was calibrated on."""
+    if saved is not None and metrics["stage"] == "pruned" and (sentence := seen_before(saved, metrics)):
+        print(sentence)
+
+
+def protocol(metrics: Mapping[str, Any]) -> str:
+    """How a perplexity was measured, in words."""
+    return (
+        f"{metrics['num_tokens']:,} tokens of {metrics['data']} in windows of {metrics['seqlen']}, {metrics['dtype']}"
+    )
