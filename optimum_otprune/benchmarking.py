@@ -254,15 +254,17 @@ def _generate(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> _Run:
     """Greedy generation of a fixed length with the cache of transformers."""
     device = input_device(model)
     token = ids.to(device)
-    last_only = {"logits_to_keep": 1} if _keeps_logits(model) else {}
     cache: Any = DynamicCache(config=model.config)
+    arguments = {_cache_argument(model): cache, "use_cache": True}
+    if _keeps_logits(model):
+        arguments["logits_to_keep"] = 1
     before = _start_of_peak(device)
     times: list[float] = []
     devices = devices_of(model)
     wait_for_devices(devices)
     start = time.perf_counter()
     for _ in range(max(1, new_tokens)):
-        output = model(input_ids=token, past_key_values=cache, use_cache=True, **last_only)
+        output = model(input_ids=token, **arguments)
         token = output.logits[:, -1:].argmax(dim=-1)
         if not times:
             wait_for_devices(devices)
@@ -306,6 +308,11 @@ def _speed(model: PreTrainedModel, ids: Tensor, runs: list[_Run], settings: Benc
 def _keeps_logits(model: PreTrainedModel) -> bool:
     """Whether the head can be left out for all tokens but the last, as `generate` does where it can."""
     return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+def _cache_argument(model: PreTrainedModel) -> str:
+    """What the model calls its cache: `cache` from transformers 5.24 on, before that `past_key_values`."""
+    return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
 
 
 def _weight_bytes(model: PreTrainedModel) -> int:
