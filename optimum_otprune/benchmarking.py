@@ -23,6 +23,7 @@ from optimum_otprune.errors import UsageError
 from optimum_otprune.flops import forward_flops
 from optimum_otprune.functional.selection import kept_width
 from optimum_otprune.latency import devices_of, first_channels, wait_for_devices
+from optimum_otprune.quantities import LARGEST_COUNT, whole_number
 from optimum_otprune.widths import dense_width
 
 
@@ -134,9 +135,9 @@ def check_settings(models: Mapping[str, PreTrainedModel], settings: BenchmarkSet
     """
     for name, least in (("batch_sizes", 1), ("seqlens", 1), ("repeats", 1), ("new_tokens", 0), ("warm_up", 0)):
         given = getattr(settings, name)
-        numbers = given if isinstance(given, tuple) else (given,)
-        if not numbers or min(numbers) < least:
-            raise UsageError(f"`{name}` is {given}; want integers of at least {least}.")
+        numbers = [whole_number(number) for number in (given if isinstance(given, tuple) else (given,))]
+        if not numbers or any(number is None or not least <= number <= LARGEST_COUNT for number in numbers):
+            raise UsageError(f"`{name}` is {given}; want integers of at least {least} and at most {LARGEST_COUNT}.")
     longest = max(settings.seqlens) + settings.new_tokens
     for name, model in models.items():
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -31,6 +31,7 @@ from optimum_otprune.errors import (
     HubTimeoutError,
     HubUnavailableError,
 )
+from optimum_otprune.quantities import real_number
 
 ATTEMPTS = 6
 LONGEST_WAIT = 300.0
@@ -58,9 +59,10 @@ class Deadline:
     """
 
     def __init__(self, seconds: float):
-        if not seconds >= 0:
+        number = real_number(seconds)
+        if number is None or not number >= 0:
             raise ConfigurationError(f"`deadline` is {seconds!r}; want a number of seconds, not below 0.")
-        self._end = time.monotonic() + seconds
+        self._end = time.monotonic() + number
         self.abandoned = threading.Event()
 
     @property
