@@ -7,7 +7,7 @@ BENCH_READY = $(VENV)/.bench-ready
 # Two processes that use all cores slow each other down many times over; the tests run one thread each.
 WORKERS ?= 2
 
-.PHONY: demo test test-slow quality style bench bench-quality bench-calibration bench-gpu bench-scale cards clean
+.PHONY: demo test test-slow test-newest quality style bench bench-quality bench-calibration bench-gpu bench-scale cards clean
 
 demo: $(READY)
 	$(BIN)/otprune demo
@@ -18,6 +18,23 @@ test: $(READY)
 test-slow: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "slow"
 	OMP_NUM_THREADS=1 LAW_EXAMPLES=200 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/functional
+
+# The newest releases that the requirements allow, in an environment of its own; but the torch of constraints.txt, since
+# a newer one brings gigabytes for GPUs. What computes with torch alone, and what runs the same code again, is left out.
+NEWEST_VENV ?= .venv-newest
+NEWEST_BIN = $(NEWEST_VENV)/bin
+NOT_NEWEST = tests/functional tests/test_crashes.py tests/test_examples.py tests/test_benchmarks.py \
+  tests/test_scale_benchmark.py tests/test_transport_benchmark.py tests/commands/test_demo.py
+
+test-newest:
+	$(PYTHON) -m venv $(NEWEST_VENV)
+	$(NEWEST_BIN)/python -m pip install --quiet --upgrade pip
+	grep '^torch==' constraints.txt > $(NEWEST_VENV)/torch.txt
+	$(NEWEST_BIN)/python -m pip install --quiet --upgrade --upgrade-strategy eager --constraint $(NEWEST_VENV)/torch.txt \
+	  --editable ".[plots,tests,tune]"
+	$(NEWEST_BIN)/python -m pip freeze --exclude-editable
+	OMP_NUM_THREADS=1 $(NEWEST_BIN)/python -m pytest -n $(WORKERS) --dist worksteal \
+	  -m "not slow and not gpu and not multi_gpu" $(addprefix --ignore=,$(NOT_NEWEST))
 
 quality: $(READY)
 	$(BIN)/ruff check .
@@ -69,4 +86,4 @@ $(READY): pyproject.toml setup.py constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NEWEST_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

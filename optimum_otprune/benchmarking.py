@@ -23,6 +23,7 @@ from optimum_otprune.errors import UsageError
 from optimum_otprune.flops import forward_flops
 from optimum_otprune.functional.selection import kept_width
 from optimum_otprune.latency import devices_of, first_channels, wait_for_devices
+from optimum_otprune.quantities import LARGEST_COUNT, whole_number
 from optimum_otprune.widths import dense_width
 
 
@@ -134,9 +135,9 @@ def check_settings(models: Mapping[str, PreTrainedModel], settings: BenchmarkSet
     """
     for name, least in (("batch_sizes", 1), ("seqlens", 1), ("repeats", 1), ("new_tokens", 0), ("warm_up", 0)):
         given = getattr(settings, name)
-        numbers = given if isinstance(given, tuple) else (given,)
-        if not numbers or min(numbers) < least:
-            raise UsageError(f"`{name}` is {given}; want integers of at least {least}.")
+        numbers = [whole_number(number) for number in (given if isinstance(given, tuple) else (given,))]
+        if not numbers or any(number is None or not least <= number <= LARGEST_COUNT for number in numbers):
+            raise UsageError(f"`{name}` is {given}; want integers of at least {least} and at most {LARGEST_COUNT}.")
     longest = max(settings.seqlens) + settings.new_tokens
     for name, model in models.items():
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -254,15 +255,17 @@ def _generate(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> _Run:
     """Greedy generation of a fixed length with the cache of transformers."""
     device = input_device(model)
     token = ids.to(device)
-    last_only = {"logits_to_keep": 1} if _keeps_logits(model) else {}
     cache: Any = DynamicCache(config=model.config)
+    arguments = {_cache_argument(model): cache, "use_cache": True}
+    if _keeps_logits(model):
+        arguments["logits_to_keep"] = 1
     before = _start_of_peak(device)
     times: list[float] = []
     devices = devices_of(model)
     wait_for_devices(devices)
     start = time.perf_counter()
     for _ in range(max(1, new_tokens)):
-        output = model(input_ids=token, past_key_values=cache, use_cache=True, **last_only)
+        output = model(input_ids=token, **arguments)
         token = output.logits[:, -1:].argmax(dim=-1)
         if not times:
             wait_for_devices(devices)
@@ -306,6 +309,11 @@ def _speed(model: PreTrainedModel, ids: Tensor, runs: list[_Run], settings: Benc
 def _keeps_logits(model: PreTrainedModel) -> bool:
     """Whether the head can be left out for all tokens but the last, as `generate` does where it can."""
     return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+def _cache_argument(model: PreTrainedModel) -> str:
+    """What the model calls its cache: `cache` from transformers 5.24 on, before that `past_key_values`."""
+    return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
 
 
 def _weight_bytes(model: PreTrainedModel) -> int:

@@ -1,6 +1,7 @@
 """From a target, in parameters or bytes, to the widest FFNs that meet it."""
 
 import json
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
@@ -12,7 +13,7 @@ from optimum_otprune.architectures.block import FFNBlock, native_intercept
 from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.errors import ConfigurationError
 from optimum_otprune.functional.selection import sensible_multiple
-from optimum_otprune.quantities import COUNT_UNITS, SIZE_UNITS, parse_quantity
+from optimum_otprune.quantities import COUNT_UNITS, SIZE_UNITS, parse_quantity, parse_share
 from optimum_otprune.widths import dense_width, given_widths
 
 _LARGE_OFFSET = 10**15  # no weights file is longer
@@ -63,8 +64,8 @@ def with_pruning_ratio(config: OTPruningConfig, model: PreTrainedModel, blocks: 
         return config
     name = "target_parameters" if config.target_parameters is not None else "target_size"
     given = getattr(config, name)
-    unit, units = ("parameters", COUNT_UNITS) if name == "target_parameters" else ("bytes", SIZE_UNITS)
-    target = parse_quantity(given, units)
+    unit = "parameters" if name == "target_parameters" else "bytes"
+    target = target_count(config, model)
     width = dense_width(blocks)
     decided = given_widths(blocks, config)
     _check_format(config, name, decided)
@@ -83,12 +84,33 @@ def with_pruning_ratio(config: OTPruningConfig, model: PreTrainedModel, blocks: 
     footprint = _footprint(model, blocks, unit, may_add_biases, decided)
     kept = footprint.widest(target, multiple)
     if kept < multiple:
+        smallest, whole = footprint.at(multiple), _tensor_total(model, unit)
+        held = sum(channel_cost(block, unit) for block in blocks) * width / whole
+        share = math.ceil(1000 * smallest / whole) / 10  # rounded up, so that it is enough
         raise ConfigurationError(
-            f"`{name}={given!r}` cannot be met: with only {multiple} of {width} channels left in every FFN that may "
-            f"be pruned the model still has {footprint.at(multiple):,} {unit}, since attention and embeddings are not "
-            "pruned. Give a larger target."
+            f"`{name}={given!r}` cannot be met: only FFNs are pruned, which hold {held:.0%} of the model's {whole:,} "
+            f"{unit}. The smallest that can be had is {smallest:,} ({share}%), with {multiple} of {width} channels "
+            "left in every FFN that may be pruned; give that or more."
         )
     return config.replace(pruning_ratio=max(0.0, 1 - kept / width))
+
+
+def target_count(config: OTPruningConfig, model: PreTrainedModel) -> int:
+    """Return the parameters, or bytes, that a configuration's target allows the pruned model.
+
+    A share is one of the dense model's parameters, or of the bytes of its weights, tied ones once; what is left of
+    one is cut off.
+
+    Args:
+        config: With `target_parameters` or `target_size`.
+        model: The dense model.
+    """
+    if config.target_parameters is not None:
+        given, unit, units = config.target_parameters, "parameters", COUNT_UNITS
+    else:
+        given, unit, units = config.target_size, "bytes", SIZE_UNITS
+    share = parse_share(given)
+    return parse_quantity(given, units) if share is None else math.floor(share * _tensor_total(model, unit))
 
 
 def _check_format(config: OTPruningConfig, name: str, decided: Mapping[int, int]) -> None:
@@ -113,7 +135,7 @@ def _footprint(
     Layers whose width is decided already are part of what is fixed.
     """
     tensors = _saved_tensors(model)
-    fixed = sum(tensor.numel() * _cost(tensor, unit) for tensor in tensors.values())
+    fixed = _tensor_total(model, unit)
     if unit == "bytes":
         fixed += _header_bytes(tensors, added=3 * len(blocks) if with_biases else 0)
     per_channel = 0
@@ -127,6 +149,10 @@ def _footprint(
         else:
             per_channel += now + added_each
     return Footprint(fixed, per_channel)
+
+
+def _tensor_total(model: PreTrainedModel, unit: str) -> int:
+    return sum(tensor.numel() * _cost(tensor, unit) for tensor in _saved_tensors(model).values())
 
 
 def channel_cost(block: FFNBlock, unit: str) -> int:

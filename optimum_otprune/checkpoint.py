@@ -16,6 +16,7 @@ from optimum_otprune.faithfulness import check_parameters
 from optimum_otprune.files import writing_folder
 from optimum_otprune.manifest import CARD_FILE, write_manifest
 from optimum_otprune.model_files import save_model_files
+from optimum_otprune.option_checks import check_size
 from optimum_otprune.outputs import resolved_output
 from optimum_otprune.plots import PLOT_FILE, can_plot, save_rescue_plot
 from optimum_otprune.report import REPORT_FILE, PruningReport
@@ -29,9 +30,13 @@ def weight_bytes(model: PreTrainedModel) -> int:
 
 
 def shard_size(model: PreTrainedModel, wanted: int | str | None) -> int | str:
-    """Return what `max_shard_size` is by default: a shard of offloaded weights is loaded as a whole to be written."""
+    """Return what `max_shard_size` is by default: a shard of offloaded weights is loaded as a whole to be written.
+
+    Raises:
+        ConfigurationError: If what is wanted is no size.
+    """
     if wanted is not None:
-        return wanted
+        return check_size("max_shard_size", wanted, least=1)
     return max(_LEAST_SHARD, weight_bytes(model) // _SHARDS) if is_offloaded(model) else "5GB"
 
 

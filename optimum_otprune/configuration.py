@@ -7,7 +7,7 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from optimum_otprune.methods import METHOD_FIELDS, QUALITY_FIELDS
 from optimum_otprune.option_checks import check_option
 from optimum_otprune.options import BUDGET_FIELDS, OPTIONS, OPTIONS_BY_NAME
 from optimum_otprune.registry import unknown_name
-from optimum_otprune.resolution import resolve
+from optimum_otprune.resolution import NUMBER_FIELDS, resolve
 from optimum_otprune.untrusted import read_json, visible
 from optimum_otprune.version import __version__
 
@@ -56,6 +56,24 @@ class OTPruningConfig(BaseConfig):
     model_type = "otprune"  # a label in the file; never registered with AutoConfig
 
     def __init__(self, **options: Any):
+        self._fill(options, asked=set(options))
+
+    @classmethod
+    def assembled(cls, values: Mapping[str, Any], asked: Collection[str]) -> "OTPruningConfig":
+        """Make a configuration in which values that nobody asked for are dropped where nothing reads them.
+
+        Args:
+            values: By name, as for the constructor.
+            asked: Names of those that would be an error then.
+
+        Raises:
+            ConfigurationError: As for the constructor.
+        """
+        config = cls.__new__(cls)
+        config._fill(values, set(asked))
+        return config
+
+    def _fill(self, options: Mapping[str, Any], asked: set[str]) -> None:
         given = {name: value for name, value in options.items() if name not in _FOREIGN_KEYS and name != _VERSION_KEY}
         for name in given:
             if name not in OPTIONS_BY_NAME:
@@ -70,7 +88,7 @@ class OTPruningConfig(BaseConfig):
             for option in OPTIONS
         }
         explicit = {name for name, value in given.items() if value is not None}
-        values.update(resolve(values, explicit))
+        values.update(resolve(values, explicit, explicit & asked))
         for name, value in values.items():
             setattr(self, name, value)
         self.optimum_otprune_version = str(options.get(_VERSION_KEY, __version__))
@@ -103,7 +121,8 @@ class OTPruningConfig(BaseConfig):
     def replace(self, **changes: Any) -> "OTPruningConfig":
         """A copy with some options changed.
 
-        A changed `method` or `quality` decides its fields again; a new ratio or target takes the old one's place.
+        A changed `method` or `quality` decides its fields again; a new ratio or target takes the old one's place; what
+        a change leaves without a use is dropped.
         """
         values = _without_replaced_budget(self.to_dict(), changes)
         values.pop(_VERSION_KEY)
@@ -111,13 +130,14 @@ class OTPruningConfig(BaseConfig):
             values = {name: value for name, value in values.items() if name not in (*METHOD_FIELDS, *QUALITY_FIELDS)}
         elif changes.get("quality", self.quality) != self.quality:
             values = {name: value for name, value in values.items() if name not in QUALITY_FIELDS}
-        return OTPruningConfig(**{**values, **changes})
+        return OTPruningConfig.assembled({**values, **changes}, asked=changes)
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> Any:
         """Make a configuration of a dictionary, such as a file's.
 
-        Options that this version does not know are left out with a warning if a newer version wrote them.
+        Options that this version does not know are left out with a warning if a newer version wrote them. So are
+        numbers that nothing reads, where a version wrote the file: they were without effect when it did.
 
         Args:
             config_dict: By name.
@@ -143,10 +163,23 @@ class OTPruningConfig(BaseConfig):
             values = {name: value for name, value in values.items() if name not in unknown}
         overrides = {name: value for name, value in kwargs.items() if name in OPTIONS_BY_NAME}
         unused = {name: value for name, value in kwargs.items() if name not in OPTIONS_BY_NAME}
-        config = cls(**values)
+        config = cls(**values) if _VERSION_KEY not in config_dict else cls._of_file(values)
         if overrides:
             config = config.replace(**overrides)
         return (config, unused) if return_unused else config
+
+    @classmethod
+    def _of_file(cls, values: Mapping[str, Any]) -> "OTPruningConfig":
+        config = cls.assembled(values, asked=set(values) - set(NUMBER_FIELDS))
+        given = {name: values[name] for name in NUMBER_FIELDS if values.get(name) is not None}
+        unread = [f"`{name}={value!r}`" for name, value in given.items() if value != getattr(config, name)]
+        if unread:
+            warnings.warn(
+                f"This configuration sets {', '.join(unread)}, which nothing reads with its other options. It is left "
+                "out.",
+                stacklevel=3,
+            )
+        return config
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:

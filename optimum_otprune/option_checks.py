@@ -1,4 +1,4 @@
-"""Is the value of one option of the right type and in range?"""
+"""Is the value of one option, or of one argument, of the right type and in range?"""
 
 import math
 from collections.abc import Mapping
@@ -6,7 +6,14 @@ from typing import Any
 
 from optimum_otprune.errors import ConfigurationError
 from optimum_otprune.options import Option
-from optimum_otprune.quantities import parse_quantity
+from optimum_otprune.quantities import (
+    LARGEST_COUNT,
+    SIZE_UNITS,
+    parse_quantity,
+    parse_share,
+    real_number,
+    whole_number,
+)
 from optimum_otprune.registry import unknown_name
 
 _DIGITS = 9  # of a layer's index
@@ -23,17 +30,60 @@ def check_option(option: Option, value: Any) -> Any:
         return _checked_layers(value, problem) if option.choices is None else _checked_names(option, value, problem)
     if option.kind is dict:
         return _checked_by_layer(option, value, problem)
+    if option.units is not None and parse_share(value) is not None:
+        return value if isinstance(value, str) else real_number(value)
     if option.units is not None and isinstance(value, str):
         return _checked_quantity(option, value, problem)
-    if isinstance(value, bool) or not isinstance(value, (int, float) if option.kind is float else option.kind):
-        raise problem
-    if option.kind is float:
-        value = float(value)  # type: ignore[arg-type]
-    if option.kind is not str and not _in_range(option, value):
+    if option.kind is not str:
+        number = whole_number(value) if option.kind is int else real_number(value)
+        if number is None or not _in_range(option, number):
+            raise problem
+        return number
+    if not isinstance(value, str):
         raise problem
     if option.choices is not None and value not in option.choices:
         raise ConfigurationError(unknown_name(f"`{option.name}`", value, option.choices))
     return value
+
+
+def check_count(name: str, value: Any, least: int = 1) -> int:
+    """Return a count as an int, or raise with the argument's name, what was got and what would be right.
+
+    Args:
+        name: Of the argument.
+        value: An integer of Python or NumPy.
+        least: The smallest that is allowed.
+
+    Raises:
+        ConfigurationError: If it is none, or out of range.
+    """
+    number = whole_number(value)
+    if number is None or not least <= number <= LARGEST_COUNT:
+        raise ConfigurationError(f"`{name}` is {value!r}; want an integer >= {least} and <= {LARGEST_COUNT}.")
+    return number
+
+
+def check_size(name: str, value: Any, least: int = 0) -> int:
+    """Return a number of bytes as an int, or raise with the argument's name.
+
+    Args:
+        name: Of the argument.
+        value: A whole number of Python or NumPy, or a string such as `"4GB"`.
+        least: The smallest that is allowed.
+
+    Raises:
+        ConfigurationError: If it is none, or too small.
+    """
+    number = real_number(value)
+    try:
+        if number is None and not isinstance(value, str) or number is not None and not number.is_integer():
+            raise ValueError(f"{value!r} is no number of bytes")
+        size = parse_quantity(value, SIZE_UNITS) if number is None else int(number)
+    except ValueError as error:
+        raise ConfigurationError(f"`{name}` {error}. Give bytes, or such as '4GB'.") from error
+    if size < least:
+        raise ConfigurationError(f"`{name}` is {size}; want {least} or more bytes.")
+    return size
 
 
 def _checked_quantity(option: Option, value: str, problem: ConfigurationError) -> str:
@@ -61,9 +111,10 @@ def _checked_names(option: Option, value: Any, problem: ConfigurationError) -> t
 def _checked_layers(value: Any, problem: ConfigurationError) -> tuple[int, ...]:
     if isinstance(value, str) or not isinstance(value, (list, tuple, set, frozenset)):
         raise problem
-    if any(isinstance(layer, bool) or not isinstance(layer, int) or layer < 0 for layer in value):
+    layers = {whole_number(layer) for layer in value}
+    if any(layer is None or layer < 0 for layer in layers):
         raise problem
-    return tuple(sorted(set(value)))
+    return tuple(sorted(layer for layer in layers if layer is not None))
 
 
 def _checked_by_layer(option: Option, value: Any, problem: ConfigurationError) -> dict[int, float]:
@@ -73,18 +124,17 @@ def _checked_by_layer(option: Option, value: Any, problem: ConfigurationError) -
     checked = {}
     for layer, number in value.items():
         is_number = isinstance(layer, str) and layer.isascii() and layer.isdigit() and len(layer) <= _DIGITS
-        index = int(layer) if is_number else layer
-        if isinstance(index, bool) or not isinstance(index, int) or index < 0 or index in checked:
+        index = int(layer) if is_number else whole_number(layer)
+        ratio = real_number(number)
+        if index is None or index < 0 or index in checked or ratio is None or not _in_range(option, ratio):
             raise problem
-        if isinstance(number, bool) or not isinstance(number, (int, float)) or not _in_range(option, number):
-            raise problem
-        checked[index] = float(number)
+        checked[index] = ratio
     return dict(sorted(checked.items()))
 
 
 def _in_range(option: Option, value: float) -> bool:
     return (
-        (isinstance(value, int) or math.isfinite(value))  # an integer may be too large for a float
+        abs(value) < math.inf
         and (option.minimum is None or value >= option.minimum)
         and (option.maximum is None or value <= option.maximum)
         and (option.below is None or value < option.below)
@@ -103,7 +153,7 @@ def _wanted(option: Option) -> str:
     if option.units is not None:
         kind += f" or a string with a unit ({', '.join(filter(None, option.units))})"
     bounds = [
-        f"{sign} {bound:g}"
+        f"{sign} {bound if isinstance(bound, int) else format(bound, 'g')}"
         for sign, bound in (
             (">=", option.minimum),
             (">", option.above),
@@ -113,4 +163,5 @@ def _wanted(option: Option) -> str:
         if bound is not None
     ]
     of = f" of {', '.join(option.choices)}" if option.choices else ""
-    return kind + of + (" " + " and ".join(bounds) if bounds else "")
+    share = ", or a share between 0 and 1 such as '70%' or 0.7" if option.units is not None else ""
+    return kind + of + (" " + " and ".join(bounds) if bounds else "") + share

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from optimum_otprune.methods import METHODS, QUALITIES
-from optimum_otprune.quantities import COUNT_UNITS, SIZE_UNITS
+from optimum_otprune.quantities import COUNT_UNITS, LARGEST_COUNT, LARGEST_SEED, SIZE_UNITS
 
 # Alternatives: a configuration has exactly one of them.
 BUDGET_FIELDS = ("pruning_ratio", "target_parameters", "target_size")
@@ -17,8 +17,9 @@ class Option(NamedTuple):
     """One field of `OTPruningConfig`.
 
     A None default means "the method decides" for method fields, "derived from the model" for `seqlen`, and "not asked
-    for" for targets. Numbers lie in [minimum, maximum], or in [minimum, below); with `units` they may be strings. A
-    tuple holds some of `choices`, or indices of layers where there are none; a dict holds numbers by layer.
+    for" for targets. Numbers lie in [minimum, maximum], or in [minimum, below); with `units` they may be strings, or
+    shares of what the dense model has. A tuple holds some of `choices`, or indices of layers where there are none; a
+    dict holds numbers by layer.
     """
 
     name: str
@@ -39,12 +40,20 @@ def _method_option(name: str, help: str, **kwargs: Any) -> Option:
 
 
 OPTIONS: tuple[Option, ...] = (
-    Option("pruning_ratio", float, 0.2, "share of every FFN's channels to remove; 0 changes nothing", 0.0, below=1.0),
+    Option(
+        "pruning_ratio",
+        float,
+        0.2,
+        "share of every FFN's channels to remove, not of the model's parameters; 0 changes nothing",
+        0.0,
+        below=1.0,
+    ),
     Option(
         "target_parameters",
         int,
         None,
-        "in place of pruning_ratio: parameters that the pruned model may have, such as 900M or 1.2B",
+        "in place of pruning_ratio: parameters that the pruned model may have, 70% of the dense model's (or 0.7) or a "
+        "number such as 900M or 1.2B",
         1,
         optional=True,
         units=COUNT_UNITS,
@@ -53,7 +62,8 @@ OPTIONS: tuple[Option, ...] = (
         "target_size",
         int,
         None,
-        "in place of pruning_ratio: bytes that the saved weights may have, such as 500MB, 2GB or 1.5GiB",
+        "in place of pruning_ratio: bytes that the saved weights may have, 70% of the dense model's (or 0.7) or a "
+        "number such as 500MB, 2GB or 1.5GiB",
         1,
         optional=True,
         units=SIZE_UNITS,
@@ -83,6 +93,7 @@ OPTIONS: tuple[Option, ...] = (
         128,
         "round the kept width to a multiple of this (lowered, with a warning, for layers too small for it)",
         1,
+        LARGEST_COUNT,
     ),
     _method_option(
         "token_weighting",
@@ -157,8 +168,15 @@ OPTIONS: tuple[Option, ...] = (
         "Adam steps on each layer's own output error after the refit, kept only where held-out tokens gain (0: none)",
         kind=int,
         minimum=0,
+        maximum=LARGEST_COUNT,
     ),
-    _method_option("reconstruction_batch_tokens", "tokens of a minibatch of reconstruction", kind=int, minimum=1),
+    _method_option(
+        "reconstruction_batch_tokens",
+        "tokens of a minibatch of reconstruction",
+        kind=int,
+        minimum=1,
+        maximum=LARGEST_COUNT,
+    ),
     _method_option(
         "error_weighting",
         "which directions of a layer's output error reconstruction heeds: all alike, or as the loss feels them "
@@ -171,6 +189,7 @@ OPTIONS: tuple[Option, ...] = (
         "(0: none)",
         kind=int,
         minimum=0,
+        maximum=LARGEST_COUNT,
     ),
     Option("epsilon", float, 0.05, "entropic regularization of sinkhorn, in units of the median cost", above=0.0),
     Option("mass_share", float, 0.9, "share of the mass that the partial solver transports", above=0.0, maximum=1.0),
@@ -180,22 +199,30 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "holdout_share", float, 0.25, "share of the calibration samples held out to choose λ", above=0.0, maximum=0.5
     ),
-    Option("score_batch_size", int, 8, "samples per backward pass; FO's singular values depend on it", 1),
+    Option(
+        "score_batch_size",
+        int,
+        8,
+        "samples per backward pass, and written at a time; FO's singular values depend on it",
+        1,
+        LARGEST_COUNT,
+    ),
     Option("dataset", str, "Salesforce/wikitext", "Hub id of the default calibration and evaluation text"),
     Option("dataset_config", str, "wikitext-2-raw-v1", "configuration name of the dataset", optional=True),
     Option("calibration_split", str, "train", "split that calibration samples are drawn from"),
     Option("evaluation_split", str, "test", "split that is evaluated"),
     Option("text_column", str, "text", "column of the dataset that holds the text"),
-    Option("num_samples", int, 128, "calibration samples drawn from text", 1),
+    Option("num_samples", int, 128, "calibration samples drawn from text", 1, LARGEST_COUNT),
     Option(
         "seqlen",
         int,
         None,
         "tokens per sample and evaluation window (unset: 2048 or the model's positions)",
         2,
+        LARGEST_COUNT,
         optional=True,
     ),
-    Option("seed", int, 0, "seed of every random choice", 0),
+    Option("seed", int, 0, "seed of every random choice", 0, LARGEST_SEED),
 )
 
 OPTIONS_BY_NAME = {option.name: option for option in OPTIONS}

@@ -38,10 +38,10 @@ from optimum_otprune.layer_data import (
     token_sets,
 )
 from optimum_otprune.layer_store import FinishedLayer, LayerStore
+from optimum_otprune.option_checks import check_size
 from optimum_otprune.outcome import PrunedLayers
 from optimum_otprune.prepared import Expected, Prepared
 from optimum_otprune.processes import from_main, gathered, is_main_process, own_samples, process_index, summed
-from optimum_otprune.quantities import SIZE_UNITS, parse_quantity
 from optimum_otprune.ratios import RescueEnergies, dilution_ratio, relative_error, rescue_ratio
 from optimum_otprune.report import ADDED_BIASES, LayerReport
 from optimum_otprune.self_calibration import self_calibration_tokens
@@ -102,17 +102,7 @@ def hidden_memory(limit: int | float | str) -> int:
     Raises:
         ConfigurationError: If it is no size.
     """
-    if isinstance(limit, float) and limit.is_integer():
-        limit = int(limit)
-    try:
-        if isinstance(limit, bool) or not isinstance(limit, (int, str)):
-            raise ValueError(f"{limit!r} is no number of bytes")
-        size = parse_quantity(limit, SIZE_UNITS)
-    except ValueError as error:
-        raise ConfigurationError(f"`max_hidden_memory` {error}. Give bytes, or such as '4GB'.") from error
-    if size < 0:
-        raise ConfigurationError(f"`max_hidden_memory` is {size}; want 0 or more bytes.")
-    return size
+    return check_size("max_hidden_memory", limit)
 
 
 def prune_model(

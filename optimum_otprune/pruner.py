@@ -20,6 +20,7 @@ from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.devices import model_sizes
 from optimum_otprune.loading import hub_id, load_checkpoint, note_if_pruned
 from optimum_otprune.loading_options import LOADING_DEFAULTS, as_config, check_loading_options, refuse_loading_options
+from optimum_otprune.option_checks import check_count
 from optimum_otprune.outputs import noted_places, output_path, resolved_output
 from optimum_otprune.overlap import seen_windows
 from optimum_otprune.perplexity import evaluate_perplexity
@@ -31,7 +32,7 @@ from optimum_otprune.report import PruningReport
 from optimum_otprune.resume import forget, resumable, run_fingerprint
 from optimum_otprune.sharing import HubMixin, check_push, checked_push_options, push_saved, refuse_push_options
 from optimum_otprune.spill import DEFAULT_LIMIT
-from optimum_otprune.trials import TuningResult, TuningSettings, check_positive
+from optimum_otprune.trials import TuningResult, TuningSettings
 from optimum_otprune.tuning import tune_model
 
 
@@ -154,7 +155,7 @@ class OTPruner(HubMixin):
         Raises:
             OTPruneError: Whatever loading and `prune` would raise before the work starts, but for damaged weights.
         """
-        check_positive(batch_size=batch_size)
+        batch_size = check_count("batch_size", batch_size)
         limit = hidden_memory(max_hidden_memory)
         options = check_loading_options(loading)
         model = model_in_memory(model_name_or_path)
@@ -211,7 +212,7 @@ class OTPruner(HubMixin):
             StateError: If `resume_from` is in use, damaged, or of another model, data, configuration or environment.
             OutputError: If `resume_from` cannot be written; finished layers are kept there.
         """
-        check_positive(batch_size=batch_size)
+        batch_size = check_count("batch_size", batch_size)
         check_dense(self.model)
         check_model(self.model)
         if resume_from is not None:
@@ -289,8 +290,7 @@ class OTPruner(HubMixin):
         space, shape, seed = search_space, latency_shape, self.config.seed if seed is None else seed
         settings = TuningSettings(
             num_trials, timeout, space, file, target_latency, shape, validation_share, seed, batch_size, progress
-        )
-        settings.check()
+        ).checked()
         tokens = calibration_tokens(calibration_data, self.config, self.tokenizer, self.limits).tokens
 
         def note(result: TuningResult) -> None:
@@ -328,7 +328,8 @@ class OTPruner(HubMixin):
             NumericalError: If the model's outputs are NaN.
         """
         check_whole(self.model)
-        check_positive(batch_size=batch_size, max_windows=max_windows)
+        batch_size = check_count("batch_size", batch_size)
+        max_windows = None if max_windows is None else check_count("max_windows", max_windows)
         self._places |= noted_places(evaluation_data=data)
         tokens = evaluation_tokens(data, self.config, self.tokenizer, self.limits, max_windows)
         measured = evaluate_perplexity(self.model, tokens.tokens, batch_size, progress)

@@ -1,9 +1,15 @@
-"""Counts and sizes as people write them: `"1.2B"` parameters, `"2GB"`."""
+"""Numbers as people write them: `"1.2B"` parameters, `"2GB"`, `"70%"`, and those of NumPy."""
 
+import math
 import re
 from collections.abc import Mapping
 from decimal import Decimal
+from fractions import Fraction
+from numbers import Integral, Real
 from types import MappingProxyType
+
+LARGEST_COUNT = 2**31 - 1  # of samples, tokens, steps, …
+LARGEST_SEED = 2**63 - 1  # what is added to it for a layer stays below the 2⁶⁴ of torch's generators
 
 COUNT_UNITS: Mapping[str, int] = MappingProxyType({"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12})
 SIZE_UNITS: Mapping[str, int] = MappingProxyType(
@@ -38,3 +44,46 @@ def parse_quantity(value: int | str, units: Mapping[str, int]) -> int:
     if match is None or match[2].lower() not in factors:
         raise ValueError(f"{value!r} is no number with one of the units {', '.join(filter(None, units))}")
     return int(Decimal(match[1]) * factors[match[2].lower()])
+
+
+def parse_share(value: object) -> Fraction | None:
+    """Return the share of a whole that a target asks for, or None where it is no share but a count or nothing at all.
+
+    Args:
+        value: A string of per cent, or a number between 0 and 1, neither included, as a string or not. The integer 1
+            and the string `"1"` are counts.
+
+    Example:
+        >>> parse_share("70%"), parse_share(0.7), parse_share("0.7"), parse_share("100%"), parse_share("0.7B")
+        (Fraction(7, 10), Fraction(7, 10), Fraction(7, 10), None, None)
+    """
+    number = real_number(value)
+    text = str(number) if number is not None else value if isinstance(value, str) else ""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e-\d+)?)\s*(%?)\s*", text, flags=re.ASCII)
+    if match is None:
+        return None
+    share = Fraction(match[1]) / (100 if match[2] else 1)
+    return share if 0 < share < 1 else None
+
+
+def whole_number(value: object) -> int | None:
+    """Return an integer, of NumPy or not, as an int; None if it is none. Truth values are none.
+
+    Args:
+        value: Anything.
+    """
+    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
+
+
+def real_number(value: object) -> float | None:
+    """Return a number, of NumPy or not, as a float; None if it is none. Truth values are none.
+
+    Args:
+        value: Anything; an integer beyond all floats is infinite.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf

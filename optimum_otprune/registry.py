@@ -17,12 +17,16 @@ GRADIENTS = "gradients"
 
 
 class Entry(NamedTuple):
-    """One registered function: what a model card says of it, and what it must be given."""
+    """One registered function: what a model card says of it, what it must be given, and which options it reads.
+
+    `reads` is None where that is not known.
+    """
 
     name: str
     function: Callable
     reference: str | None
     requires: frozenset[str]
+    reads: frozenset[str] | None = None
 
 
 class Registry(Generic[F]):
@@ -36,7 +40,14 @@ class Registry(Generic[F]):
         self.kind = kind
         self._entries: dict[str, Entry] = {}
 
-    def register(self, name: str, *, reference: str | None = None, requires: Iterable[str] = ()) -> Callable[[F], F]:
+    def register(
+        self,
+        name: str,
+        *,
+        reference: str | None = None,
+        requires: Iterable[str] = (),
+        reads: Iterable[str] | None = None,
+    ) -> Callable[[F], F]:
         """Return a decorator that registers a function under `name`.
 
         Args:
@@ -44,6 +55,8 @@ class Registry(Generic[F]):
             reference: Where the method comes from; the model card cites it.
             requires: Statistics that the function reads and that are only collected on demand: `"gradients"` (a
                 backward pass over the calibration data) or `"activations"`.
+            reads: Options of `SolverSettings` that a solver reads; setting another one is an error. Without it, it may
+                read any.
 
         Raises:
             RegistryError: If the name is taken or malformed.
@@ -57,7 +70,9 @@ class Registry(Generic[F]):
                     f"The {self.kind} {name!r} is registered already, as "
                     f"`{self._entries[name].function.__qualname__}`. Choose another name."
                 )
-            self._entries[name] = Entry(name, function, reference, frozenset(requires))
+            self._entries[name] = Entry(
+                name, function, reference, frozenset(requires), None if reads is None else frozenset(reads)
+            )
             return function
 
         return decorator

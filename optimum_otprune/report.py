@@ -304,8 +304,11 @@ def _width_range(widths: tuple[int, ...]) -> str:
     return f" ({min(widths):,} to {max(widths):,} a layer)" if len(set(widths)) > 1 else ""
 
 
-def _padding(report: PruningReport) -> str:
-    return f" (+ {report.padding_parameters:,} zeros that fill up)" if report.padding_parameters else ""
+def _parameters(report: PruningReport) -> str:
+    before, after = report.parameters_before, report.parameters_after
+    share = f" ({after / before:.1%})" if before else ""
+    padding = f" (+ {report.padding_parameters:,} zeros that fill up)" if report.padding_parameters else ""
+    return f"{before:,} -> {after:,}{share}{padding}"
 
 
 def _summary(report: PruningReport) -> str:
@@ -320,7 +323,7 @@ def _summary(report: PruningReport) -> str:
         f"  Layers analyzed: {len(report.layers)}",
         f"  Pruned channels: {pruned:,} ({report.pruning_ratio:.1%})",
         f"  Kept channels: {kept:,}" + _width_range(report.widths),
-        f"  Parameters: {report.parameters_before:,} -> {report.parameters_after:,}" + _padding(report),
+        f"  Parameters: {_parameters(report)}",
         *([f"  {ADDED_BIASES}"] if report.added_biases else []),
         "Global Rescue Effect",
         f"  Rescued {rescue:.3f} ({rescued_share(rescue)}) of the pruned channels' output energy",

@@ -8,6 +8,7 @@ from optimum_otprune.errors import ConfigurationError
 from optimum_otprune.functional.costs import costs
 from optimum_otprune.functional.importance import NOT_AGGREGATED, importances
 from optimum_otprune.functional.marginals import distributions, mixtures, strategies
+from optimum_otprune.functional.plans import SolverSettings
 from optimum_otprune.functional.solvers import solvers
 from optimum_otprune.methods import (
     METHOD_FIELDS,
@@ -17,7 +18,8 @@ from optimum_otprune.methods import (
     RIDGE_FIELDS,
     TRANSPORT_FIELDS,
 )
-from optimum_otprune.registry import Registry, unknown_name
+from optimum_otprune.options import OPTIONS_BY_NAME
+from optimum_otprune.registry import GRADIENTS, Registry, unknown_name
 
 # Fields that name a registered function; `prune()` takes a plain callable for each.
 FUNCTION_FIELDS: dict[str, Registry] = {
@@ -28,6 +30,14 @@ FUNCTION_FIELDS: dict[str, Registry] = {
     "statistics": mixtures,
     "solver": solvers,
 }
+# Numbers, and what goes with them, that have a value also where nothing reads them: their default.
+NUMBER_FIELDS = (
+    *SolverSettings._fields,
+    "holdout_share",
+    "score_batch_size",
+    "error_weighting",
+    "reconstruction_batch_tokens",
+)
 STRATEGY_FIELDS = ("statistics", "source_distribution", "target_distribution")
 # Fields that make the method what its name says.
 FIXED_FIELDS = {
@@ -40,8 +50,20 @@ FIXED_FIELDS = {
 }
 
 
-def resolve(values: dict[str, Any], explicit: set[str]) -> dict[str, Any]:
-    """Fill in what the method decides, and refuse what contradicts it or another option."""
+def resolve(values: dict[str, Any], explicit: set[str], asked: set[str]) -> dict[str, Any]:
+    """Fill in what the method decides, and refuse what contradicts it or another option.
+
+    Args:
+        values: Every option, None where the method decides.
+        explicit: Options that were given.
+        asked: Those of them that are an error where nothing reads them; others are dropped then.
+
+    Returns:
+        The options that were filled in or dropped.
+
+    Raises:
+        ConfigurationError: Names the option.
+    """
     _check_layers(values)
     method = values["method"]
     preset = METHODS[method]
@@ -66,8 +88,8 @@ def resolve(values: dict[str, Any], explicit: set[str]) -> dict[str, Any]:
         )
     unused = unused_fields(chosen)
     for name, reason in unused.items():
-        if name in explicit:
-            raise ConfigurationError(f"`{name}={values[name]!r}` would be ignored: {reason}.")
+        if name in asked:
+            raise _ignored(name, values[name], reason)
         chosen[name] = None
     for name in METHOD_FIELDS:
         if chosen[name] is None and name not in unused:
@@ -79,18 +101,17 @@ def resolve(values: dict[str, Any], explicit: set[str]) -> dict[str, Any]:
             chosen[name] = QUALITIES[str(chosen["quality"])][name]
         elif name not in METHOD_FIELDS:
             chosen[name] = values[name]
-    if "error_weighting" in explicit and chosen["error_weighting"] != "uniform" and not chosen["reconstruction_steps"]:
-        raise ConfigurationError(
-            f"`error_weighting={chosen['error_weighting']!r}` would be ignored: only reconstruction reads it. Set "
-            "`reconstruction_steps`, or quality='balanced' or 'best'."
-        )
-    preset_batch = QUALITIES[str(chosen["quality"])]["reconstruction_batch_tokens"]
-    if chosen["reconstruction_batch_tokens"] != preset_batch and not chosen["reconstruction_steps"]:
-        raise ConfigurationError(
-            f"`reconstruction_batch_tokens={chosen['reconstruction_batch_tokens']}` would be ignored: only "
-            "reconstruction reads it. Set `reconstruction_steps`, or quality='balanced' or 'best'."
-        )
+    everything = {**values, **chosen}
+    for name, reason in unused_numbers(everything).items():
+        default = QUALITIES[str(chosen["quality"])].get(name, OPTIONS_BY_NAME[name].default)
+        if name in asked and everything[name] != default:
+            raise _ignored(name, values[name], reason)
+        chosen[name] = default
     return chosen
+
+
+def _ignored(name: str, value: Any, reason: str) -> ConfigurationError:
+    return ConfigurationError(f"`{name}={value!r}` would be ignored: {reason}. Leave it out.")
 
 
 def _check_layers(values: dict[str, Any]) -> None:
@@ -139,6 +160,29 @@ def unused_fields(chosen: Mapping[str, Any]) -> dict[str, str]:
             unused["target_distribution"] = "the solver 'nearest' knows no capacities; choose another, such as 'emd'"
     if chosen["importance"] in NOT_AGGREGATED:
         unused["aggregation"] = f"the importance {chosen['importance']!r} has no weight scores to aggregate"
+    return unused
+
+
+def unused_numbers(chosen: Mapping[str, Any]) -> dict[str, str]:
+    """Return those of `NUMBER_FIELDS` that nothing reads, given all other options, with the reason."""
+    unused: dict[str, str] = {}
+    entries = {name: registry.entry(chosen[name]) for name, registry in FUNCTION_FIELDS.items() if chosen[name]}
+    for name in SolverSettings._fields:
+        if "solver" not in entries:
+            unused[name] = "nothing is transported"
+        elif entries["solver"].reads is not None and name not in entries["solver"].reads:
+            unused[name] = f"the solver {chosen['solver']!r} does not read it"
+    if chosen["compensation"] != "ridge" and not chosen["reconstruction_steps"]:
+        unused["holdout_share"] = "without a refit or reconstruction nothing is chosen on held-out tokens"
+    if not chosen["reconstruction_steps"]:
+        reason = (
+            "only reconstruction reads it, which `reconstruction_steps` or quality='balanced' or 'best' switches on"
+        )
+        unused |= dict.fromkeys(("error_weighting", "reconstruction_batch_tokens"), reason)
+    weighs_errors = chosen["reconstruction_steps"] and chosen["error_weighting"] == "gradient"
+    takes_gradients = weighs_errors or any(GRADIENTS in entry.requires for entry in entries.values())
+    if not (takes_gradients or chosen["allocation"] == "adaptive" or chosen["self_calibration"]):
+        unused["score_batch_size"] = "there is no backward pass and no text to write"
     return unused
 
 

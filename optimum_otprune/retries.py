@@ -1,5 +1,6 @@
 """Bounded retries against the Hub: what is worth another attempt, how long to wait, and what is said in the end."""
 
+import importlib
 import json
 import os
 import re
@@ -12,13 +13,13 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    HTTPError,
     LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import httpx
 
 from optimum_otprune.errors import (
     ConfigurationError,
@@ -31,6 +32,7 @@ from optimum_otprune.errors import (
     HubTimeoutError,
     HubUnavailableError,
 )
+from optimum_otprune.quantities import real_number
 
 ATTEMPTS = 6
 LONGEST_WAIT = 300.0
@@ -38,11 +40,13 @@ LONGEST_WAIT = 300.0
 _TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 _AGAIN = "Nothing local is lost; run it again"
 
+# The HTTP library of the client, which is another one in earlier versions.
+_HTTP = importlib.import_module(HTTPError.__module__.partition(".")[0])
 # What the client lets through: its own errors are OSErrors, LFS uploads end in RuntimeError, refused metadata and
 # an error page in place of JSON in ValueError, Xet in ConnectionError.
-CLIENT_ERRORS = (OSError, RuntimeError, ValueError, httpx.HTTPError)
+CLIENT_ERRORS = (OSError, RuntimeError, ValueError, HTTPError)
 # JSON: a proxy's error page where the client expects an answer.
-_CONNECTION_ERRORS = (httpx.TransportError, ConnectionError, TimeoutError, json.JSONDecodeError)
+_CONNECTION_ERRORS = (_HTTP.TransportError, ConnectionError, TimeoutError, json.JSONDecodeError)
 
 T = TypeVar("T")
 
@@ -58,9 +62,10 @@ class Deadline:
     """
 
     def __init__(self, seconds: float):
-        if not seconds >= 0:
+        number = real_number(seconds)
+        if number is None or not number >= 0:
             raise ConfigurationError(f"`deadline` is {seconds!r}; want a number of seconds, not below 0.")
-        self._end = time.monotonic() + seconds
+        self._end = time.monotonic() + number
         self.abandoned = threading.Event()
 
     @property

@@ -10,7 +10,7 @@ from optimum_otprune.methods import METHOD_FIELDS, METHODS, QUALITY_FIELDS
 from optimum_otprune.option_checks import check_option
 from optimum_otprune.options import BUDGET_FIELDS, OPTIONS_BY_NAME
 from optimum_otprune.registry import unknown_name
-from optimum_otprune.resolution import FIXED_FIELDS, STRATEGY_FIELDS, unused_fields
+from optimum_otprune.resolution import FIXED_FIELDS, STRATEGY_FIELDS, unused_fields, unused_numbers
 
 
 class Range(NamedTuple):
@@ -57,13 +57,6 @@ _ORDER = (
     "strategy",
     *("target_correction", "intercept", "reconstruction_steps"),
 )
-_SOLVER_SETTINGS = {
-    "nearest": (),
-    "emd": (),
-    "sinkhorn": ("epsilon",),
-    "partial": ("mass_share",),
-    "unbalanced": ("epsilon", "marginal_penalty"),
-}
 _WALKS = 200
 
 
@@ -194,17 +187,11 @@ def unread_fields(config: OTPruningConfig) -> dict[str, str]:
     preset = METHODS[config.method]
     values = {name: getattr(config, name) for name in METHOD_FIELDS}
     unread = unused_fields({name: preset[name] if value is None else value for name, value in values.items()})
+    unread |= unused_numbers({name: getattr(config, name) for name in OPTIONS_BY_NAME})
     if config.compensation == "bias":
         unread["intercept"] = "compensation='bias' is an intercept"
     if config.selection == "obs":
         unread |= dict.fromkeys(("importance", "aggregation"), "with selection='obs' the importance only breaks ties")
-    if config.compensation != "ridge" and not config.reconstruction_steps:
-        unread["holdout_share"] = "without a refit or reconstruction nothing is chosen on held-out tokens"
-    if not config.reconstruction_steps:
-        unread |= dict.fromkeys(("error_weighting", "reconstruction_batch_tokens"), "only reconstruction reads it")
-    read = _SOLVER_SETTINGS.get(config.solver or "nearest", ("epsilon", "mass_share", "marginal_penalty"))
-    for name in {"epsilon", "mass_share", "marginal_penalty"} - set(read):
-        unread[name] = "the transport solver, if there is one, does not read it"
     return unread
 
 
@@ -228,15 +215,9 @@ def assemble(base: OTPruningConfig, sampled: Mapping[str, Any]) -> OTPruningConf
     elif set(STRATEGY_FIELDS) & set(sampled):
         values["strategy"] = None
     values |= sampled
-    if values["reconstruction_steps"] == 0:
-        unread = ("error_weighting", "reconstruction_batch_tokens")
-        values |= {name: None for name in unread if name not in sampled}
-    preset = METHODS[values["method"]]
-    unused = unused_fields({name: preset[name] if values[name] is None else values[name] for name in METHOD_FIELDS})
-    if values["compensation"] == "bias":
-        unused["intercept"] = "it is always there"
-    values |= {name: None for name in unused if name not in sampled}
-    return OTPruningConfig(**{name: value for name, value in values.items() if value is not None})
+    if values["compensation"] == "bias" and "intercept" not in sampled:
+        values["intercept"] = None  # it is always there
+    return OTPruningConfig.assembled(values, asked=sampled)
 
 
 def sample_config(base: OTPruningConfig, space: Mapping[str, Domain], pick: Pick) -> OTPruningConfig:

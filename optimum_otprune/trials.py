@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.errors import ConfigurationError
-from optimum_otprune.option_checks import check_option
+from optimum_otprune.option_checks import check_count, check_option
 from optimum_otprune.options import OPTIONS_BY_NAME
+from optimum_otprune.quantities import real_number
 
 
 class TuningSettings(NamedTuple):
@@ -39,20 +40,31 @@ class TuningSettings(NamedTuple):
     batch_size: int
     progress: bool
 
-    def check(self) -> None:
-        """Raise a `ConfigurationError` that names what is of the wrong kind or out of range."""
-        check_positive(num_trials=self.num_trials, batch_size=self.batch_size)
-        _check_between(math.inf, timeout=self.timeout, target_latency=self.target_latency)
-        _check_between(1, validation_share=self.validation_share)
-        check_option(OPTIONS_BY_NAME["seed"], self.seed)
+    def checked(self) -> "TuningSettings":
+        """The same with plain numbers.
+
+        Raises:
+            ConfigurationError: Names what is of the wrong kind or out of range.
+        """
+        return self._replace(
+            num_trials=check_count("num_trials", self.num_trials),
+            batch_size=check_count("batch_size", self.batch_size),
+            timeout=_between("timeout", self.timeout),
+            target_latency=_between("target_latency", self.target_latency),
+            validation_share=_between("validation_share", self.validation_share, 1),
+            seed=check_option(OPTIONS_BY_NAME["seed"], self.seed),
+            latency_shape=self._checked_shape(),
+        )
+
+    def _checked_shape(self) -> tuple[int, int] | None:
         shape: Any = self.latency_shape
         if shape is None:
-            return
+            return None
         if self.target_latency is None:
             raise ConfigurationError("`latency_shape` would be ignored without `target_latency`.")
         if not isinstance(shape, (tuple, list)) or len(shape) != 2:
             raise ConfigurationError(f"`latency_shape` is {shape!r}; want two integers: batch size and seqlen.")
-        check_positive(**dict(zip(("latency_shape[0]", "latency_shape[1]"), shape)))
+        return check_count("latency_shape[0]", shape[0]), check_count("latency_shape[1]", shape[1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,16 +136,10 @@ def _shown(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(plain_value(value))
 
 
-def check_positive(**counts: int | None) -> None:
-    """Raise a `ConfigurationError` that names a count that is no integer >= 1; None is left out."""
-    for name, count in counts.items():
-        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
-            raise ConfigurationError(f"`{name}` is {count!r}; want an integer >= 1.")
-
-
-def _check_between(maximum: float, **numbers: float | None) -> None:
-    for name, number in numbers.items():
-        is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
-        if number is not None and not (is_number and 0 < number < maximum):
-            below = "" if math.isinf(maximum) else f" and < {maximum:g}"
-            raise ConfigurationError(f"`{name}` is {number!r}; want a number > 0{below}.")
+def _between(name: str, value: Any, maximum: float = math.inf) -> Any:
+    """A number above 0 and below the maximum as a float; None stays None."""
+    number = real_number(value)
+    if value is not None and (number is None or not 0 < number < maximum):
+        below = "" if math.isinf(maximum) else f" and < {maximum:g}"
+        raise ConfigurationError(f"`{name}` is {value!r}; want a number > 0{below}.")
+    return number

@@ -55,6 +55,7 @@ logger = logging.getLogger(__name__)
 
 _STUDY_NAME = "otprune"
 _SEED_STRIDE = 100_003
+_SEEDS = 2**32  # of NumPy, which optuna draws with
 
 
 def tune_model(
@@ -282,7 +283,9 @@ def _search(
     ) as bar:
         while len(result.trials) < settings.num_trials and (not result.trials or time.monotonic() < deadline):
             # A sampler of its own for each trial: an interrupted study goes on as if it had not been interrupted.
-            study.sampler = optuna.samplers.TPESampler(seed=settings.seed + _SEED_STRIDE * len(result.trials))
+            study.sampler = optuna.samplers.TPESampler(
+                seed=(settings.seed + _SEED_STRIDE * len(result.trials)) % _SEEDS
+            )
             _run_trial(optuna, study, base, space, objective, is_first=not result.trials)
             result = TuningResult(base, _finished(optuna, study))
             trial = result.trials[-1]

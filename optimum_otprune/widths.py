@@ -58,7 +58,8 @@ def plan_widths(blocks: list[FFNBlock], config: OTPruningConfig) -> list[int]:
 
     Raises:
         UnsupportedModelError: If the layers differ in width now.
-        ConfigurationError: If no width is a multiple of what was asked for, or a layer does not exist.
+        ConfigurationError: If no width is a multiple of what was asked for, a layer does not exist, or none is left
+            for the ratio.
     """
     width = dense_width(blocks)
     given = given_widths(blocks, config)
@@ -68,6 +69,11 @@ def plan_widths(blocks: list[FFNBlock], config: OTPruningConfig) -> list[int]:
             f"{len(given)} of {len(blocks)} layers. Use allocation='uniform'."
         )
     assert config.pruning_ratio is not None
+    if len(given) == len(blocks) and config.pruning_ratio not in (0, OPTIONS_BY_NAME["pruning_ratio"].default):
+        raise ConfigurationError(
+            f"`pruning_ratio={config.pruning_ratio!r}` would be ignored: `skip_layers` and `layer_ratios` decide the "
+            "width of every layer. Leave one of them out."
+        )
     _check_multiple(width, config)
     free = kept_width(width, config.pruning_ratio, sensible_multiple(width, config.multiple_of))
     widths = [given.get(block.layer, free) for block in blocks]

@@ -14,6 +14,7 @@ from optimum_otprune.benchmarking import (
     BenchmarkSettings,
     Comparison,
     Speed,
+    _cache_argument,
     check_comparable,
     compare,
     cut_copy,
@@ -139,6 +140,8 @@ def test_widths_follow_the_share_that_was_kept(llama):
         ({"repeats": 0}, "`repeats` is 0; want integers of at least 1"),
         ({"batch_sizes": (0,)}, "`batch_sizes` is .0,.; want"),
         ({"new_tokens": -1}, "`new_tokens` is -1"),
+        ({"seqlens": (8.5,)}, "`seqlens` is .8.5,.; want integers"),
+        ({"repeats": 2**31}, "`repeats` is 2147483648; want integers of at least 1 and at most 2147483647"),
     ],
 )
 def test_shapes_that_cannot_be_run_are_refused(llama, changes, message):
@@ -151,6 +154,26 @@ def test_models_that_do_not_belong_together_are_refused(llama):
         check_comparable(ffn_blocks(llama), ffn_blocks(make_llama(num_hidden_layers=2)))
     with pytest.raises(UsageError, match="Layer 0 has 48 channels in the first model and 50 in the second"):
         check_comparable(ffn_blocks(llama), ffn_blocks(make_llama(intermediate_size=50)))
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_the_cache_goes_by_the_name_that_the_model_gives_it(llama, monkeypatch, name):
+    forward = type(llama).forward
+    known = _cache_argument(llama)
+    given = []
+
+    def old(self, input_ids, past_key_values=None, **others):
+        given.append("past_key_values")
+        return forward(self, input_ids, **{known: past_key_values}, **others)
+
+    def new(self, input_ids, cache=None, **others):
+        given.append("cache")
+        return forward(self, input_ids, **{known: cache}, **others)
+
+    monkeypatch.setattr(type(llama), "forward", {"cache": new, "past_key_values": old}[name])
+    found = compare(llama, llama, QUICK)
+    assert set(given) == {name}
+    assert found[0].dense.cache_bytes > 0
 
 
 def test_a_model_without_a_cache_is_measured_in_prefill_only(llama, monkeypatch):

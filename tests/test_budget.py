@@ -1,7 +1,9 @@
 """Targets in parameters and bytes: the widest FFNs that meet them, and what cannot be met."""
 
 import copy
+import re
 
+import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
@@ -9,7 +11,7 @@ from transformers import GPT2LMHeadModel
 
 from optimum_otprune import OTPruner, OTPruningConfig
 from optimum_otprune.architectures.block import ffn_blocks
-from optimum_otprune.budget import Footprint, with_pruning_ratio
+from optimum_otprune.budget import Footprint, target_count, with_pruning_ratio
 from optimum_otprune.errors import ConfigurationError, UnsupportedModelError
 from optimum_otprune.quantities import COUNT_UNITS, SIZE_UNITS, parse_quantity
 from tests.architectures.test_contract import MODELS, build
@@ -51,10 +53,14 @@ def test_a_quantity_is_read_with_its_unit(text, units, number):
 
 @pytest.mark.figure("R6")
 @pytest.mark.parametrize("name", ["target_parameters", "target_size"])
-@pytest.mark.parametrize("value", ["", "B9", "-1", "1.2X", "1e9", "nan", "1,5GB", "0", 0, -1, 1.5, True, [1]])
+@pytest.mark.parametrize(
+    "value",
+    ["", "B9", "-1", "1.2X", "1e9", "nan", "1,5GB", "0", 0, -1, 1.5, True, [1], "0%", "100%", "150%", "%", 0.0, 1.0],
+)
 def test_a_target_that_is_no_quantity_is_an_error_that_lists_the_units(name, value):
     with pytest.raises(
-        ConfigurationError, match=f"`{name}` is .*; want an integer or a string with a unit .*MB?,.* >= 1"
+        ConfigurationError,
+        match=f"`{name}` is .*; want an integer or a string with a unit .*MB?,.* >= 1, or a share .* '70%' or 0.7",
     ):
         OTPruningConfig(**{name: value})
 
@@ -187,7 +193,7 @@ def test_a_target_that_the_model_meets_already_is_an_error_with_its_size(llama, 
 @pytest.mark.parametrize(("name", "value"), [("target_parameters", 1000), ("target_size", "1kB")])
 def test_a_target_that_no_width_meets_is_an_error_with_the_smallest_size(llama, tokens, name, value):
     before = copy.deepcopy(llama.state_dict())
-    with pytest.raises(ConfigurationError, match=f"`{name}=.*cannot be met: with only 1 of 48 channels .*still has"):
+    with pytest.raises(ConfigurationError, match=f"`{name}=.*cannot be met: .*smallest .* with 1 of 48 channels"):
         prune(llama, tokens, **{name: value})
     assert all(torch.equal(before[key], value) for key, value in llama.state_dict().items())
 
@@ -209,3 +215,68 @@ def test_the_card_shows_the_target_and_the_ratio_that_resulted(tokens, tmp_path)
     assert "pruning_ratio: 0.5\n" in card
     assert "Pruned channels: 48 (50.0%)" in str(pruner.report)
     assert OTPruner.from_pretrained(tmp_path / "out").config == pruner.config
+
+
+@pytest.mark.parametrize("share", ["70%", " 70.0 %", 0.7, "0.7", np.float64(0.7)])
+def test_a_share_is_one_of_the_dense_models_parameters(share):
+    model = make_llama()  # 27,360 parameters, 48 channels of 288: 70 % are 19,152, which 19 channels fit into
+    dense = model.num_parameters()
+    assert (dense, CHANNEL) == (27_360, 288)
+    assert width_for(model, method="wanda_sp", target_parameters=share) == 19
+    assert dense - (48 - 19) * CHANNEL <= 0.7 * dense < dense - (48 - 20) * CHANNEL
+
+
+def test_a_share_is_counted_exactly_and_rounded_down_to_the_multiple():
+    model = make_llama(intermediate_size=256)
+    exact = model.num_parameters() - 64 * CHANNEL
+    share = f"{100 * exact / model.num_parameters():.10f}%"
+    config = OTPruningConfig(target_parameters=share)
+    assert target_count(config, model) in (exact - 1, exact)
+    assert width_for(model, method="wanda_sp", target_parameters="80%", multiple_of=16) == 192
+    assert target_count(OTPruningConfig(target_parameters=0.1), model) == model.num_parameters() // 10
+    assert target_count(OTPruningConfig(target_size="50%"), model) == 2 * model.num_parameters()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_saved_weights_are_at_most_their_share(tokens, tmp_path, tied):
+    model = make_llama(tie_word_embeddings=tied)
+    OTPruner(model, OTPruningConfig()).save_pretrained(tmp_path / "dense")
+    pruner = prune(model, tokens, target_size="80%", intercept="always", quality="fast")
+    pruner.save_pretrained(tmp_path / "out")
+    dense, saved = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("dense", "out"))
+    assert 0.7 * dense < saved <= 0.8 * dense
+
+
+def test_plan_report_and_card_say_the_share(llama, tokens, tmp_path):
+    config = OTPruningConfig(method="wanda_sp", multiple_of=1, target_parameters="70%")
+    assert "27,360 -> 19,008 (69.5%)" in str(OTPruner.plan(llama, config, tokens))
+    pruner = OTPruner(llama, config)
+    pruner.prune(tokens, progress=False)
+    assert "Parameters: 27,360 -> 19,008 (69.5%)" in str(pruner.report)
+    assert pruner.report.config["target_parameters"] == "70%"
+    pruner.save_pretrained(tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "30.5 % of its parameters removed" in card
+    assert "--target-parameters 70%" in card
+
+
+@pytest.mark.figure("R6")
+@pytest.mark.parametrize("name", ["target_parameters", "target_size"])
+@pytest.mark.parametrize("intercept", ["never", "always"])
+def test_the_smallest_share_that_is_named_can_be_had(llama, name, intercept):
+    with pytest.raises(
+        ConfigurationError,
+        match=rf"`{name}='5%'` cannot be met: .* hold 51% of the model's [0-9,]+ \w+\. .* give that or more",
+    ) as caught:
+        width_for(llama, intercept=intercept, multiple_of=2, **{name: "5%"})
+    count, percent = re.search(r"had is ([0-9,]+) \(([0-9.]+%)\), with 2 of 48", str(caught.value)).groups()
+    assert width_for(llama, intercept=intercept, multiple_of=2, **{name: percent}) == 2
+    assert width_for(llama, intercept=intercept, multiple_of=2, **{name: int(count.replace(",", ""))}) == 2
+    if (name, intercept) == ("target_parameters", "never"):
+        assert int(count.replace(",", "")) == 27_360 - 46 * CHANNEL
+
+
+def test_the_integer_one_is_a_count(llama):
+    for value in (1, "1"):
+        with pytest.raises(ConfigurationError, match="cannot be met: only FFNs are pruned"):
+            width_for(llama, target_parameters=value)

@@ -6,14 +6,17 @@ import json
 import pickle
 import warnings
 
+import numpy as np
 import pytest
+import torch
 
 from optimum_otprune.configuration import CONFIG_FILE, OTPruningConfig
 from optimum_otprune.errors import ConfigurationError, OTPruneError
 from optimum_otprune.functional.costs import costs
 from optimum_otprune.functional.importance import importances
 from optimum_otprune.functional.marginals import distributions, strategies
-from optimum_otprune.functional.solvers import solvers
+from optimum_otprune.functional.plans import SolverSettings
+from optimum_otprune.functional.solvers import solve_transport, solvers
 from optimum_otprune.methods import METHOD_FIELDS, METHODS
 from optimum_otprune.options import OPTIONS, OPTIONS_BY_NAME
 
@@ -237,3 +240,138 @@ def test_the_signature_lists_every_option():
 def test_help_texts_name_what_is_registered(option, names):
     help_text = OPTIONS_BY_NAME[option].help
     assert all(name in help_text for name in names)
+
+
+UNREAD = [
+    ({"epsilon": 0.1}, "the solver 'nearest' does not read it"),
+    ({"solver": "emd", "mass_share": 0.5}, "the solver 'emd' does not read it"),
+    ({"solver": "sinkhorn", "marginal_penalty": 2.0}, "the solver 'sinkhorn' does not read it"),
+    ({"solver": "unbalanced", "epsilon": 0.1}, "the solver 'unbalanced' does not read it"),
+    ({"method": "wanda_sp", "epsilon": 0.1}, "nothing is transported"),
+    ({"method": "random", "holdout_share": 0.5}, "nothing is chosen on held-out tokens"),
+    ({"method": "flap", "holdout_share": 0.5}, "nothing is chosen on held-out tokens"),
+    ({"score_batch_size": 2}, "there is no backward pass and no text to write"),
+    ({"quality": "fast", "reconstruction_batch_tokens": 64}, "only reconstruction reads it"),
+    ({"quality": "fast", "error_weighting": "gradient"}, "only reconstruction reads it"),
+]
+READ = [
+    {"solver": "sinkhorn", "epsilon": 0.1},
+    {"solver": "partial", "mass_share": 0.5},
+    {"solver": "unbalanced", "marginal_penalty": 2.0},
+    {"method": "wanda_sp", "fuse": ("down",), "solver": "sinkhorn", "epsilon": 0.1},
+    {"quality": "fast", "holdout_share": 0.5},
+    {"method": "random", "reconstruction_steps": 1, "holdout_share": 0.5, "reconstruction_batch_tokens": 64},
+    {"method": "fo_snip", "score_batch_size": 2},
+    {"source_distribution": "weight_aware", "score_batch_size": 2},
+    {"error_weighting": "gradient", "score_batch_size": 2},
+    {"allocation": "adaptive", "score_batch_size": 2},
+    {"self_calibration": 1, "score_batch_size": 2},
+]
+
+
+@pytest.mark.figure("R6")
+@pytest.mark.parametrize(("options", "reason"), UNREAD)
+def test_a_number_that_nothing_reads_is_an_error_with_the_reason(options, reason):
+    *_, name = options
+    with pytest.raises(ConfigurationError, match=f"`{name}={options[name]!r}` would be ignored: .*{reason}"):
+        OTPruningConfig(**options)
+
+
+@pytest.mark.parametrize("options", READ, ids=str)
+def test_a_number_that_something_reads_survives_the_file(options):
+    config = OTPruningConfig(**options)
+    assert OTPruningConfig.from_dict(json.loads(config.to_json_string())) == config == config.replace()
+
+
+@pytest.mark.parametrize("name", solvers.names())
+def test_a_solver_reads_the_numbers_that_its_registration_names(name):
+    class Watched(SolverSettings):
+        def __getattribute__(self, attribute):
+            if attribute in SolverSettings._fields:
+                read.add(attribute)
+            return super().__getattribute__(attribute)
+
+    read: set[str] = set()
+    mass = torch.full((3,), 1 / 3, dtype=torch.float64)
+    solve_transport(name, torch.rand(3, 3, generator=torch.Generator().manual_seed(0)), mass, mass, Watched())
+    assert read == solvers.entry(name).reads
+
+
+def test_a_solver_of_ones_own_may_read_every_number():
+    solvers.register("of_ones_own")(solvers["nearest"])
+    try:
+        assert OTPruningConfig(solver="of_ones_own", epsilon=0.1, mass_share=0.5).mass_share == 0.5
+    finally:
+        solvers.unregister("of_ones_own")
+
+
+def test_what_a_change_leaves_without_a_use_goes_back_to_its_default():
+    config = OTPruningConfig(solver="sinkhorn", epsilon=0.1, holdout_share=0.5, target_distribution="robust")
+    assert config.replace(solver="nearest") == OTPruningConfig(holdout_share=0.5)
+    assert config.replace(method="wanda_sp") == OTPruningConfig(method="wanda_sp")
+    with pytest.raises(ConfigurationError, match="`epsilon=0.2` would be ignored"):
+        config.replace(solver="nearest", epsilon=0.2)
+
+
+def test_a_file_that_was_written_with_numbers_that_nothing_reads_loads_with_a_warning(tmp_path):
+    values = {**OTPruningConfig().to_dict(), "epsilon": 0.1, "score_batch_size": 2}
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(values))
+    with pytest.warns(UserWarning, match=r"sets `epsilon=0.1`, `score_batch_size=2`, which nothing reads"):
+        assert OTPruningConfig.from_pretrained(tmp_path) == OTPruningConfig()
+    del values["optimum_otprune_version"]  # written by hand
+    with pytest.raises(ConfigurationError, match="`epsilon=0.1` would be ignored"):
+        OTPruningConfig.from_dict(values)
+
+
+def test_numbers_of_numpy_are_numbers():
+    config = OTPruningConfig(
+        pruning_ratio=np.float32(0.5),
+        multiple_of=np.int64(16),
+        holdout_share=np.float16(0.25),
+        num_samples=np.uint8(4),
+        seed=np.uint64(2**63 - 1),
+        target_correction=np.int32(1),
+        skip_layers=[np.int64(2)],
+        layer_ratios={np.int16(1): np.float64(0.25)},
+    )
+    plain = OTPruningConfig(
+        pruning_ratio=0.5,
+        multiple_of=16,
+        holdout_share=0.25,
+        num_samples=4,
+        seed=2**63 - 1,
+        target_correction=1.0,
+        skip_layers=[2],
+        layer_ratios={1: 0.25},
+    )
+    assert config.to_json_string() == plain.to_json_string()
+    assert OTPruningConfig(target_parameters=np.int64(1000)).to_json_string()
+
+
+@pytest.mark.figure("R6")
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("seed", 2**63),
+        ("seed", 2**64),
+        ("seed", np.uint64(2**64 - 1)),
+        ("seed", np.bool_(True)),
+        ("num_samples", 2**31),
+        ("num_samples", np.float32(4)),
+        ("seqlen", 10**400),
+        ("score_batch_size", 10**30),
+        ("reconstruction_steps", 2**31),
+        ("self_calibration", 10**400),
+        ("multiple_of", np.int64(-1)),
+        ("epsilon", 10**400),
+        ("epsilon", np.float32("inf")),
+        ("holdout_share", np.float64("nan")),
+        ("pruning_ratio", np.float32(1)),
+        ("skip_layers", [np.bool_(True)]),
+        ("layer_ratios", {0: 10**400}),
+        ("layer_ratios", {np.float64(1): 0.5}),
+    ],
+)
+def test_a_number_out_of_range_is_an_error_that_names_the_field(name, value):
+    with pytest.raises(ConfigurationError, match=f"`{name}` is .*; want "):
+        OTPruningConfig(**{name: value})

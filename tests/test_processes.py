@@ -15,13 +15,14 @@ from optimum_otprune.errors import CalibrationDataError, ConfigurationError, Pro
 from optimum_otprune.report import REPORT_FILE, PruningReport
 from tests import processes_worker
 
-FAST = {"pruning_ratio": 0.5, "multiple_of": 1, "quality": "fast", "score_batch_size": 2}
+FAST = {"pruning_ratio": 0.5, "multiple_of": 1, "quality": "fast"}
+SCORED = {**FAST, "score_batch_size": 2}
 RECIPES = {
     "closed_form": FAST,
-    "gradients": {**FAST, "method": "fo_snip", "compensation": "ridge"},
-    "adaptive": {**FAST, "allocation": "adaptive"},
+    "gradients": {**SCORED, "method": "fo_snip", "compensation": "ridge"},
+    "adaptive": {**SCORED, "allocation": "adaptive"},
     "fused": {**FAST, "fuse": ("gate", "up", "down")},
-    "trained": {**FAST, "reconstruction_steps": 30, "error_weighting": "gradient"},
+    "trained": {**SCORED, "reconstruction_steps": 30, "error_weighting": "gradient"},
 }
 
 

@@ -5,6 +5,7 @@ import logging
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -423,3 +424,25 @@ def test_a_report_has_the_bytes_of_the_weights_and_the_architecture(llama, token
     report = pruner.prune(tokens, progress=False)
     assert (report.size_before, report.size_after) == (4 * report.parameters_before, 4 * report.parameters_after)
     assert report.model_type == "llama"
+
+
+def test_arguments_of_numpy_and_the_largest_seed_do_as_plain_ones(tokens):
+    found = []
+    for whole, real in ((int, float), (np.int64, np.float32)):
+        options = {"method": "random", "seed": whole(2**63 - 1), "pruning_ratio": real(0.5), "multiple_of": whole(1)}
+        pruner = OTPruner(make_llama(), OTPruningConfig(**options))
+        pruner.prune(tokens, batch_size=whole(4), max_hidden_memory=whole(10**6), progress=False)
+        metrics = pruner.evaluate(tokens, batch_size=whole(4), max_windows=whole(3), progress=False)
+        found.append((metrics, json.dumps(pruner.report.to_dict())))
+    assert found[0][0] == found[1][0]
+    assert json.loads(found[0][1])["config"] == json.loads(found[1][1])["config"]
+
+
+@pytest.mark.figure("R6")
+@pytest.mark.parametrize("size", ["5 cows", 0, -1, 1.5, float("nan"), True])
+def test_a_shard_size_that_is_none_is_an_error_that_leaves_nothing(llama, tmp_path, size):
+    with pytest.raises(
+        ConfigurationError, match="`max_shard_size` .*(Give bytes, or such as '4GB'|want 1 or more bytes)"
+    ):
+        OTPruner(llama).save_pretrained(tmp_path / "out", max_shard_size=size)
+    assert not list(tmp_path.iterdir())

@@ -5,6 +5,7 @@ import json
 import logging
 import sys
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -287,14 +288,32 @@ def test_no_trial_starts_after_the_timeout_but_the_first(samples):
     assert len(pruner.tuning.trials) == 1
 
 
-def test_every_trial_meets_a_target(samples):
+def test_numbers_of_numpy_and_the_largest_seed_search_as_plain_ones_do(samples):
+    found = []
+    for whole, real in ((int, float), (np.int64, np.float32)):
+        pruner = make_pruner()
+        numbers = {
+            "num_trials": whole(2),
+            "batch_size": whole(4),
+            "validation_share": real(0.25),
+            "timeout": real(1e4),
+        }
+        tune(pruner, samples, seed=whole(2**63 - 1), **numbers)
+        found.append([(trial.config, trial.perplexity) for trial in pruner.tuning.trials])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("as_share", [False, True])
+def test_every_trial_meets_a_target(samples, as_share):
     model = make_llama(num_hidden_layers=1, intermediate_size=24)
-    target = model.num_parameters() - 12 * 3 * 32
+    dense = model.num_parameters()
+    target = 0.87 if as_share else dense - 12 * 3 * 32
     pruner = OTPruner(model, OTPruningConfig(target_parameters=target, multiple_of=1))
     best = tune(pruner, samples)
     assert (best.pruning_ratio, best.target_parameters) == (None, target)
     pruner.prune(samples, progress=False)
-    assert pruner.model.num_parameters() <= target
+    most = int(0.87 * dense) if as_share else target
+    assert most - 4 * 32 < pruner.model.num_parameters() <= most
     with pytest.raises(ConfigurationError, match="cannot be met"):
         tune(OTPruner(make_llama(), OTPruningConfig(target_parameters=10)), samples)
 
@@ -316,6 +335,10 @@ def test_without_optuna_one_error_names_the_extra(samples, monkeypatch):
         ({"validation_share": 1}, "`validation_share` is 1; want a number > 0 and < 1"),
         ({"target_latency": -1}, "`target_latency` is -1"),
         ({"seed": -1}, "`seed` is -1"),
+        ({"seed": 2**63}, "`seed` is 9223372036854775808; want an integer >= 0 and <= 9223372036854775807"),
+        ({"num_trials": 2**31}, "`num_trials` is 2147483648; want an integer >= 1 and <= 2147483647"),
+        ({"timeout": float("inf")}, "`timeout` is inf"),
+        ({"target_latency": 10**400}, "`target_latency` is 10"),
         ({"latency_shape": (1, 8)}, "`latency_shape` would be ignored"),
         ({"latency_shape": 8, "target_latency": 1.0}, "want two integers"),
         ({"latency_shape": (0, 8), "target_latency": 1.0}, r"`latency_shape\[0\]` is 0"),

@@ -93,9 +93,9 @@ def test_a_model_that_padding_makes_as_large_as_before_is_warned_of(llama, token
 
 
 def test_a_multiple_that_cannot_be_met_is_refused_for_given_ratios_too(llama, tokens):
-    for options in ({"layer_ratios": dict.fromkeys(range(3), 0.5)}, {"pruning_ratio": 0.0, "layer_ratios": {0: 0.5}}):
+    for ratios in (dict.fromkeys(range(3), 0.5), {0: 0.5}):
         with pytest.raises(ConfigurationError, match="`multiple_of` is 100"):
-            prune(llama, tokens, multiple_of=100, **options)
+            prune(llama, tokens, multiple_of=100, pruning_ratio=0.0, layer_ratios=ratios)
 
 
 def test_a_ratio_of_a_layer_is_given_once_on_the_command_line(capsys):
@@ -298,6 +298,10 @@ def test_an_architecture_of_a_users_own_is_refused_before_any_work(llama, tokens
                 "non_uniform_format": "per_layer_config",
             },
             "`target_parameters=10000` would be ignored",
+        ),
+        (
+            {"pruning_ratio": 0.3, "skip_layers": [0], "layer_ratios": {1: 0.5, 2: 0.5}},
+            "`pruning_ratio=0.3` would be ignored: `skip_layers` and `layer_ratios` decide the width of every layer",
         ),
     ],
 )

@@ -38,7 +38,7 @@ _MEETS = {"nearest": (True, False), "partial": (False, False), "unbalanced": (Fa
 _TAKE_ANY = ("sinkhorn",)
 
 
-@solvers.register("nearest")
+@solvers.register("nearest", reads=())
 def nearest(cost_matrix: Tensor, source_marginal: Tensor, target_marginal: Tensor, settings: SolverSettings) -> Tensor:
     """Send every channel whole to its cheapest kept channel; kept channels have no capacity (semi-relaxed)."""
     del target_marginal, settings
@@ -46,7 +46,7 @@ def nearest(cost_matrix: Tensor, source_marginal: Tensor, target_marginal: Tenso
     return plan.scatter_(1, cost_matrix.argmin(dim=1, keepdim=True), source_marginal[:, None])
 
 
-@solvers.register("emd", reference="https://doi.org/10.1145/2070781.2024192")
+@solvers.register("emd", reference="https://doi.org/10.1145/2070781.2024192", reads=())
 def emd(cost_matrix: Tensor, source_marginal: Tensor, target_marginal: Tensor, settings: SolverSettings) -> Tensor:
     """Exact transport by the network simplex (Bonneel et al., 2011, through `ot.emd`).
 
@@ -56,7 +56,7 @@ def emd(cost_matrix: Tensor, source_marginal: Tensor, target_marginal: Tensor, s
     return exact_plan(cost_matrix, source_marginal, target_marginal, _MAX_ITERATIONS)
 
 
-@solvers.register("sinkhorn", reference="https://arxiv.org/abs/1306.0895")
+@solvers.register("sinkhorn", reference="https://arxiv.org/abs/1306.0895", reads=("epsilon",))
 def sinkhorn(
     cost_matrix: Tensor, source_marginal: Tensor, target_marginal: Tensor, settings: SolverSettings
 ) -> Solved:
@@ -70,14 +70,14 @@ def sinkhorn(
     return Solved(round_to_marginals(found.matrix, source_marginal, target_marginal), found.converged)
 
 
-@solvers.register("partial", reference="https://arxiv.org/abs/2002.08276")
+@solvers.register("partial", reference="https://arxiv.org/abs/2002.08276", reads=("mass_share",))
 def partial(cost_matrix: Tensor, source_marginal: Tensor, target_marginal: Tensor, settings: SolverSettings) -> Tensor:
     """Exact transport of the cheapest `mass_share` of the mass (`ot.partial.partial_wasserstein`); the rest stays."""
     scaled = cost_matrix / median_cost(cost_matrix)
     return partial_transport(scaled, source_marginal, target_marginal, settings.mass_share, _MAX_ITERATIONS)
 
 
-@solvers.register("unbalanced", reference="https://arxiv.org/abs/1607.05816")
+@solvers.register("unbalanced", reference="https://arxiv.org/abs/1607.05816", reads=("marginal_penalty",))
 def unbalanced(
     cost_matrix: Tensor, source_marginal: Tensor, target_marginal: Tensor, settings: SolverSettings
 ) -> Solved:

@@ -24,7 +24,7 @@ def test_signed_addresses_do_not_reach_the_logs(caplog, monkeypatch):
     ]
 
 
-@pytest.mark.parametrize("seconds", [-1.0, float("nan")])
+@pytest.mark.parametrize("seconds", [-1.0, float("nan"), "1h", None, True])
 def test_a_deadline_that_is_no_time_is_refused(seconds):
     with pytest.raises(ConfigurationError, match="`deadline` is"):
         Deadline(seconds)
