@@ -144,7 +144,7 @@ def test_damaged_weights_are_one_clear_error(llama_folder, content):
 
 
 def test_a_folder_without_a_config_and_a_file_are_refused(tmp_path):
-    with pytest.raises(ModelLoadError, match="has no config.json, so it holds no model"):
+    with pytest.raises(ModelLoadError, match="is empty, so it holds no model"):
         OTPruner.from_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_text("")
     with pytest.raises(ModelLoadError, match="'model.safetensors' is a file"):
