@@ -29,6 +29,7 @@ from optimum_otprune.functional.metric import error_metric
 from optimum_otprune.functional.reconstruction import ReconstructionSettings, Share, reconstruct
 from optimum_otprune.functional.rescue import RescueEnergies, dilution_ratio, relative_error, rescue_ratio
 from optimum_otprune.gradients import GradientScores, gradient_moments, gradient_scores
+from optimum_otprune.heap import return_freed_memory
 from optimum_otprune.layer_data import (
     LayerData,
     heldout_mask,
@@ -213,6 +214,7 @@ def _prune_layers(
                 if block is not blocks[-1]:  # nobody asks what comes out of the last one
                     stream.advance(block)
             logger.info("%s", reports[-1])
+            return_freed_memory()  # else a run takes more with every layer
     return reports
 
 
