@@ -13,7 +13,8 @@ def demo_folder() -> str:
 
 
 def demo_config(**options) -> OTPruningConfig:
-    return OTPruningConfig(pruning_ratio=0.5, multiple_of=32, seqlen=128, num_samples=16, **options)
+    quick = {"quality": "fast", "seqlen": 128, "num_samples": 16}
+    return OTPruningConfig(pruning_ratio=0.5, multiple_of=32, **{**quick, **options})
 
 
 def demo_pruner(**options) -> OTPruner:

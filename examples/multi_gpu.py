@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--plan-only", action="store_true")
     args = parser.parse_args(argv)
     if args.model is None:
-        model, config, data, memory = demo_folder(), demo_config(quality="fast"), TEXTS, {"cpu": "2MB"}
+        model, config, data, memory = demo_folder(), demo_config(), TEXTS, {"cpu": "2MB"}
     else:
         model, config, data, memory = args.model, OTPruningConfig(pruning_ratio=0.5), args.calibration_data, None
     placement = {"device_map": "auto", "max_memory": dict(args.max_memory) if args.max_memory else memory}

@@ -164,11 +164,15 @@ def compress(inputs: LayerInputs, recipe: Recipe, kept_size: int) -> Compression
     if "importance" in recipe.functions:
         importance = channel_importance(recipe.functions["importance"].function, statistics)
     kept = select_channels(inputs, recipe.config, importance, kept_size)
+    return _compensate(inputs, recipe.config, _fused(inputs, recipe, importance, kept))
+
+
+def _fused(inputs: LayerInputs, recipe: Recipe, importance: Tensor | None, kept: Tensor) -> Compression:
+    """Before the refit; the maps, which are as large as the plan, are gone when it returns."""
     maps, moved, kept = _transport(inputs, recipe, importance, kept)
     fused = fuse(inputs.weights, maps, kept, recipe.config.fuse)
-    effective = maps.inward if {"gate", "up"} & set(recipe.config.fuse) else selection_map(kept, maps.inward.shape[1])
-    share = self_share(effective.cpu(), kept.cpu())
-    return _compensate(inputs, recipe.config, fused, Compression(fused, fused, fused, kept, moved, share, None, False))
+    share = 1.0 if maps.inward is None else self_share(maps.inward.cpu(), kept.cpu())
+    return Compression(fused, fused, fused, kept, moved, share, None, False)
 
 
 def _channel_statistics(inputs: LayerInputs, config: OTPruningConfig) -> ChannelStatistics:
@@ -207,6 +211,7 @@ def _transport(
         total = inputs.total
         cost_inputs = CostInputs(inputs.weights, total.gram, total.num_tokens)
         cost = transport_cost(recipe.functions["cost"].function, cost_inputs, kept)
+        del total, cost_inputs
     marginal_inputs = _marginal_inputs(inputs, recipe, importance, kept)
     channels = torch.arange(n, device=kept.device)
     pruned = channels[~marginal_inputs.is_kept.to(kept.device)]
@@ -216,7 +221,10 @@ def _transport(
     if "target_distribution" in recipe.functions:
         target = marginal(recipe.functions["target_distribution"].function, marginal_inputs.select(kept.cpu()))
     settings = SolverSettings(recipe.config.epsilon, recipe.config.mass_share, recipe.config.marginal_penalty)
-    solved = solve_transport(recipe.functions["solver"].function, cost.matrix[sources], source, target, settings)
+    matrix, gain = cost.matrix[sources] if len(sources) < n else cost.matrix, cost.gain
+    del cost  # of matrices of this size, what is not needed any more makes room
+    solved = solve_transport(recipe.functions["solver"].function, matrix, source, target, settings)
+    del matrix
     if not solved.converged:
         warnings.warn(
             f"The solver {recipe.functions['solver'].name!r} stopped before it converged; its plan is feasible, but "
@@ -224,16 +232,19 @@ def _transport(
             stacklevel=2,
         )
     plan = solved.matrix
+    del solved
     if recipe.config.normalization == "identity":
         shares = (len(kept) / n, len(pruned) / n)
         plan = with_identity(plan, kept.cpu(), pruned.cpu(), shares)
         full = torch.full((n,), shares[0] / len(kept), dtype=torch.float64)
         full[pruned.cpu()] = source * shares[1]
         source = full
-    gain = None if cost.gain is None else _own_gain_one(cost.gain.cpu(), kept.cpu())
+    moved = transported_mass(plan, source, pruned.cpu())
+    gain = None if gain is None else _own_gain_one(gain.cpu(), kept.cpu())
     leaves_behind = recipe.config.solver in ("partial", "unbalanced")
-    maps = fusion_maps(plan, recipe.config.normalization, gain, source if leaves_behind else None)
-    return maps, transported_mass(plan, source, pruned.cpu()), kept
+    left = source if leaves_behind else None
+    inward = bool({"gate", "up"} & set(recipe.config.fuse))
+    return fusion_maps(plan, recipe.config.normalization, gain, left, inward), moved, kept
 
 
 def _own_gain_one(gain: Tensor, kept: Tensor) -> Tensor:
@@ -285,8 +296,8 @@ def centroid_cost(weights: FFNWeights, kept_size: int, seed: int, cost: str | No
     return TransportCost(distance[:, order]), representatives[order].to(weights.up.device)
 
 
-def _compensate(inputs: LayerInputs, config: OTPruningConfig, fused: FFNWeights, result: Compression) -> Compression:
-    kept = result.kept_channels
+def _compensate(inputs: LayerInputs, config: OTPruningConfig, result: Compression) -> Compression:
+    kept, fused = result.kept_channels, result.fused
     if config.compensation == "none" or fused.intermediate_size == inputs.weights.intermediate_size:
         return result
     fit, heldout = inputs.fit.select(kept), inputs.heldout.select(kept)

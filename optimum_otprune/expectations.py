@@ -4,6 +4,13 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 _FLOAT, _DOUBLE = 4, 8  # bytes
+IMPORT_BYTES = (
+    620_000_000  # of Python, torch (whose code is read as it is needed), transformers, datasets, a tokenizer
+)
+_REFIT_MATRICES = 15  # float32 ones of kept by kept channels: second moments in both precisions, factors, their copies
+_TRAINED_COPIES = 8  # of a trained FFN: weights, gradients, both moments of Adam, and the best so far
+_TRAINING_ACTIVATIONS = 8  # of a minibatch, each as large as its channel activations
+_LOSS_COPIES = 4  # of a batch's logits while the gradient of its loss is taken
 _PASSES = 4  # forward passes over the calibration tokens that the closed form of all layers amounts to
 _MOMENT_PASSES = 3  # forward and backward
 _SCORE_PASSES = 6  # the same for SNIP and for FO
@@ -31,6 +38,11 @@ class Workload(NamedTuple):
         needs_moments: Whether second moments of gradients are read.
         steps: Of reconstruction, for each layer.
         step_tokens: Of one such step.
+        vocab_size: Of the model.
+        score_tokens: Of a batch whose gradients are read, or that the model writes at once.
+        cache_bytes: Of the keys and values that the model keeps of one token while it writes.
+        refits: Whether the down projection is fitted anew.
+        transports: Whether a transport problem is solved.
     """
 
     num_layers: int
@@ -50,6 +62,11 @@ class Workload(NamedTuple):
     needs_moments: bool
     steps: int
     step_tokens: int
+    vocab_size: int
+    score_tokens: int
+    cache_bytes: int
+    refits: bool
+    transports: bool
 
     @property
     def ffn_parameters(self) -> int:
@@ -68,13 +85,42 @@ def working_bytes(work: Workload) -> dict[str, int]:
     Args:
         work: What is done.
     """
-    n = work.intermediate_size
-    return {
-        "one block": work.block_bytes,
+    pruning = {
         "one FFN in float32, before and after": 2 * _FLOAT * work.ffn_parameters,
-        "second moments of channels": n * n * (3 * _FLOAT + 2 * _DOUBLE if work.eliminates else 2 * _FLOAT),
-        "activations of one batch": work.num_projections * _FLOAT * work.batch_tokens * n,
+        "second moments of channels": _moment_bytes(work),
+        "activations of one batch": activation_bytes(work, work.batch_tokens),
     }
+    if work.steps:
+        trained = _TRAINED_COPIES * work.kept_parameters + _TRAINING_ACTIVATIONS * work.step_tokens * work.kept_size
+        pruning["training of one FFN"] = _FLOAT * trained
+    asking: dict[str, int] = {}
+    if work.needs_scores or work.needs_moments:
+        asking["logits of one batch and their gradients"] = _LOSS_COPIES * _FLOAT * work.score_tokens * work.vocab_size
+    if work.written_tokens:
+        asking["keys and values of what the model writes"] = 2 * work.score_tokens * work.cache_bytes
+    stage = max(pruning, asking, key=lambda part: sum(part.values()))
+    return {"one block": work.block_bytes, **stage}
+
+
+def _moment_bytes(work: Workload) -> int:
+    """Of the most demanding of elimination, transport and refit, which come one after the other."""
+    n, m = work.intermediate_size, work.kept_size
+    sums = 2 * _FLOAT * n * n  # of fitted and of held-out tokens
+    return sums + max(
+        (_FLOAT + 2 * _DOUBLE) * n * n if work.eliminates else 0,
+        3 * _DOUBLE * n * m if work.transports else 0,
+        _REFIT_MATRICES * _FLOAT * m * m if work.refits else 0,
+    )
+
+
+def activation_bytes(work: Workload, tokens: int) -> int:
+    """Return what some tokens leave behind on their way through one block.
+
+    Args:
+        work: What is done.
+        tokens: How many go through it at once.
+    """
+    return _FLOAT * tokens * ((work.num_projections + 1) * work.intermediate_size + 8 * work.hidden_size)
 
 
 def calibration_bytes(work: Workload) -> dict[str, int]:

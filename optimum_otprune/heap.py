@@ -30,4 +30,10 @@ def large_blocks_returned(is_wanted: bool = True) -> Iterator[None]:
         yield
     finally:
         libc.mallopt(_M_MMAP_THRESHOLD, _USUAL)
-        libc.malloc_trim(0)
+        return_freed_memory()
+
+
+def return_freed_memory() -> None:
+    """Give the system back what this process has freed and glibc keeps; nothing where the C library is another."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)

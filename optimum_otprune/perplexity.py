@@ -12,12 +12,16 @@ import datasets
 import evaluate
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from optimum_otprune.block_runner import input_device
 from optimum_otprune.errors import NumericalError
 from optimum_otprune.processes import gathered, own_samples
+
+_LOGIT_BYTES = 2**28  # of one forward pass, as far as whole windows allow
+_CHUNK_BYTES = 2**25  # of log-probabilities at a time
 
 PROTOCOL = "non-overlapping windows, tail dropped, every token but a window's first, log-softmax in float32"
 
@@ -59,7 +63,8 @@ def evaluate_perplexity(
     Args:
         model: Put into evaluation mode.
         tokens: LongTensor `(num_windows, seqlen)`.
-        batch_size: Windows per forward pass; changes nothing but speed and rounding.
+        batch_size: Windows per forward pass, fewer where the vocabulary is large (see `windows_together`); changes
+            nothing but speed and rounding.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -73,13 +78,12 @@ def evaluate_perplexity(
     model.eval()
     device = input_device(model)
     metric = TokenPerplexity(keep_in_memory=True)
-    batches = tokens[own_samples(len(tokens), 1)].split(batch_size)
+    together = windows_together(batch_size, tokens.shape[1], _vocabulary(model), model.dtype.itemsize)
+    batches = tokens[own_samples(len(tokens), 1)].split(together)
     found = []
     for batch in tqdm(batches, desc="Evaluating", unit="batch", disable=not progress):
-        logits = model(input_ids=batch.to(device), use_cache=False).logits
-        log_probabilities = torch.log_softmax(logits[:, :-1].float(), dim=-1)  # (windows, seqlen − 1, vocab_size)
-        targets = batch[:, 1:].to(log_probabilities.device)
-        nll = -log_probabilities.gather(-1, targets[..., None])[..., 0].double().sum(dim=1)  # (windows,)
+        # No name holds the logits, so that those of the next batch do not come beside them.
+        nll = _summed_nll(model(input_ids=batch.to(device), use_cache=False).logits, batch)  # (windows,)
         if torch.isnan(nll).any():
             raise NumericalError(
                 "The model's log-likelihoods are NaN: its weights are damaged or its dtype overflowed."
@@ -95,3 +99,56 @@ def evaluate_perplexity(
         "dtype": str(model.dtype).removeprefix("torch."),
         "protocol": PROTOCOL,
     }
+
+
+def windows_together(batch_size: int, seqlen: int, vocab_size: int, element_size: int) -> int:
+    """Return how many windows go through the model at once: their logits are at most 268 MB, or those of one window.
+
+    Args:
+        batch_size: The most.
+        seqlen: Tokens of a window.
+        vocab_size: Logits of a token.
+        element_size: Bytes of a logit.
+
+    Example:
+        >>> windows_together(8, 2048, 49152, 4), windows_together(8, 512, 49152, 4), windows_together(8, 256, 2048, 4)
+        (1, 2, 8)
+    """
+    return max(1, min(batch_size, _LOGIT_BYTES // (seqlen * vocab_size * element_size)))
+
+
+def evaluation_bytes(batch_size: int, seqlen: int, vocab_size: int, element_size: int) -> int:
+    """Return what the logits of one forward pass take, and what is made of them.
+
+    Args:
+        batch_size: See `windows_together`.
+        seqlen: See `windows_together`.
+        vocab_size: See `windows_together`.
+        element_size: See `windows_together`.
+    """
+    windows = windows_together(batch_size, seqlen, vocab_size, element_size)
+    return windows * seqlen * vocab_size * element_size + 2 * _CHUNK_BYTES
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    return model.get_input_embeddings().num_embeddings  # type: ignore[union-attr, return-value]
+
+
+def _summed_nll(logits: Tensor, batch: Tensor) -> Tensor:
+    """Negative log-likelihoods of all tokens but the first of each window, `(windows,)` float64.
+
+    Log-probabilities of a large vocabulary are many times the model's hidden states, hence a few positions at a time.
+
+    Args:
+        logits: `(windows, seqlen, vocab_size)`.
+        batch: The windows' tokens.
+    """
+    targets = batch[:, 1:].to(logits.device)
+    positions = max(1, _CHUNK_BYTES // (4 * logits.shape[-1]))
+    return torch.stack([_window_nll(rows[:-1], ids, positions) for rows, ids in zip(logits, targets)])
+
+
+def _window_nll(logits: Tensor, targets: Tensor, positions: int) -> Tensor:
+    parts = zip(logits.split(positions), targets.split(positions))
+    nll = [cross_entropy(rows.float(), ids, reduction="none").double().sum() for rows, ids in parts]
+    return torch.stack(nll).sum()

@@ -29,7 +29,7 @@ from optimum_otprune.functional.ffn import FFNWeights, check_weights, empty_chan
 from optimum_otprune.functional.metric import error_metric
 from optimum_otprune.functional.reconstruction import ReconstructionSettings, Share, reconstruct
 from optimum_otprune.gradients import GradientScores, gradient_moments, gradient_scores
-from optimum_otprune.heap import large_blocks_returned
+from optimum_otprune.heap import large_blocks_returned, return_freed_memory
 from optimum_otprune.layer_data import (
     LayerData,
     heldout_mask,
@@ -205,6 +205,7 @@ def _prune_layers(
                 if block is not blocks[-1]:  # nobody asks what comes out of the last one
                     stream.advance(block)
             logger.info("%s", reports[-1])
+            return_freed_memory()  # else a run takes more with every layer
     return reports
 
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from optimum_otprune.architectures.block import FFNBlock, ffn_blocks
 from optimum_otprune.architectures.changes import check_dense
 from optimum_otprune.architectures.spec import find_spec
+from optimum_otprune.architectures.wrappers import model_in_memory
 from optimum_otprune.budget import added_biases, channel_cost, with_pruning_ratio
 from optimum_otprune.calibration import ExpectedSamples, ModelLimits, TokenSource, expected_samples
 from optimum_otprune.checkpoint import weight_bytes
@@ -18,8 +19,10 @@ from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.devices import execution_device, planned_weights
 from optimum_otprune.errors import ConfigurationError
 from optimum_otprune.expectations import (
+    IMPORT_BYTES,
     Rates,
     Workload,
+    activation_bytes,
     calibration_bytes,
     expected_seconds,
     working_bytes,
@@ -28,12 +31,38 @@ from optimum_otprune.feasibility import check_feasible
 from optimum_otprune.flops import forward_flops
 from optimum_otprune.latency import matmul_rate
 from optimum_otprune.loading import load_skeleton, note_if_pruned
+from optimum_otprune.loading_options import as_config, check_loading_options, refuse_loading_options
+from optimum_otprune.option_checks import check_count
+from optimum_otprune.perplexity import evaluation_bytes, windows_together
+from optimum_otprune.pipeline import hidden_memory
 from optimum_otprune.plan import MemoryUse, PruningPlan
 from optimum_otprune.widths import given_widths, plan_widths
 
 _MEASURE_SECONDS = 0.12  # for each of four rates
 _LARGEST_SIDE = 4096  # of a matrix whose product is timed
 _LARGEST_SQUARE = 1024
+
+
+def checked_plan(
+    model_name_or_path: str | os.PathLike | PreTrainedModel,
+    config: OTPruningConfig | Mapping[str, Any] | str | os.PathLike | None,
+    loading: Mapping[str, Any],
+    calibration_data: TokenSource | None,
+    batch_size: int,
+    max_hidden_memory: int | str,
+    evaluate: bool,
+    evaluation_data: TokenSource | None,
+) -> PruningPlan:
+    """Check everything that is given, and say what pruning would do; see `OTPruner.plan`."""
+    batch_size = check_count("batch_size", batch_size)
+    limit = hidden_memory(max_hidden_memory)
+    options = check_loading_options(loading)
+    model = model_in_memory(model_name_or_path)
+    if model is not None:
+        refuse_loading_options(options)
+    given = OTPruningConfig() if config is None else as_config(config, options)
+    data = (calibration_data, batch_size, limit, evaluate, evaluation_data)
+    return plan_pruning(model_name_or_path if model is None else model, given, options, *data)
 
 
 def plan_pruning(
@@ -43,6 +72,8 @@ def plan_pruning(
     calibration_data: TokenSource | None,
     batch_size: int,
     max_hidden_memory: int,
+    evaluate: bool = False,
+    evaluation_data: TokenSource | None = None,
 ) -> PruningPlan:
     """Say what pruning would do; see `OTPruner.plan`.
 
@@ -53,6 +84,8 @@ def plan_pruning(
         calibration_data: As for `prune`.
         batch_size: Samples per forward pass.
         max_hidden_memory: Bytes of hidden states in main memory; what is more is spilled to disk.
+        evaluate: Whether the model is evaluated before and after.
+        evaluation_data: As for `evaluate`.
 
     Raises:
         OTPruneError: Whatever `prune` would raise before it starts to work.
@@ -71,23 +104,23 @@ def plan_pruning(
     widths = plan_widths(blocks, config)
     is_idle = widths == [block.intermediate_size for block in blocks]
     biases = 0 if is_idle else _bias_parameters(model, blocks, config, widths)
-    samples = expected_samples(calibration_data, config, ModelLimits.of(model), has_tokenizer)
+    limits = ModelLimits.of(model)
+    samples = expected_samples(calibration_data, config, limits, has_tokenizer)
+    windows = expected_samples(evaluation_data, config, limits, has_tokenizer) if evaluate else None
     weights = _weights_by_device(model, options)
     device = next((name for name in weights if name not in ("cpu", "disk")), "cpu")
-    memory = [MemoryUse(name, "weights", size) for name, size in weights.items()]
-    seconds: Mapping[str, float] | None = {}
-    if not is_idle:
-        work = _workload(blocks, widths, recipe, samples, batch_size)
-        memory += _working_memory(work, weights, max_hidden_memory)
-        seconds = _seconds(model, blocks, work, samples, batch_size, device)
+    work = _workload(model, blocks, widths, recipe, samples, batch_size)
+    working = [] if is_idle else _working_memory(work, weights, max_hidden_memory)
+    if windows is not None:
+        working += _evaluation_memory(model, work, windows, batch_size, working, device)
     return PruningPlan(
         **_shapes(model, blocks, config, widths),
         bias_parameters=biases,
         samples=samples,
         written_samples=_written(config) * samples.num_samples,
-        memory=tuple(memory),
+        memory=(*_resting_memory(blocks, widths, weights), *working),
         computing_device=device,
-        seconds=seconds,
+        seconds={} if is_idle else _seconds(model, blocks, work, samples, batch_size, device),
     )
 
 
@@ -152,10 +185,15 @@ def _saved_widths(widths: list[int], config: OTPruningConfig) -> list[int]:
 
 
 def _workload(
-    blocks: list[FFNBlock], widths: list[int], recipe: Recipe, samples: ExpectedSamples, batch_size: int
+    model: PreTrainedModel,
+    blocks: list[FFNBlock],
+    widths: list[int],
+    recipe: Recipe,
+    samples: ExpectedSamples,
+    batch_size: int,
 ) -> Workload:
     config = recipe.config
-    pruned = [width for block, width in zip(blocks, widths) if width < block.intermediate_size]
+    pruned = [width for block, width in zip(blocks, widths) if width < block.intermediate_size] or widths[:1]
     is_adaptive = config.allocation == "adaptive"
     given = samples.num_samples * samples.seqlen
     parameters = [list(block.module.parameters()) for block in blocks]
@@ -177,7 +215,49 @@ def _workload(
         needs_moments=recipe.needs_moments,
         steps=config.reconstruction_steps or 0,
         step_tokens=config.reconstruction_batch_tokens or 0,
+        vocab_size=ModelLimits.of(model).vocab_size,
+        score_tokens=min(config.score_batch_size, samples.num_samples) * samples.seqlen,
+        cache_bytes=_cache_bytes(model, len(blocks)),
+        refits=config.compensation == "ridge",
+        transports=recipe.transports,
     )
+
+
+def _cache_bytes(model: PreTrainedModel, layers: int) -> int:
+    """Keys and values of one token in all layers."""
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return 2 * layers * (getattr(config, "num_key_value_heads", None) or heads) * size * model.dtype.itemsize
+
+
+def _resting_memory(blocks: list[FFNBlock], widths: list[int], weights: Mapping[str, int]) -> list[MemoryUse]:
+    """What is there all the time; dense FFNs stay beside pruned ones until all layers are done, unless offloaded."""
+    uses = [MemoryUse("cpu", "Python and its libraries", IMPORT_BYTES)]
+    uses += [MemoryUse(name, "weights", size) for name, size in weights.items()]
+    if len(weights) > 1 and {"cpu", "disk"} & set(weights):
+        return uses
+    sizes = [width * channel_cost(block, "bytes") for block, width in zip(blocks, widths)]
+    pruned = sum(size for block, width, size in zip(blocks, widths, sizes) if width < block.intermediate_size)
+    total = sum(weights.values())
+    shares = {name: pruned * size // total for name, size in weights.items()}
+    return uses + [MemoryUse(name, "pruned FFNs beside the dense ones", size) for name, size in shares.items() if size]
+
+
+def _evaluation_memory(
+    model: PreTrainedModel,
+    work: Workload,
+    windows: ExpectedSamples,
+    batch_size: int,
+    pruning: list[MemoryUse],
+    device: str,
+) -> list[MemoryUse]:
+    """What evaluation needs beyond what pruning does, on the device that computes: one comes after the other."""
+    shape = (windows.seqlen, work.vocab_size, model.dtype.itemsize)
+    tokens = windows_together(batch_size, *shape) * windows.seqlen
+    needed = evaluation_bytes(batch_size, *shape) + activation_bytes(work, tokens)
+    more = needed - sum(use.bytes for use in pruning if use.device == device)
+    return [MemoryUse(device, "more for evaluation", more)] if more > 0 else []
 
 
 def _working_memory(work: Workload, weights: Mapping[str, int], max_hidden_memory: int) -> list[MemoryUse]:

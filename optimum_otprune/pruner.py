@@ -19,14 +19,14 @@ from optimum_otprune.compression import Recipe
 from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.devices import model_sizes
 from optimum_otprune.loading import hub_id, load_checkpoint, note_if_pruned
-from optimum_otprune.loading_options import LOADING_DEFAULTS, as_config, check_loading_options, refuse_loading_options
+from optimum_otprune.loading_options import LOADING_DEFAULTS, as_config, refuse_loading_options
 from optimum_otprune.option_checks import check_count
 from optimum_otprune.outputs import noted_places, output_path, resolved_output
 from optimum_otprune.overlap import seen_windows
 from optimum_otprune.perplexity import evaluate_perplexity
-from optimum_otprune.pipeline import PassSettings, hidden_memory, prune_model
+from optimum_otprune.pipeline import PassSettings, prune_model
 from optimum_otprune.plan import PruningPlan
-from optimum_otprune.planning import plan_pruning
+from optimum_otprune.planning import checked_plan
 from optimum_otprune.processes import check_launch, check_model, check_single, is_main_process, wait_for_all
 from optimum_otprune.report import PruningReport
 from optimum_otprune.resume import forget, resumable, run_fingerprint
@@ -138,6 +138,8 @@ class OTPruner(HubMixin):
         *,
         batch_size: int = 8,
         max_hidden_memory: int | str = DEFAULT_LIMIT,
+        evaluate: bool = False,
+        evaluation_data: TokenSource | None = None,
         **loading: Any,
     ) -> PruningPlan:
         """Say in seconds what `prune` would do and take: widths, sizes, memory on each device, time.
@@ -150,21 +152,15 @@ class OTPruner(HubMixin):
             calibration_data: As for `prune`.
             batch_size: As for `prune`.
             max_hidden_memory: Bytes of hidden states in main memory; what is more is spilled to disk.
+            evaluate: Whether the model is evaluated before and after.
+            evaluation_data: As for `evaluate`.
             **loading: Options of `from_pretrained`, such as `dtype`, `device_map` and `max_memory`.
 
         Raises:
             OTPruneError: Whatever loading and `prune` would raise before the work starts, but for damaged weights.
         """
-        batch_size = check_count("batch_size", batch_size)
-        limit = hidden_memory(max_hidden_memory)
-        options = check_loading_options(loading)
-        model = model_in_memory(model_name_or_path)
-        if model is not None:
-            refuse_loading_options(options)
-        given = OTPruningConfig() if config is None else as_config(config, options)
-        return plan_pruning(
-            model_name_or_path if model is None else model, given, options, calibration_data, batch_size, limit
-        )
+        data = (calibration_data, batch_size, max_hidden_memory, evaluate, evaluation_data)
+        return checked_plan(model_name_or_path, config, loading, *data)
 
     @property
     def limits(self) -> ModelLimits:

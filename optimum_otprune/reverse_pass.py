@@ -19,6 +19,7 @@ from optimum_otprune.block_runner import BlockRunner, hooked
 from optimum_otprune.devices import onloaded
 from optimum_otprune.errors import NumericalError
 from optimum_otprune.functional.singular_values import mean_singular_value
+from optimum_otprune.heap import return_freed_memory
 from optimum_otprune.spill import StoredTensor, TensorSpill
 
 LOSS = "loss"  # the language-model loss, a mean over a batch's tokens
@@ -87,6 +88,7 @@ class ReversePass:
         for block in tqdm(self._blocks[::-1], desc="Backward", unit="layer", disable=not self._progress):
             with onloaded(block.module):
                 yield block, self._backward(block, before.pop(), gradients)
+            return_freed_memory()
 
     @torch.no_grad()
     def _forward(self) -> list[list[StoredTensor]]:
@@ -101,6 +103,7 @@ class ReversePass:
                         self._raise_at_module(block, states.load(), index)
                     outputs.append(self._spill.put(output))
             hidden.append(outputs)
+            return_freed_memory()
         return hidden
 
     def _raise_at_module(self, block: FFNBlock, hidden: Tensor, index: int) -> None:

@@ -124,8 +124,42 @@ def test_hidden_states_above_the_limit_are_spilled_to_disk(config_only, tokens):
 def test_a_plan_that_prunes_nothing_takes_no_time(config_only, tokens):
     plan = OTPruner.plan(config_only, {"pruning_ratio": 0.0}, tokens)
     assert plan.seconds == {}
+    assert uses(plan, "cpu").keys() == {"Python and its libraries", "weights"}
     assert "none: nothing is pruned" in str(plan)
     assert plan.parameters_after == plan.parameters_before
+
+
+def test_evaluation_is_counted_where_it_is_asked_for(config_only, llama, tokens, tmp_path, capsys):
+    windows = torch.zeros(3, 40, dtype=torch.long)
+    plans = [
+        OTPruner.plan(config_only, HALF, tokens, evaluate=evaluate, evaluation_data=windows)
+        for evaluate in (False, True)
+    ]
+    assert "more for evaluation" not in uses(plans[0], "cpu")
+    without = {name: size for name, size in uses(plans[1], "cpu").items() if name != "more for evaluation"}
+    assert without == uses(plans[0], "cpu")
+    assert uses(plans[1], "cpu")["more for evaluation"] > 2**26 - 10 * 2**20  # log-probabilities, less what is there
+    for batch_size in (1, 8):
+        exact = OTPruner.plan(
+            config_only, {"pruning_ratio": 0.0}, tokens, batch_size=batch_size, evaluate=True, evaluation_data=windows
+        )
+        count = batch_size * 40
+        assert uses(exact, "cpu")["more for evaluation"] == 4 * count * (64 + 4 * 48 + 8 * 32) + 2**26
+    torch.save(windows, tmp_path / "ids.pt")
+    arguments = ["prune", str(config_only), "-o", "out", "--dry-run", "--multiple-of", "1", "--eval", "--eval-data"]
+    main([*arguments, str(tmp_path / "ids.pt"), "--calibration-data", str(tmp_path / "ids.pt")])
+    assert "more for evaluation" in capsys.readouterr().out
+    with pytest.raises(CalibrationDataError, match="'absent.txt' is neither a file nor a folder"):
+        OTPruner.plan(config_only, HALF, tokens, evaluate=True, evaluation_data="absent.txt")
+    with pytest.raises(CalibrationDataError, match="This model has no tokenizer"):
+        OTPruner.plan(config_only, HALF, tokens, evaluate=True)
+
+
+def test_pruned_weights_are_counted_beside_the_dense_ones_but_where_those_are_offloaded(config_only, tokens):
+    plan = OTPruner.plan(config_only, HALF, tokens)
+    assert uses(plan, "cpu")["pruned FFNs beside the dense ones"] == 3 * 3 * 32 * 24 * 4
+    offloaded = OTPruner.plan(config_only, HALF, tokens, device_map={"model": 0, "lm_head": "disk"})
+    assert all(use.purpose != "pruned FFNs beside the dense ones" for use in offloaded.memory)
 
 
 def test_text_is_at_most_as_many_samples_as_are_asked_for(llama_folder, tmp_path):
@@ -221,17 +255,35 @@ WORK = Workload(
     needs_moments=False,
     steps=5,
     step_tokens=8,
+    vocab_size=100,
+    score_tokens=40,
+    cache_bytes=11,
+    refits=True,
+    transports=True,
 )
 
 
 def test_the_laws_of_memory_by_hand():
-    assert working_bytes(WORK) == {
+    pruning = {
         "one block": 7,
         "one FFN in float32, before and after": 2 * 4 * 900,
-        "second moments of channels": 900 * (3 * 4 + 2 * 8),
-        "activations of one batch": 3 * 4 * 50 * 30,
+        "second moments of channels": 900 * 2 * 4 + 15 * 4 * 400,
+        "activations of one batch": 4 * 50 * (4 * 30 + 8 * 10),
+        "training of one FFN": 4 * (8 * 600 + 8 * 8 * 20),
     }
-    assert working_bytes(WORK._replace(eliminates=False))["second moments of channels"] == 900 * 8
+    plain = WORK._replace(needs_scores=False, written_tokens=0)
+    assert working_bytes(plain) == pruning
+    assert working_bytes(plain._replace(steps=0)).keys() == pruning.keys() - {"training of one FFN"}
+    no_refit = plain._replace(refits=False)
+    assert working_bytes(no_refit)["second moments of channels"] == 900 * (3 * 4 + 2 * 8)
+    nothing_eliminated = no_refit._replace(eliminates=False)
+    assert working_bytes(nothing_eliminated)["second moments of channels"] == 900 * 2 * 4 + 3 * 8 * 600
+    assert working_bytes(nothing_eliminated._replace(transports=False))["second moments of channels"] == 900 * 2 * 4
+    assert working_bytes(WORK._replace(vocab_size=1000)) == {
+        "one block": 7,
+        "logits of one batch and their gradients": 4 * 4 * 40 * 1000,
+        "keys and values of what the model writes": 2 * 40 * 11,
+    }
     scores = {"scores of all FFN weights": 2 * 4 * 900 * 2}
     assert calibration_bytes(WORK) == {
         "hidden states": 2 * 400 * 10 * 2,

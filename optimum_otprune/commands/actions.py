@@ -102,6 +102,8 @@ def _dry_run(args: argparse.Namespace, config: OTPruningConfig, output: Path) ->
         args.calibration_data,
         batch_size=args.batch_size,
         max_hidden_memory=args.max_hidden_memory,
+        evaluate=args.eval,
+        evaluation_data=args.eval_data,
         **loading_options(args),
     )
     check_output_folder(output, args.overwrite, plan.bytes_after)

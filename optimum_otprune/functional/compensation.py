@@ -135,7 +135,7 @@ def refit_down(
         choices[False] = _choose(fit, heldout, prior)
     if intercept != "never":
         means = _means(fit)
-        choices[True] = _choose(fit.double().shifted(*means), heldout.double().shifted(*means), prior)
+        choices[True] = _choose(fit.shifted(*means), heldout.shifted(*means), prior)
     pays = intercept == "auto" and choices[True].heldout_error < (1 - _INTERCEPT_GAIN) * choices[False].heldout_error
     centred = intercept == "always" or pays
     choice = choices[centred]
@@ -153,7 +153,7 @@ def _refit(statistics: GramStatistics, prior: Tensor, choice: RidgeChoice, centr
         return Refit(ridge_refit(statistics, prior, ridge) if down is None else down, None, ridge, error)
     hidden_mean, target_mean = _means(statistics)
     if down is None:
-        down = ridge_refit(statistics.double().shifted(hidden_mean, target_mean), prior, ridge)
+        down = ridge_refit(statistics.shifted(hidden_mean, target_mean), prior, ridge)
     return Refit(down, target_mean - down @ hidden_mean, ridge, error)
 
 

@@ -14,11 +14,11 @@ class FusionMaps(NamedTuple):
     """Two maps from all channels to the kept ones, `(kept_size, intermediate_size)` float64 each.
 
     Attributes:
-        inward: For gate and up: `W_fused = inward @ W`.
+        inward: For gate and up: `W_fused = inward @ W`; None where they are not fused.
         outward: For down: `W_fused = W @ outward.T`.
     """
 
-    inward: Tensor
+    inward: Tensor | None
     outward: Tensor
 
 
@@ -39,7 +39,12 @@ def barycentric_projection(transport_plan: Tensor) -> Tensor:
         tensor([[0.5000, 0.5000, 0.0000],
                 [0.0000, 0.0000, 1.0000]])
     """
-    received = transport_plan.sum(dim=0)  # (kept_size,)
+    return (transport_plan / _received(transport_plan)).T
+
+
+def _received(transport_plan: Tensor) -> Tensor:
+    """Mass of each kept channel, `(kept_size,)`; of none of them 0."""
+    received = transport_plan.sum(dim=0)
     if (received <= 0).any():
         empty = torch.nonzero(received <= 0).flatten().tolist()
         raise TransportError(
@@ -47,7 +52,7 @@ def barycentric_projection(transport_plan: Tensor) -> Tensor:
             "would be 0 / 0. Check that the target marginal is positive everywhere, or raise `epsilon` if the "
             "entropic solver underflowed."
         )
-    return (transport_plan / received).T
+    return received
 
 
 def mass_projection(transport_plan: Tensor, source_marginal: Tensor | None = None) -> Tensor:
@@ -106,7 +111,11 @@ def with_identity(
 
 
 def fusion_maps(
-    transport_plan: Tensor, normalization: str, gain: Tensor | None = None, source_marginal: Tensor | None = None
+    transport_plan: Tensor,
+    normalization: str,
+    gain: Tensor | None = None,
+    source_marginal: Tensor | None = None,
+    inward: bool = True,
 ) -> FusionMaps:
     """Turn a plan over all channels into the two fusion maps.
 
@@ -119,13 +128,17 @@ def fusion_maps(
         normalization: `"identity"` or `"corrected"` (barycentric and mass-preserving), or `"source"`.
         gain: What each channel is multiplied by outwards, `(intermediate_size, kept_size)`, or None for 1.
         source_marginal: Mass of each channel, `(intermediate_size,)`; see `mass_projection`.
+        inward: Whether the inward map is asked for; each map takes as much memory as the plan.
+
+    Raises:
+        TransportError: If a channel that is to be divided by receives, or sends, no mass.
     """
-    if normalization == "source":
-        inward = outward = mass_projection(transport_plan, source_marginal)
-    else:
-        inward = barycentric_projection(transport_plan)
-        outward = mass_projection(transport_plan, source_marginal)
-    return FusionMaps(inward, outward if gain is None else outward * gain.T)
+    outward = mass_projection(transport_plan, source_marginal)
+    inward_map = outward.clone() if inward and normalization == "source" else None
+    if normalization != "source":
+        _received(transport_plan)
+        inward_map = barycentric_projection(transport_plan) if inward else None
+    return FusionMaps(inward_map, outward if gain is None else outward.mul_(gain.T))
 
 
 def selection_map(kept_channels: Tensor, intermediate_size: int) -> Tensor:
@@ -135,7 +148,8 @@ def selection_map(kept_channels: Tensor, intermediate_size: int) -> Tensor:
         kept_channels: LongTensor `(kept_size,)`.
         intermediate_size: Channels before.
     """
-    return torch.nn.functional.one_hot(kept_channels.cpu(), intermediate_size).double()
+    selected = torch.zeros(len(kept_channels), intermediate_size, dtype=torch.float64)
+    return selected.scatter_(1, kept_channels.cpu()[:, None], 1.0)
 
 
 def fuse(weights: FFNWeights, maps: FusionMaps, kept_channels: Tensor, projections: Collection[str]) -> FFNWeights:
@@ -155,11 +169,13 @@ def fuse(weights: FFNWeights, maps: FusionMaps, kept_channels: Tensor, projectio
     """
     n, m = weights.intermediate_size, len(kept_channels)
     for fusion_map in maps:
-        if fusion_map.shape != (m, n):
+        if fusion_map is not None and fusion_map.shape != (m, n):
             raise ShapeError(f"A fusion map has shape {tuple(fusion_map.shape)}; want (kept, all) = {(m, n)}.")
     fused = weights.select(kept_channels)._asdict()
     for name in projections:
-        fusion_map = (maps.outward if name == "down" else maps.inward).to(weights.up.device)
+        chosen = maps.outward if name == "down" else maps.inward
+        assert chosen is not None
+        fusion_map = chosen.to(weights.up.device)
         for part in (name, f"{name}_bias"):
             tensor = getattr(weights, part)
             if tensor is None or part == "down_bias":

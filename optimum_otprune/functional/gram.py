@@ -58,15 +58,21 @@ class GramStatistics(NamedTuple):
         return GramStatistics(*(part * factor for part in self[:-1]), self.num_tokens)  # type: ignore
 
     def shifted(self, hidden_shift: Tensor, target_shift: Tensor) -> "GramStatistics":
-        """Statistics of `h − hidden_shift` and `y − target_shift`: centred ones, if the shifts are the means."""
+        """Statistics of `h − hidden_shift` and `y − target_shift`: centred ones, if the shifts are the means.
+
+        In the dtype of the shifts, if that is the more precise one; one matrix beside the result is all that it takes.
+        """
         count, h, y = self.num_tokens, hidden_shift, target_shift
         outer = torch.outer(self.hidden_sum - count / 2 * h, h)
+        gram = self.gram.to(outer.dtype, copy=True).sub_(outer).sub_(outer.T)
+        outer = torch.outer(self.target_sum - count * y, h)
+        cross = self.cross.to(outer.dtype, copy=True).sub_(outer).sub_(torch.outer(y, self.hidden_sum.to(y.dtype)))
         return GramStatistics(
-            gram=self.gram - outer - outer.T,
-            cross=self.cross - torch.outer(self.target_sum - count * y, h) - torch.outer(y, self.hidden_sum),
+            gram=gram,
+            cross=cross,
             hidden_sum=self.hidden_sum - count * h,
             target_sum=self.target_sum - count * y,
-            target_energy=self.target_energy - 2 * (y @ self.target_sum) + count * (y @ y),
+            target_energy=self.target_energy - 2 * (y @ self.target_sum.to(y.dtype)) + count * (y @ y),
             num_tokens=count,
         )
 

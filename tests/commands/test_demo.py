@@ -26,7 +26,21 @@ def test_the_demo_rescues_saves_and_reloads(tmp_path, capsys):
     assert dense.perplexity < 60  # a trigram model has 70.8 on the same text
     assert default.parameters < 0.7 * dense.parameters
     assert by_name["otprune"].rescue_ratio > 0.2
-    printed = capsys.readouterr().out
+    captured = capsys.readouterr()
+    printed = captured.out
+    for stage in (
+        "Pruning by otprune ...",
+        "Pruning by wanda_sp ...",
+        "Evaluating dense ...",
+        "Measuring speed ...",
+    ):
+        assert stage in captured.err
+    before, after = (printed.split(f"It writes, {when}: ")[1].splitlines()[0] for when in ("before", "after"))
+    assert before.startswith("Return a new")
+    assert after.startswith("Return a new")
+    assert len(before) > 30
+    assert before != after
+    assert "the README's table is of 128" in printed
     assert "largest difference of logits 0." in printed
     assert "RESCUE EFFECT SUMMARY REPORT" in printed
     assert (tmp_path / "out" / "model.safetensors").is_file()
