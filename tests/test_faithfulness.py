@@ -9,6 +9,8 @@ from transformers import (
     BertLMHeadModel,
     BitNetConfig,
     BitNetForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     Gemma3nForCausalLM,
     Gemma3nTextConfig,
     Gemma4ForCausalLM,
@@ -290,6 +292,12 @@ def test_a_scale_by_channel_behind_the_ffn_is_no_multiple(tokens):
     scales = torch.linspace(0.5, 1.5, 32)
     model.model.layers[1].register_forward_hook(lambda module, args, output: output * scales)
     assert measured_factors(model, ffn_blocks(model), tokens) == [1.0, None, 1.0]
+
+
+def test_a_norm_behind_the_ffn_is_no_multiple_in_half_precision_either(tokens):
+    wide = Gemma2Config(**{**ROPE, "hidden_size": 512}, head_dim=8)
+    model = Gemma2ForCausalLM(wide).eval().bfloat16()
+    assert measured_factors(model, ffn_blocks(model), tokens) == [None, None]
 
 
 def test_an_ffn_that_counts_a_fifth_is_pruned_as_one_whose_weights_are_a_fifth(tokens):
