@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from optimum_otprune.devices import read_parameter
+from optimum_otprune.untrusted import visible
 
 _SHOWN = 60
 
@@ -40,14 +41,14 @@ def describe_difference(known: Mapping[str, Any], now: Mapping[str, Any], opaque
         >>> describe_difference({"threads": 1, "model": "3f"}, {"threads": 2, "model": "a0"}, ["model"])
         'threads (1, now 2), and model differ too'
     """
-    different = [str(name) for name in {**known, **now} if known.get(name) != now.get(name)]
+    different = [name for name in {**known, **now} if known.get(name) != now.get(name)]
     if not different:
         return None
     first = different[0]
-    shown = (
-        first[:_SHOWN] if first in opaque else f"{first[:_SHOWN]} ({_short(known, first)}, now {_short(now, first)})"
-    )
-    others = ", ".join(name[:_SHOWN] for name in different[1:])
+    shown = visible(first, _SHOWN)
+    if first not in opaque:
+        shown += f" ({_short(known, first)}, now {_short(now, first)})"
+    others = ", ".join(visible(name, _SHOWN) for name in different[1:])
     return shown + (f", and {others} differ too" if others else "")
 
 

@@ -1,6 +1,5 @@
 """Search for the configuration with the least perplexity on held-out samples. The only door to `optuna`, an extra."""
 
-import json
 import logging
 import math
 import os
@@ -46,6 +45,7 @@ from optimum_otprune.search_space import (
     sample_config,
 )
 from optimum_otprune.trials import Trial, TuningResult, TuningSettings, plain_value
+from optimum_otprune.untrusted import parse_json
 from optimum_otprune.widths import dense_width
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ def _prepare_journal(path: Path) -> None:
     """
     content = path.read_bytes()
     try:
-        first = json.loads(content.partition(b"\n")[0])
+        first = parse_json(content.partition(b"\n")[0])
     except ValueError as error:
         raise _no_study(path, "its first line is not JSON") from error
     if not isinstance(first, dict) or first.get("study_name") != _STUDY_NAME:

@@ -52,7 +52,9 @@ def test_damaged_files_are_errors_of_ours(folder):
     with pytest.raises(ReportError, match="not valid JSON"):
         folder_card(folder)
     (folder / "otprune_config.json").write_text("{")
-    with pytest.raises(ConfigurationError, match="No pruning configuration could be read"):
+    with pytest.raises(
+        ConfigurationError, match="'otprune_config.json' is no pruning configuration: it is not valid JSON"
+    ):
         folder_card(folder)
 
 
