@@ -25,7 +25,7 @@ def block(size):
 def grown():
     before = resident()
     blocks = [block(8_000_000) for _ in range(10)]
-    last = block(100_000)  # above them in the heap
+    last = block(2_000_000)  # above them in the heap, for no hole below is as large
     for pointer in blocks:
         libc.free(pointer)
     if sys.argv[1] == "asked for":
