@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.errors import CalibrationDataError
+from optimum_otprune.hub_client import without_secrets_in_warnings
 from optimum_otprune.text_files import (
     DATA_SUFFIXES,
     Row,
@@ -272,7 +273,8 @@ def _folder_files(path: Path) -> tuple[list[Path], list[str]]:
 
 def _hub_table(name: str, dataset_config: str | None, split: str) -> datasets.Dataset:
     try:
-        return datasets.load_dataset(name, dataset_config, split=split)
+        with without_secrets_in_warnings():
+            return datasets.load_dataset(name, dataset_config, split=split)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = next(iter(str(error).splitlines()), "")
         raise CalibrationDataError(

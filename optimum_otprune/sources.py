@@ -192,7 +192,7 @@ _CAUSES: tuple[tuple[str, str], ...] = (
         "can be pruned",
     ),
     (
-        r"[Ss]hould have a `model_type`",
+        r"[Ss]hould have a `model_type`|model type `None`",
         "its config.json names no `model_type`. Get the original one",
     ),
     (

@@ -11,9 +11,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from optimum_otprune import OTPruner, OTPruningConfig, loading
+from optimum_otprune import OTPruner, OTPruningConfig, documents, loading
 from optimum_otprune.configuration import CONFIG_FILE
-from optimum_otprune.errors import ModelLoadError, OTPruneError, without_credentials
+from optimum_otprune.errors import CalibrationDataError, ModelLoadError, OTPruneError, without_credentials
 from optimum_otprune.hub_client import HubClient, _WithoutSignatures
 from optimum_otprune.options import OPTIONS
 from optimum_otprune.retries import Deadline
@@ -123,7 +123,13 @@ def test_credentials_of_the_hub_are_in_no_address_and_no_warning_while_loading(l
     monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", fail)
     with caplog.at_level("WARNING"), pytest.raises(ModelLoadError, match="connect to https://hub.example") as caught:
         OTPruner.from_pretrained(llama_folder)
-    assert leaks(str(caught.value) + caplog.text) == []
+    monkeypatch.setattr(documents.datasets, "load_dataset", fail)
+    with (
+        caplog.at_level("WARNING"),
+        pytest.raises(CalibrationDataError, match="connect to https://hub.example") as data,
+    ):
+        documents._hub_table("user/data", None, "train")
+    assert leaks(str(caught.value) + str(data.value) + caplog.text) == []
 
 
 def test_weights_that_could_hold_code_are_not_loaded(llama, tmp_path):
