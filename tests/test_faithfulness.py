@@ -242,11 +242,11 @@ REFUSED = {
     "compiled in place": (lambda: compiled_in_place(make_llama()), r"^The module 'model.layers.1.mlp' is compiled"),
     "adapter in an FFN": (
         lambda: adapted(make_llama(), "model.layers.1.mlp.up_proj"),
-        "^An adapter is in the model .*`merge_and_unload`",
+        r"^The model has an adapter in it.*merge_and_unload\(\)",
     ),
     "adapter beside it": (
         lambda: adapted(make_llama(), "model.layers.1.self_attn.q_proj"),
-        r"^An adapter is in the model \(at 'model.layers.1.self_attn.q_proj'\)",
+        "^The model has an adapter in it, first in 'model.layers.1.self_attn.q_proj'",
     ),
     "stacked experts": (lambda: with_experts(make_llama(), STACKED), "^Layer 1 has experts, or other FFNs, beside"),
     "listed experts": (lambda: with_experts(make_llama(), LISTED), r"^Layer 1 has experts.*\(at 'mlp.experts'\)"),
