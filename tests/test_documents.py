@@ -127,36 +127,36 @@ def test_numbers_dates_and_words_for_nothing_are_text_in_a_table(tmp_path):
     assert [row.value for row in file_rows(path, "text")] == ["NA", "12", "2020-01-01", 'two\nlines, "quoted"', "None"]
 
 
+NO_TEXT = [
+    ("png.txt", b"\x89PNG\r\n\x1a\n" + bytes(range(256)), "png.txt is no text: it is not UTF-8"),
+    ("a.pdf", b"%PDF-1.4\n" + b"text\n" * 9, "a.pdf is no text: it holds binary data"),
+    ("a.docx", docx(), "a.docx is no text"),
+    ("weights.txt", save({"a": torch.zeros(3)}), "weights.txt is no text: it holds binary data"),
+    ("train.bin", np.arange(60, dtype=np.uint16).tobytes(), "train.bin is no text: .* as `np.save` writes them"),
+    ("late.txt", PLAIN.encode() * 400 + b"\x00", "late.txt is no text: it holds binary data"),
+    ("latin.txt", "naïve".encode("latin-1"), "latin.txt is no text: it is not UTF-8"),
+    ("cut.jsonl.gz", gzip.compress(LINES.encode())[:50], "cut.jsonl.gz cannot be read .* Check that the file is"),
+    ("cut.zst", zst(LINES * 9)[:60], "cut.zst cannot be read"),
+    ("bad.xz", b"\xfd7zXZ\x00" + b"z" * 50, "bad.xz cannot be read"),
+    ("bad.parquet", b"PAR1" + b"z" * 50, "bad.parquet cannot be read"),
+    ("bad.arrow", b"\xff\xff\xff\xff" + b"z" * 50, "bad.arrow cannot be read"),
+    ("ragged.csv", "id,text\n1,w1\n2,w2,w3\n", "ragged.csv cannot be read .*Expected 2 fields in line 3, saw 3"),
+    ("body.csv", "body\nw1\n", "body.csv has no column 'text'; it has body. Set `text_column`"),
+    ("body.parquet", parquet(pd.DataFrame({"body": ["w1"]})), "no column 'text'; it has body"),
+    ("deep.json", "[" * 100_000, "Line 1 of deep.json is not JSON .nested too deeply."),
+    ("deep.jsonl", '"w1"\n' + "[" * 100_000, "Line 2 of deep.jsonl is not JSON .nested too deeply."),
+    ("long.json", "1" * 5000, "Line 1 of long.json is not JSON"),
+    ("bad.json", '[\n{"text": "w1"},\n{"text"}\n]', "Line 3 of bad.json is not JSON"),
+    ("half.jsonl", '{"text": "\\ud800"}\n', r"Line 1 of half.jsonl holds half a character .*U\+D800"),
+    ("number.jsonl", '"w1"\n12\n', "Line 2 of number.jsonl holds a int; want text"),
+    ("list.jsonl", '{"text": ["w1"]}\n', "Line 1 of list.jsonl holds a list of str; want text"),
+    ("row.jsonl", '{"text": {"a": 1}}\n', "Line 1 of row.jsonl holds a dict"),
+    ("empty.json", "", "hold no text"),
+]
+
+
 @pytest.mark.figure("R6")
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("png.txt", b"\x89PNG\r\n\x1a\n" + bytes(range(256)), "png.txt is no text: it is not UTF-8"),
-        ("a.pdf", b"%PDF-1.4\n" + b"text\n" * 9, "a.pdf is no text: it holds binary data"),
-        ("a.docx", docx(), "a.docx is no text"),
-        ("weights.txt", save({"a": torch.zeros(3)}), "weights.txt is no text: it holds binary data"),
-        ("train.bin", np.arange(60, dtype=np.uint16).tobytes(), "train.bin is no text: .* as `np.save` writes them"),
-        ("late.txt", PLAIN.encode() * 400 + b"\x00", "late.txt is no text: it holds binary data"),
-        ("latin.txt", "naïve".encode("latin-1"), "latin.txt is no text: it is not UTF-8"),
-        ("cut.jsonl.gz", gzip.compress(LINES.encode())[:50], "cut.jsonl.gz cannot be read .* Check that the file is"),
-        ("cut.zst", zst(LINES * 9)[:60], "cut.zst cannot be read"),
-        ("bad.xz", b"\xfd7zXZ\x00" + b"z" * 50, "bad.xz cannot be read"),
-        ("bad.parquet", b"PAR1" + b"z" * 50, "bad.parquet cannot be read"),
-        ("bad.arrow", b"\xff\xff\xff\xff" + b"z" * 50, "bad.arrow cannot be read"),
-        ("ragged.csv", "id,text\n1,w1\n2,w2,w3\n", "ragged.csv cannot be read .*Expected 2 fields in line 3, saw 3"),
-        ("body.csv", "body\nw1\n", "body.csv has no column 'text'; it has body. Set `text_column`"),
-        ("body.parquet", parquet(pd.DataFrame({"body": ["w1"]})), "no column 'text'; it has body"),
-        ("deep.json", "[" * 100_000, "Line 1 of deep.json is not JSON .nested too deeply."),
-        ("deep.jsonl", '"w1"\n' + "[" * 100_000, "Line 2 of deep.jsonl is not JSON .nested too deeply."),
-        ("long.json", "1" * 5000, "Line 1 of long.json is not JSON"),
-        ("bad.json", '[\n{"text": "w1"},\n{"text"}\n]', "Line 3 of bad.json is not JSON"),
-        ("half.jsonl", '{"text": "\\ud800"}\n', r"Line 1 of half.jsonl holds half a character .*U\+D800"),
-        ("number.jsonl", '"w1"\n12\n', "Line 2 of number.jsonl holds a int; want text"),
-        ("list.jsonl", '{"text": ["w1"]}\n', "Line 1 of list.jsonl holds a list of str; want text"),
-        ("row.jsonl", '{"text": {"a": 1}}\n', "Line 1 of row.jsonl holds a dict"),
-        ("empty.json", "", "hold no text"),
-    ],
-)
+@pytest.mark.parametrize(("name", "content", "message"), NO_TEXT, ids=[name for name, *_ in NO_TEXT])
 def test_files_that_hold_no_text_are_refused_with_the_reason(tmp_path, tokenizer, name, content, message):
     path = written(tmp_path, name, content)
     with pytest.raises(CalibrationDataError, match=message) as caught:
