@@ -154,8 +154,9 @@ class PruningReport:
             return None
         share = self.energies.pruned / self.energies.output if self.energies.output else 0.0
         if self.median_rescue_ratio > LIMITED:
-            why = f"few layers decide the pooled ratio ({named_layers(self.outliers) or 'the heaviest'}), while half "
-            why += f"of the layers reach {self.median_rescue_ratio:.3f} or more"
+            heaviest = [max(self.touched_layers, key=lambda layer: layer.energies.pruned)]
+            why = f"few layers decide the pooled ratio ({named_layers(self.outliers or heaviest)}), while half of the "
+            why += f"layers reach {self.median_rescue_ratio:.3f} or more"
         elif share < _FEW:
             why = f"the pruned channels made up only {share:.1%} of the layers' output, so there was little to lose"
         else:

@@ -223,6 +223,14 @@ def test_layers_that_were_hardly_heard_had_little_to_lose():
     assert "made up only 4.0% of the layers' output" in said(make_report(layers=(quiet,), evaluations=raised(1.1)))
 
 
+def test_where_no_layer_is_far_from_the_others_the_heaviest_one_is_named():
+    energies = RescueEnergies(output=1000.0, pruned=400.0, error=360.0, kept=600.0, shift=0.0)
+    heavy = dataclasses.replace(layer_report(0, 0.1), energies=energies)
+    report = make_report(layers=(heavy, layer_report(1, 0.3), layer_report(2, 0.25)), evaluations=raised(1.1))
+    assert report.outliers == ()
+    assert "few layers decide the pooled ratio (layer 0 (0.1)), while half of the layers reach 0.250" in str(report)
+
+
 def test_without_both_perplexities_nothing_is_contradicted():
     assert make_report(layers=layers(-5.0), evaluations=()).contradiction is None
     assert make_report(layers=layers(-5.0), evaluations=(evaluation("pruned", 12.0),)).contradiction is None
