@@ -38,8 +38,8 @@ def evaluated_on_calibration_data(report: PruningReport, pair: Comparison) -> bo
     if seen:
         return True
     if hub_name(pair.data) is not None:
-        splits = {report.config.get(name) for name in ("calibration_split", "evaluation_split")}
-        return pair.data == report.calibration["data"] and len(splits) == 1
+        is_same_split = report.config.get("calibration_split") == report.config.get("evaluation_split")
+        return pair.data == report.calibration["data"] and is_same_split
     if hub_name(report.calibration["data"]) is not None:
         return False
     return None if seen is None else False
