@@ -83,12 +83,12 @@ def check_place(output: Path, places: Mapping[str, Path]) -> None:
         if any(_is_same(target, above) for above in (place, *place.parents)):
             raise OutputError(
                 f"The output {target.name!r} is, or contains, the {words} ({place.name!r}), which must not be "
-                "replaced. Give the name of a new folder."
+                "replaced. Choose another place."
             )
         if what in _CLOSED and any(_is_same(above, place) for above in target.parents):
             raise OutputError(
                 f"The output {target.name!r} lies inside the {words} ({place.name!r}), to which nothing may be added. "
-                "Give the name of a new folder outside."
+                "Choose a place outside."
             )
 
 
@@ -259,10 +259,10 @@ def check_output_file(
         OutputError: See `check_place`; or if it is a folder or a link, exists already, holds something else than may
             be replaced, or its folder is missing or not writable.
     """
+    if os.path.isdir(output):
+        raise OutputError(f"The output {resolved_output(output).name!r} is a folder. Give the name of a file.")
     check_place(output, places or {})
     file = resolved_output(output)
-    if file.is_dir():
-        raise OutputError(f"The output {file.name!r} is a folder. Give the name of a file.")
     if file.exists() and not overwrite:
         raise OutputError(f"The output file {file.name!r} exists. Choose another, or set `overwrite` to replace it.")
     if os.path.lexists(file) and (file.is_symlink() or not file.is_file()):
