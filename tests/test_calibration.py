@@ -167,6 +167,16 @@ def test_the_first_windows_are_those_of_the_whole_text_and_little_more_is_tokeni
         assert counting.characters <= min(len(long_text), 8 * (64 * max_windows + 256) + 2**14)
 
 
+def test_tokens_that_a_cut_may_have_changed_are_in_no_window(tokenizer):
+    def shortsighted(text, **options):
+        ids = tokenizer(text, **options)["input_ids"]
+        return {"input_ids": ids[:-100] + [0] * 100}
+
+    text = "w1      " * 3000  # as few tokens as were reckoned with
+    found = evaluation_tokens([text], CONFIG, shortsighted, LIMITS, max_windows=7)
+    assert torch.equal(found.tokens, torch.full((7, 10), tokenizer("w1")["input_ids"][0]))
+
+
 def test_all_of_a_text_is_one_stream_with_the_special_tokens_at_its_beginning(demo_tokenizer, long_text):
     stream = torch.tensor(demo_tokenizer(long_text, verbose=False)["input_ids"])
     found = evaluation_tokens(long_text.split("\n\n"), OTPruningConfig(seqlen=64), demo_tokenizer, WIDE).tokens

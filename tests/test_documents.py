@@ -80,6 +80,7 @@ def written(tmp_path, name, content):
         ("lines.txt", LINES),
         ("mark.jsonl", b"\xef\xbb\xbf" + LINES.replace("\n", "\r\n\r\n").encode() + b"\r\n"),
         ("separators.jsonl", LINES.replace("w0 ", "w0\u2028", 1)),  # a line ends at \n only
+        ("returns.jsonl", LINES.replace(": ", ":\r")),  # which JSON allows between tokens
         ("escapes.jsonl", LINES.replace("w1", r"\u00771")),
         ("strings.jsonl", "\n".join(json.dumps(text) for text in TEXTS)),
         ("array.json", json.dumps([{"text": text} for text in TEXTS])),
@@ -125,6 +126,8 @@ def test_text_that_begins_like_something_else_is_text(tmp_path, tokenizer, text)
 def test_numbers_dates_and_words_for_nothing_are_text_in_a_table(tmp_path):
     path = written(tmp_path, "a.csv", 'id,text\n1,NA\n2,12\n3,2020-01-01\n4,"two\nlines, ""quoted"""\n5,None\n')
     assert [row.value for row in file_rows(path, "text")] == ["NA", "12", "2020-01-01", 'two\nlines, "quoted"', "None"]
+    path = written(tmp_path, "b.csv", "id,text\n1,007\n2,1.50\n")
+    assert [row.value for row in file_rows(path, "text")] == ["007", "1.50"]
 
 
 NO_TEXT = [
