@@ -102,10 +102,9 @@ def _rows(path: Path, text_column: str) -> Iterator[Row]:
     else:
         encoding = next((name for mark, name in _ENCODINGS if head.startswith(mark)), "utf-8-sig")
         first = _first_lines(path, head, encoding)
-        delimiter = _delimiter(path, first, text_column)
         if _is_json(path, first, encoding):
             yield from _json_rows(path, encoding, text_column)
-        elif delimiter is not None:
+        elif (delimiter := _delimiter(path, first, text_column)) is not None:
             yield from _csv_rows(path, encoding, text_column, delimiter)
         else:
             yield Row(_text_parts(path, encoding), path.name)
@@ -254,7 +253,7 @@ def is_conversation(value: object) -> bool:
 
 def _delimiter(path: Path, first: str, text_column: str) -> str | None:
     """What separates the columns: of a file that is named so, or whose first line names the column of the text."""
-    line = first.partition("\n")[0].rstrip("\r")
+    line = next(iter(first.splitlines()), "")
     headers = {mark: next(csv.reader([line], delimiter=mark), []) for mark in (",", "\t", ";", "|")}
     fitting = [mark for mark, names in headers.items() if text_column in names and len(names) > 1]
     is_named = data_suffix(path) in _CSV_SUFFIXES
