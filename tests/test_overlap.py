@@ -25,7 +25,7 @@ def test_a_window_is_seen_if_32_tokens_in_a_row_are():
 
 
 def test_padding_is_no_passage():
-    padded, other = torch.zeros(2, 80, dtype=torch.long), torch.zeros(1, 80, dtype=torch.long)
+    padded, other = torch.full((2, 80), 5), torch.full((1, 80), 5)
     padded[:, :9], other[:, :9] = TEXT[:9], OTHER[:9]
     assert count_shared(padded, other) == 0
     assert count_shared(padded, padded[:1]) == 2
