@@ -117,7 +117,7 @@ def test_a_file_is_read_by_what_it_holds(tmp_path, tokenizer, name, content):
     assert [file.name for file in tmp_path.iterdir()] == [name]  # nothing is written beside it
 
 
-@pytest.mark.parametrize("text", ["{\nw1 w2\n", "[1] w1 w2\n", '"w1", w2\n', "BZh w1\n", "{w1}\n", "w1,w2\n", "w1\rw2"])
+@pytest.mark.parametrize("text", ["{\nw1 w2\n", "[1] w1\n", '"w1", w2\n', "BZh w1\n", "{w1}\n", "w1,w2\n", "w1\rw2"])
 def test_text_that_begins_like_something_else_is_text(tmp_path, tokenizer, text):
     path = written(tmp_path, "text.txt", text + PLAIN)
     assert torch.equal(whole(path, tokenizer), whole([text + PLAIN], tokenizer))
