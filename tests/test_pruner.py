@@ -370,10 +370,13 @@ def test_a_folder_that_is_not_empty_is_only_replaced_when_told_so(llama, tokens,
     (tmp_path / "out" / "precious.txt").write_text("mine")
     with pytest.raises(OutputError, match="'out' is not empty"):
         pruner.save_pretrained(tmp_path / "out")
+    with pytest.raises(OutputError, match=r"'out' holds 'precious.txt', which is no file of a saved model"):
+        pruner.save_pretrained(tmp_path / "out", overwrite=True)
     assert (tmp_path / "out" / "precious.txt").read_text() == "mine"
-    pruner.save_pretrained(tmp_path / "out", overwrite=True)
-    assert not (tmp_path / "out" / "precious.txt").exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    (tmp_path / "out" / "precious.txt").rename(tmp_path / "precious.txt")
+    for _ in range(2):
+        pruner.save_pretrained(tmp_path / "out", overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "precious.txt"]
 
 
 def test_reconstruction_lowers_the_error_and_is_reproducible(tokens, tmp_path):
