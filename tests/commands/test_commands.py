@@ -117,7 +117,7 @@ def test_a_failure_is_one_line_and_exits_with_1(tmp_path, capsys):
     empty.mkdir()
     assert run("prune", empty, "-o", tmp_path / "out") == 1
     error = capsys.readouterr().err
-    assert error.startswith("otprune prune: error: The folder 'empty' has no config.json")
+    assert error.startswith("otprune prune: error: The folder 'empty' is empty, so it holds no model")
     assert error.count("\n") == 1
 
 
