@@ -150,6 +150,7 @@ def _reproduction(config: OTPruningConfig, report: PruningReport, name: str) -> 
         calibration_data=_argument(config, report.calibration["data"], _CALIBRATION_PLACEHOLDER),
         evaluated=stages >= {"dense", "pruned"},
         evaluation_data=_argument(config, report.comparisons[0].data, _EVALUATION_PLACEHOLDER) if stages else None,
+        max_windows=report.comparisons[0].one.get("max_windows") if stages else None,
     )
     shown = (run.model, run.calibration_data, run.evaluation_data if run.evaluated else None)
     words = {

@@ -21,7 +21,6 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from optimum_otprune.architectures.changes import mark_pruned
 from optimum_otprune.base_card import read_base_card
 from optimum_otprune.configuration import CONFIG_FILE, OTPruningConfig
 from optimum_otprune.errors import ModelLoadError
@@ -115,8 +114,6 @@ def load_checkpoint(name: str, options: Mapping[str, Any]) -> Checkpoint:
     _check_complete(name, info)
     config_file, report_file = (_optional_file(name, file, hub) for file in (CONFIG_FILE, REPORT_FILE))
     report = None if report_file is None else PruningReport.load(report_file)
-    if report is not None and report.pruning_ratio > 0:
-        mark_pruned(model)
     return Checkpoint(
         model,
         _load_tokenizer(name, hub, remote),
@@ -185,17 +182,6 @@ def hub_id(name: str | None) -> str | None:
     except HFValidationError:
         return None
     return name
-
-
-def note_if_pruned(model: PreTrainedModel) -> None:
-    """Mark a model that was loaded from a local folder whose report says that channels were pruned.
-
-    Raises:
-        ReportError: If the report is damaged.
-    """
-    report = Path(model.name_or_path or "", REPORT_FILE)
-    if model.name_or_path and report.is_file() and PruningReport.load(report).pruning_ratio > 0:
-        mark_pruned(model)
 
 
 def _check_source(name: str, needs_weights: bool = True) -> None:

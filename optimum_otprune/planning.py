@@ -30,7 +30,7 @@ from optimum_otprune.expectations import (
 from optimum_otprune.feasibility import check_feasible
 from optimum_otprune.flops import forward_flops
 from optimum_otprune.latency import matmul_rate
-from optimum_otprune.loading import load_skeleton, note_if_pruned
+from optimum_otprune.loading import load_skeleton
 from optimum_otprune.loading_options import as_config, check_loading_options, refuse_loading_options
 from optimum_otprune.option_checks import check_count
 from optimum_otprune.perplexity import evaluation_bytes, windows_together
@@ -96,7 +96,6 @@ def plan_pruning(
         options = {"device_map": getattr(model, "hf_device_map", None) or execution_device(model), "max_memory": None}
     else:
         model, has_tokenizer = load_skeleton(str(model_name_or_path), options)
-    note_if_pruned(model)
     check_dense(model)
     blocks = ffn_blocks(model)
     config = with_pruning_ratio(config, model, blocks)

@@ -18,7 +18,7 @@ from optimum_otprune.checkpoint import save_checkpoint
 from optimum_otprune.compression import Recipe
 from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.devices import model_sizes
-from optimum_otprune.loading import hub_id, load_checkpoint, note_if_pruned
+from optimum_otprune.loading import hub_id, load_checkpoint
 from optimum_otprune.loading_options import LOADING_DEFAULTS, as_config, refuse_loading_options
 from optimum_otprune.option_checks import check_count
 from optimum_otprune.outputs import noted_places, output_path, resolved_output
@@ -119,7 +119,6 @@ class OTPruner(HubMixin):
         if model is not None:
             refuse_loading_options(options)
             ffn_blocks(model)
-            note_if_pruned(model)
             return cls(model, given, tokenizer, base_model=hub_id(model.name_or_path))
         loaded = load_checkpoint(str(model_name_or_path), options)
         ffn_blocks(loaded.model)
@@ -317,7 +316,7 @@ class OTPruner(HubMixin):
             `perplexity`, `nll` (nats per token), `num_tokens`, and the protocol: `num_windows`, `seqlen`, `stride`,
             `dtype`, `protocol`, `data`, and `stage` (`"dense"` or `"pruned"`); after `prune` also `seen_windows`: how
             many of the windows share a passage with the calibration samples. For a folder that was loaded it is there
-            if some do, and a lower bound.
+            if some do, and a lower bound. `max_windows` where it was given.
 
         Raises:
             CalibrationDataError: If the data cannot be used.
@@ -333,6 +332,7 @@ class OTPruner(HubMixin):
         metrics = {**measured, "data": tokens.source, "stage": stage}
         calibrated_on = None if self._calibrated_on is None else self._calibrated_on.tokens
         metrics |= seen_windows(tokens.tokens, calibrated_on, self.report and self.report.calibration.get("passages"))
+        metrics |= {} if max_windows is None else {"max_windows": max_windows}
         self._evaluations.append(metrics)
         if self.report is not None:
             self.report = dataclasses.replace(self.report, evaluations=tuple(self._evaluations))

@@ -247,8 +247,9 @@ class PruningReport:
                     f"`evaluations[{index}].stage` of the report is {evaluation['stage']!r:.60}; want 'dense' or "
                     "'pruned'. Get the folder again."
                 )
-            if "seen_windows" in evaluation:
-                check_entry(f"evaluations[{index}].seen_windows", evaluation["seen_windows"], int, 0)
+            for name in ("seen_windows", "max_windows"):
+                if name in evaluation:
+                    check_entry(f"evaluations[{index}].{name}", evaluation[name], int, 0)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the report as JSON."""

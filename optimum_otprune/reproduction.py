@@ -19,6 +19,7 @@ class Run(NamedTuple):
         calibration_data: Hub data set or a placeholder; None for the configuration's.
         evaluated: Whether perplexity is measured before and after.
         evaluation_data: As `calibration_data`.
+        max_windows: What the evaluation was limited to, or None.
     """
 
     model: str
@@ -26,6 +27,7 @@ class Run(NamedTuple):
     calibration_data: str | None = None
     evaluated: bool = False
     evaluation_data: str | None = None
+    max_windows: int | None = None
 
 
 def changed_options(config: OTPruningConfig) -> dict[str, Any]:
@@ -65,6 +67,8 @@ def command(config: OTPruningConfig, run: Run) -> str:
         words.append(["--eval"])
         if run.evaluation_data is not None:
             words.append(["--eval-data", run.evaluation_data])
+        if run.max_windows is not None:
+            words.append(["--max-windows", str(run.max_windows)])
     return _wrapped([["otprune", "prune", run.model], ["-o", run.output], *words])
 
 

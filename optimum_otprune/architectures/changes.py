@@ -9,8 +9,8 @@ from optimum_otprune.architectures.block import FFNBlock
 from optimum_otprune.devices import is_offloaded
 from optimum_otprune.errors import HalfPrunedError, UnsupportedModelError
 
-_MARK = "_otprune_state"  # of the model object: it goes with it from one pruner to the next
-_HALF_PRUNED, _PRUNED = "half-pruned", "pruned"
+_HALF_PRUNED = "_otprune_half_pruned"  # of the model object: it goes with it from one pruner to the next
+_PRUNED_WITH, _PACKAGE = "pruned_with", "optimum_otprune"  # an entry of config.json: it goes with every copy
 
 
 @contextmanager
@@ -48,22 +48,23 @@ def all_or_nothing(model: PreTrainedModel) -> Iterator[None]:
 
 def mark_half_pruned(model: PreTrainedModel) -> None:
     """Note that the model's weights begin to change; `all_or_nothing` and `unchanged` take it back."""
-    setattr(model, _MARK, _HALF_PRUNED)
+    setattr(model, _HALF_PRUNED, True)
 
 
 def mark_pruned(model: PreTrainedModel) -> None:
-    """Note that the model is pruned."""
-    setattr(model, _MARK, _PRUNED)
+    """Note that the model is pruned, in its configuration, too, so that whoever loads or saves it again knows."""
+    setattr(model, _HALF_PRUNED, False)
+    setattr(model.config, _PRUNED_WITH, _PACKAGE)
 
 
 def is_marked_half_pruned(model: PreTrainedModel) -> bool:
     """Return whether pruning the model began, and neither ended nor was undone."""
-    return getattr(model, _MARK, None) == _HALF_PRUNED
+    return getattr(model, _HALF_PRUNED, False)
 
 
 def is_pruned(model: PreTrainedModel) -> bool:
-    """Return whether the model is known to be pruned."""
-    return getattr(model, _MARK, None) == _PRUNED
+    """Return whether the model was pruned, now or before it was loaded."""
+    return getattr(model.config, _PRUNED_WITH, None) == _PACKAGE
 
 
 def check_whole(model: PreTrainedModel) -> None:
