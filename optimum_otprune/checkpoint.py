@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from optimum_otprune.card import model_card
 from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.devices import is_offloaded, known_as_offloaded, restore_ties
-from optimum_otprune.faithfulness import check_parameters
+from optimum_otprune.faithfulness import check_logits, check_parameters
 from optimum_otprune.files import writing_folder
 from optimum_otprune.manifest import CARD_FILE, write_manifest
 from optimum_otprune.model_files import save_model_files
@@ -54,11 +54,13 @@ def save_checkpoint(
 
     Raises:
         OutputError: See `optimum_otprune.files.writing_folder`.
-        NumericalError: If a parameter is NaN or infinite; names it.
+        NumericalError: If a parameter is NaN or infinite, which is named, or the logits are.
     """
     restore_ties(model)
     with writing_folder(folder, overwrite, weight_bytes(model), places) as partial, _known_failures():
         check_parameters(model)
+        check_logits(model)
+        restore_ties(model)  # looking at offloaded weights has torn them
         with known_as_offloaded(model):
             save_model_files(partial, model, tokenizer, shard_size(model, max_shard_size))
         config.save_pretrained(partial)

@@ -22,6 +22,7 @@ from optimum_otprune.spill import TensorSpill
 from optimum_otprune.streaming import noted
 
 _SAMPLE_TOKENS = 64
+_FEW_TOKENS = 8  # where no calibration sample is at hand
 _AMPLIFIED = 16.0  # clamps of activations lie where the sample does not reach
 _ROUNDING = {torch.float64: 1e-7, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}  # of the norm
 
@@ -86,18 +87,24 @@ def measured_factors(model: PreTrainedModel, blocks: list[FFNBlock], tokens: Ten
     return found.factors
 
 
-def check_logits(model: PreTrainedModel, tokens: Tensor) -> None:
-    """Raise where a model's logits on the check's sample are NaN or infinite; minus infinity rules a token out.
+def check_logits(model: PreTrainedModel, tokens: Tensor | None = None) -> None:
+    """Raise where a model's logits on a short sample are NaN or infinite; minus infinity rules a token out.
+
+    Args:
+        model: Any; its mode stays.
+        tokens: LongTensor `(num_samples, seqlen)`, of which the beginning is taken; default: the first token ids.
 
     Raises:
         NumericalError: Says so.
     """
+    if tokens is None:
+        tokens = torch.arange(min(_FEW_TOKENS, model.get_input_embeddings().num_embeddings))[None]  # type: ignore
     with torch.no_grad():
         _check_output(_output(model, _sample(tokens)))
 
 
 def check_parameters(model: PreTrainedModel, blocks: Sequence[FFNBlock] = ()) -> None:
-    """Raise where a parameter is NaN or infinite; of offloaded ones, one module's at a time is loaded.
+    """Raise where a parameter is NaN or infinite, or a saved buffer NaN; offloaded ones are loaded one by one.
 
     Args:
         model: Wherever its weights are.
@@ -122,6 +129,12 @@ def check_parameters(model: PreTrainedModel, blocks: Sequence[FFNBlock] = ()) ->
                     f"The parameter {f'{path}.{name}'.lstrip('.')!r} holds NaN or infinity. The checkpoint is "
                     "damaged, or its dtype overflowed: reload it, or load it in float32."
                 )
+        for name, buffer in module._buffers.items():
+            is_saved = buffer is not None and name not in module._non_persistent_buffers_set and not buffer.is_meta
+            if is_saved and torch.isnan(buffer).any():  # masks may hold minus infinity
+                raise NumericalError(
+                    f"The buffer {f'{path}.{name}'.lstrip('.')!r} holds NaN. The checkpoint is damaged: reload it."
+                )
 
 
 def _sample(tokens: Tensor) -> Tensor:
@@ -140,7 +153,7 @@ def _check_output(logits: Tensor) -> None:
 def _check_finite(what: str, values: Tensor) -> None:
     if not torch.isfinite(values).all():
         raise NumericalError(
-            f"{what} are NaN or infinite on the calibration data. The weights are damaged, or the model's dtype "
+            f"{what} are NaN or infinite on a short sample. The weights are damaged, or the model's dtype "
             "overflowed: load it in float32."
         )
 

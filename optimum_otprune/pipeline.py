@@ -133,6 +133,7 @@ def prune_model(
     check_parameters(model, blocks)
     empty = sum(empty_channels(block.read()) for block in blocks)
     if all(width == block.intermediate_size for width, block in zip(widths, blocks)):
+        check_logits(model, tokens)
         return PrunedLayers([_untouched(block) for block in blocks], 0)
     warn_of_empty(empty, sum(block.intermediate_size for block in blocks))
     can_hold_intercept = check_feasible(model, blocks, config, widths)

@@ -393,12 +393,22 @@ def test_minus_infinity_in_a_buffer_or_in_a_logit_is_no_damage(llama, tokens):
     OTPruner.from_pretrained(llama, OTPruningConfig(**FAST)).prune(tokens, progress=False)
 
 
-def test_logits_that_overflow_are_told_before_pruning(llama, tokens):
+@pytest.mark.parametrize("ratio", [0.0, 0.5])
+def test_logits_that_overflow_are_told_before_pruning_and_before_saving(ratio, llama, tokens, tmp_path):
     with torch.no_grad():
         llama.lm_head.weight.fill_(3e38)
-    with pytest.raises(NumericalError, match="^the model's logits are NaN or infinite"):
-        OTPruner.from_pretrained(llama, OTPruningConfig(**FAST)).prune(tokens, progress=False)
+    pruner = OTPruner.from_pretrained(llama, OTPruningConfig(**{**FAST, "pruning_ratio": ratio}))
+    for work in (lambda: pruner.prune(tokens, progress=False), lambda: pruner.save_pretrained(tmp_path / "out")):
+        with pytest.raises(NumericalError, match="^the model's logits are NaN or infinite"):
+            work()
     assert llama.model.layers[0].mlp.up_proj.out_features == 48
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_saved_buffer_that_is_nan_is_named(llama):
+    llama.register_buffer("scales", torch.tensor([1.0, float("nan")]))
+    with pytest.raises(NumericalError, match="The buffer 'scales' holds NaN"):
+        check_parameters(llama)
 
 
 def test_an_ffn_that_overflows_is_named_before_pruning(llama, tokens):

@@ -177,11 +177,11 @@ def test_the_state_of_another_run_is_refused_with_the_difference_and_left_as_it_
     record_figure("R9, states of another run refused")
 
 
-def test_a_model_that_is_half_pruned_is_refused(tokens, tmp_path):
+def test_a_run_goes_on_with_the_model_that_was_put_back(tokens, tmp_path):
     pruner = make_pruner(layer_ratios={0: 0.25})
     interrupt(pruner, tokens, tmp_path / "state", 1)
-    with pytest.raises(StateError, match=r"another model\. Go on with what it was begun with \(the model as it was"):
-        prune(pruner, tokens, tmp_path / "state")
+    straight = prune(make_pruner(layer_ratios={0: 0.25}), tokens, None)
+    assert_same(prune(pruner, tokens, tmp_path / "state"), straight)
 
 
 def test_whatever_ends_a_run_leaves_what_was_finished(tokens, tmp_path, monkeypatch):
