@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from optimum_otprune.card import model_card
 from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.devices import is_offloaded, known_as_offloaded, restore_ties
+from optimum_otprune.errors import ConfigurationError
 from optimum_otprune.faithfulness import check_logits, check_parameters
 from optimum_otprune.files import writing_folder
 from optimum_otprune.manifest import CARD_FILE, write_manifest
@@ -54,8 +55,11 @@ def save_checkpoint(
 
     Raises:
         OutputError: See `optimum_otprune.files.writing_folder`.
+        ConfigurationError: If `overwrite` is not True or False.
         NumericalError: If a parameter is NaN or infinite, which is named, or the logits are.
     """
+    if not isinstance(overwrite, bool):
+        raise ConfigurationError(f"`overwrite` is {overwrite!r}; want True or False.")
     restore_ties(model)
     with writing_folder(folder, overwrite, weight_bytes(model), places) as partial, _known_failures():
         check_parameters(model)

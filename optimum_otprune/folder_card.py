@@ -1,5 +1,6 @@
 """The card of a saved folder, made again from the configuration and report in it."""
 
+import os
 from pathlib import Path
 
 from optimum_otprune.card import model_card
@@ -24,7 +25,7 @@ def folder_card(folder: Path, name: str | None = None, has_tokenizer: bool | Non
         ReportError: If there is no configuration, or the report is damaged.
         ConfigurationError: If the configuration is damaged.
     """
-    if not (folder / CONFIG_FILE).is_file():
+    if not os.path.isfile(folder / CONFIG_FILE):
         raise ReportError(f"{folder.name!r} has no {CONFIG_FILE}: it is no folder that `otprune prune` wrote.")
     report_file = folder / REPORT_FILE
     if has_tokenizer is None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +35,7 @@ from optimum_otprune.manifest import (
 )
 from optimum_otprune.retries import Deadline, with_retries
 
+_REPOSITORY = re.compile(r"[\w.\-]{1,96}(/[\w.\-]{1,96})?", re.ASCII)
 _DEADLINE = 3600.0
 _LONGEST_DOWNLOAD = 7 * 86400.0
 _SLOWEST = 2e6  # bytes per second that a push of a large folder is given time for
@@ -261,9 +263,13 @@ def verify_saved(name: str, **where: Any) -> str | None:
         IntegrityError: If files are changed, missing or extra, or there is no manifest.
         HubError: If the repository cannot be read.
     """
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         verify_folder(Path(name))
         return None
+    if not _REPOSITORY.fullmatch(name):
+        raise IntegrityError(
+            f"{Path(name).name[:80]!r} is neither a folder nor a valid Hub id of the form 'user/name'."
+        )
     return verify_repository(name, **where)
 
 

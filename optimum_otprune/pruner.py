@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_otprune.architectures.block import ffn_blocks
 from optimum_otprune.architectures.changes import all_or_nothing, check_dense, check_whole, is_pruned
-from optimum_otprune.architectures.wrappers import model_in_memory, unwrapped
+from optimum_otprune.architectures.wrappers import checked_tokenizer, model_in_memory, unwrapped
 from optimum_otprune.budget import with_pruning_ratio
 from optimum_otprune.calibration import ModelLimits, TokenData, TokenSource, calibration_tokens, evaluation_tokens
 from optimum_otprune.checkpoint import save_checkpoint
@@ -32,6 +32,7 @@ from optimum_otprune.report import PruningReport
 from optimum_otprune.resume import forget, resumable, run_fingerprint
 from optimum_otprune.sharing import HubMixin, check_push, checked_push_options, push_saved, refuse_push_options
 from optimum_otprune.spill import DEFAULT_LIMIT
+from optimum_otprune.state import state_path
 from optimum_otprune.trials import TuningResult, TuningSettings
 from optimum_otprune.tuning import tune_model
 
@@ -58,7 +59,7 @@ class OTPruner(HubMixin):
     ):
         self.model = unwrapped(model)
         self.config = config or OTPruningConfig()
-        self.tokenizer = tokenizer
+        self.tokenizer = checked_tokenizer(tokenizer)
         self.report = report
         self.base_model = base_model
         self.base_card = dict(base_card or {})
@@ -217,7 +218,7 @@ class OTPruner(HubMixin):
         recipe = Recipe.resolve(with_pruning_ratio(self.config, self.model, blocks), functions)
         data = calibration_tokens(calibration_data, self.config, self.tokenizer, self.limits)
         before = model_sizes(self.model)
-        state = None if resume_from is None else Path(os.path.expanduser(resume_from))
+        state = state_path(resume_from)
         self._places |= noted_places(calibration_data=calibration_data, state=state, spill_folder=spill_folder)
         run = {} if state is None else run_fingerprint(self.model, recipe, data.tokens, batch_size)
         with all_or_nothing(self.model), resumable(state, run) as store:

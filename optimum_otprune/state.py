@@ -44,6 +44,19 @@ def default_state_folder(output: Path) -> Path:
     return named.parent / f".{named.name}.otprune-state"
 
 
+def state_path(given: str | os.PathLike | None) -> Path | None:
+    """Return the folder of a state that a user gave, `~` expanded, or None where there shall be none.
+
+    Raises:
+        StateError: If it is no name.
+    """
+    if given is None:
+        return None
+    if not isinstance(given, (str, os.PathLike)) or not str(given).strip():
+        raise StateError(f"The state is {given!r}, which names no folder. Give the name of one, new or of a run.")
+    return Path(os.path.expanduser(given))
+
+
 def has_state(folder: Path) -> bool:
     """Whether a run has begun there."""
     return os.path.isfile(folder / STATE_FILE)
@@ -89,7 +102,7 @@ class StateFolder:
             StateError: If it is in use, damaged, or holds other things.
             OutputError: If it cannot be made or written.
         """
-        if folder.exists() and not folder.is_dir():
+        if os.path.exists(folder) and not folder.is_dir():
             raise StateError(
                 f"The state {folder.name!r} is a file. Give the name of a folder, new or of an earlier run."
             )

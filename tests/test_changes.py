@@ -1,6 +1,7 @@
 """A model is pruned or it is what it was: whatever ends `prune`, and whatever functions of others do."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -256,7 +257,8 @@ def test_a_pruned_model_is_not_pruned_again_by_whatever_way_it_comes(options, sa
     subject = make_pruner(**options)
     subject.prune(samples, progress=False)
     folder = subject.save_pretrained(tmp_path / "out")
-    loaded = OTPruner.from_pretrained(folder)
+    loaded, copied = OTPruner.from_pretrained(folder), tmp_path / "copied"
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(copied)
     ways = {
         "the same object": subject,
         "a pruner of its own": make_pruner(subject.model),
@@ -264,6 +266,7 @@ def test_a_pruned_model_is_not_pruned_again_by_whatever_way_it_comes(options, sa
         "its folder": loaded,
         "its folder with another configuration": OTPruner.from_pretrained(folder, {"pruning_ratio": 0.25}),
         "its folder as transformers loads it": make_pruner(AutoModelForCausalLM.from_pretrained(folder)),
+        "a copy that transformers saved": OTPruner(AutoModelForCausalLM.from_pretrained(copied), subject.config),
     }
     for way, again in ways.items():
         widths = [layer.mlp.up_proj.out_features for layer in again.model.model.layers]
@@ -280,6 +283,20 @@ def test_a_pruned_model_is_not_pruned_again_by_whatever_way_it_comes(options, sa
         OTPruner.plan(folder, {"pruning_ratio": 0.25}, samples)
     again = OTPruner.from_pretrained(loaded.save_pretrained(tmp_path / "again"))
     assert again.report.layers == subject.report.layers
+
+
+def test_a_function_that_wraps_one_of_this_package_is_not_of_it(samples):
+    @functools.wraps(wanda)
+    def mine(statistics):
+        found = wanda(statistics)
+        statistics.weights.down.zero_()
+        return found
+
+    config = OTPruningConfig(method="wanda_sp", pruning_ratio=0.5, multiple_of=1)
+    subject, plain = (OTPruner.from_pretrained(make_llama(intermediate_size=24), config) for _ in range(2))
+    subject.prune(samples, progress=False, importance=mine)
+    plain.prune(samples, progress=False)
+    assert same(state_of(subject.model), state_of(plain.model))
 
 
 def test_the_command_refuses_a_pruned_folder_before_it_evaluates_it(samples, tmp_path, capsys):

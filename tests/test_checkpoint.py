@@ -151,7 +151,7 @@ def test_a_folder_without_a_config_and_a_file_are_refused(tmp_path):
         OTPruner.from_pretrained(tmp_path / "model.safetensors")
 
 
-def test_no_file_holds_a_local_path(pruner, llama_folder, tokens, tmp_path):
+def test_no_file_holds_a_local_path(llama_folder, tokens, tmp_path):
     pruner = OTPruner.from_pretrained(llama_folder, OTPruningConfig(pruning_ratio=0.5, multiple_of=1))
     torch.save(tokens, tmp_path / "ids.pt")
     pruner.prune(tmp_path / "ids.pt", progress=False)

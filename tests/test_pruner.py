@@ -24,6 +24,7 @@ from optimum_otprune.errors import (
     ModelLoadError,
     NumericalError,
     OutputError,
+    StateError,
     UnsupportedModelError,
 )
 from optimum_otprune.methods import METHODS
@@ -449,3 +450,21 @@ def test_a_shard_size_that_is_none_is_an_error_that_leaves_nothing(llama, tmp_pa
     ):
         OTPruner(llama).save_pretrained(tmp_path / "out", max_shard_size=size)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("tokenizer", [5, "user/name"])
+def test_what_is_no_tokenizer_is_refused(llama, tokenizer):
+    kind = type(tokenizer).__name__
+    with pytest.raises(ConfigurationError, match=f"`tokenizer` is of type {kind}; want a tokenizer"):
+        OTPruner.from_pretrained(llama, tokenizer=tokenizer)
+
+
+def test_overwriting_is_wanted_or_not(llama, tmp_path):
+    with pytest.raises(ConfigurationError, match="`overwrite` is 'no'; want True or False"):
+        OTPruner(llama).save_pretrained(tmp_path / "out", overwrite="no")
+
+
+@pytest.mark.parametrize("state", [5, "", " "])
+def test_a_state_that_names_no_folder_is_refused(llama, tokens, state):
+    with pytest.raises(StateError, match=f"The state is {state!r}, which names no folder"):
+        OTPruner(llama, OTPruningConfig(pruning_ratio=0.5)).prune(tokens, resume_from=state)

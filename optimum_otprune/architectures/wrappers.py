@@ -3,7 +3,7 @@
 import os
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_otprune.errors import ConfigurationError, UnsupportedModelError
 
@@ -40,7 +40,22 @@ def unwrapped(model: object) -> PreTrainedModel:
             "`AutoModelForCausalLM.from_pretrained`, or give its name or folder."
         )
     raise ConfigurationError(
-        f"The model is of type {type(model).__name__}; want the name of a model, a folder, or a `PreTrainedModel`."
+        f"The model is of type {type(model).__name__}; want a `PreTrainedModel`, or, for `OTPruner.from_pretrained`, "
+        "the name or folder of one."
+    )
+
+
+def checked_tokenizer(tokenizer: object) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer, or None where there is none.
+
+    Raises:
+        ConfigurationError: If it is no tokenizer of transformers, such as the name of one.
+    """
+    if tokenizer is None or isinstance(tokenizer, PreTrainedTokenizerBase):
+        return tokenizer
+    raise ConfigurationError(
+        f"`tokenizer` is of type {type(tokenizer).__name__}; want a tokenizer of transformers. Load it by "
+        "`AutoTokenizer.from_pretrained`, or leave it out for the model's own."
     )
 
 

@@ -112,7 +112,7 @@ def _dry_run(args: argparse.Namespace, config: OTPruningConfig, output: Path) ->
 
 def _was_saved(model: str, output: Path, state: Path, config: OTPruningConfig) -> bool:
     """Whether an earlier run of this command ended between saving its result and removing its state."""
-    if not state.is_dir() or not (output / REPORT_FILE).is_file():
+    if not os.path.isdir(state) or not (output / REPORT_FILE).is_file():
         return False
     try:
         verify_folder(output)
@@ -230,7 +230,7 @@ def card(args: argparse.Namespace) -> None:
 def push(args: argparse.Namespace) -> None:
     """Push a saved model."""
     folder = _folder(args)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UsageError(f"{folder.name!r} is no folder. Give one that `otprune prune` wrote.")
     _tell_push(
         push_saved(

@@ -16,7 +16,7 @@ from optimum_otprune.report import REPORT_FILE, PruningReport
 def report(args: argparse.Namespace) -> None:
     """Print what pruning did to a saved model."""
     folder = Path(os.path.expanduser(args.folder))
-    if not (folder / REPORT_FILE).is_file():
+    if not os.path.isfile(folder / REPORT_FILE):
         raise ReportError(f"{folder.name!r} has no {REPORT_FILE}: it is no folder that `otprune prune` wrote.")
     saved = PruningReport.load(folder / REPORT_FILE)
     if args.json:
