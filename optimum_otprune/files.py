@@ -14,7 +14,14 @@ from pathlib import Path
 
 from optimum_otprune.errors import IntegrityError, OutputError
 from optimum_otprune.manifest import MANIFEST_FILE, verify_folder
-from optimum_otprune.outputs import check_output_file, check_output_folder, check_place, own_files, resolved_output
+from optimum_otprune.outputs import (
+    UNFINISHED_MODE,
+    check_output_file,
+    check_output_folder,
+    check_place,
+    own_files,
+    resolved_output,
+)
 
 if sys.platform != "win32":
     import fcntl
@@ -174,7 +181,7 @@ def _is_complete(folder: Path) -> bool:
 def _new_partial(target: Path) -> tuple[Path, int | None]:
     while True:
         partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(8)}")
-        partial.mkdir(mode=0o700)
+        partial.mkdir(mode=UNFINISHED_MODE)
         try:
             lock = _lock(partial)
         except BlockingIOError:

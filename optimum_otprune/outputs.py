@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ _SPACE_MARGIN = 1.1
 _LARGEST_JSON = 1 << 26  # bytes
 _AROUND = len(".") + len(".partial-") + 16  # bytes that a hidden name beside the output has more than the output's
 _INSIDE = 160  # bytes of the longest name in a saved folder, such as that of a chat template
-
-
+# Mode of a hidden folder as long as it is being written. A folder that is finished has lost the sticky bit, so that an
+# earlier output which took a hidden name when the new one took its place is never taken for one.
+UNFINISHED_MODE = 0o1700
 _TEMPLATES = "additional_chat_templates"
 # What transformers writes for a model and its tokenizer, and nothing that a person or a training run does.
 _MODEL_FILE = re.compile(
@@ -151,11 +153,13 @@ def own_files(folder: Path, is_unfinished: bool = False) -> tuple[list[str], str
     """Say which files of a folder are ours, so that they may be replaced, and which is the first that is not.
 
     Ours is what the folder's manifest lists; without one, what holds a model, if it is one: configuration, weights,
-    tokenizer. A link, whatever its name, a hidden file and a folder in it are not.
+    tokenizer. A link, whatever its name, a hidden file and a folder in it are not. In a hidden folder that is still
+    marked as being written, every plain file is: libraries leave temporary files, and tokenizers have files of any
+    name.
 
     Args:
         folder: One that exists.
-        is_unfinished: Whether it was being written, and has no manifest for that reason.
+        is_unfinished: Whether its name is that of a folder being written, which may have no manifest yet.
 
     Returns:
         Names of our files, and the first name of something else, or None.
@@ -164,12 +168,15 @@ def own_files(folder: Path, is_unfinished: bool = False) -> tuple[list[str], str
         listed = {*read_manifest(folder), MANIFEST_FILE}
     except IntegrityError:
         listed = set()
+    is_marked = is_unfinished and stat.S_IMODE(folder.lstat().st_mode) & 0o1777 == UNFINISHED_MODE
     own: list[str] = []
     foreign: list[str] = []
     for name, is_plain in sorted(_names(folder)):
         kept = _PARTIAL_FILE.fullmatch(name)  # of a card or report whose writing was killed
         known = kept[1] if kept else name
-        if listed:
+        if is_marked:
+            is_own = True
+        elif listed:
             is_own = known in listed
         else:
             is_own = bool(_MODEL_FILE.fullmatch(name) or (is_unfinished and _OWN_FILE.fullmatch(known)))
@@ -185,7 +192,7 @@ def _names(folder: Path) -> list[tuple[str, bool]]:
     found = []
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name == _TEMPLATES and entry.is_dir(follow_symlinks=False):
+            if entry.name == _TEMPLATES and entry.is_dir(follow_symlinks=False) and not os.path.ismount(entry):
                 inner = _names(folder / _TEMPLATES)
                 found += [(f"{_TEMPLATES}/{name}", is_plain) for name, is_plain in inner]
             else:

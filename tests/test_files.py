@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import signal
 import threading
 
 import pytest
@@ -11,6 +12,7 @@ from optimum_otprune import files
 from optimum_otprune.errors import OutputError
 from optimum_otprune.files import recover, replace_file, save_text, writing_folder
 from optimum_otprune.manifest import MANIFEST_FILE, verify_folder, write_manifest
+from optimum_otprune.outputs import UNFINISHED_MODE
 from tests.crashes import DIED, at_each_step, die_at, exit_code, forked, full_disk_at, hashes
 
 MODEL = {"config.json": "{}", "model.safetensors": "weights", "tokenizer.json": "{}"}
@@ -339,6 +341,62 @@ def test_an_abandoned_folder_goes_with_every_file_that_a_save_writes(target):
     fill(left, **dict.fromkeys((*ours, "otprune_config.json", "otprune_manifest.json", "chat_template.jinja"), "half"))
     recover(target)
     assert names(target.parent) == ["out"]
+
+
+FILES_OF_LIBRARIES = (
+    ".tmpAbC123",
+    "modeling_foo.py",
+    "tokenizer.model.v3",
+    "qwen.tiktoken",
+    "additional_chat_templates/a",
+)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_a_folder_that_a_killed_process_was_writing_goes_with_whatever_libraries_wrote_there(
+    target, mask, record_figure
+):
+    def dies():
+        os.umask(mask)
+        with writing_folder(target, True, 0) as partial:
+            fill(partial, **dict.fromkeys(FILES_OF_LIBRARIES, "half"))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return 0
+
+    assert exit_code(forked(dies)) == -signal.SIGKILL
+    (left,) = target.parent.glob(".out.partial-*")
+    assert names(left)[0] == ".tmpAbC123"
+    recover(target)
+    assert names(target.parent) == ["out"]
+    assert weights(target) == "old"
+    record_figure("R4, processes that died at a step", 1, 1)
+
+
+def test_a_link_in_a_folder_that_a_killed_process_was_writing_is_not_ours(target, tmp_path):
+    left = target.with_name(f".out.partial-{'0' * 16}")
+    left.mkdir(mode=UNFINISHED_MODE)
+    (left / "link").symlink_to(target)
+    (left / "notes").mkdir()
+    (left / "notes" / "thesis.txt").write_text("dear")
+    with pytest.warns(UserWarning, match=r"was not removed, since 'link' in it is not ours"):
+        recover(target)
+    assert (left / "notes" / "thesis.txt").read_text() == "dear"
+    verify_folder(target)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_an_earlier_output_under_a_hidden_name_keeps_what_is_not_ours(target, mask):
+    """Its own mode, not its name, tells it from a folder that was being written, however narrow the umask is."""
+    before = os.umask(mask)
+    try:
+        save(target, "earlier")
+    finally:
+        os.umask(before)
+    hidden = target.rename(target.with_name(f".out.partial-{'0' * 16}"))
+    (hidden / "thesis.txt").write_text("dear")
+    with pytest.warns(UserWarning, match=r"was not removed, since 'thesis.txt' in it is not ours"):
+        recover(target)
+    assert names(hidden) == ["thesis.txt"]
 
 
 def test_an_abandoned_folder_keeps_what_is_not_ours_and_says_so(target, record_figure):
