@@ -20,14 +20,16 @@ _CHUNK = 1 << 20
 _NAME = re.compile(r"(additional_chat_templates/)?[A-Za-z0-9_][A-Za-z0-9_.\- ]*")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 # What a loader could read although nobody listed it: it would be preferred to, or mixed with, the listed files.
-_CODE = frozenset({".py", ".pyc", ".pyd", ".so", ".dll", ".dylib"})
+_CODE = frozenset({".py", ".pyc", ".pyo", ".pyw", ".pyd", ".so", ".dll", ".dylib"})
 _WEIGHT_FORMATS = frozenset(
     {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npz", ".h5", ".keras", ".msgpack"}
-    | {".gguf", ".ggml", ".onnx", ".ot", ".tflite"}
+    | {".gguf", ".ggml", ".onnx", ".onnx_data", ".data", ".ot", ".tflite", ".pt2", ".pte", ".pb", ".npy", ".joblib"}
 )
 _SETTINGS = frozenset({".json", ".jinja", ".model", ".tiktoken"})
 _SETTINGS_NAMES = frozenset({"vocab.txt", "merges.txt"})
 _NESTED_SETTINGS = re.compile(r".*(config|index|tokenizer|vocab)[^/]*\.json", re.DOTALL)
+_WEIGHTS_FILE = "model.safetensors"
+_INDEX_FILE = "model.safetensors.index.json"
 _LARGEST_INDEX = 1 << 28  # bytes
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|h5|msgpack)(\.index\.json)?")
 
@@ -125,8 +127,8 @@ def verify_folder(folder: Path) -> dict[str, FileEntry]:
     """Compare every file with the manifest.
 
     Files that are not listed count only where they could change how the folder loads or runs, such as a stale
-    `model.safetensors`, weights of another format, code, or configurations in a folder below; hidden files, licenses,
-    and pictures may be added. The weights themselves must be listed.
+    `model.safetensors`, weights of another format, code of any name, or configurations in a folder below; licenses,
+    pictures, and hidden files that are no code may be added. The weights themselves must be listed.
 
     Args:
         folder: A saved folder.
@@ -162,18 +164,21 @@ def find_problems(folder: Path, entries: Mapping[str, FileEntry]) -> dict[str, l
 
 
 def _weights_not_listed(folder: Path, entries: Mapping[str, FileEntry]) -> list[str]:
-    """Weights that a loader needs, and that nothing would be known of."""
-    weights = [name for name in entries if is_weights_file(name)]
-    wanted = {"model.safetensors"} if all(name.endswith(".json") for name in weights) else set()
-    for index in (name for name in weights if name.endswith(".json") and entries[name].size <= _LARGEST_INDEX):
+    """Weights that a loader needs, and that nothing would be known of, whatever other weights are listed."""
+    wanted: dict[str, set[str]] = {}
+    for index in (name for name in entries if is_weights_file(name) and name.endswith(".json")):
+        if entries[index].size > _LARGEST_INDEX:
+            continue
         try:
             shards = json.loads((folder / index).read_bytes())["weight_map"].values()
-            wanted |= {str(shard)[:80] for shard in shards}
+            wanted[index] = {str(shard)[:80] for shard in shards}
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise IntegrityError(
                 f"{index} is damaged: want an object with a `weight_map` from tensors to files. Get the folder again."
             ) from error
-    return sorted(wanted - set(entries))
+    if not wanted.get(_INDEX_FILE):
+        wanted[_INDEX_FILE] = {_WEIGHTS_FILE}
+    return sorted(set().union(*wanted.values()) - set(entries))
 
 
 def check_plain(folder: Path, names: Iterable[str]) -> None:
@@ -197,16 +202,16 @@ def check_plain(folder: Path, names: Iterable[str]) -> None:
 
 def unlisted(names: Any, entries: Mapping[str, FileEntry]) -> list[str]:
     """Of the names of files beside the manifest, those that a loader could read though they are not listed."""
-    return sorted(
-        name
-        for name in names
-        if name not in entries and name != MANIFEST_FILE and not name.startswith(".") and _is_loadable(name)
-    )
+    return sorted(name for name in names if name not in entries and name != MANIFEST_FILE and _is_loadable(name))
 
 
 def _is_loadable(name: str) -> bool:
     suffix = Path(name).suffix.lower()
-    if suffix in _CODE or suffix in _WEIGHT_FORMATS:
+    if suffix in _CODE:
+        return True
+    if name.startswith("."):
+        return False
+    if suffix in _WEIGHT_FORMATS:
         return True
     if "/" in name and not name.startswith("additional_chat_templates/"):
         return _NESTED_SETTINGS.fullmatch(name.lower()) is not None

@@ -87,6 +87,12 @@ def test_missing_longer_and_extra_files_are_told_apart(folder):
         "custom/code.py",
         "custom/native.so",
         "onnx/model.onnx",
+        "model.onnx",
+        "model.onnx_data",
+        "model.onnx.data",
+        "x.pt2",
+        ".x.py",
+        ".hidden/modeling.py",
         "encoder/config.json",
         "encoder/pytorch_model.bin.index.json",
         "additional_chat_templates/other.jinja",
@@ -127,6 +133,29 @@ def test_a_manifest_must_list_the_weights(folder, index, message):
     write_manifest(folder)
     with pytest.raises(IntegrityError, match=message):
         verify_folder(folder)
+
+
+@pytest.mark.parametrize("other", ["other.bin", "other.safetensors", "model-00001-of-00002.safetensors"])
+@pytest.mark.parametrize("index", [None, '{"weight_map": {}}'])
+def test_other_weights_in_the_manifest_do_not_stand_in_for_those_that_are_loaded(folder, other, index):
+    (folder / "model.safetensors").rename(folder / other)
+    if index is not None:
+        (folder / "model.safetensors.index.json").write_text(index)
+    write_manifest(folder)
+    with pytest.raises(IntegrityError, match=r"\(not listed: 'model.safetensors'\)"):
+        verify_folder(folder)
+
+
+def test_weights_in_shards_are_all_listed(folder):
+    shards = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    (folder / "model.safetensors").rename(folder / shards[0])
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict(zip("ab", shards))}))
+    write_manifest(folder)
+    with pytest.raises(IntegrityError, match=rf"\(not listed: '{shards[1]}'\)"):
+        verify_folder(folder)
+    (folder / shards[1]).write_bytes(b"x")
+    write_manifest(folder)
+    verify_folder(folder)
 
 
 def test_weights_that_are_there_but_not_listed_are_told(folder):
