@@ -41,11 +41,11 @@ def output_path(given: str | os.PathLike) -> Path:
         given: By the user.
 
     Raises:
-        OutputError: If it is empty, or is no text that every system can write.
+        OutputError: If it is no path, is empty, or is no text that every system can write.
     """
-    text = os.fspath(given)
+    text = os.fspath(given) if isinstance(given, os.PathLike) else given
     if not isinstance(text, str) or not text.strip():
-        raise OutputError(f"The output is {text!r}, which names nothing. Give the name of a new file or folder.")
+        raise OutputError(f"The output is {text!r:.60}, which names nothing. Give the name of a new file or folder.")
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -107,6 +107,14 @@ def test_an_output_that_would_harm_or_cannot_be_written_is_refused_and_nothing_i
     record_figure("R13", tried=1, ok=1)
 
 
+@pytest.mark.parametrize("given", [None, 3, b"out"])
+def test_an_output_that_is_no_path_is_refused(given):
+    with pytest.raises(
+        OutputError, match=f"The output is {given!r}, which names nothing. Give the name of a new file"
+    ):
+        output_path(given)
+
+
 @pytest.mark.parametrize("name", ["out", "spill/out", "data/out", "models/pruned", "~/out", "new/er/out", "o" * 229])
 def test_an_output_beside_what_is_the_users_is_allowed(project, name):
     check_output_folder(output_path(name), False, places=noted_places(**OPTIONS))
