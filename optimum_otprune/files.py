@@ -326,12 +326,23 @@ def _explained(folder: Path) -> Iterator[None]:
 
 
 def _make_durable(folder: Path) -> None:
-    """Flush files to the disk, with the permissions that the umask allows (safetensors writes 0600)."""
-    umask = os.umask(0)
-    os.umask(umask)
+    """Flush files to the disk, with the permissions that new ones have (safetensors writes 0600)."""
+    file_mode, folder_mode = _usual_modes(folder)
     for file in folder.rglob("*"):
         if stat.S_ISREG(file.lstat().st_mode):
-            file.chmod(0o666 & ~umask)
+            file.chmod(file_mode)
             sync(file)
-    folder.chmod(0o777 & ~umask)
+    folder.chmod(folder_mode)
     sync(folder)
+
+
+def _usual_modes(folder: Path) -> tuple[int, int]:
+    """Permissions of a file and a folder that are made here; to ask for the umask is to change it for all threads."""
+    file, inner = folder / f".{secrets.token_hex(8)}", folder / f".{secrets.token_hex(8)}"
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    os.close(descriptor)
+    inner.mkdir()
+    modes = stat.S_IMODE(file.lstat().st_mode), stat.S_IMODE(inner.lstat().st_mode)
+    file.unlink()
+    inner.rmdir()
+    return modes
