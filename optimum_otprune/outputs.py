@@ -12,7 +12,12 @@ from typing import Any
 from optimum_otprune.errors import IntegrityError, OutputError
 from optimum_otprune.manifest import MANIFEST_FILE, read_manifest
 
-_MAY_BE_NAMES = ("source_model", "calibration_data", "evaluation_data")  # of the Hub, if no such path exists
+_MAY_BE_NAMES = (
+    "source_model",
+    "tokenizer",
+    "calibration_data",
+    "evaluation_data",
+)  # of the Hub, if no such path exists
 _CLOSED = ("source_model", "state", "offload_folder")  # a result inside would be mixed, or removed, with them
 _SPACE_MARGIN = 1.1
 _LARGEST_JSON = 1 << 26  # bytes
@@ -98,8 +103,8 @@ def noted_places(**given: Any) -> dict[str, Path]:
     """Return the paths among what a user gave, absolute, so that they hold when the working folder changes.
 
     Args:
-        **given: `source_model`, `calibration_data`, `evaluation_data`, `state`, `spill_folder` or `offload_folder`;
-            what is no path, such as the name of a dataset on the Hub or a tensor, is left out.
+        **given: `source_model`, `tokenizer`, `calibration_data`, `evaluation_data`, `state`, `spill_folder` or
+            `offload_folder`; what is no path, such as the name of a dataset on the Hub or a tensor, is left out.
     """
     found = {}
     for what, value in given.items():

@@ -64,7 +64,9 @@ class OTPruner(HubMixin):
         self.base_model = base_model
         self.base_card = dict(base_card or {})
         self.tuning: TuningResult | None = None
-        self._places = noted_places(source_model=self.model.name_or_path)
+        self._places = noted_places(
+            source_model=self.model.name_or_path, tokenizer=getattr(tokenizer, "name_or_path", None)
+        )
         self._calibrated_on: TokenData | None = None
         self._unsaved_state: tuple[Path, Mapping[str, Any]] | None = None
         self._evaluations: list[Mapping[str, Any]] = list(report.evaluations) if report else []

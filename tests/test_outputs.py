@@ -4,6 +4,7 @@ import os
 
 import pytest
 from safetensors.torch import save_file
+from transformers import AutoTokenizer
 
 from optimum_otprune import OTPruner, OTPruningConfig, outputs
 from optimum_otprune.errors import OutputError
@@ -198,6 +199,16 @@ def test_a_pruner_remembers_what_it_must_not_replace(llama_folder, tokens, tmp_p
     assert hashes(tmp_path) == before
     record_figure("R13", tried=len(refused), ok=len(refused))
     assert pruner.save_pretrained("../elsewhere/out/../out").name == "out"
+
+
+def test_a_folder_that_only_the_tokenizer_is_from_is_not_replaced(llama, llama_folder, monkeypatch):
+    monkeypatch.chdir(llama_folder.parent)
+    tokenizer = AutoTokenizer.from_pretrained("dense")
+    before = hashes(llama_folder)
+    pruner = OTPruner(llama, tokenizer=tokenizer)
+    with pytest.raises(OutputError, match=r"is, or contains, the tokenizer \('dense'\)"):
+        pruner.save_pretrained("dense", overwrite=True)
+    assert hashes(llama_folder) == before
 
 
 def test_a_home_folder_is_written_as_a_tilde_in_every_argument(llama_folder, tokens, tmp_path, monkeypatch):
