@@ -10,6 +10,7 @@ import gzip
 import io
 import json
 import lzma
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -269,11 +270,24 @@ def _csv_rows(path: Path, encoding: str, text_column: str, delimiter: str) -> It
         )
         with reader:
             number = 0
-            for chunk in reader:
+            while (chunk := _next_chunk(path, reader, number)) is not None:
                 _check_column(path, list(chunk.columns), text_column)
                 for value in chunk[text_column].tolist():
                     number += 1
                     yield Row(value, f"Row {number} of {path.name}")
+
+
+def _next_chunk(path: Path, reader: Iterator[pd.DataFrame], read: int) -> pd.DataFrame | None:
+    """The next rows of a table, None after the last; pandas warns of fields beyond the columns and drops them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pd.errors.ParserWarning)
+        try:
+            return next(reader, None)
+        except pd.errors.ParserWarning as warning:
+            raise CalibrationDataError(
+                f"{path.name} has, among its rows {read + 1} to {read + _ROWS}, one of more fields than the first line "
+                "names columns, so that text would be lost. Put texts that hold the separator in quotes."
+            ) from warning
 
 
 def _check_column(path: Path, names: list[str], text_column: str) -> None:
