@@ -52,6 +52,7 @@ _DECOMPRESSORS: tuple[tuple[bytes, Callable[[Path, str], Any]], ...] = (
 _DAMAGED = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, pa.ArrowException, pd.errors.ParserError)
 _PART = 1 << 20  # characters that are read at a time
 _HEAD = 1 << 16
+_ESCAPE = 12  # characters of two `\\u` in JSON, the longest thing that a cut can leave unfinished beside a string
 _ROWS = 256  # rows of a table that are read at a time
 
 
@@ -103,7 +104,7 @@ def _rows(path: Path, text_column: str) -> Iterator[Row]:
     else:
         encoding = next((name for mark, name in _ENCODINGS if head.startswith(mark)), "utf-8-sig")
         first = _first_lines(path, head, encoding)
-        if _is_json(path, first, encoding):
+        if _is_json(path, first, is_cut=len(head) == _HEAD):
             yield from _json_rows(path, encoding, text_column)
         elif (delimiter := _delimiter(path, first, text_column)) is not None:
             yield from _csv_rows(path, encoding, text_column, delimiter)
@@ -153,24 +154,52 @@ def _text_parts(path: Path, encoding: str) -> Iterator[str]:
             yield part
 
 
-def _is_json(path: Path, first: str, encoding: str) -> bool:
-    """Whether it is named so, or holds objects: in lines, or in one array or object."""
+def _is_json(path: Path, first: str, is_cut: bool) -> bool:
+    """Whether it is named so, or its beginning is JSON that holds documents: a value a line, or one value.
+
+    An object in the first line is enough; strings and ids are JSON if every line is, since a text may begin so, too.
+    """
     if data_suffix(path) in JSON_SUFFIXES:
         return True
-    if not first.startswith(("{", "[")):
+    if not first.startswith(("{", "[", '"', "null")):
         return False
-    line = first.partition("\n")[0]
+    lines = first.split("\n")
+    if is_cut:
+        lines.pop()
+    is_table = data_suffix(path) in _CSV_SUFFIXES
     try:
-        if "\n" in first and line.strip() not in ("{", "[", "[{"):
-            return _holds_objects(json.loads(line))
-        with _opened_text(path, encoding, newline="") as text:
-            return _holds_objects(json.load(text))
+        values = [json.loads(line) for line in lines[:1]]
+        if not any(_holds_objects(value) for value in values):
+            values += [json.loads(line) for line in lines[1:] if line.strip()]
+        if values:
+            return any(map(_holds_objects, values)) or (not is_table and all(map(_is_document, values)))
     except (ValueError, RecursionError):
+        pass  # one value in several lines, or text
+    try:
+        value = json.loads(first)
+    except RecursionError:
         return False
+    except json.JSONDecodeError as error:
+        is_whole_until_cut = error.msg.startswith("Unterminated") or error.pos >= len(first.rstrip()) - _ESCAPE
+        return is_cut and not is_table and is_whole_until_cut
+    except ValueError:
+        return False
+    return _holds_objects(value) or (not is_table and _is_document(value))
 
 
 def _holds_objects(value: Any) -> bool:
-    return isinstance(value, dict) or (isinstance(value, list) and bool(value) and isinstance(value[0], dict))
+    return isinstance(value, dict) or (isinstance(value, list) and isinstance(_first(value), dict))
+
+
+def _is_document(value: Any) -> bool:
+    """Whether a value of JSON is a text, a row of ids, a null, or an array of such."""
+    entries = value if isinstance(value, list) and not is_id_row(value) else [value]
+    return all(entry is None or isinstance(entry, str) or is_id_row(entry) for entry in entries) and bool(entries)
+
+
+def _first(values: Iterable[Any]) -> Any:
+    """The first that is not null, else None."""
+    return next((value for value in values if value is not None), None)
 
 
 def _json_rows(path: Path, encoding: str, text_column: str) -> Iterator[Row]:

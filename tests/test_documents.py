@@ -117,6 +117,40 @@ def test_a_file_is_read_by_what_it_holds(tmp_path, tokenizer, name, content):
     assert [file.name for file in tmp_path.iterdir()] == [name]  # nothing is written beside it
 
 
+ARRAY = "[" + ",\n ".join(json.dumps({"text": text}) for text in TEXTS) + "]"
+JSON_TEXTS = {
+    "array": ARRAY,
+    "object": '{"data": [\n' + ARRAY[1:] + "}",
+    "strings": json.dumps(TEXTS),
+    "nulls": json.dumps([None, *TEXTS]),
+    "indented strings": json.dumps(TEXTS, indent=1),
+    "lines of strings": "\n".join(json.dumps(text) for text in TEXTS),
+    "lines of ids": "\n".join(map(json.dumps, IDS)),
+    "long array": json.dumps([{"text": text} for text in TEXTS * 300], indent=1),
+    "long strings": json.dumps(TEXTS * 300, indent=1),
+    "long lines": json.dumps({"text": " ".join(TEXTS * 300)}) + "\n" + LINES,
+    "long line of escapes": json.dumps({"text": "\u4e00" * 20_000 + " ".join(TEXTS)}),
+}
+
+
+@pytest.mark.parametrize("kind", JSON_TEXTS)
+def test_json_is_json_whatever_its_name(tmp_path, tokenizer, kind):
+    expected = whole(written(tmp_path, "a.json", JSON_TEXTS[kind]), tokenizer)
+    for name in ("a.txt", "a", "a.md"):
+        assert torch.equal(whole(written(tmp_path, name, JSON_TEXTS[kind]), tokenizer), expected), name
+    for name in ("b.gz", "b"):
+        path = written(tmp_path, name, gzip.compress(JSON_TEXTS[kind].encode()))
+        assert torch.equal(whole(path, tokenizer), expected), name
+
+
+def test_long_text_that_begins_like_json_is_text(tmp_path, tokenizer):
+    for text in ('"w1"\nw2 "w3"\n', "[1, 2]\nw1\n", "[\nw1\n", '{"w1"}\n', '["w1",\nw2\n'):
+        path = written(tmp_path, "text.txt", text + PLAIN * 200)
+        assert torch.equal(whole(path, tokenizer), whole([text + PLAIN * 200], tokenizer)), text
+    path = written(tmp_path, "quoted.csv", '"text"\n' + "\n".join(json.dumps(text) for text in TEXTS))
+    assert torch.equal(whole(path, tokenizer), whole(TEXTS, tokenizer))
+
+
 @pytest.mark.parametrize("text", ["{\nw1 w2\n", "[1] w1\n", '"w1", w2\n', "BZh w1\n", "{w1}\n", "w1,w2\n", "w1\rw2"])
 def test_text_that_begins_like_something_else_is_text(tmp_path, tokenizer, text):
     path = written(tmp_path, "text.txt", text + PLAIN)
