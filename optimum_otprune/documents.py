@@ -23,6 +23,7 @@ from optimum_otprune.hub_client import without_secrets_in_warnings
 from optimum_otprune.text_files import (
     DATA_SUFFIXES,
     Row,
+    TextParts,
     data_suffix,
     file_rows,
     is_conversation,
@@ -79,8 +80,8 @@ class Documents(NamedTuple):
             if separator:
                 yield separator
             separator = "\n\n"
-            if isinstance(row.value, Iterator):
-                yield from row.value
+            if isinstance(row.value, TextParts):
+                yield from row.value.parts
             else:
                 yield _valid(self._rendered(row) if is_conversation(row.value) else str(row.value), row.where)
 
@@ -126,10 +127,10 @@ class Documents(NamedTuple):
 def _kind(row: Row) -> str | None:
     """What a row is, None for a null: the one place where that is decided, whatever the data are."""
     value, where = row
-    if value is None or (isinstance(value, float) and math.isnan(value)) or (isinstance(value, list) and not value):
-        return None
-    if isinstance(value, (str, Iterator)):
+    if isinstance(value, (str, TextParts)):
         return "text"
+    if value is None or (isinstance(value, float) and math.isnan(value)) or (isinstance(value, (list, tuple)) and not value):
+        return None
     if is_conversation(value):
         return "conversation"
     if is_id_row(value):
@@ -167,6 +168,10 @@ def documents(
         return _named(data, config, split, tokenizer)
     if isinstance(data, (datasets.Dataset, datasets.IterableDataset, dict)):
         table = _split(data, split)
+        if not isinstance(table, (datasets.Dataset, datasets.IterableDataset)):
+            raise CalibrationDataError(
+                f"{split!r} holds a {type(table).__name__}; want a datasets.Dataset. Give a list of texts by itself."
+            )
         is_streamed = isinstance(table, datasets.IterableDataset)
         if is_streamed and shuffle:
             table = table.shuffle(seed=config.seed, buffer_size=_SHUFFLED)
@@ -189,11 +194,14 @@ def _valid(text: str, where: str) -> str:
 
 def _values(data: object) -> Sequence[Any]:
     """A list, or what is like one: a column of a data set, an array of strings, a series of pandas."""
+    kind = type(data).__name__
+    if isinstance(data, np.ma.MaskedArray):
+        raise CalibrationDataError(f"Data of type {kind} are not understood. Give `data.compressed()` or a list.")
     if not isinstance(data, (list, tuple)) and hasattr(data, "__array__") and not isinstance(data, Tensor):
         data = np.asarray(data).tolist()
-    if not isinstance(data, Sequence) or isinstance(data, (bytes, bytearray, memoryview)):
+    if not isinstance(data, Sequence) or isinstance(data, (str, bytes, bytearray, memoryview)):
         raise CalibrationDataError(
-            f"Data of type {type(data).__name__} are not understood. Give a dataset name, a file, a list of strings, "
+            f"Data of type {kind} are not understood. Give a dataset name, a file, a list of strings, "
             "a datasets.Dataset or a tensor of token ids."
         )
     if not len(data):

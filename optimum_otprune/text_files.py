@@ -56,11 +56,17 @@ _ESCAPE = 12  # characters of two `\\u` in JSON, the longest thing that a cut ca
 _ROWS = 256  # rows of a table that are read at a time
 
 
+class TextParts(NamedTuple):
+    """One long text that is read in parts."""
+
+    parts: Iterator[str]
+
+
 class Row(NamedTuple):
     """One document as it was found.
 
     Attributes:
-        value: Of any type; an iterator is text in parts.
+        value: Of any type.
         where: For messages, such as `"Line 3 of data.jsonl"`.
     """
 
@@ -109,7 +115,7 @@ def _rows(path: Path, text_column: str) -> Iterator[Row]:
         elif (delimiter := _delimiter(path, first, text_column)) is not None:
             yield from _csv_rows(path, encoding, text_column, delimiter)
         else:
-            yield Row(_text_parts(path, encoding), path.name)
+            yield Row(TextParts(_text_parts(path, encoding)), path.name)
 
 
 @contextmanager

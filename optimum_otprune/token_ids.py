@@ -49,7 +49,7 @@ def is_id_row(value: object) -> bool:
         (True, False, False, False)
     """
     if isinstance(value, (np.ndarray, Tensor)):
-        return value.ndim == 1 and len(value) > 0 and _dtype_kind(value) in "iu"
+        return _unread(value) is None and value.ndim == 1 and len(value) > 0 and _dtype_kind(value) in "iu"
     if not isinstance(value, (list, tuple)) or not value:
         return False
     return all(isinstance(entry, (int, np.integer)) and not isinstance(entry, bool) for entry in value)
@@ -62,7 +62,7 @@ def id_row(value: object, where: str) -> np.ndarray:
         CalibrationDataError: If an id is beyond 64 bits.
     """
     try:
-        return np.asarray(value, dtype=np.int64)
+        return np.asarray(value.cpu() if isinstance(value, Tensor) else value, dtype=np.int64)
     except OverflowError as error:
         raise CalibrationDataError(f"{where} holds a token id beyond 64 bits. Give ids of the vocabulary.") from error
 
@@ -102,7 +102,18 @@ def _dtype_kind(ids: np.ndarray | Tensor) -> str:
     return "b" if ids.dtype == torch.bool else "i"
 
 
+def _unread(ids: np.ndarray | Tensor) -> str | None:
+    """Why the numbers of an array cannot be read as they are, None if they can."""
+    if isinstance(ids, np.ndarray):
+        return "masked" if isinstance(ids, np.ma.MaskedArray) else None
+    if ids.is_meta:
+        return "on the meta device, without values"
+    return None if ids.layout == torch.strided else f"of the layout {ids.layout}"
+
+
 def _checked(ids: np.ndarray | Tensor) -> np.ndarray:
+    if (reason := _unread(ids)) is not None:
+        raise CalibrationDataError(f"Token ids are {reason}. Give a plain array or tensor of integers.")
     if _dtype_kind(ids) not in "iu":
         raise CalibrationDataError(f"Token ids are {ids.dtype}; want integers.")
     if ids.ndim not in (1, 2) or 0 in ids.shape:

@@ -230,6 +230,10 @@ def test_nulls_are_left_out_and_counted_in_every_door(tmp_path, tokenizer, caplo
         caplog.clear()
         assert torch.equal(whole(data, tokenizer), whole(TEXTS, tokenizer)), name
         assert caplog.messages == ["2 of 6 rows are null and were left out."], name
+    empty = ["w1", ()] * 10
+    caplog.clear()
+    assert torch.equal(whole(empty, tokenizer), whole(["w1"] * 10, tokenizer))
+    assert caplog.messages == ["10 of 20 rows are null and were left out."]
     series = pd.Series([*TEXTS, None])
     assert torch.equal(whole(series, tokenizer), whole(TEXTS, tokenizer))
     caplog.clear()
@@ -292,6 +296,16 @@ def test_rows_of_other_kinds_are_refused_by_row_and_type_in_every_door(tmp_path,
         ([[1, 2**70]], "holds a token id beyond 64 bits"),
         (np.full((2, 5), 2**64 - 1, dtype=np.uint64), "go from 18446744073709551615 to 18446744073709551615"),
         (np.array(3), r"shape \(\); want"),
+        (np.array(TEXTS[0]), "type ndarray are not understood"),
+        (np.ma.masked_array(np.arange(60), mask=[True] + [False] * 59), "ids are masked"),
+        (np.ma.masked_array(TEXTS, mask=[True, False, False, False]), "type MaskedArray are not understood"),
+        ([np.ma.masked_array([1, 2], mask=[True, False]), *IDS], "Entry 1 of the list holds a MaskedArray"),
+        (torch.zeros(2, 5, dtype=torch.long, device="meta"), "ids are on the meta device"),
+        ([torch.zeros(5, dtype=torch.long, device="meta")], "Entry 1 of the list holds a Tensor"),
+        (torch.eye(5, dtype=torch.long).to_sparse(), "ids are of the layout torch.sparse_coo"),
+        ([iter([1, 2])], "Entry 1 of the list holds a list_iterator"),
+        ([iter(TEXTS)], "Entry 1 of the list holds a list_iterator"),
+        ({"train": TEXTS}, "'train' holds a list; want a datasets.Dataset"),
         (datasets.DatasetDict(), "no split 'train'; it has none"),
         ({"text": TEXTS}, "no split 'train'; it has text"),
     ],
