@@ -1,7 +1,6 @@
 """Data of any kind as documents: texts, or rows of token ids, read one after another. The only door to `datasets`."""
 
 import logging
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import datasets
 import numpy as np
+import pandas as pd
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from jinja2 import TemplateError
@@ -129,7 +129,7 @@ def _kind(row: Row) -> str | None:
     value, where = row
     if isinstance(value, (str, TextParts)):
         return "text"
-    if value is None or (isinstance(value, float) and math.isnan(value)) or (isinstance(value, (list, tuple)) and not value):
+    if (pd.api.types.is_scalar(value) and pd.isna(value)) or (isinstance(value, (list, tuple)) and not value):
         return None
     if is_conversation(value):
         return "conversation"

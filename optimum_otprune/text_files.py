@@ -242,7 +242,8 @@ def _entries(value: Any, where: str, text_column: str) -> Iterator[Row]:
     """The rows that a JSON value holds: those of an array, of the array in `{"data": […]}`, or the value itself."""
     if isinstance(value, dict) and text_column not in value:
         inner = value.get("data", next(iter(value.values())) if len(value) == 1 else None)
-        if isinstance(inner, list) and inner and isinstance(inner[0], (dict, str)):
+        first = _first(inner) if isinstance(inner, list) else None
+        if isinstance(first, (dict, str)) or is_id_row(first) or is_conversation(first):
             value = inner
     if not isinstance(value, list) or is_id_row(value) or is_conversation(value):
         yield Row(picked(value, where, text_column), where)

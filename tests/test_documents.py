@@ -234,8 +234,13 @@ def test_nulls_are_left_out_and_counted_in_every_door(tmp_path, tokenizer, caplo
     caplog.clear()
     assert torch.equal(whole(empty, tokenizer), whole(["w1"] * 10, tokenizer))
     assert caplog.messages == ["10 of 20 rows are null and were left out."]
-    series = pd.Series([*TEXTS, None])
-    assert torch.equal(whole(series, tokenizer), whole(TEXTS, tokenizer))
+    nulls = (pd.NA, pd.NaT, float("nan"), np.float32("nan"))
+    for data in (pd.Series([*TEXTS, None]), pd.Series([*TEXTS, None], dtype="string"), *([*TEXTS, x] for x in nulls)):
+        caplog.clear()
+        assert torch.equal(whole(data, tokenizer), whole(TEXTS, tokenizer))
+        assert caplog.messages == ["1 of 5 rows are null and were left out."]
+    path = written(tmp_path, "data.json", json.dumps({"data": [None, *({"text": text} for text in TEXTS)]}))
+    assert torch.equal(whole(path, tokenizer), whole(TEXTS, tokenizer))
     caplog.clear()
     table = written(tmp_path, "a.csv", "id,text\n" + "\n".join(f"1,{text}" for text in ["", *TEXTS]))
     assert torch.equal(whole(table, tokenizer), whole(TEXTS, tokenizer))
@@ -260,6 +265,8 @@ def test_token_ids_in_rows_are_token_ids_in_every_door(tmp_path):
         assert torch.equal(found.tokens, torch.tensor(IDS)), name
         assert found.source == "token ids"
         assert torch.equal(whole(data), torch.tensor(IDS)), name
+    path = written(tmp_path, "data.json", json.dumps({"data": [None, *IDS]}))
+    assert torch.equal(whole(path), torch.tensor(IDS))
 
 
 @pytest.mark.figure("R6")
