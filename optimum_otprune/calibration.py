@@ -207,7 +207,7 @@ def _text_samples(
             pieces = islice(pieces, _STREAMED * count)
         kept, total = _reservoir(pieces, _SPARE * count, config.seed)
         if total == len(kept):
-            stream = _first_tokens((piece for _, piece in kept), tokenizer)
+            stream = _all_tokens([piece for _, piece in kept], tokenizer)
             return _drawn(_windows(stream, seqlen), config)
         windows = _piece_windows(kept, tokenizer, config, seqlen)
         if len(windows) == count:
@@ -233,6 +233,18 @@ def _piece_windows(
             break
     by_rank = sorted(found, key=lambda entry: entry[0])[: config.num_samples]
     return [window for _, _, window in sorted(by_rank, key=lambda entry: (entry[1], entry[0]))]
+
+
+def _all_tokens(pieces: list[str], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """The token ids of a text; of a long one piece by piece, since one call for all would need much time and memory."""
+    if len(pieces) <= _BATCH or not any(map(str.strip, pieces)):
+        return _first_tokens(iter(pieces), tokenizer)
+    stream = []
+    for start in range(0, len(pieces), _BATCH):
+        batch = pieces[start : start + _BATCH]
+        rows = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
+        stream += [np.asarray(row, dtype=np.int64) for row in rows]
+    return np.concatenate(stream)
 
 
 def _first_tokens(

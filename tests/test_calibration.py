@@ -145,6 +145,22 @@ def test_a_long_text_gives_the_same_samples_however_it_is_split(demo_tokenizer, 
         assert torch.equal(calibrate(data, demo_tokenizer, config, WIDE).tokens, expected)
 
 
+def test_no_long_text_is_tokenized_in_one_call(demo_tokenizer, long_text):
+    lengths = []
+
+    def measuring(texts, **options):
+        lengths.extend(map(len, [texts] if isinstance(texts, str) else texts))
+        return demo_tokenizer(texts, **options)
+
+    found = calibrate([long_text], measuring, OTPruningConfig(seqlen=64, num_samples=400), WIDE)
+    assert len(found.tokens) == 400
+    assert max(lengths) <= 8 * 64
+    places = [long_text.index(demo_tokenizer.decode(row[2:-2])) for row in found.tokens[::40] if row[0] > 2]
+    assert places == sorted(places)
+    with pytest.raises(CalibrationDataError, match="hold no text"):
+        calibrate([" \n" * 50_000], demo_tokenizer, OTPruningConfig(seqlen=64, num_samples=400), WIDE)
+
+
 @pytest.mark.parametrize(
     "text", [" ".join("x" * 50 for _ in range(3000)), "w1 " * 3000, "w1" + " " * 9000 + "w2 " * 99]
 )
