@@ -103,9 +103,16 @@ def file_rows(path: Path, text_column: str) -> Iterator[Row]:
 def _rows(path: Path, text_column: str) -> Iterator[Row]:
     with _opened(path) as file:
         head = file.read(_HEAD)
-    if head.startswith(b"PAR1"):
+    is_parquet = head.startswith(b"PAR1")
+    is_arrow = head.startswith((b"ARROW1", b"\xff\xff\xff\xff"))
+    if (is_parquet or is_arrow) and _opener(path) is not Path.open:
+        raise CalibrationDataError(
+            f"{path.name} is a compressed {'Parquet' if is_parquet else 'Arrow'} file, which can be read in parts "
+            "only uncompressed. Decompress it."
+        )
+    if is_parquet:
         yield from _parquet_rows(path, text_column)
-    elif head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
+    elif is_arrow:
         yield from _arrow_rows(path, text_column)
     else:
         encoding = next((name for mark, name in _ENCODINGS if head.startswith(mark)), "utf-8-sig")
@@ -118,13 +125,17 @@ def _rows(path: Path, text_column: str) -> Iterator[Row]:
             yield Row(TextParts(_text_parts(path, encoding)), path.name)
 
 
+def _opener(path: Path) -> Callable[[Path, str], Any]:
+    """What opens a file so that its bytes come decompressed: `Path.open` if they are not compressed."""
+    with path.open("rb") as file:
+        head = file.read(10)
+    return next((opener for mark, opener in _DECOMPRESSORS if head.startswith(mark)), Path.open)
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[IO[bytes]]:
     """The file's bytes, decompressed if they are compressed, whatever its name says."""
-    with path.open("rb") as file:
-        head = file.read(10)
-    opener = next((opener for mark, opener in _DECOMPRESSORS if head.startswith(mark)), Path.open)
-    with opener(path, "rb") as opened:
+    with _opener(path)(path, "rb") as opened:
         yield opened
 
 

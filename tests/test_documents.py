@@ -180,6 +180,8 @@ NO_TEXT = [
     ("ragged.csv", "id,text\n1,w1\n2,w2,w3\n", "ragged.csv cannot be read .*Expected 2 fields in line 3, saw 3"),
     ("long.csv", "id,text\n1,w1 w2, w3 w4\n2,w5\n", "long.csv has, among its rows 1 to 256, one of more fields"),
     ("late.csv", "id,text\n1,w1,\n" + "2,w5\n" * 600 + "3,w1, w2\n", "late.csv has, among its rows 513 to 768, one"),
+    ("p.parquet.gz", gzip.compress(parquet(TABLE)), "p.parquet.gz is a compressed Parquet file.*Decompress it"),
+    ("f.arrow.xz", lzma.compress(feather()), "f.arrow.xz is a compressed Arrow file.*Decompress it"),
     ("body.csv", "body\nw1\n", "body.csv has no column 'text'; it has body. Set `text_column`"),
     ("body.parquet", parquet(pd.DataFrame({"body": ["w1"]})), "no column 'text'; it has body"),
     ("deep.json", "[" * 100_000, "Line 1 of deep.json is not JSON .nested too deeply."),
