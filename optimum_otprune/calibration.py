@@ -209,6 +209,8 @@ def _text_samples(
         if total == len(kept):
             stream = _all_tokens([piece for _, piece in kept], tokenizer)
             return _drawn(_windows(stream, seqlen), config)
+        if found.is_streamed and not any(piece.strip() for _, piece in kept):
+            raise _no_text()
         windows = _piece_windows(kept, tokenizer, config, seqlen)
         if len(windows) == count:
             return np.stack(windows)
@@ -266,9 +268,7 @@ def _first_tokens(
                 break
         text = "".join(read)
         if is_all and not text.strip():
-            raise CalibrationDataError(
-                "The data hold no text: every document is empty. Give at least one window of text."
-            )
+            raise _no_text()
         ids = np.asarray(tokenizer(text, verbose=False)["input_ids"], dtype=np.int64)
         if is_all:
             return ids
@@ -353,6 +353,10 @@ def _windows(stream: np.ndarray, seqlen: int) -> np.ndarray:
     if count == 0:
         raise _too_short(len(stream), seqlen)
     return stream[: count * seqlen].reshape(count, seqlen)
+
+
+def _no_text() -> CalibrationDataError:
+    return CalibrationDataError("The data hold no text: every document is empty. Give at least one window of text.")
 
 
 def _too_short(num_tokens: int, seqlen: int) -> CalibrationDataError:

@@ -52,7 +52,7 @@ _DECOMPRESSORS: tuple[tuple[bytes, Callable[[Path, str], Any]], ...] = (
 _DAMAGED = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, pa.ArrowException, pd.errors.ParserError)
 _PART = 1 << 20  # characters that are read at a time
 _HEAD = 1 << 16
-_ESCAPE = 12  # characters of two `\\u` in JSON, the longest thing that a cut can leave unfinished beside a string
+_ESCAPE = 12  # characters of two escapes in JSON, the longest that a cut leaves unfinished
 _ROWS = 256  # rows of a table that are read at a time
 
 
@@ -332,8 +332,8 @@ def _next_chunk(path: Path, reader: Iterator[pd.DataFrame], read: int) -> pd.Dat
             return next(reader, None)
         except pd.errors.ParserWarning as warning:
             raise CalibrationDataError(
-                f"{path.name} has, among its rows {read + 1} to {read + _ROWS}, one of more fields than the first line "
-                "names columns, so that text would be lost. Put texts that hold the separator in quotes."
+                f"{path.name} has, among its rows {read + 1} to {read + _ROWS}, one of more fields than the first "
+                "line names columns, so that text would be lost. Put texts that hold the separator in quotes."
             ) from warning
 
 

@@ -437,6 +437,12 @@ def test_a_stream_without_an_end_is_read_in_part_and_shuffled(tokenizer):
     )
 
 
+def test_a_stream_of_empty_rows_without_an_end_holds_no_text(tokenizer):
+    stream = datasets.IterableDataset.from_generator(lambda: ({"text": ""} for _ in iter(int, 1)))
+    with pytest.raises(CalibrationDataError, match="hold no text"):
+        calibrate(stream, tokenizer)
+
+
 def test_an_iterable_without_the_column_is_refused(tokenizer):
     stream = datasets.IterableDataset.from_generator(lambda: ({"body": text} for text in TEXTS))
     with pytest.raises(CalibrationDataError, match="no column 'text'; it has body"):
