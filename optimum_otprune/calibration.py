@@ -238,7 +238,7 @@ def _piece_windows(
 
 
 def _all_tokens(pieces: list[str], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """The token ids of a text; of a long one piece by piece, since one call for all would need much time and memory."""
+    """The token ids of a text; of a long one piece by piece, since one call for all needs much time and memory."""
     if len(pieces) <= _BATCH or not any(map(str.strip, pieces)):
         return _first_tokens(iter(pieces), tokenizer)
     stream = []
