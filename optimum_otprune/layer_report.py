@@ -7,12 +7,22 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from optimum_otprune.errors import ReportError
-from optimum_otprune.ratios import RescueEnergies, diluted_share, rescued_share
+from optimum_otprune.ratios import (
+    RescueEnergies,
+    diluted_share,
+    dilution_ratio,
+    relative_error,
+    rescue_ratio,
+    rescued_share,
+)
 from optimum_otprune.untrusted import visible
 
 REPORT_FILE = "otprune_report.json"
 
 _LARGEST_COUNT = 1 << 62
+_LARGEST_NUMBER = 1e150  # the squares of so many layers' numbers still have a finite sum
+_TOLERANCE = 1e-6
+_ROUNDED_TO_ZERO = 1e-5  # what differs in rounding alone
 _SIGNED = frozenset({"rescue_ratio", "transported_mass", "self_share"})
 
 
@@ -108,7 +118,7 @@ class LayerReport:
 
         Args:
             where: What the layer is called in messages.
-            is_finite: Whether NaN and infinity are refused, as in files.
+            is_finite: Whether NaN and infinity are refused, and what contradicts other entries, as in files.
 
         Raises:
             ReportError: Names the first such entry.
@@ -122,6 +132,11 @@ class LayerReport:
         if self.ridge_lambda not in (None, math.inf):
             check_entry(f"{where}.ridge_lambda", self.ridge_lambda, float, 0)
         _check_channels(self, where)
+        if is_finite:
+            check_follows(f"{where}.rescue_ratio", self.rescue_ratio, rescue_ratio(self.energies))
+            check_follows(f"{where}.dilution_ratio", self.dilution_ratio, dilution_ratio(self.energies))
+            error, name = self.relative_error_after_reconstruction, "relative_error_after_reconstruction"
+            check_follows(f"{where}.{name}", error, relative_error(self.energies))
 
     def __str__(self) -> str:
         return (
@@ -168,13 +183,13 @@ def check_entry(name: str, value: object, kind: Any, least: float | None = None,
         value: Of any origin.
         kind: `float` takes integers, too; `int` and `float` do not take `bool`.
         least: Smallest number.
-        is_finite: Whether NaN and infinity are refused.
+        is_finite: Whether NaN, infinity and numbers whose sums may be infinite are refused.
 
     Raises:
         ReportError: Names it.
     """
     fits = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
-    if fits and isinstance(value, float) and not math.isfinite(value):
+    if fits and isinstance(value, float) and not abs(value) <= _LARGEST_NUMBER:
         fits = not is_finite
     elif fits and isinstance(value, (int, float)):
         is_small = isinstance(value, float) or abs(value) <= _LARGEST_COUNT
@@ -183,6 +198,27 @@ def check_entry(name: str, value: object, kind: Any, least: float | None = None,
         bound = "" if least is None else f" >= {least}"
         wanted = kind[0].__name__ if isinstance(kind, tuple) else kind.__name__
         raise ReportError(f"`{name}` of the report is {value!r:.60}; want {wanted}{bound}. {_restore()}")
+
+
+def check_follows(name: str, value: object, derived: float) -> None:
+    """Raise where an entry of a report is not what the others give.
+
+    Args:
+        name: For the message.
+        value: Of any origin.
+        derived: What the others give.
+
+    Raises:
+        ReportError: Names it.
+    """
+    check_entry(name, value, float)
+    assert isinstance(value, (int, float))
+    if not (
+        abs(derived) <= _LARGEST_NUMBER and math.isclose(value, derived, rel_tol=_TOLERANCE, abs_tol=_ROUNDED_TO_ZERO)
+    ):
+        raise ReportError(
+            f"`{name}` of the report is {value!r:.60}, but its other numbers give {derived!r}. {_restore()}"
+        )
 
 
 def _restore() -> str:

@@ -14,7 +14,14 @@ from typing import Any
 from optimum_otprune.comparison import Comparison, compared
 from optimum_otprune.errors import ReportError
 from optimum_otprune.files import replace_file
-from optimum_otprune.layer_report import REPORT_FILE, LayerReport, check_entry, known_entries, warn_of_unknown
+from optimum_otprune.layer_report import (
+    REPORT_FILE,
+    LayerReport,
+    check_entry,
+    check_follows,
+    known_entries,
+    warn_of_unknown,
+)
 from optimum_otprune.ratios import (
     GOOD,
     LIMITED,
@@ -203,6 +210,9 @@ class PruningReport:
         found |= {"layers": tuple(layers), "evaluations": tuple(evaluations)}
         report = cls(**{name: found[name] for name in (*names, "evaluations")})
         report.check()
+        for name in sorted(_DERIVED):
+            derived = getattr(report, name)
+            check_follows(name, values.get(name, derived), derived)
         warn_of_unknown(unknown)
         return report
 
@@ -210,7 +220,7 @@ class PruningReport:
         """Raise where an entry, say of a file, is of another kind, or counts do not add up.
 
         Args:
-            is_finite: Whether NaN and infinity are refused, as in files.
+            is_finite: Whether NaN and infinity are refused, and what contradicts other entries, as in files.
 
         Raises:
             ReportError: Names the first such entry.
@@ -239,17 +249,10 @@ class PruningReport:
                 f"`calibration` of the report has {tokens} tokens, which are not {samples} samples of "
                 f"{self.calibration['seqlen']}. Get the folder again."
             )
+        if is_finite:
+            _check_parameters(self)
         for index, evaluation in enumerate(self.evaluations):
-            check_entry(f"evaluations[{index}]", evaluation, Mapping)
-            _check_numbers(f"evaluations[{index}]", evaluation, _EVALUATION, is_finite)
-            if evaluation["stage"] not in ("dense", "pruned"):
-                raise ReportError(
-                    f"`evaluations[{index}].stage` of the report is {evaluation['stage']!r:.60}; want 'dense' or "
-                    "'pruned'. Get the folder again."
-                )
-            for name in ("seen_windows", "max_windows"):
-                if name in evaluation:
-                    check_entry(f"evaluations[{index}].{name}", evaluation[name], int, 0)
+            _check_evaluation(f"evaluations[{index}]", evaluation, is_finite)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the report as JSON."""
@@ -286,6 +289,47 @@ def _check_numbers(where: str, values: Mapping[str, Any], kinds: Mapping[str, ty
     """Strings, and numbers that are not negative."""
     for name, kind in kinds.items():
         check_entry(f"{where}.{name}", values.get(name), kind, None if kind is str else 0, is_finite)
+
+
+def _check_parameters(report: PruningReport) -> None:
+    """Pruning takes away and adds fewer biases than there are weights; zeros fill up to the widest layer."""
+    before, after, padding = report.parameters_before, report.parameters_after, report.padding_parameters
+    has_biases = report.added_biases or any(layer.intercept for layer in report.layers)
+    if after > before * (2 if has_biases else 1):
+        raise ReportError(f"The report has {after:,} parameters after and {before:,} before. Get the folder again.")
+    missing = sum(max(report.widths, default=0) - width for width in report.widths)
+    if padding * sum(report.widths) > after * missing:
+        raise ReportError(
+            f"`padding_parameters` of the report is {padding:,}, more than fill up its layers. Get the folder again."
+        )
+
+
+def _check_evaluation(where: str, evaluation: object, is_finite: bool) -> None:
+    check_entry(where, evaluation, Mapping)
+    assert isinstance(evaluation, Mapping)
+    _check_numbers(where, evaluation, _EVALUATION, is_finite)
+    for name in ("seen_windows", "max_windows"):
+        check_entry(f"{where}.{name}", evaluation.get(name, 0), int, 0)
+    if evaluation["stage"] not in ("dense", "pruned"):
+        raise ReportError(
+            f"`{where}.stage` of the report is {evaluation['stage']!r:.60}; want 'dense' or 'pruned'. Get the folder "
+            "again."
+        )
+    if not is_finite:
+        return
+    check_entry(f"{where}.num_windows", evaluation["num_windows"], int, 1)
+    check_entry(f"{where}.perplexity", evaluation["perplexity"], float, 1)
+    windows, seen = evaluation["num_windows"], evaluation.get("seen_windows", 0)
+    if seen > windows or windows > evaluation.get("max_windows", windows):
+        raise ReportError(
+            f"`{where}` of the report has {windows} windows, fewer than it has seen or more than it was to have. Get "
+            "the folder again."
+        )
+    if evaluation["num_tokens"] != windows * (evaluation["seqlen"] - 1):
+        raise ReportError(
+            f"`{where}` of the report has {evaluation['num_tokens']} tokens, which are not those of {windows} windows "
+            f"of {evaluation['seqlen']}, each without its first. Get the folder again."
+        )
 
 
 def named_layers(layers: Sequence[LayerReport]) -> str:

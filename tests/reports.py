@@ -13,7 +13,10 @@ def layer_report(index: int = 0, rescue: float = 0.5, before: int = 8, after: in
     """One layer whose ratios follow from its energies."""
     energies = RescueEnergies(output=10.0, pruned=4.0, error=4.0 * (1 - rescue), kept=8.0, shift=0.8)
     kept = tuple(range(after))
-    return LayerReport(index, before, after, kept, rescue, 0.1, 0.5, 1.0, 0.4, 0.3, 0.2, float("inf"), False, energies)
+    error = energies.error / energies.output
+    return LayerReport(
+        index, before, after, kept, rescue, 0.1, 0.5, 1.0, 0.4, 0.3, error, float("inf"), False, energies
+    )
 
 
 def evaluation(stage: str, perplexity: float, **changes) -> dict:

@@ -161,7 +161,7 @@ def test_evaluation_on_calibration_data_is_warned_of_at_the_top():
 
 def test_every_layer_has_its_line_and_many_are_folded():
     few = model_card(CONFIG, make_report(), "x")
-    assert "| 1 | 8 → 4 | 50.0 % | 0.250 | 0.100 | 0.200 |" in few
+    assert "| 1 | 8 → 4 | 50.0 % | 0.250 | 0.100 | 0.300 |" in few
     many = model_card(CONFIG, make_report(layers=tuple(layer_report(index) for index in range(40))), "x")
     assert "<summary>All 40 layers</summary>" in many
     assert Page(many).elements.count("tr") == Page(few).elements.count("tr") + 38
