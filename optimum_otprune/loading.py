@@ -30,8 +30,10 @@ from optimum_otprune.manifest import CARD_FILE
 from optimum_otprune.processes import own_device
 from optimum_otprune.report import REPORT_FILE, PruningReport
 from optimum_otprune.sources import ADAPTER_FILE, check_config, check_file, check_folder, explanation
+from optimum_otprune.untrusted import visible
 
 _FOLDERS = re.compile(r"(?<![\w:/.])/(?:[^\s'\"/]+/)+")  # of absolute paths, such as the cache's, but not of addresses
+_LONGEST = 2000  # characters of a message of others
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
 # Whatever transformers, torch and the code of a model raise where its files are not what that code expects.
 _FOREIGN = (
@@ -209,8 +211,8 @@ def _loading(name: str) -> Iterator[None]:
             yield
     except SafetensorError as error:
         raise ModelLoadError(
-            f"The weights of {_shown(name)} are damaged ({error}). Download or copy them again; a file of a few "
-            "hundred bytes is a git-lfs pointer."
+            f"The weights of {_shown(name)} are damaged ({visible(str(error), _LONGEST)}). Download or copy them "
+            "again; a file of a few hundred bytes is a git-lfs pointer."
         ) from error
     except _FOREIGN as error:
         if isinstance(error, ModelLoadError):
@@ -224,7 +226,7 @@ def _without_path(error: Exception, name: str) -> str:
     line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     for path in (str(Path(name).resolve()), str(Path(name).absolute()), name) if Path(name).exists() else ():
         line = line.replace(path, Path(name).resolve().name)
-    return _FOLDERS.sub("", line)
+    return visible(_FOLDERS.sub("", line), _LONGEST)
 
 
 def _shown(name: str) -> str:
@@ -233,7 +235,7 @@ def _shown(name: str) -> str:
 
 def _check_complete(name: str, info: Mapping[str, Any]) -> None:
     for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
-        found = sorted(str(key) for key in info.get(kind) or ())
+        found = sorted(visible(str(key)) for key in info.get(kind) or ())
         if found:
             raise ModelLoadError(
                 f"{_shown(name)} lacks weights that fit its configuration: {kind.replace('_', ' ')} "

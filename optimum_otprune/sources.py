@@ -10,6 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers.models.auto import modeling_auto
 
 from optimum_otprune.errors import ModelLoadError
+from optimum_otprune.untrusted import visible
 
 _CAUSAL = "AutoModelForCausalLM"
 # Their weights may fit a causal class of the same model type.
@@ -123,8 +124,9 @@ def check_config(what: str, config: Mapping[str, Any], has_adapter: bool) -> Non
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
         raise ModelLoadError(
-            f"{what} is quantized{f' ({method})' if isinstance(method, str) else ''}, as its `quantization_config` "
-            "says; packed weights cannot be pruned. Prune the original model, save it, and quantize the pruned one."
+            f"{what} is quantized{f' ({visible(method, 60)})' if isinstance(method, str) else ''}, as its "
+            "`quantization_config` says; packed weights cannot be pruned. Prune the original model, save it, and "
+            "quantize the pruned one."
         )
     auto_map = config.get("auto_map")
     if isinstance(auto_map, Mapping) and _CAUSAL in auto_map:
@@ -215,7 +217,7 @@ _CAUSES: tuple[tuple[str, str], ...] = (
 def _field(text: str) -> str:
     """The field that a check of types complains of, and what it says, in one line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return re.sub(r"^\w*Error: ", "", lines[1] if len(lines) > 1 else lines[0])[:200]
+    return visible(re.sub(r"^\w*Error: ", "", lines[1] if len(lines) > 1 else lines[0]))
 
 
 def _raise_other_folder(folder: Path) -> None:

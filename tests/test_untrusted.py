@@ -1,14 +1,21 @@
 """Reports, configurations, manifests and states of strangers: read, or refused in one line; never a traceback."""
 
 import copy
+import dataclasses
 import json
+import logging
 import random
 import time
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from optimum_otprune.configuration import CONFIG_FILE, OTPruningConfig
-from optimum_otprune.errors import ConfigurationError, IntegrityError, ReportError, StateError
+from optimum_otprune.errors import ConfigurationError, IntegrityError, ModelLoadError, ReportError, StateError
+from optimum_otprune.loading import load_checkpoint
+from optimum_otprune.loading_options import LOADING_DEFAULTS
 from optimum_otprune.manifest import MANIFEST_FILE, read_manifest, write_manifest
 from optimum_otprune.report import REPORT_FILE, LayerReport, PruningReport
 from optimum_otprune.state import STATE_FILE, StateFolder
@@ -132,6 +139,13 @@ def changed(layer: dict | None = None, **top) -> dict:
     return values | top
 
 
+ENERGIES = layer_report(1, rescue=0.25).energies._asdict()
+
+
+def evaluated(**changes) -> dict:
+    return changed(evaluations=[{**make_report().evaluations[0], **changes}])
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -160,6 +174,26 @@ def changed(layer: dict | None = None, **top) -> dict:
             changed(evaluations=[{**make_report().evaluations[0], "stage": "x"}]),
             r"evaluations\[0\].stage` .* is 'x'; ",
         ),
+        (changed({"rescue_ratio": 0.999}), r"`layers\[1\].rescue_ratio` of the report is 0.999, but .* give 0.25"),
+        (changed({"rescue_ratio": 1e308}), r"`layers\[1\].rescue_ratio` of the report is 1e\+308; want float"),
+        (changed({"dilution_ratio": 0.2}), r"`layers\[1\].dilution_ratio` of the report is 0.2, but .* give 0.1"),
+        (changed({"relative_error_after_reconstruction": 0.0}), "_reconstruction` of the report is 0.0, but .* give"),
+        (changed({"energies": {**ENERGIES, "error": 300.0}}), r"rescue_ratio` of the report is 0.25, but .* give -74"),
+        (
+            changed({"energies": {**ENERGIES, "error": 1e308}}),
+            r"`layers\[1\].energies.error` .* is 1e\+308; want float",
+        ),
+        (changed(pruning_ratio=0.9), "`pruning_ratio` of the report is 0.9, but its other numbers give 0.5"),
+        (changed(rescue_ratio="x"), "`rescue_ratio` of the report is 'x'; want float"),
+        (changed(median_rescue_ratio=0.9), "`median_rescue_ratio` of the report is 0.9, but .* give 0.375"),
+        (changed(parameters_after=1001), "The report has 1,001 parameters after and 1,000 before"),
+        (changed({"intercept": True}, parameters_after=2001), "The report has 2,001 parameters after"),
+        (changed(padding_parameters=1), "`padding_parameters` of the report is 1, more than fill up its layers"),
+        (evaluated(seen_windows=21), r"`evaluations\[0\]` of the report has 20 windows, fewer than it has seen"),
+        (evaluated(max_windows=19), "has 20 windows, fewer than it has seen or more than it was to have"),
+        (evaluated(num_windows=0, num_tokens=0), r"`evaluations\[0\].num_windows` of the report is 0; want int >= 1"),
+        (evaluated(num_tokens=40_001), "has 40001 tokens, which are not those of 20 windows of 2001"),
+        (evaluated(perplexity=0.0), r"`evaluations\[0\].perplexity` of the report is 0.0; want float >= 1"),
         (changed(versions={"torch": 2}), "`versions` of the report is 2; want str"),
         (
             changed(calibration={"data": "texts", "num_samples": 4, "seqlen": 10, "num_tokens": 41}),
@@ -182,6 +216,21 @@ def test_what_a_later_version_wrote_is_left_out_with_a_warning():
         assert PruningReport.from_dict(values) == make_report()
     with pytest.warns(UserWarning, match=r"such as `layer.telepathy`"):
         LayerReport.from_dict({**layer_report().to_dict(), "telepathy": 1})
+
+
+def test_biases_and_zeros_that_fill_up_may_come_to_a_report():
+    layers = (layer_report(0), dataclasses.replace(layer_report(1, after=8), intercept=True))
+    report = make_report(layers=layers, parameters_after=1100, padding_parameters=366)
+    assert PruningReport.from_dict(report.to_dict()) == report
+
+
+@pytest.mark.parametrize(
+    "file",
+    sorted((Path(__file__).parents[1] / "model_cards").glob(f"*/{REPORT_FILE}")),
+    ids=lambda file: file.parent.name,
+)
+def test_reports_of_this_repository_are_read(file):
+    assert PruningReport.load(file).layers
 
 
 def test_a_report_of_an_earlier_version_is_read():
@@ -263,6 +312,33 @@ def test_names_of_strangers_steer_no_terminal(folder, capsys):
         assert_told_in_a_line(run(*command), capsys.readouterr())
     assert run("report", folder.parent / "absent\x1b[2J") == 1
     assert r"\x1b[2J" in capsys.readouterr().err
+
+
+def test_what_libraries_log_of_strangers_steers_no_terminal(llama_folder, tmp_path, caplog):
+    weights = load_file(llama_folder / "model.safetensors")
+    save_file({**weights, "\x1b[31mEVIL\x1b[2J": torch.ones(1)}, llama_folder / "model.safetensors", {"format": "pt"})
+    (tmp_path / "text.txt").write_text("w1 w2 w3 " * 100)
+    assert run("evaluate", llama_folder, "--data", tmp_path / "text.txt", "--max-windows", 1, "--seqlen", 8) == 0
+    assert r"EVIL\x1b[2J " in caplog.text
+    assert "\x1b" not in caplog.text
+    assert logging.getLogRecordFactory() is logging.LogRecord
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model_type": ESCAPES},
+        {"quantization_config": {"quant_method": ESCAPES}},
+        {"hidden_size": ESCAPES},
+        {"hidden_act": ESCAPES},
+    ],
+)
+def test_no_message_about_a_model_carries_what_cannot_be_seen(llama_folder, change):
+    config = json.loads((llama_folder / "config.json").read_text())
+    write(llama_folder / "config.json", json.dumps({**config, **change}))
+    with pytest.raises(ModelLoadError, match="could not be loaded|is quantized") as caught:
+        load_checkpoint(str(llama_folder), LOADING_DEFAULTS)
+    assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize("text", HOSTILE)

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any, TextIO
 from optimum_otprune.untrusted import visible
 
 _LONGEST = 2000  # characters of a line about a failure
+_COLOR = re.compile(r"\x1b\[[0-9;]*m")  # libraries color their own messages
 
 
 class VisibleStream(io.TextIOBase):
@@ -38,6 +40,15 @@ class VisibleStream(io.TextIOBase):
         return self._stream.isatty()
 
 
+class VisibleRecord(logging.LogRecord):
+    """A message to any logger, of any library, without colors and with characters that can all be seen, in lines."""
+
+    def getMessage(self) -> str:  # noqa: N802
+        """The message."""
+        message = _COLOR.sub("", super().getMessage())
+        return "\n".join(visible(line.expandtabs(), 8 * len(line) + 8) for line in message.splitlines())
+
+
 class VisibleFormatter(logging.Formatter):
     """Log lines whose characters can all be seen."""
 
@@ -48,10 +59,15 @@ class VisibleFormatter(logging.Formatter):
 
 @contextmanager
 def speaking() -> Iterator[None]:
-    """Print what can be seen, and each warning as one line on standard error, while a command runs."""
+    """Print and log what can be seen, and each warning as one line on standard error, while a command runs."""
+    factory = logging.getLogRecordFactory()
     with warnings.catch_warnings(), redirect_stdout(VisibleStream(sys.stdout)):
         warnings.showwarning = _show_warning
-        yield
+        logging.setLogRecordFactory(VisibleRecord)
+        try:
+            yield
+        finally:
+            logging.setLogRecordFactory(factory)
 
 
 def one_line(message: object) -> str:
