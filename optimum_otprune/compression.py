@@ -29,8 +29,9 @@ from optimum_otprune.functional.rescue import self_share, transported_mass
 from optimum_otprune.functional.returned import check_finite, returned_tensor
 from optimum_otprune.functional.selection import obs_channels, top_channels
 from optimum_otprune.functional.solvers import SolverSettings, solve_transport
+from optimum_otprune.options import OPTIONS_BY_NAME
 from optimum_otprune.registry import GRADIENTS, Entry
-from optimum_otprune.resolution import FUNCTION_FIELDS
+from optimum_otprune.resolution import FUNCTION_FIELDS, check_replaced
 
 _KMEANS_ITERATIONS = 20
 
@@ -56,7 +57,7 @@ class Recipe:
             custom: Functions (or registered names) by field, in place of the configuration's.
 
         Raises:
-            ConfigurationError: If a field takes no function, or nothing would call it.
+            ConfigurationError: If a field takes no function, nothing would call it, or a number loses its reader.
             RegistryError: If a name is unknown.
         """
         functions = {
@@ -72,6 +73,8 @@ class Recipe:
             if field not in functions and not (field == "statistics" and "cost" in functions):
                 raise ConfigurationError(f"`{field}` would be ignored: the method {config.method!r} does not use it.")
             functions[field] = FUNCTION_FIELDS[field].entry(function)
+        replaced = {field: function for field, function in custom.items() if function is not None}
+        check_replaced({name: getattr(config, name) for name in OPTIONS_BY_NAME}, replaced)
         return cls(config, {field: guarded(field, entry) for field, entry in functions.items()})
 
     @property

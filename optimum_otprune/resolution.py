@@ -103,11 +103,30 @@ def resolve(values: dict[str, Any], explicit: set[str], asked: set[str]) -> dict
             chosen[name] = values[name]
     everything = {**values, **chosen}
     for name, reason in unused_numbers(everything).items():
-        default = QUALITIES[str(chosen["quality"])].get(name, OPTIONS_BY_NAME[name].default)
+        default = _default(name, chosen["quality"])
         if name in asked and everything[name] != default:
             raise _ignored(name, values[name], reason)
         chosen[name] = default
     return chosen
+
+
+def check_replaced(values: Mapping[str, Any], functions: Mapping[str, Any]) -> None:
+    """Raise where functions in place of a configuration's leave a number of it without a reader.
+
+    Args:
+        values: Every option.
+        functions: Functions, or names of registered ones, by field.
+
+    Raises:
+        ConfigurationError: Names the first such number that is not its default.
+    """
+    for name, reason in unused_numbers({**values, **functions}).items():
+        if values[name] != _default(name, values["quality"]):
+            raise _ignored(name, values[name], reason)
+
+
+def _default(name: str, quality: Any) -> Any:
+    return QUALITIES[str(quality)].get(name, OPTIONS_BY_NAME[name].default)
 
 
 def _ignored(name: str, value: Any, reason: str) -> ConfigurationError:

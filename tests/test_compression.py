@@ -7,7 +7,7 @@ import torch
 
 from optimum_otprune.compression import LayerInputs, Recipe, centroid_cost, compress
 from optimum_otprune.configuration import OTPruningConfig
-from optimum_otprune.errors import NumericalError, ShapeError
+from optimum_otprune.errors import ConfigurationError, NumericalError, ShapeError
 from optimum_otprune.functional.costs import costs
 from optimum_otprune.functional.ffn import FFNWeights, channel_activations, ffn_forward
 from optimum_otprune.functional.gram import gram_statistics
@@ -174,3 +174,12 @@ def test_gradients_are_asked_for_only_where_something_reads_them():
     assert needs(method="fo_snip")
     assert needs(solver="emd", target_distribution="weight_aware")
     assert Recipe.resolve(OTPruningConfig(), {"importance": lambda statistics: None}).needs_gradients
+
+
+def test_a_function_in_place_of_another_leaves_no_number_without_a_reader():
+    config = OTPruningConfig(solver="sinkhorn", epsilon=0.3)
+    with pytest.raises(ConfigurationError, match="`epsilon=0.3` would be ignored: the solver 'nearest' does not read"):
+        Recipe.resolve(config, {"solver": "nearest"})
+    for solver in (None, "sinkhorn", lambda cost, source, target, settings: None):
+        assert Recipe.resolve(config, {"solver": solver})
+    assert Recipe.resolve(OTPruningConfig(solver="sinkhorn"), {"solver": "nearest"})
