@@ -72,7 +72,7 @@ class LayerReport:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, infinity as `"inf"`."""
-        values = dataclasses.asdict(self)
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values["kept_channels"] = list(self.kept_channels)
         values["energies"] = self.energies._asdict()
         if self.ridge_lambda is not None and math.isinf(self.ridge_lambda):

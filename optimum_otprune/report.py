@@ -1,6 +1,7 @@
 """What pruning did, layer by layer: the source of every number in a log line, summary or model card."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -105,7 +106,7 @@ class PruningReport:
         """Channels of each layer after."""
         return tuple(layer.intermediate_size_after for layer in self.layers)
 
-    @property
+    @functools.cached_property
     def energies(self) -> RescueEnergies:
         """Of all layers together."""
         return pooled(layer.energies for layer in self.layers)
@@ -297,8 +298,9 @@ def _check_parameters(report: PruningReport) -> None:
     has_biases = report.added_biases or any(layer.intercept for layer in report.layers)
     if after > before * (2 if has_biases else 1):
         raise ReportError(f"The report has {after:,} parameters after and {before:,} before. Get the folder again.")
-    missing = sum(max(report.widths, default=0) - width for width in report.widths)
-    if padding * sum(report.widths) > after * missing:
+    widths = report.widths
+    missing = max(widths, default=0) * len(widths) - sum(widths)
+    if padding * sum(widths) > after * missing:
         raise ReportError(
             f"`padding_parameters` of the report is {padding:,}, more than fill up its layers. Get the folder again."
         )

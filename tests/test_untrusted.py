@@ -347,3 +347,11 @@ def test_visible_text_is_printable_and_plain_text_stays(text):
     assert visible(text, 10) == visible(text[:9] + "…") or len(text) <= 10
     if text.isprintable():
         assert visible(text, 20_000) == text
+
+
+def test_a_report_of_as_many_layers_as_there_may_be_is_read_at_once():
+    report = make_report(layers=tuple(layer_report(index) for index in range(10_000)))
+    start = time.monotonic()
+    assert len(str(PruningReport.from_dict(report.to_dict()))) < 2000
+    assert time.monotonic() - start < 8
+    assert report.energies is report.energies
