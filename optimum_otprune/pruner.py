@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from optimum_otprune.architectures.block import ffn_blocks
+from optimum_otprune.architectures.block import check_loadable, ffn_blocks
 from optimum_otprune.architectures.changes import all_or_nothing, check_dense, check_whole, is_pruned
 from optimum_otprune.architectures.wrappers import checked_tokenizer, model_in_memory, unwrapped
 from optimum_otprune.budget import with_pruning_ratio
@@ -217,6 +217,7 @@ class OTPruner(HubMixin):
             check_single("`resume_from`", "Leave it out, or start one.")
         settings = PassSettings.of(batch_size, progress, max_hidden_memory, spill_folder)
         blocks = ffn_blocks(self.model)
+        check_loadable(self.model)
         recipe = Recipe.resolve(with_pruning_ratio(self.config, self.model, blocks), functions)
         data = calibration_tokens(calibration_data, self.config, self.tokenizer, self.limits)
         before = model_sizes(self.model)
@@ -289,6 +290,8 @@ class OTPruner(HubMixin):
         settings = TuningSettings(
             num_trials, timeout, space, file, target_latency, shape, validation_share, seed, batch_size, progress
         ).checked()
+        blocks = ffn_blocks(self.model)
+        check_loadable(self.model)
         tokens = calibration_tokens(calibration_data, self.config, self.tokenizer, self.limits).tokens
 
         def note(result: TuningResult) -> None:
@@ -296,7 +299,7 @@ class OTPruner(HubMixin):
             if on_trial is not None:
                 on_trial(result)
 
-        self.config = tune_model(self.model, ffn_blocks(self.model), self.config, tokens, settings, note).best.config
+        self.config = tune_model(self.model, blocks, self.config, tokens, settings, note).best.config
         return self.config
 
     def evaluate(

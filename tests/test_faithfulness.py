@@ -3,6 +3,8 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import weight_norm
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -15,6 +17,8 @@ from transformers import (
     Gemma3nTextConfig,
     Gemma4ForCausalLM,
     Gemma4TextConfig,
+    GPTBigCodeConfig,
+    GPTBigCodeForCausalLM,
 )
 
 from optimum_otprune import OTPruner, OTPruningConfig, pipeline, tuning
@@ -167,6 +171,34 @@ def compiled_in_place(model):
     return model
 
 
+def with_compiled_forward(model):
+    mlp = model.model.layers[1].mlp
+    mlp.forward = torch.compile(mlp.forward, backend="eager")
+    return model
+
+
+def gpt_bigcode():
+    """Its FFN has the names of GPT-2's, and linear modules in them."""
+    return GPTBigCodeForCausalLM(GPTBigCodeConfig(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_inner=48))
+
+
+class LowRank(nn.Linear):
+    """A linear module with the parameters of an adapter of its own."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features, bias=False)
+        self.lora_A = nn.Parameter(torch.zeros(2, linear.in_features))
+        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, 2))
+
+
+def with_part(path, change):
+    """A model with a part replaced by, or changed in place to, something else."""
+    model = make_llama()
+    owner, _, name = path.rpartition(".")
+    setattr(model.get_submodule(owner), name, change(model.get_submodule(path)))
+    return model
+
+
 class Adapter(nn.Module):
     """As adapters are injected: at first it changes nothing."""
 
@@ -194,11 +226,15 @@ def with_experts(model, experts):
     return model
 
 
+Q_PROJ = "model.layers.1.self_attn.q_proj"
 STACKED = nn.ParameterList([nn.Parameter(torch.ones(4, 32, 20))])
 LISTED = nn.ModuleList(nn.Sequential(nn.Linear(32, 20), nn.Linear(20, 32)) for _ in range(2))
 
 REFUSED = {
-    "inner norm": (lambda: with_ffn(inner=nn.RMSNorm(48)), "^Layer 1: The down projection puts out something else"),
+    "inner norm": (
+        lambda: with_ffn(inner=nn.RMSNorm(48, elementwise_affine=False)),
+        "^Layer 1: The down projection puts out something else",
+    ),
     "gate multiplier": (lambda: with_ffn(gate=0.7), "^Layer 1: The down projection puts out something else"),
     "scales by channel": (
         lambda: with_ffn(inner=lambda x: x * torch.linspace(0.5, 1.5, 48)),
@@ -240,6 +276,32 @@ REFUSED = {
     "fused code": (lambda: fused(make_llama()), "^Layer 1: hooks on the FFN fire 0 times"),
     "compiled block": (lambda: compiled(make_llama()), r"^The module 'model.layers.1' is compiled.*without compiling"),
     "compiled in place": (lambda: compiled_in_place(make_llama()), r"^The module 'model.layers.1.mlp' is compiled"),
+    "compiled function": (
+        lambda: with_compiled_forward(make_llama()),
+        r"^The module 'model.layers.1.mlp' is compiled",
+    ),
+    "gpt_bigcode": (gpt_bigcode, "^No known FFN was found in GPTBigCodeForCausalLM.*Known layouts: llama"),
+    "a mask": (
+        lambda: with_part(Q_PROJ, lambda part: prune.l1_unstructured(part, "weight", 0.5)),
+        f"^The weight '{Q_PROJ}.weight_orig' is of shape .* not known to LlamaForCausalLM.*Put back the module",
+    ),
+    "a parametrization": (
+        lambda: with_part(Q_PROJ, weight_norm),
+        f"^The weight '{Q_PROJ}.parametrizations.weight.original0' is of shape .* not known",
+    ),
+    "a wrapped head": (lambda: with_part("lm_head", nn.Sequential), "^The weight 'lm_head.0.weight' is .* not known"),
+    "an adapter's parameters": (
+        lambda: with_part(Q_PROJ, LowRank),
+        f"^The weight '{Q_PROJ}.lora_A' is of shape .* not known",
+    ),
+    "another shape": (
+        lambda: with_part("lm_head", lambda part: nn.Linear(32, 65, bias=False)),
+        r"^The weight 'lm_head.weight' is of shape \(65, 32\) in the model, but of shape \(64, 32\)",
+    ),
+    "a part that is gone": (
+        lambda: with_part("model.norm", lambda part: nn.Identity()),
+        "^The weight 'model.norm.weight' is not there in the model",
+    ),
     "adapter in an FFN": (
         lambda: adapted(make_llama(), "model.layers.1.mlp.up_proj"),
         r"^The model has an adapter in it.*merge_and_unload\(\)",

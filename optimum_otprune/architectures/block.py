@@ -1,6 +1,7 @@
 """`FFNBlock`: reads and installs the weights of one FFN; nothing else in the package assigns to a model's weights."""
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -141,6 +142,48 @@ def ffn_blocks(model: PreTrainedModel) -> list[FFNBlock]:
             )
         _check_alone(block)
     return blocks
+
+
+def check_loadable(model: PreTrainedModel) -> None:
+    """Raise where a saved model could not be loaded: its class does not build the weights that it holds.
+
+    Its class is built from a copy of its configuration, on the meta device; a class whose constructor wants more than
+    a configuration is not known to transformers' loading either, and is left to its maker.
+
+    Raises:
+        UnsupportedModelError: Names the first weight that is not built, not there, or of another shape.
+    """
+    try:
+        inspect.signature(type(model)).bind(model.config)
+    except TypeError:
+        return
+    config, uneven = copy.deepcopy(model.config), set()
+    if getattr(config, "is_heterogeneous", False) and type(model).__module__.startswith("transformers.models."):
+        _, spec = find_spec(model)
+        if spec.size_key in config.per_layer_attributes:  # only the modeling file that is saved with it builds that
+            config.per_layer_config = None
+            blocks = [FFNBlock(module, spec, layer) for layer, module in enumerate(find_blocks(model, spec))]
+            uneven = {block.projection(name) for block in blocks for name in ("gate", "up", "down")}
+    with torch.device("meta"):
+        built = _shapes(type(model)(config))
+    held = _shapes(model)
+    ignored = {
+        f"{path}.{name}" for path, part in model.named_modules() if part in uneven for name in ("weight", "bias")
+    }
+    for name in (*held, *built):
+        if name in held and name in built and (held[name] == built[name] or name in ignored):
+            continue
+        found = f"of shape {held[name]}" if name in held else "not there"
+        wanted = f"of shape {built[name]}" if name in built else "not known"
+        raise UnsupportedModelError(
+            f"The weight {name!r} is {found} in the model, but {wanted} to {type(model).__name__} with the model's "
+            "configuration, so that what is saved could not be loaded. Put back the module that stood there: merge "
+            "adapters, remove parametrizations, masks of `torch.nn.utils.prune` and wrappers."
+        )
+
+
+def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in model.state_dict().items() if hasattr(value, "shape")}
 
 
 def _check_alone(block: FFNBlock) -> None:

@@ -101,6 +101,7 @@ def _fits(model: PreTrainedModel, spec: FFNSpec) -> bool:
     return all(
         isinstance(getattr(submodule(block, path), "weight", None), nn.Parameter)
         and submodule(block, path).weight.ndim == 2  # type: ignore[union-attr, operator]
+        and (not spec.transposed or hasattr(submodule(block, path), "nf"))  # as Conv1D has, and no linear module
         for block in layers
         for path in paths
     ) and all(callable(submodule(block, spec.activation)) for block in layers)

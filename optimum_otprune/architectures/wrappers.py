@@ -83,7 +83,8 @@ def check_plain(model: PreTrainedModel) -> None:
                 "load the model without the adapter, `PeftModel.from_pretrained(model, adapter).merge_and_unload()` "
                 "of peft, and give the result."
             )
-        if "_orig_mod" in parts or getattr(module, "_compiled_call_impl", None) is not None:
+        is_compiled = hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")  # the function alone
+        if is_compiled or "_orig_mod" in parts or getattr(module, "_compiled_call_impl", None) is not None:
             where = f"The module {name!r}" if name else "The model"
             raise UnsupportedModelError(
                 f"{where} is compiled, so that nobody can look into it while it runs. Load the model without "
