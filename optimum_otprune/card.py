@@ -36,6 +36,7 @@ def model_card(
     name: str,
     has_tokenizer: bool = True,
     has_plot: bool = False,
+    older_names: bool = True,
 ) -> str:
     """Render the README.md of a pruned model.
 
@@ -45,6 +46,7 @@ def model_card(
         name: Of the folder or repository.
         has_tokenizer: Whether a tokenizer is saved beside the model.
         has_plot: Whether `rescue.png` is.
+        older_names: Whether config.json has the names that older versions of transformers read.
 
     Returns:
         Markdown with YAML front matter of plain values. Strings from outside are escaped.
@@ -52,7 +54,7 @@ def model_card(
     Raises:
         ReportError: If the report, say of an edited file, lacks what the card says.
     """
-    values: dict[str, Any] = {} if report is None else _facts(config, report, name)
+    values: dict[str, Any] = {} if report is None else _facts(config, report, name, older_names)
     return _template().render(
         metadata=card_metadata(config, report, name).to_yaml().strip(),
         title=escape(name.rsplit("/", 1)[-1], max_length=96) or "Pruned model",
@@ -88,7 +90,7 @@ def _template() -> Template:
     return environment.from_string(text)
 
 
-def _facts(config: OTPruningConfig, report: PruningReport, name: str) -> dict[str, Any]:
+def _facts(config: OTPruningConfig, report: PruningReport, name: str, older_names: bool) -> dict[str, Any]:
     """Everything that the template shows of a pruned model, strings escaped."""
     report.check(is_finite=False)
     pairs = report.comparisons
@@ -110,6 +112,7 @@ def _facts(config: OTPruningConfig, report: PruningReport, name: str) -> dict[st
             report.model_type,
             needs_remote_code(config, report),
             escape(report.versions.get("transformers", "")),
+            older_names,
         ),
         "weighed": ", each weighed by 1 / the squared norm of the hidden state behind the layer, as in the fit"
         if report.token_weighting == "residual"

@@ -9,6 +9,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from optimum_otprune.architectures.block import check_loadable
+from optimum_otprune.architectures.wrappers import check_plain
 from optimum_otprune.card import model_card
 from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.devices import is_offloaded, known_as_offloaded, restore_ties
@@ -16,7 +18,7 @@ from optimum_otprune.errors import ConfigurationError
 from optimum_otprune.faithfulness import check_logits, check_parameters
 from optimum_otprune.files import writing_folder
 from optimum_otprune.manifest import CARD_FILE, write_manifest
-from optimum_otprune.model_files import save_model_files
+from optimum_otprune.model_files import reads_in_older_versions, save_model_files
 from optimum_otprune.option_checks import check_size
 from optimum_otprune.outputs import resolved_output
 from optimum_otprune.plots import PLOT_FILE, can_plot, save_rescue_plot
@@ -57,10 +59,13 @@ def save_checkpoint(
         OutputError: See `optimum_otprune.files.writing_folder`.
         ConfigurationError: If `overwrite` is not True or False.
         NumericalError: If a parameter is NaN or infinite, which is named, or the logits are.
+        UnsupportedModelError: If modules were put into the model that could not be loaded again.
     """
     if not isinstance(overwrite, bool):
         raise ConfigurationError(f"`overwrite` is {overwrite!r}; want True or False.")
+    check_plain(model)
     restore_ties(model)
+    check_loadable(model)
     with writing_folder(folder, overwrite, weight_bytes(model), places) as partial, _known_failures():
         check_parameters(model)
         check_logits(model)
@@ -74,7 +79,8 @@ def save_checkpoint(
         if report is not None and has_plot:
             save_rescue_plot(report, partial / PLOT_FILE)
         name = resolved_output(folder).name
-        card = model_card(config, report, name, has_tokenizer=tokenizer is not None, has_plot=has_plot)
+        older = reads_in_older_versions(partial)
+        card = model_card(config, report, name, tokenizer is not None, has_plot, older)
         (partial / CARD_FILE).write_text(card, encoding="utf-8")
         write_manifest(partial)
     return folder

@@ -1,7 +1,11 @@
 """What older transformers read in the files of a model: names that newer ones do not write any more."""
 
+import copy
 from collections.abc import Mapping
 from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig
 
 # Versions between which logits and token ids of saved folders were compared (benchmarks/compatibility.py).
 OLDER_VERSION, NEWER_VERSION = "4.57", "5.23"
@@ -37,8 +41,8 @@ _THREE_FIELDS = ("type", "short_factor", "long_factor")  # all that Phi-3 allowe
 def with_older_names(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a model's configuration with its rotary embedding also as transformers 4 named it.
 
-    Versions before 5 do not read `rope_parameters` and take a base of 10,000 without a word. Newer ones read both and
-    find the same values.
+    Versions before 5 do not read `rope_parameters` and take a base of 10,000 without a word. Newer ones read both, and
+    do not always find the same values: see `with_readable_names`.
 
     Args:
         config: Of config.json, with configurations of parts, such as `text_config`, in it.
@@ -60,6 +64,37 @@ def with_older_names(config: Mapping[str, Any]) -> dict[str, Any]:
     if any(isinstance(value, Mapping) for value in rope.values()):
         return whole  # of a kind that no older version knows
     return {**_of_one(rope, model_type, config), **whole}
+
+
+def with_readable_names(config: Mapping[str, Any], kind: type[PreTrainedConfig]) -> dict[str, Any]:
+    """Return a model's configuration with the older names, or without, where the present transformers would misread.
+
+    It lets `rope_scaling` replace `rope_parameters`, although that of some architectures holds less.
+
+    Args:
+        config: Of config.json.
+        kind: Class of the configuration.
+    """
+    older = with_older_names(config)
+    wanted = _ropes(kind.from_dict(copy.deepcopy(dict(config))).to_dict())
+    try:
+        found = _ropes(kind.from_dict(copy.deepcopy(older)).to_dict())
+    except (StrictDataclassError, ValueError, TypeError, LookupError):  # what it refuses, it cannot read either
+        found = None
+    return older if found == wanted else dict(config)
+
+
+def has_older_names(config: Mapping[str, Any]) -> bool:
+    """Whether a saved configuration says to older versions all that it says to newer ones."""
+    return with_older_names(config) == config
+
+
+def _ropes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Rotary embeddings of a configuration and of the parts in it."""
+    parts = {
+        name: _ropes(value) for name, value in config.items() if name.endswith("_config") and isinstance(value, dict)
+    }
+    return {**parts, "rope_parameters": config.get("rope_parameters")}
 
 
 def _of_one(rope: Mapping[str, Any], model_type: str, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -115,21 +150,25 @@ def with_older_tokenizer(config: Mapping[str, Any], added: Mapping[str, bool]) -
     return older
 
 
-def tested_versions(model_type: str | None, per_layer: bool, saved_with: str | None) -> str:
+def tested_versions(model_type: str | None, per_layer: bool, saved_with: str | None, older_names: bool = True) -> str:
     """Return a sentence on which versions of transformers load a folder.
 
     Args:
         model_type: Of the model's configuration.
         per_layer: Whether its layers differ in width, as `per_layer_config` has it.
         saved_with: Version of transformers that wrote it, as the report has it.
+        older_names: Whether its configuration has the names that older versions read.
     """
     if per_layer:
         return f"It needs transformers {PER_LAYER_VERSION} or newer."
-    if model_type in COMPARED:
+    if model_type in COMPARED and older_names:
         return (
             f"It loads with transformers {OLDER_VERSION} and newer: models of this type gave equal logits in "
             f"{OLDER_VERSION} and {NEWER_VERSION}."
         )
-    return (
-        f"It was saved with transformers {saved_with or '5'}; models of this type were not tested with older versions."
+    untested = (
+        "models of this type were not tested with older versions"
+        if older_names
+        else "older versions do not read all of its configuration"
     )
+    return f"It was saved with transformers {saved_with or '5'}; {untested}."

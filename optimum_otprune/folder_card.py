@@ -9,6 +9,7 @@ from optimum_otprune.errors import ReportError
 from optimum_otprune.files import save_text
 from optimum_otprune.loading import TOKENIZER_FILES
 from optimum_otprune.manifest import CARD_FILE, MANIFEST_FILE, digest, manifest_text, read_manifest
+from optimum_otprune.model_files import reads_in_older_versions
 from optimum_otprune.plots import PLOT_FILE
 from optimum_otprune.report import REPORT_FILE, PruningReport
 
@@ -36,6 +37,7 @@ def folder_card(folder: Path, name: str | None = None, has_tokenizer: bool | Non
         folder.resolve().name if name is None else name,
         has_tokenizer=has_tokenizer,
         has_plot=(folder / PLOT_FILE).is_file(),
+        older_names=reads_in_older_versions(folder),
     )
 
 

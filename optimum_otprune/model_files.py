@@ -12,7 +12,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from optimum_otprune.architectures.remote_code import MODELING_FILE, modeling_code
 from optimum_otprune.architectures.spec import find_spec
 from optimum_otprune.architectures.wrappers import has_own_code
-from optimum_otprune.compatibility import with_older_names, with_older_tokenizer
+from optimum_otprune.compatibility import has_older_names, with_older_tokenizer, with_readable_names
+from optimum_otprune.untrusted import read_json
 
 _CONFIG, _GENERATION, _TOKENIZER = "config.json", "generation_config.json", "tokenizer_config.json"
 
@@ -39,11 +40,25 @@ def save_model_files(
     custom = tuple(auto for auto, made in of_class.items() if made is not None and has_own_code(made))
     if (folder / MODELING_FILE).is_file():
         custom += ("AutoModel",)
-    _edit(folder / _CONFIG, lambda values: with_older_names(_with_code_of_its_own(values, folder, custom)))
+    _edit(
+        folder / _CONFIG,
+        lambda values: with_readable_names(_with_code_of_its_own(values, folder, custom), type(model.config)),
+    )
     added = _added(tokenizer) if (folder / "tokenizer.json").is_file() else {}
     _edit(
         folder / _TOKENIZER, lambda values: with_older_tokenizer(_with_code_of_its_own(values, folder, custom), added)
     )
+
+
+def reads_in_older_versions(folder: Path) -> bool:
+    """Whether older transformers read a saved configuration in full; True where there is none."""
+    if not (folder / _CONFIG).is_file():
+        return True
+    try:
+        config = read_json(folder / _CONFIG)
+    except ValueError:
+        return False  # damaged
+    return isinstance(config, dict) and has_older_names(config)
 
 
 def _added(tokenizer: PreTrainedTokenizerBase | None) -> dict[str, bool]:

@@ -67,6 +67,9 @@ def assert_harmless(card: str, has_plot: bool = False) -> Page:
 
 def test_a_card_says_which_versions_load_the_folder():
     assert "loads with transformers 4.57 and newer" in words(model_card(CONFIG, make_report(model_type="llama"), "x"))
+    misread = words(model_card(CONFIG, make_report(model_type="llama"), "x", older_names=False))
+    assert "4.57" not in misread
+    assert "older versions do not read all of its configuration" in misread
     unknown = words(model_card(CONFIG, make_report(model_type="mine", versions={"transformers": "5.9.0"}), "x"))
     assert "saved with transformers 5.9.0; models of this type were not tested with older versions" in unknown
     config = OTPruningConfig(pruning_ratio=0.5, non_uniform_format="per_layer_config")

@@ -13,14 +13,21 @@ from transformers import (
     Gemma3TextConfig,
     GPTNeoXConfig,
     LlamaTokenizer,
+    ModernBertDecoderConfig,
+    ModernBertDecoderForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
 )
 
 from optimum_otprune import OTPruner, OTPruningConfig
 from optimum_otprune.compatibility import with_older_names
 from optimum_otprune.errors import ConfigurationError, UnsupportedModelError
 from optimum_otprune.manifest import verify_folder
+from optimum_otprune.model_files import reads_in_older_versions
 from tests.conftest import make_llama
 
+TINY = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+IDS = {f"{name}_token_id": 0 for name in ("pad", "bos", "eos", "cls", "sep")}
 HALF = OTPruningConfig(pruning_ratio=0.5, multiple_of=1, quality="fast")
 
 
@@ -69,6 +76,19 @@ def test_generation_parameters_in_the_models_configuration_are_no_obstacle(llama
     folder = OTPruner.from_pretrained(llama).save_pretrained(tmp_path / "out")
     assert llama.config.temperature == 0.5
     assert "temperature" not in saved(folder, "config.json")
+
+
+def test_a_module_put_into_the_model_after_loading_is_refused_before_anything_is_written(llama, tokens, tmp_path):
+    pruner = OTPruner.from_pretrained(llama, HALF)
+    llama.lm_head = torch.nn.Sequential(llama.lm_head)
+    message = "^The weight 'lm_head.0.weight' is of shape .* could not be loaded"
+    with pytest.raises(UnsupportedModelError, match=message):
+        pruner.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UnsupportedModelError, match=message):
+        OTPruner.plan(llama, HALF)
+    with pytest.raises(UnsupportedModelError, match=message):
+        pruner.tune(tokens, num_trials=1, progress=False)
 
 
 @pytest.mark.parametrize(
@@ -151,6 +171,34 @@ def test_architectures_with_names_of_their_own_get_those():
     )
     unknown = {"rope_parameters": {"some": {"rope_theta": 5e5}}}
     assert with_older_names(unknown) == unknown
+
+
+@pytest.mark.parametrize(
+    ("make", "rope"),
+    [
+        (
+            lambda rope: Phi3ForCausalLM(Phi3Config(**TINY, **IDS, rope_parameters=rope)),
+            {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 1.0, "attention_factor": 1.7}
+            | {"factor": 3.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
+        ),
+        (
+            lambda rope: ModernBertDecoderForCausalLM(ModernBertDecoderConfig(**TINY, **IDS, rope_parameters=rope)),
+            {
+                "full_attention": {"rope_type": "linear", "rope_theta": 77777.0, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 5555.0},
+            },
+        ),
+    ],
+    ids=["phi3", "modernbert-decoder"],
+)
+def test_older_names_are_left_out_where_they_would_be_misread_here(tokens, tmp_path, make, rope):
+    model = make(copy.deepcopy(rope)).eval()
+    folder = OTPruner(model).save_pretrained(tmp_path / "out")
+    assert "rope_scaling" not in saved(folder, "config.json")
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert loaded.config.rope_parameters == model.config.rope_parameters
+    assert torch.equal(logits(loaded, tokens), logits(model, tokens))
+    assert not reads_in_older_versions(folder)
 
 
 @pytest.mark.parametrize("adds", [False, True])
