@@ -150,7 +150,7 @@ def with_older_tokenizer(config: Mapping[str, Any], added: Mapping[str, bool]) -
     return older
 
 
-def tested_versions(model_type: str | None, per_layer: bool, saved_with: str | None, older_names: bool = True) -> str:
+def tested_versions(model_type: str | None, per_layer: bool, saved_with: str | None, older_names: bool) -> str:
     """Return a sentence on which versions of transformers load a folder.
 
     Args:

@@ -46,6 +46,8 @@ _FOREIGN = (
     NameError,
     AttributeError,
     ArithmeticError,
+    AssertionError,
+    MemoryError,
     StrictDataclassError,
 )
 TOKENIZER_FILES = (
@@ -92,7 +94,8 @@ def load_checkpoint(name: str, options: Mapping[str, Any]) -> Checkpoint:
     """
     name, options = _expanded(name, options)
     hub = {option: options[option] for option in _HUB_OPTIONS if options[option] is not None}
-    _check_source(name)
+    with _loading(name):
+        _check_source(name)
     if options["verify"]:
         commit = verify_saved(name, **hub)
         hub |= {} if commit is None else {"revision": commit}  # what was verified is what is loaded
@@ -107,8 +110,6 @@ def load_checkpoint(name: str, options: Mapping[str, Any]) -> Checkpoint:
     if device is not None and "device_map" not in placement:
         placement["device_map"] = {"": device}  # each of several processes has the model on its own accelerator
     with _loading(name):
-        if isinstance(placement.get("dtype"), str) and placement["dtype"] != "auto":
-            placement["dtype"] = _named_dtype(placement["dtype"])
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name, **hub, **remote, **placement, use_safetensors=True, output_loading_info=True
         )
@@ -141,7 +142,8 @@ def load_skeleton(name: str, options: Mapping[str, Any]) -> tuple[PreTrainedMode
     """
     name, options = _expanded(name, options)
     hub = {option: options[option] for option in _HUB_OPTIONS if options[option] is not None}
-    _check_source(name, needs_weights=False)
+    with _loading(name):
+        _check_source(name, needs_weights=False)
     _check_repository(name, hub)
     remote = {"trust_remote_code": bool(options["trust_remote_code"])}
     with _loading(name):
@@ -205,20 +207,23 @@ def _check_repository(name: str, hub: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _loading(name: str) -> Iterator[None]:
+def _loading(name: str, is_tokenizer: bool = False) -> Iterator[None]:
+    shown = _shown(name)
+    within = f"{shown[0].lower()}{shown[1:]}"
     try:
         with without_secrets_in_warnings():
             yield
     except SafetensorError as error:
         raise ModelLoadError(
-            f"The weights of {_shown(name)} are damaged ({visible(str(error), _LONGEST)}). Download or copy them "
+            f"The weights of {within} are damaged ({visible(str(error), _LONGEST)}). Download or copy them "
             "again; a file of a few hundred bytes is a git-lfs pointer."
         ) from error
     except _FOREIGN as error:
         if isinstance(error, ModelLoadError):
             raise
-        why = explanation(error, Path(name).is_dir())
-        raise ModelLoadError(f"{_shown(name)} could not be loaded: {why}. ({_without_path(error, name)})") from error
+        why = explanation(error, Path(name).is_dir(), is_tokenizer)
+        what = f"The tokenizer of {within}" if is_tokenizer else shown
+        raise ModelLoadError(f"{what} could not be loaded: {why}. ({_without_path(error, name)})") from error
 
 
 def _without_path(error: Exception, name: str) -> str:
@@ -248,7 +253,7 @@ def _load_tokenizer(name: str, hub: dict[str, Any], remote: dict[str, Any]) -> P
     """None only where there is no tokenizer; one that cannot be read is an error."""
     if all(_optional_file(name, file, hub) is None for file in TOKENIZER_FILES):
         return None
-    with _loading(name):
+    with _loading(name, is_tokenizer=True):
         return AutoTokenizer.from_pretrained(name, **hub, **remote)
 
 

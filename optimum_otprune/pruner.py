@@ -19,7 +19,7 @@ from optimum_otprune.compression import Recipe
 from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.devices import model_sizes
 from optimum_otprune.loading import hub_id, load_checkpoint
-from optimum_otprune.loading_options import LOADING_DEFAULTS, as_config, refuse_loading_options
+from optimum_otprune.loading_options import LOADING_DEFAULTS, as_config, check_loading_options, refuse_loading_options
 from optimum_otprune.option_checks import check_count
 from optimum_otprune.outputs import noted_places, output_path, resolved_output
 from optimum_otprune.overlap import seen_windows
@@ -117,6 +117,7 @@ class OTPruner(HubMixin):
         """
         options = {name: value for name, value in locals().items() if name in LOADING_DEFAULTS}
         check_launch()
+        check_loading_options(options)
         given = None if config is None else as_config(config, options)
         model = model_in_memory(model_name_or_path)
         if model is not None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers.models.auto import modeling_auto
 
@@ -32,6 +33,9 @@ _AUTO_CLASSES: Mapping[str, Mapping[str, Any]] = {
 ADAPTER_FILE = "adapter_config.json"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _POINTER = b"version https://git-lfs"
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_MOST_LAYERS = 10_000  # as many as a report may have
 _SMALL = 1024  # bytes; a pointer has fewer
 _DEQUANTIZE = "dequantize it by `AutoModelForCausalLM.from_pretrained(folder, gguf_file=...)`, save that, and prune it"
 _CONVERT = (
@@ -120,6 +124,7 @@ def check_config(what: str, config: Mapping[str, Any], has_adapter: bool) -> Non
             f"{what} holds a model and an adapter beside it. Merge the adapter into the model (`merge_and_unload()` "
             "of peft) and prune the result, or leave the adapter's files out to prune the model without it."
         )
+    _check_values(what, config)
     quantization = config.get("quantization_config")
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
@@ -143,6 +148,24 @@ def check_config(what: str, config: Mapping[str, Any], has_adapter: bool) -> Non
         )
 
 
+def _check_values(what: str, config: Mapping[str, Any]) -> None:
+    """Raise for what would end in an error of Python's, or go on building without an end."""
+    model_type = config.get("model_type")
+    if model_type is not None and not isinstance(model_type, str):
+        raise ModelLoadError(
+            f"In config.json of {what[0].lower()}{what[1:]}, `model_type` is {str(model_type)[:60]!r}; want a string "
+            "such as 'llama'. Get the original file."
+        )
+    for part in (config, *(value for value in config.values() if isinstance(value, Mapping))):
+        for name in _LAYER_COUNTS:
+            count = part.get(name)
+            if isinstance(count, (int, float)) and count > _MOST_LAYERS:
+                raise ModelLoadError(
+                    f"In config.json of {what[0].lower()}{what[1:]}, `{name}` is {count}; want {_MOST_LAYERS} at "
+                    "most. Get the original file."
+                )
+
+
 def _auto_class(name: str) -> str | None:
     """Auto class that loads a class of transformers, the causal one first; None for a class of somebody's own."""
     for auto in sorted(_AUTO_CLASSES, key=lambda auto: (auto != _CAUSAL, auto in _HEADLESS)):
@@ -152,14 +175,19 @@ def _auto_class(name: str) -> str | None:
     return None
 
 
-def explanation(error: BaseException, local: bool) -> str:
+def explanation(error: BaseException, local: bool, is_tokenizer: bool = False) -> str:
     """Say in words why loading failed, and what to do.
 
     Args:
         error: From transformers, torch or code of the model's own.
         local: Whether a folder was loaded.
+        is_tokenizer: Whether its tokenizer was.
     """
     text = str(error)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return _NO_MEMORY
+    if isinstance(error, PermissionError):
+        return _NO_PERMISSION
     for pattern, words in _CAUSES:
         if re.search(pattern, text):
             return words
@@ -167,7 +195,12 @@ def explanation(error: BaseException, local: bool) -> str:
         return f"its config.json does not hold what it should: {_field(text)}. Mend that field, or download it again"
     if isinstance(error, ImportError):
         return "it needs a library that is not installed. Install it, or give a model that needs none"
-    if isinstance(error, (NameError, AttributeError, LookupError, TypeError, ZeroDivisionError)):
+    if is_tokenizer and (local or not isinstance(error, OSError)):
+        return (
+            "one of its files, such as tokenizer_config.json or tokenizer.json, is damaged, or made for another "
+            "version of transformers. Compare them with the original's, or download them again"
+        )
+    if isinstance(error, (NameError, AttributeError, LookupError, TypeError, ZeroDivisionError, AssertionError)):
         return (
             "the code that builds it failed, as it does where config.json holds a value that it does not know, or "
             "where a library is missing or of another version. Compare config.json with the original's"
@@ -181,7 +214,20 @@ def explanation(error: BaseException, local: bool) -> str:
 
 
 _TRUST = "Read it, then pass `trust_remote_code=True` (`--trust-remote-code`)"
+_NO_MEMORY = (
+    "there is not enough memory for it. Give a smaller `dtype`, or `device_map='auto'` with `max_memory` and "
+    "`offload_folder`, or take a machine with more"
+)
+_NO_PERMISSION = "this user may not read one of its files. Change the file's permissions, or copy it"
 _CAUSES: tuple[tuple[str, str], ...] = (
+    (r"out of memory|not enough memory|[Cc]an(?:no|')t allocate memory", _NO_MEMORY),
+    (r"Permission denied", _NO_PERMISSION),
+    (
+        r"not compiled with \w+ enabled|[Nn]o NVIDIA driver|[Nn]o \w+ GPUs|invalid device ordinal|"
+        r"not linked with support|[Cc]annot access accelerator device",
+        "`device_map` (`--device`) names a device that this machine, or its build of torch, does not have. Leave it "
+        "out, or give one that is there",
+    ),
     (
         "per-layer attribute",
         "its layers differ in width, which the code of transformers cannot build. Read the modeling file in it, then "
@@ -269,9 +315,15 @@ def _check_shards(folder: Path) -> None:
 
 
 def _json(file: Path) -> dict[str, Any]:
+    blob = file.read_bytes()
+    if blob.startswith(_BYTE_ORDER_MARK):
+        raise ModelLoadError(
+            f"{file.name} in {file.parent.name!r} begins with a byte-order mark, which transformers does not read. "
+            "Save it as UTF-8 without one."
+        )
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError):
+        values = json.loads(blob.decode("utf-8"))
+    except (ValueError, RecursionError):
         values = None
     if not isinstance(values, dict):
         raise ModelLoadError(

@@ -178,7 +178,7 @@ def test_text_is_at_most_as_many_samples_as_are_asked_for(llama_folder, tmp_path
         ({"multiple_of": 50}, {}, ConfigurationError, "the layer has only 48 channels"),
         ({}, {"device_map": "gpu7"}, ConfigurationError, "`device_map='gpu7'`.*cannot be followed"),
         ({}, {"device_map": {"lm_head": "cpu"}}, ConfigurationError, "no device is given for"),
-        ({}, {"dtype": "float33"}, ModelLoadError, "'float33' is no data type of torch"),
+        ({}, {"dtype": "float33"}, ConfigurationError, "`dtype` is 'float33'; want 'auto'"),
         ({}, {"device": "cuda"}, ConfigurationError, "option.*'device'.*Did you mean 'device_map'"),
         ({}, {"batch_size": 0}, ConfigurationError, "`batch_size`"),
         ({"seqlen": 60}, {"calibration_data": None}, CalibrationDataError, "tokenizer"),

@@ -9,7 +9,7 @@ from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import DebertaV2Config, LlamaForSequenceClassification, MPNetConfig, MPNetForMaskedLM
 
 from optimum_otprune import OTPruner, loading
-from optimum_otprune.errors import ModelLoadError
+from optimum_otprune.errors import ConfigurationError, ModelLoadError
 from optimum_otprune.sources import explanation
 from tests.conftest import make_llama
 
@@ -114,6 +114,30 @@ FOLDERS = {
     "nothing": (emptied, "'dense' is empty"),
     "something": (lambda folder: emptied(folder, "thesis.tex"), "has no config.json, so it holds no model"),
     "no JSON": (lambda folder: (folder / "config.json").write_text("{"), "config.json in 'dense' is damaged"),
+    "a list for a model type": (
+        lambda folder: edit(folder, model_type=["a"]),
+        r"In config.json of the folder 'dense', `model_type` is .* want a string",
+    ),
+    "more layers than there are": (
+        lambda folder: edit(folder, num_hidden_layers=200_000),
+        "`num_hidden_layers` is 200000; want 10000 at most",
+    ),
+    "a padding token outside the vocabulary": (
+        lambda folder: edit(folder, pad_token_id=1_000_000),
+        "the code that builds it failed.*Padding_idx",
+    ),
+    "a byte-order mark": (
+        lambda folder: (folder / "config.json").write_text("{}", encoding="utf-8-sig"),
+        "config.json in 'dense' begins with a byte-order mark",
+    ),
+    "damaged weights": (
+        lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 2000),
+        "^The weights of the folder 'dense' are damaged",
+    ),
+    "a damaged tokenizer": (
+        lambda folder: (folder / "tokenizer_config.json").write_text("[]"),
+        "^The tokenizer of the folder 'dense' could not be loaded: .*such as tokenizer_config.json",
+    ),
     "a list": (lambda folder: (folder / "config.json").write_text("[]"), "config.json in 'dense' is damaged"),
 }
 
@@ -128,6 +152,48 @@ def test_each_kind_of_folder_that_is_no_model_is_named(llama_folder, kind):
         OTPruner.from_pretrained(llama_folder)
     assert "/dense" not in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (AssertionError("Torch not compiled with CUDA enabled"), "`device_map`.* names a device that this machine"),
+        (MemoryError(), "not enough memory for it"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+            "not enough memory for it",
+        ),
+        (torch.OutOfMemoryError("CUDA"), "not enough memory for it"),
+        (PermissionError(13, "Permission denied"), "this user may not read one of its files"),
+    ],
+    ids=repr,
+)
+def test_what_the_machine_lacks_is_not_blamed_on_the_files(llama_folder, monkeypatch, error, words):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", fail)
+    with pytest.raises(ModelLoadError, match=words):
+        OTPruner.from_pretrained(llama_folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"dtype": "bogus"}, "`dtype` is 'bogus'; want 'auto'"),
+        ({"dtype": "int8"}, "`dtype` is 'int8'; want"),
+        ({"dtype": 3}, "`dtype` is 3; want"),
+        ({"device_map": "bogus"}, "'bogus' is no device"),
+        ({"device_map": {"": -1}}, "-1 is no device"),
+        ({"max_memory": {"cpu": "abc"}}, r"`max_memory\['cpu'\]`"),
+        ({"max_memory": 5}, "`max_memory` is 5; want a dictionary"),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("use", [OTPruner.from_pretrained, OTPruner.plan])
+def test_a_wrong_option_is_told_as_what_it_is(llama_folder, use, options, words):
+    with pytest.raises(ConfigurationError, match=words):
+        use(llama_folder, **options)
 
 
 def test_a_file_in_place_of_a_folder_is_named(tmp_path):
