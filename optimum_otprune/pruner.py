@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from optimum_otprune.architectures.block import check_loadable, ffn_blocks
+from optimum_otprune.architectures.block import ffn_blocks, loadable_blocks
 from optimum_otprune.architectures.changes import all_or_nothing, check_dense, check_whole, is_pruned
 from optimum_otprune.architectures.wrappers import checked_tokenizer, model_in_memory, unwrapped
 from optimum_otprune.budget import with_pruning_ratio
@@ -217,8 +217,7 @@ class OTPruner(HubMixin):
         if resume_from is not None:
             check_single("`resume_from`", "Leave it out, or start one.")
         settings = PassSettings.of(batch_size, progress, max_hidden_memory, spill_folder)
-        blocks = ffn_blocks(self.model)
-        check_loadable(self.model)
+        blocks = loadable_blocks(self.model)
         recipe = Recipe.resolve(with_pruning_ratio(self.config, self.model, blocks), functions)
         data = calibration_tokens(calibration_data, self.config, self.tokenizer, self.limits)
         before = model_sizes(self.model)
@@ -291,8 +290,7 @@ class OTPruner(HubMixin):
         settings = TuningSettings(
             num_trials, timeout, space, file, target_latency, shape, validation_share, seed, batch_size, progress
         ).checked()
-        blocks = ffn_blocks(self.model)
-        check_loadable(self.model)
+        blocks = loadable_blocks(self.model)
         tokens = calibration_tokens(calibration_data, self.config, self.tokenizer, self.limits).tokens
 
         def note(result: TuningResult) -> None:

@@ -144,6 +144,17 @@ def ffn_blocks(model: PreTrainedModel) -> list[FFNBlock]:
     return blocks
 
 
+def loadable_blocks(model: PreTrainedModel) -> list[FFNBlock]:
+    """Return the FFN blocks of a model that can be loaded again once it is saved.
+
+    Raises:
+        UnsupportedModelError: See `ffn_blocks` and `check_loadable`.
+    """
+    blocks = ffn_blocks(model)
+    check_loadable(model)
+    return blocks
+
+
 def check_loadable(model: PreTrainedModel) -> None:
     """Raise where a saved model could not be loaded: its class does not build the weights that it holds.
 
