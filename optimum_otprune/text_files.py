@@ -88,8 +88,15 @@ def file_rows(path: Path, text_column: str) -> Iterator[Row]:
     Raises:
         CalibrationDataError: If the file is damaged, is no text, or has no such column.
     """
-    try:
+    with _told(path):
         yield from _rows(path, text_column)
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """What is wrong with a file is one error of ours, also where it is found long after its beginning was read."""
+    try:
+        yield
     except UnicodeError as error:
         raise _no_text(path, f"it is not {getattr(error, 'encoding', 'UTF-8').upper()} ({_reason(error)})") from error
     except CalibrationDataError:
@@ -164,7 +171,7 @@ def _first_lines(path: Path, head: bytes, encoding: str) -> str:
 
 
 def _text_parts(path: Path, encoding: str) -> Iterator[str]:
-    with _opened_text(path, encoding, newline=None) as text:
+    with _told(path), _opened_text(path, encoding, newline=None) as text:
         while part := text.read(_PART):
             if "\x00" in part:
                 raise _no_text(path, "it holds binary data")

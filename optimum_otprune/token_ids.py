@@ -131,7 +131,7 @@ def _read(path: Path) -> np.ndarray | Tensor:
         if suffix == ".npy":
             return np.load(path, mmap_mode="r", allow_pickle=False)
         loaded = load_file(path) if suffix == ".safetensors" else torch.load(path, weights_only=True)
-    except (OSError, ValueError, RuntimeError, EOFError, UnpicklingError, SafetensorError) as error:
+    except (OSError, ValueError, LookupError, RuntimeError, EOFError, UnpicklingError, SafetensorError) as error:
         reason = next(iter(str(error).splitlines()), "")
         raise CalibrationDataError(
             f"{path.name} cannot be read as token ids ({type(error).__name__}: {reason}). Save "

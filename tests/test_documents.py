@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import zipfile
 
 import datasets
@@ -172,6 +173,8 @@ NO_TEXT = [
     ("train.bin", np.arange(60, dtype=np.uint16).tobytes(), "train.bin is no text: .* as `np.save` writes them"),
     ("late.txt", PLAIN.encode() * 400 + b"\x00", "late.txt is no text: it holds binary data"),
     ("latin.txt", "naïve".encode("latin-1"), "latin.txt is no text: it is not UTF-8"),
+    ("latin late.txt", PLAIN.encode() * 2000 + "é".encode("latin-1"), "latin late.txt is no text: it is not UTF-8"),
+    ("cut late.txt.gz", gzip.compress(os.urandom(80_000).hex().encode())[:-9], "cut late.txt.gz cannot be read"),
     ("cut.jsonl.gz", gzip.compress(LINES.encode())[:50], "cut.jsonl.gz cannot be read .* Check that the file is"),
     ("cut.zst", zst(LINES * 9)[:60], "cut.zst cannot be read"),
     ("bad.xz", b"\xfd7zXZ\x00" + b"z" * 50, "bad.xz cannot be read"),
