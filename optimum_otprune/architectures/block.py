@@ -171,7 +171,9 @@ def check_loadable(model: PreTrainedModel) -> None:
     config, uneven = copy.deepcopy(model.config), set()
     if getattr(config, "is_heterogeneous", False) and type(model).__module__.startswith("transformers.models."):
         _, spec = find_spec(model)
-        if spec.size_key in config.per_layer_attributes:  # only the modeling file that is saved with it builds that
+        if spec.size_key in (
+            config.per_layer_attributes or ()
+        ):  # only the modeling file that is saved with it builds that
             config.per_layer_config = None
             blocks = [FFNBlock(module, spec, layer) for layer, module in enumerate(find_blocks(model, spec))]
             uneven = {block.projection(name) for block in blocks for name in ("gate", "up", "down")}
