@@ -10,7 +10,6 @@ from typing import Any, NamedTuple, TypeAlias
 
 import datasets
 import numpy as np
-import pandas as pd
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from jinja2 import TemplateError
@@ -27,6 +26,7 @@ from optimum_otprune.text_files import (
     data_suffix,
     file_rows,
     is_conversation,
+    is_null,
     listed,
     picked,
 )
@@ -129,7 +129,7 @@ def _kind(row: Row) -> str | None:
     value, where = row
     if isinstance(value, (str, TextParts)):
         return "text"
-    if (pd.api.types.is_scalar(value) and pd.isna(value)) or (isinstance(value, (list, tuple)) and not value):
+    if is_null(value):
         return None
     if is_conversation(value):
         return "conversation"

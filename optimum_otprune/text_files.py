@@ -306,6 +306,18 @@ def is_conversation(value: object) -> bool:
     )
 
 
+def is_null(value: object) -> bool:
+    """Whether a value is none: None, no number, a null of pandas, or an empty list.
+
+    Example:
+        >>> is_null(None), is_null([]), is_null(""), is_null(0)
+        (True, True, False, False)
+    """
+    if isinstance(value, (list, tuple)):
+        return not value
+    return pd.api.types.is_scalar(value) and bool(pd.isna(value))  # type: ignore[call-overload]
+
+
 def _delimiter(path: Path, first: str, text_column: str) -> str | None:
     """What separates the columns: of a file that is named so, or whose first line names the column of the text."""
     line = next(iter(first.splitlines()), "")
