@@ -13,11 +13,13 @@ from typing import Any
 
 from optimum.configuration_utils import BaseConfig
 
-from optimum_otprune.errors import ConfigurationError
+from optimum_otprune.errors import ConfigurationError, OutputError
+from optimum_otprune.files import replace_file
 from optimum_otprune.hub import PushResult, push_file
 from optimum_otprune.methods import METHOD_FIELDS, QUALITY_FIELDS
 from optimum_otprune.option_checks import check_option
 from optimum_otprune.options import BUDGET_FIELDS, OPTIONS, OPTIONS_BY_NAME
+from optimum_otprune.outputs import output_path
 from optimum_otprune.registry import unknown_name
 from optimum_otprune.resolution import NUMBER_FIELDS, resolve
 from optimum_otprune.untrusted import read_json, visible
@@ -193,7 +195,7 @@ class OTPruningConfig(BaseConfig):
             ConfigurationError: If it cannot be found or read, or is not valid.
         """
         try:
-            return super().from_pretrained(str(pretrained_model_name_or_path), **kwargs)
+            return super().from_pretrained(os.path.expanduser(str(pretrained_model_name_or_path)), **kwargs)
         except OSError as error:
             raise ConfigurationError(
                 f"No pruning configuration could be read from "
@@ -225,10 +227,23 @@ class OTPruningConfig(BaseConfig):
             save_directory: Made if it does not exist.
             push_to_hub: Also upload the file to the repository `repo_id` (default: the folder's name).
             **kwargs: For `push_to_hub`.
+
+        Raises:
+            OutputError: If the folder or the file in it cannot be written.
+            HubError: See `push_to_hub`.
         """
-        super().save_pretrained(str(save_directory), push_to_hub=False)
+        folder = output_path(save_directory)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            content = self.to_json_string().encode()
+            replace_file(folder / CONFIG_FILE, content, folder / f".{CONFIG_FILE}.partial-{os.getpid()}")
+        except OSError as error:
+            raise OutputError(
+                f"{CONFIG_FILE!r} could not be written into {folder.name!r}: {error.strerror}. Give a folder "
+                "that can be written."
+            ) from error
         if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory))), **kwargs)
+            self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.path.abspath(folder))), **kwargs)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> PushResult:  # type: ignore[override]
         """Put `otprune_config.json` into a repository, whose other files stay.

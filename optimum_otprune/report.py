@@ -269,7 +269,7 @@ class PruningReport:
             ReportError: If the file is no report.
         """
         try:
-            values = read_json(Path(path))
+            values = read_json(Path(os.path.expanduser(path)))
         except ValueError as error:
             raise ReportError(f"{Path(path).name!r} is damaged: {error}. Get the folder again.") from error
         if not isinstance(values, dict):

@@ -163,10 +163,11 @@ def test_no_file_holds_a_local_path(llama_folder, tokens, tmp_path):
         assert str(tmp_path).encode() not in path.read_bytes(), path.name
 
 
-def test_a_report_survives_json_and_prints_the_summary(tmp_path):
+def test_a_report_survives_json_and_prints_the_summary(tmp_path, monkeypatch):
     report = make_report()
-    report.save(tmp_path / "report.json")
-    assert PruningReport.load(tmp_path / "report.json") == report
+    monkeypatch.setenv("HOME", str(tmp_path))
+    report.save("~/report.json")
+    assert PruningReport.load("~/report.json") == PruningReport.load(tmp_path / "report.json") == report
     assert report.layers[0].ridge_lambda == float("inf")
     assert str(report.layers[0]) == (
         "Layer 00: Rescued 0.500 (50.0%) of pruned channels, Diluted 0.000 (0.0%) of kept channels"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from optimum_otprune.configuration import CONFIG_FILE, OTPruningConfig
-from optimum_otprune.errors import ConfigurationError, OTPruneError
+from optimum_otprune.errors import ConfigurationError, OTPruneError, OutputError
 from optimum_otprune.functional.costs import costs
 from optimum_otprune.functional.importance import importances
 from optimum_otprune.functional.marginals import distributions, strategies
@@ -375,3 +375,18 @@ def test_numbers_of_numpy_are_numbers():
 def test_a_number_out_of_range_is_an_error_that_names_the_field(name, value):
     with pytest.raises(ConfigurationError, match=f"`{name}` is .*; want "):
         OTPruningConfig(**{name: value})
+
+
+def test_a_configuration_is_saved_in_a_home_folder_and_never_through_a_link(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "thesis.txt").write_text("dear")
+    (tmp_path / "cfg").mkdir()
+    (tmp_path / "cfg" / CONFIG_FILE).symlink_to(tmp_path / "thesis.txt")
+    OTPruningConfig(seed=3).save_pretrained("~/cfg")
+    assert OTPruningConfig.from_pretrained("~/cfg").seed == 3
+    assert (tmp_path / "thesis.txt").read_text() == "dear"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cfg", "thesis.txt"]
+    assert [path.name for path in (tmp_path / "cfg").iterdir()] == [CONFIG_FILE]
+    with pytest.raises(OutputError, match=r"could not be written into 'thesis.txt': File exists\. Give a folder"):
+        OTPruningConfig().save_pretrained("thesis.txt")
