@@ -233,7 +233,7 @@ def _cache_bytes(model: PreTrainedModel, layers: int) -> int:
 
 
 def _resting_memory(blocks: list[FFNBlock], widths: list[int], weights: Mapping[str, int]) -> list[MemoryUse]:
-    """What is there all the time; dense FFNs stay beside pruned ones until all layers are done, unless offloaded."""
+    """What is there all the time; dense FFNs stay to be put back if anything fails, unless they are offloaded."""
     uses = [MemoryUse("cpu", "Python and its libraries", IMPORT_BYTES)]
     uses += [MemoryUse(name, "weights", size) for name, size in weights.items()]
     if len(weights) > 1 and {"cpu", "disk"} & set(weights):
@@ -267,9 +267,6 @@ def _working_memory(work: Workload, weights: Mapping[str, int], max_hidden_memor
     uses = [MemoryUse(name, purpose, size) for name in computing for purpose, size in working_bytes(work).items()]
     if set(weights) <= set(computing):
         uses = [use for use in uses if use.purpose != "one block"]  # the blocks are there with all weights
-        pruned = work.kept_parameters * work.num_layers * work.element_size  # put back if anything fails
-        shares = {name: pruned * weights[name] // sum(weights.values()) for name in computing}
-        uses += [MemoryUse(name, "pruned FFNs beside the dense ones", size) for name, size in shares.items()]
     kept, spilled = 0, 0
     for purpose, size in calibration_bytes(work).items():
         fits = min(size, max(0, max_hidden_memory - kept))

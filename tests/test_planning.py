@@ -158,6 +158,7 @@ def test_evaluation_is_counted_where_it_is_asked_for(config_only, llama, tokens,
 def test_pruned_weights_are_counted_beside_the_dense_ones_but_where_those_are_offloaded(config_only, tokens):
     plan = OTPruner.plan(config_only, HALF, tokens)
     assert uses(plan, "cpu")["pruned FFNs beside the dense ones"] == 3 * 3 * 32 * 24 * 4
+    assert plan.memory_by_device["cpu"] == sum(uses(plan, "cpu").values())  # nothing is counted twice
     offloaded = OTPruner.plan(config_only, HALF, tokens, device_map={"model": 0, "lm_head": "disk"})
     assert all(use.purpose != "pruned FFNs beside the dense ones" for use in offloaded.memory)
 
