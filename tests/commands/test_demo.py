@@ -5,7 +5,7 @@ from importlib.resources import files
 
 import pytest
 
-from optimum_otprune.commands.demo import run_demo
+from optimum_otprune.commands import demo
 
 LIMIT = 3 * 2**20
 
@@ -16,10 +16,11 @@ def test_the_embedded_model_is_at_most_3_mb():
 
 
 @pytest.mark.filterwarnings("ignore:Token indices sequence length")
-def test_the_demo_rescues_saves_and_reloads(tmp_path, capsys):
+def test_the_demo_rescues_saves_and_reloads(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "_NUM_SAMPLES", 24)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        results = run_demo(0.5, tmp_path / "out")
+        results = demo.run_demo(0.5, tmp_path / "out")
     by_name = {result.name: result for result in results}
     dense, default, dropped, reference = results
     assert dense.perplexity < default.perplexity < dropped.perplexity < reference.perplexity
