@@ -8,6 +8,7 @@ import torch
 from accelerate import cpu_offload
 from transformers import AutoModelForCausalLM
 
+from optimum_otprune import perplexity
 from optimum_otprune.architectures.block import ffn_blocks
 from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.devices import execution_device, read_parameter, replace_parameter
@@ -327,3 +328,18 @@ def test_rescue_is_measured_with_the_weights_that_the_fit_has(llama, tokens):
     assert uniform.weight_unit == 1.0
     [plain] = measure_rescue(uniform, [dense.select(kept)], kept)
     assert plain.output == pytest.approx(float(outputs.square().sum()), rel=1e-5)
+
+
+def test_few_windows_of_a_large_vocabulary_go_through_the_model_at_once_and_count_the_same(llama, tokens, monkeypatch):
+    sizes = []
+    llama.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    whole = evaluate_perplexity(llama, tokens, 8, progress=False)
+    monkeypatch.setattr(perplexity, "_LOGIT_BYTES", 3 * tokens.shape[1] * VOCAB_SIZE * 4)
+    monkeypatch.setattr(perplexity, "_CHUNK_BYTES", 7 * VOCAB_SIZE * 4)  # log-probabilities of seven tokens at a time
+    in_pieces = evaluate_perplexity(llama, tokens, 8, progress=False)
+    assert sizes == [8, 4, 3, 3, 3, 3]
+    assert math.isclose(whole.pop("nll"), in_pieces.pop("nll"), rel_tol=1e-6)
+    assert math.isclose(whole.pop("perplexity"), in_pieces.pop("perplexity"), rel_tol=1e-6)
+    assert whole == in_pieces
