@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from optimum_otprune.architectures.block import FFNBlock, ffn_blocks
+from optimum_otprune.architectures.block import FFNBlock, dense_width, ffn_blocks
 from optimum_otprune.block_runner import input_device
 from optimum_otprune.calibration import ModelLimits
 from optimum_otprune.errors import UsageError
@@ -24,7 +24,6 @@ from optimum_otprune.flops import forward_flops
 from optimum_otprune.functional.selection import kept_width
 from optimum_otprune.latency import devices_of, first_channels, wait_for_devices
 from optimum_otprune.quantities import LARGEST_COUNT, whole_number
-from optimum_otprune.widths import dense_width
 
 
 class BenchmarkSettings(NamedTuple):

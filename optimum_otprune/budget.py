@@ -9,12 +9,12 @@ from typing import NamedTuple
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from optimum_otprune.architectures.block import FFNBlock, native_intercept
+from optimum_otprune.architectures.block import FFNBlock, dense_width, native_intercept
 from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.errors import ConfigurationError
 from optimum_otprune.functional.selection import sensible_multiple
 from optimum_otprune.quantities import COUNT_UNITS, SIZE_UNITS, parse_quantity, parse_share
-from optimum_otprune.widths import dense_width, given_widths
+from optimum_otprune.widths import given_widths
 
 _LARGE_OFFSET = 10**15  # no weights file is longer
 _FILE_BYTES = 256  # length field, format note and padding of a weights file

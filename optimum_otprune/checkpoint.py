@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from optimum_otprune.architectures.block import check_loadable
 from optimum_otprune.architectures.wrappers import check_plain
 from optimum_otprune.card import model_card
-from optimum_otprune.configuration import OTPruningConfig
+from optimum_otprune.configuration import CONFIG_FILE, OTPruningConfig
 from optimum_otprune.devices import is_offloaded, known_as_offloaded, restore_ties
 from optimum_otprune.errors import ConfigurationError
 from optimum_otprune.faithfulness import check_logits, check_parameters
@@ -72,7 +72,7 @@ def save_checkpoint(
         restore_ties(model)  # looking at offloaded weights has torn them
         with known_as_offloaded(model):
             save_model_files(partial, model, tokenizer, shard_size(model, max_shard_size))
-        config.save_pretrained(partial)
+        (partial / CONFIG_FILE).write_text(config.to_json_string(), encoding="utf-8")
         if report is not None:
             report.save(partial / REPORT_FILE)
         has_plot = report is not None and bool(report.layers) and can_plot()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from optimum_otprune.architectures.block import FFNBlock, check_loadable, ffn_blocks
+from optimum_otprune.architectures.block import FFNBlock, ffn_blocks, loadable_blocks
 from optimum_otprune.architectures.changes import check_dense
 from optimum_otprune.architectures.spec import find_spec
 from optimum_otprune.architectures.wrappers import model_in_memory
@@ -97,9 +97,7 @@ def plan_pruning(
     else:
         model, has_tokenizer = load_skeleton(str(model_name_or_path), options)
     check_dense(model)
-    blocks = ffn_blocks(model)
-    if model is model_name_or_path:
-        check_loadable(model)
+    blocks = loadable_blocks(model) if model is model_name_or_path else ffn_blocks(model)
     config = with_pruning_ratio(config, model, blocks)
     recipe = Recipe.resolve(config, {})
     widths = plan_widths(blocks, config)

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from optimum_otprune.architectures.block import FFNBlock, native_intercept
+from optimum_otprune.architectures.block import FFNBlock, dense_width, native_intercept
 from optimum_otprune.architectures.changes import unchanged
 from optimum_otprune.budget import with_pruning_ratio
 from optimum_otprune.compression import Recipe
@@ -46,7 +46,6 @@ from optimum_otprune.search_space import (
 )
 from optimum_otprune.trials import Trial, TuningResult, TuningSettings, plain_value
 from optimum_otprune.untrusted import parse_json
-from optimum_otprune.widths import dense_width
 
 if TYPE_CHECKING:
     import optuna

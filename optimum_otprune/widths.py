@@ -6,30 +6,15 @@ from collections.abc import Sequence
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from optimum_otprune.architectures.block import FFNBlock
+from optimum_otprune.architectures.block import FFNBlock, dense_width
 from optimum_otprune.configuration import OTPruningConfig
-from optimum_otprune.errors import ConfigurationError, UnsupportedModelError
+from optimum_otprune.errors import ConfigurationError
 from optimum_otprune.functional.allocation import allocate_widths
 from optimum_otprune.functional.metric import metric_root
 from optimum_otprune.functional.selection import kept_width, obs_elimination, sensible_multiple
 from optimum_otprune.layer_data import LayerData
 from optimum_otprune.options import OPTIONS_BY_NAME
 from optimum_otprune.streaming import CalibrationStream
-
-
-def dense_width(blocks: list[FFNBlock]) -> int:
-    """Return the width that all FFNs have now.
-
-    Raises:
-        UnsupportedModelError: If they differ.
-    """
-    widths = {block.intermediate_size for block in blocks}
-    if len(widths) > 1:
-        raise UnsupportedModelError(
-            f"The layers of this model have different FFN widths ({min(widths)} to {max(widths)}): it was pruned "
-            "already. Prune the dense model instead."
-        )
-    return widths.pop()
 
 
 def given_widths(blocks: list[FFNBlock], config: OTPruningConfig) -> dict[int, int]:

@@ -211,7 +211,7 @@ def test_the_command_prints_and_writes_what_it_measured(llama_folder, pruned_fol
         (["--device", "gpu"], 2, "The device 'gpu' cannot be used here"),
         (["--multiple-of", "50"], 1, "the layer has only 48 channels"),
         (["--seqlens", "64"], 2, "do not fit into the 40 positions"),
-        (["--json", "."], 1, "the working folder"),
+        (["--json", "."], 1, "is a folder. Give the name of a file"),
     ],
 )
 def test_wrong_usage_is_told(llama_folder, llama, arguments, code, message, capsys, tmp_path, monkeypatch):

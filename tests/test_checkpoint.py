@@ -140,7 +140,7 @@ def test_damaged_weights_are_one_clear_error(llama_folder, content):
     (llama_folder / "model.safetensors").write_bytes(content)
     with pytest.raises(
         ModelLoadError,
-        match="weights of The folder 'dense' are damaged|model.safetensors in 'dense' is a git-lfs pointer",
+        match="weights of the folder 'dense' are damaged|model.safetensors in 'dense' is a git-lfs pointer",
     ):
         OTPruner.from_pretrained(llama_folder)
 

@@ -449,6 +449,8 @@ def test_a_tensor_on_disk_that_is_not_finite_is_named(llama, tmp_path):
 
 def test_minus_infinity_in_a_buffer_or_in_a_logit_is_no_damage(llama, tokens):
     llama.register_buffer("mask", torch.full((4, 4), float("-inf")).triu(1))
+    check_parameters(llama)
+    del llama.mask
     llama.lm_head.register_forward_hook(
         lambda module, args, output: output.index_fill(-1, torch.tensor([63]), float("-inf"))
     )

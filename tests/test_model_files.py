@@ -328,7 +328,7 @@ def test_adapters_that_are_not_merged_are_refused(llama):
 
 @pytest.mark.parametrize("thing", [None, 3, b"x", ["a"], (1, 2)])
 def test_what_is_no_model_is_refused(thing):
-    with pytest.raises(ConfigurationError, match="The model is of type .*; want the name of a model"):
+    with pytest.raises(ConfigurationError, match="The model is of type .*; want a `PreTrainedModel`"):
         OTPruner.from_pretrained(thing)
     with pytest.raises(ConfigurationError, match="The model is of type"):
         OTPruner(thing)

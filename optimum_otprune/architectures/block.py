@@ -144,13 +144,29 @@ def ffn_blocks(model: PreTrainedModel) -> list[FFNBlock]:
     return blocks
 
 
+def dense_width(blocks: list[FFNBlock]) -> int:
+    """Return the width that all FFNs have now.
+
+    Raises:
+        UnsupportedModelError: If they differ.
+    """
+    widths = {block.intermediate_size for block in blocks}
+    if len(widths) > 1:
+        raise UnsupportedModelError(
+            f"The layers of this model have different FFN widths ({min(widths)} to {max(widths)}): it was pruned "
+            "already. Prune the dense model instead."
+        )
+    return widths.pop()
+
+
 def loadable_blocks(model: PreTrainedModel) -> list[FFNBlock]:
     """Return the FFN blocks of a model that can be loaded again once it is saved.
 
     Raises:
-        UnsupportedModelError: See `ffn_blocks` and `check_loadable`.
+        UnsupportedModelError: See `ffn_blocks`, `dense_width` and `check_loadable`.
     """
     blocks = ffn_blocks(model)
+    dense_width(blocks)
     check_loadable(model)
     return blocks
 
