@@ -1,5 +1,6 @@
 """Run a model piece by piece: what comes before its blocks, one block, and what comes after them."""
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -186,25 +187,28 @@ def unchunked(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    """The tensors in nested containers, in order."""
+    """The tensors that `_mapped` looks at, in order."""
     if isinstance(value, (Tensor, _OwnTensor)):
         yield value
-    elif isinstance(value, (tuple, list)):
+    elif type(value) in (tuple, list):
         for part in value:
             yield from _leaves(part)
-    elif isinstance(value, Mapping):
+    elif type(value) is dict:
         yield from _leaves(list(value.values()))
 
 
 def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:
-    """Plain nested containers with a function applied to the tensors in them; other objects stay the same."""
+    """Plain nested containers with a function applied to the tensors in them; other objects stay the same.
+
+    Of other mappings there are copies: what a block writes there, for blocks behind it to read, is not handed on.
+    """
     if isinstance(value, (Tensor, _OwnTensor)):
         return function(value)
     if type(value) in (tuple, list):
         return type(value)(_mapped(part, function) for part in value)
     if type(value) is dict:
         return {name: _mapped(part, function) for name, part in value.items()}
-    return value
+    return copy.copy(value) if isinstance(value, Mapping) else value
 
 
 def _loaded(leaf: Any) -> Tensor:

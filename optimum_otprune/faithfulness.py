@@ -22,6 +22,10 @@ from optimum_otprune.spill import TensorSpill
 from optimum_otprune.streaming import noted
 
 _SAMPLE_TOKENS = 64
+_HANDED_ON = (
+    "The block changes, or needs, what blocks hand on beside the hidden states, as layers that share keys and values "
+    "do, so blocks cannot be pruned one by one. Choose a model whose layers hand on nothing but hidden states."
+)
 _FEW_TOKENS = 8  # where no calibration sample is at hand
 _AMPLIFIED = 16.0  # clamps of activations lie where the sample does not reach
 _ROUNDING = {torch.float64: 1e-7, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}  # of the norm
@@ -206,19 +210,18 @@ def _check_run(block: FFNBlock, runner: BlockRunner, hidden: Tensor, inputs: lis
     """Run one block alone, and return the hidden states behind it."""
     wanted = inputs[block.layer]
     before = [tensor.clone() for tensor in runner.given(block, index)]
-    with noted(block) as seen:
-        output = runner.run(block, hidden, index)
+    try:
+        with noted(block) as seen:
+            output = runner.run(block, hidden, index)
+    except LookupError as error:  # a block looks for what another one did not hand on
+        raise UnsupportedModelError(_HANDED_ON) from error
     if seen.keys() != {"inputs", "hidden", "outputs"}:
         raise UnsupportedModelError(
             "Hooks on the FFN do not fire. Load the model without compiling it, with its plain FFN."
         )
     after = runner.given(block, index)
     if len(before) != len(after) or not all(map(torch.equal, before, after)):
-        raise UnsupportedModelError(
-            "The block changes what it is given beside the hidden states, as layers that share keys and values do, "
-            "so blocks cannot be pruned one by one. Choose a model whose layers hand on nothing "
-            "but hidden states."
-        )
+        raise UnsupportedModelError(_HANDED_ON)
     if output.shape != hidden.shape or output.ndim != 3:
         raise UnsupportedModelError(
             f"Hidden states of shape {tuple(hidden.shape)} go into the block, and of shape "

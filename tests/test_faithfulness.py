@@ -255,7 +255,7 @@ REFUSED = {
     "kept from block to block": (lambda: chained(make_llama()), "^Layer 1: Where the model is run block by block"),
     "shared keys and values": (
         lambda: gemma4(num_hidden_layers=3, layer_types=["full_attention"] * 3, num_kv_shared_layers=1),
-        "^Layer 1: The block changes what it is given beside the hidden states",
+        r"^Layer \d: The block changes, or needs, what blocks hand on beside the hidden states",
     ),
     "gemma3n": (
         lambda: Gemma3nForCausalLM(
