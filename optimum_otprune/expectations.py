@@ -4,9 +4,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 _FLOAT, _DOUBLE = 4, 8  # bytes
-IMPORT_BYTES = (
-    620_000_000  # of Python, torch (whose code is read as it is needed), transformers, datasets, a tokenizer
-)
+IMPORT_BYTES = 620_000_000  # of Python, torch (its code is read as it is needed), transformers, datasets, a tokenizer
 _REFIT_MATRICES = 15  # float32 ones of kept by kept channels: second moments in both precisions, factors, their copies
 _TRAINED_COPIES = 8  # of a trained FFN: weights, gradients, both moments of Adam, and the best so far
 _TRAINING_ACTIVATIONS = 8  # of a minibatch, each as large as its channel activations

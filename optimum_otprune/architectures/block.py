@@ -187,9 +187,8 @@ def check_loadable(model: PreTrainedModel) -> None:
     config, uneven = copy.deepcopy(model.config), set()
     if getattr(config, "is_heterogeneous", False) and type(model).__module__.startswith("transformers.models."):
         _, spec = find_spec(model)
-        if spec.size_key in (
-            config.per_layer_attributes or ()
-        ):  # only the modeling file that is saved with it builds that
+        # Only the modeling file that is saved with such a model builds its widths.
+        if spec.size_key in (config.per_layer_attributes or ()):
             config.per_layer_config = None
             blocks = [FFNBlock(module, spec, layer) for layer, module in enumerate(find_blocks(model, spec))]
             uneven = {block.projection(name) for block in blocks for name in ("gate", "up", "down")}
