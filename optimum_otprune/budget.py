@@ -105,10 +105,10 @@ def target_count(config: OTPruningConfig, model: PreTrainedModel) -> int:
         config: With `target_parameters` or `target_size`.
         model: The dense model.
     """
+    given, unit, units = config.target_size, "bytes", SIZE_UNITS
     if config.target_parameters is not None:
         given, unit, units = config.target_parameters, "parameters", COUNT_UNITS
-    else:
-        given, unit, units = config.target_size, "bytes", SIZE_UNITS
+    assert given is not None
     share = parse_share(given)
     return parse_quantity(given, units) if share is None else math.floor(share * _tensor_total(model, unit))
 

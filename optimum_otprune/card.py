@@ -11,7 +11,6 @@ from optimum_otprune.card_metadata import card_metadata, copied_metadata
 from optimum_otprune.citations import bibliography, citations
 from optimum_otprune.comparison import Comparison
 from optimum_otprune.compatibility import tested_versions
-from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.findings import (
     UNNAMED_DATA,
     evaluated_on_calibration_data,
@@ -19,6 +18,7 @@ from optimum_otprune.findings import (
     limitations,
 )
 from optimum_otprune.markdown import escape, fenced, link, plain_text
+from optimum_otprune.options import OPTIONS_BY_NAME, PruningOptions
 from optimum_otprune.plots import PLOT_FILE
 from optimum_otprune.report import PruningReport
 from optimum_otprune.reproduction import Run, command, literal, python_lines
@@ -31,7 +31,7 @@ _EVALUATION_PLACEHOLDER = "EVALUATION_DATA"
 
 
 def model_card(
-    config: OTPruningConfig,
+    config: PruningOptions,
     report: PruningReport | None,
     name: str,
     has_tokenizer: bool = True,
@@ -68,7 +68,7 @@ def model_card(
     )
 
 
-def needs_remote_code(config: OTPruningConfig, report: PruningReport | None) -> bool:
+def needs_remote_code(config: PruningOptions, report: PruningReport | None) -> bool:
     """Whether plain transformers cannot load the model without code from its repository."""
     return report is not None and config.non_uniform_format == "per_layer_config" and len(set(report.widths)) > 1
 
@@ -90,11 +90,11 @@ def _template() -> Template:
     return environment.from_string(text)
 
 
-def _facts(config: OTPruningConfig, report: PruningReport, name: str, older_names: bool) -> dict[str, Any]:
+def _facts(config: PruningOptions, report: PruningReport, name: str, older_names: bool) -> dict[str, Any]:
     """Everything that the template shows of a pruned model, strings escaped."""
     report.check(is_finite=False)
     pairs = report.comparisons
-    cited = citations(config)
+    cited = citations(config, report.references, report.custom_functions)
     base = hub_name(report.base_model)
     before = [layer.intermediate_size_before for layer in report.layers]
     after = [layer.intermediate_size_after for layer in report.layers]
@@ -145,7 +145,7 @@ def _nameless(report: PruningReport) -> str:
     return f"A local model of type {escape(report.model_type)}" if report.model_type else "A local model"
 
 
-def _reproduction(config: OTPruningConfig, report: PruningReport, name: str) -> dict[str, Any]:
+def _reproduction(config: PruningOptions, report: PruningReport, name: str) -> dict[str, Any]:
     stages = {evaluation["stage"] for evaluation in report.evaluations}
     run = Run(
         model=hub_name(report.base_model) or _BASE_PLACEHOLDER,
@@ -161,21 +161,29 @@ def _reproduction(config: OTPruningConfig, report: PruningReport, name: str) -> 
         _CALIBRATION_PLACEHOLDER: f"the calibration data ({_data(config, report.calibration['data'], '')})",
         _EVALUATION_PLACEHOLDER: "the evaluation data",
     }
+    options = _options(config, report)
     return {
-        "command_block": fenced(command(config, run), "bash"),
-        "python_block": fenced(python_lines(config, run), "python"),
+        "command_block": fenced(command(options, run), "bash"),
+        "python_block": fenced(python_lines(options, run), "python"),
         "placeholders": [
             f"`{placeholder}` stands for {words[placeholder]}" for placeholder in shown if placeholder in words
         ],
     }
 
 
-def _argument(config: OTPruningConfig, data: str, placeholder: str) -> str | None:
+def _options(config: PruningOptions, report: PruningReport) -> dict[str, Any] | None:
+    """The fewest options that make the configuration; None where the report does not say, or is of another one."""
+    if report.options is None or not set(report.options) <= set(OPTIONS_BY_NAME) or report.config != config.to_dict():
+        return None
+    return {name: getattr(config, name) for name in report.options}
+
+
+def _argument(config: PruningOptions, data: str, placeholder: str) -> str | None:
     """What the command line takes for data: nothing for the configuration's own, else a name or a placeholder."""
     return None if data == config.dataset else hub_name(data) or placeholder
 
 
-def _loading(config: OTPruningConfig, report: PruningReport | None, name: str, has_tokenizer: bool) -> str:
+def _loading(config: PruningOptions, report: PruningReport | None, name: str, has_tokenizer: bool) -> str:
     shown = literal(plain_text(name) or "pruned")
     trust = ", trust_remote_code=True" if needs_remote_code(config, report) else ""
     lines = [f"from transformers import AutoModelForCausalLM{', AutoTokenizer' if has_tokenizer else ''}", ""]
@@ -190,7 +198,7 @@ def _loading(config: OTPruningConfig, report: PruningReport | None, name: str, h
     return fenced("\n".join(lines), "python")
 
 
-def _data(config: OTPruningConfig, data: str, split: str) -> str:
+def _data(config: PruningOptions, data: str, split: str) -> str:
     """A data set in words, with a link where it is one of the Hub."""
     dataset = hub_name(data)
     if dataset is None:
@@ -201,7 +209,7 @@ def _data(config: OTPruningConfig, data: str, split: str) -> str:
     return link(dataset, f"{_HUB}/datasets/{dataset}") + suffix
 
 
-def _evaluation(config: OTPruningConfig, report: PruningReport, pair: Comparison) -> dict[str, Any]:
+def _evaluation(config: PruningOptions, report: PruningReport, pair: Comparison) -> dict[str, Any]:
     one = pair.one
     return {
         "data": _data(config, pair.data, config.evaluation_split),

@@ -8,14 +8,13 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from optimum_otprune.base_card import checked_base_card
 from optimum_otprune.comparison import Comparison
-from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.findings import (
     UNNAMED_DATA,
     evaluated_on_calibration_data,
     hub_name,
 )
 from optimum_otprune.markdown import plain_text
-from optimum_otprune.options import BUDGET_FIELDS
+from optimum_otprune.options import BUDGET_FIELDS, PruningOptions
 from optimum_otprune.report import PruningReport
 
 _TAGS = ("optimum-otprune", "pruning", "structured-pruning", "optimal-transport", "compression")
@@ -23,7 +22,7 @@ _UNNAMED_TYPE = "custom"
 _HUB = "https://huggingface.co"
 
 
-def card_metadata(config: OTPruningConfig, report: PruningReport | None, name: str) -> ModelCardData:
+def card_metadata(config: PruningOptions, report: PruningReport | None, name: str) -> ModelCardData:
     """Return the metadata of a pruned model's card.
 
     Names that are none of the Hub's are left out, as are numbers that are not finite; the license is that of the base
@@ -75,7 +74,7 @@ def _architecture(report: PruningReport) -> list[str]:
     return [known] if known is not None and re.fullmatch(r"[a-z0-9_-]{1,50}", known) else []
 
 
-def _results(config: OTPruningConfig, report: PruningReport, pair: Comparison) -> list[EvalResult]:
+def _results(config: PruningOptions, report: PruningReport, pair: Comparison) -> list[EvalResult]:
     dataset = hub_name(pair.data)
     known = dataset is not None and dataset == config.dataset
     caution = ", on calibration data" if evaluated_on_calibration_data(report, pair) else ""

@@ -12,14 +12,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from optimum_otprune.architectures.block import check_loadable
 from optimum_otprune.architectures.wrappers import check_plain
 from optimum_otprune.card import model_card
-from optimum_otprune.configuration import CONFIG_FILE, OTPruningConfig
+from optimum_otprune.compatibility import reads_in_older_versions
+from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.devices import is_offloaded, known_as_offloaded, restore_ties
 from optimum_otprune.errors import ConfigurationError
 from optimum_otprune.faithfulness import check_logits, check_parameters
 from optimum_otprune.files import writing_folder
 from optimum_otprune.manifest import CARD_FILE, write_manifest
-from optimum_otprune.model_files import reads_in_older_versions, save_model_files
+from optimum_otprune.model_files import save_model_files
 from optimum_otprune.option_checks import check_size
+from optimum_otprune.options_file import CONFIG_FILE
 from optimum_otprune.outputs import resolved_output
 from optimum_otprune.plots import PLOT_FILE, can_plot, save_rescue_plot
 from optimum_otprune.report import REPORT_FILE, PruningReport

@@ -1,46 +1,10 @@
-"""Which published methods a configuration uses, and their BibTeX."""
+"""Which published methods a pruned model is made with, and their BibTeX."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
-from optimum_otprune.configuration import OTPruningConfig
-from optimum_otprune.resolution import FUNCTION_FIELDS
-
-
-class Reference(NamedTuple):
-    """A publication.
-
-    Attributes:
-        key: Of the BibTeX entry.
-        authors: As BibTeX wants them.
-        title: As published.
-        year: As published.
-        url: Of the paper; empty where there is none to be sure of.
-        venue: Journal or conference; empty for a preprint.
-    """
-
-    key: str
-    authors: str
-    title: str
-    year: int
-    url: str = ""
-    venue: str = ""
-
-    @property
-    def short(self) -> str:
-        """Such as "An et al., 2024"."""
-        surnames = [author.split(",")[0] for author in self.authors.split(" and ")]
-        if len(surnames) > 2 or surnames[-1] == "others":
-            return f"{surnames[0]} et al., {self.year}"
-        names = surnames[0] if len(surnames) == 1 else f"{surnames[0]} and {surnames[1]}"
-        return f"{names}, {self.year}"
-
-    def bibtex(self) -> str:
-        """The entry."""
-        fields = {"author": self.authors, "title": f"{{{self.title}}}", "year": str(self.year)}
-        fields |= {"howpublished": self.venue} if self.venue else {}
-        fields |= {"url": self.url} if self.url else {}
-        lines = "".join(f"  {name:<12} = {{{value}}},\n" for name, value in fields.items())
-        return f"@misc{{{self.key},\n{lines}}}"
+from optimum_otprune.options import PruningOptions
+from optimum_otprune.references import FLAP, INTRA_FUSION, OBS, POT, SPARSEGPT, Reference
 
 
 class Citation(NamedTuple):
@@ -59,93 +23,6 @@ class Citation(NamedTuple):
     url: str
 
 
-OBS = Reference(
-    "hassibi1993obs",
-    "Hassibi, Babak and Stork, David G.",
-    "Second Order Derivatives for Network Pruning: Optimal Brain Surgeon",
-    1993,
-    venue="Advances in Neural Information Processing Systems 5",
-)
-SPARSEGPT = Reference(
-    "frantar2023sparsegpt",
-    "Frantar, Elias and Alistarh, Dan",
-    "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot",
-    2023,
-    "https://arxiv.org/abs/2301.00774",
-)
-INTRA_FUSION = Reference(
-    "theus2024metapruning",
-    "Theus, Alexander and Geimer, Olin and Wicke, Friedrich and Hofmann, Thomas and Anagnostidis, Sotiris and "
-    "Singh, Sidak Pal",
-    "Towards Meta-Pruning via Optimal Transport",
-    2024,
-    "https://arxiv.org/abs/2402.07839",
-)
-FLAP = Reference(
-    "an2024flap",
-    "An, Yongqi and Zhao, Xu and Yu, Tao and Tang, Ming and Wang, Jinqiao",
-    "Fluctuation-based Adaptive Structured Pruning for Large Language Models",
-    2024,
-    "https://arxiv.org/abs/2312.11983",
-)
-POT = Reference(
-    "flamary2021pot",
-    "Flamary, Rémi and others",
-    "POT: Python Optimal Transport",
-    2021,
-    "https://jmlr.org/papers/v22/20-451.html",
-    "Journal of Machine Learning Research 22",
-)
-_BY_URL = {
-    reference.url: reference
-    for reference in (
-        FLAP,
-        INTRA_FUSION,
-        Reference(
-            "sun2024wanda",
-            "Sun, Mingjie and Liu, Zhuang and Bair, Anna and Kolter, J. Zico",
-            "A Simple and Effective Pruning Approach for Large Language Models",
-            2024,
-            "https://arxiv.org/abs/2306.11695",
-        ),
-        Reference(
-            "lee2019snip",
-            "Lee, Namhoon and Ajanthan, Thalaiyasingam and Torr, Philip H. S.",
-            "SNIP: Single-shot Network Pruning based on Connection Sensitivity",
-            2019,
-            "https://arxiv.org/abs/1810.02340",
-        ),
-        Reference(
-            "bonneel2011displacement",
-            "Bonneel, Nicolas and van de Panne, Michiel and Paris, Sylvain and Heidrich, Wolfgang",
-            "Displacement Interpolation Using Lagrangian Mass Transport",
-            2011,
-            "https://doi.org/10.1145/2070781.2024192",
-        ),
-        Reference(
-            "cuturi2013sinkhorn",
-            "Cuturi, Marco",
-            "Sinkhorn Distances: Lightspeed Computation of Optimal Transportation Distances",
-            2013,
-            "https://arxiv.org/abs/1306.0895",
-        ),
-        Reference(
-            "chapel2020partial",
-            "Chapel, Laetitia and Alaya, Mokhtar Z. and Gasso, Gilles",
-            "Partial Optimal Transport with Applications on Positive-Unlabeled Learning",
-            2020,
-            "https://arxiv.org/abs/2002.08276",
-        ),
-        Reference(
-            "chizat2016scaling",
-            "Chizat, Lenaic and Peyré, Gabriel and Schmitzer, Bernhard and Vialard, François-Xavier",
-            "Scaling Algorithms for Unbalanced Transport Problems",
-            2016,
-            "https://arxiv.org/abs/1607.05816",
-        ),
-    )
-}
-_SNIP_URL = "https://arxiv.org/abs/1810.02340"
 _STEPS = {
     "importance": "importance of a channel",
     "cost": "transport cost",
@@ -156,30 +33,38 @@ _STEPS = {
 }
 
 
-def citations(config: OTPruningConfig) -> list[Citation]:
-    """Return the published parts of what a configuration does, in order of the steps.
+def citations(
+    options: PruningOptions, references: Mapping[str, Mapping[str, str]], names: Mapping[str, str]
+) -> list[Citation]:
+    """Return the published parts of what was done, in order of the steps.
 
-    A registered function is cited by the reference that it was registered with.
+    Args:
+        options: What was done.
+        references: What functions were registered with, by field, as `PruningReport.references`.
+        names: Functions that took the place of registered ones, by field.
     """
     found = []
-    if config.selection == "obs":
+    if options.selection == "obs":
         found.append(Citation("selection of channels", "obs", OBS, OBS.url))
-    for name, registry in FUNCTION_FIELDS.items():
-        value = getattr(config, name)
-        if value is None or value not in registry or (name == "importance" and config.selection == "obs"):
+    for field, step in _STEPS.items():
+        if field not in references or (field == "importance" and options.selection == "obs"):
             continue  # with OBS the importance only breaks ties
-        url = registry.entry(value).reference or (_SNIP_URL if value == "fo_snip" else None)
-        if url is not None:
-            found.append(Citation(_STEPS[name], value, _BY_URL.get(url), url))
-    if config.fuse:
-        found.append(Citation("fusion", ", ".join(config.fuse), INTRA_FUSION, INTRA_FUSION.url))
-        if config.solver != "nearest":
+        used = names.get(field) or getattr(options, field) or ""
+        found.append(Citation(step, used, _publication(references[field]), references[field].get("url", "")))
+    if options.fuse:
+        found.append(Citation("fusion", ", ".join(options.fuse), INTRA_FUSION, INTRA_FUSION.url))
+        if options.solver != "nearest":
             found.append(Citation("transport library", "POT", POT, POT.url))
-    if config.compensation == "ridge":
+    if options.compensation == "ridge":
         found.append(Citation("refit by least squares, layer by layer", "ridge", SPARSEGPT, SPARSEGPT.url))
-    elif config.compensation == "bias":
+    elif options.compensation == "bias":
         found.append(Citation("output bias", "bias", FLAP, FLAP.url))
     return found
+
+
+def _publication(reference: Mapping[str, str]) -> Reference | None:
+    known = {name: reference[name] for name in Reference._fields if name in reference}
+    return Reference(**known) if len(known) == len(Reference._fields) else None
 
 
 def bibliography(found: list[Citation]) -> str:

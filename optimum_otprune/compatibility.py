@@ -1,11 +1,10 @@
 """What older transformers read in the files of a model: names that newer ones do not write any more."""
 
-import copy
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
-from transformers import PreTrainedConfig
+from optimum_otprune.untrusted import read_json
 
 # Versions between which logits and token ids of saved folders were compared (benchmarks/compatibility.py).
 OLDER_VERSION, NEWER_VERSION = "4.57", "5.23"
@@ -35,6 +34,7 @@ _OWN_NAMES: Mapping[str, tuple[str, str]] = dict.fromkeys(
 _ADD_BY_FIELDS = frozenset(
     {"CodeLlamaTokenizer", "CohereTokenizer", "GemmaTokenizer", "GPTNeoXTokenizer", "LlamaTokenizer"}
 )
+_CONFIG_FILE = "config.json"
 _THREE_FIELDS = ("type", "short_factor", "long_factor")  # all that Phi-3 allowed
 
 
@@ -42,7 +42,7 @@ def with_older_names(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a model's configuration with its rotary embedding also as transformers 4 named it.
 
     Versions before 5 do not read `rope_parameters` and take a base of 10,000 without a word. Newer ones read both, and
-    do not always find the same values: see `with_readable_names`.
+    do not always find the same values: see `optimum_otprune.model_files`.
 
     Args:
         config: Of config.json, with configurations of parts, such as `text_config`, in it.
@@ -66,35 +66,9 @@ def with_older_names(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**_of_one(rope, model_type, config), **whole}
 
 
-def with_readable_names(config: Mapping[str, Any], kind: type[PreTrainedConfig]) -> dict[str, Any]:
-    """Return a model's configuration with the older names, or without, where the present transformers would misread.
-
-    It lets `rope_scaling` replace `rope_parameters`, although that of some architectures holds less.
-
-    Args:
-        config: Of config.json.
-        kind: Class of the configuration.
-    """
-    older = with_older_names(config)
-    wanted = _ropes(kind.from_dict(copy.deepcopy(dict(config))).to_dict())
-    try:
-        found = _ropes(kind.from_dict(copy.deepcopy(older)).to_dict())
-    except (StrictDataclassError, ValueError, TypeError, LookupError):  # what it refuses, it cannot read either
-        found = None
-    return older if found == wanted else dict(config)
-
-
 def has_older_names(config: Mapping[str, Any]) -> bool:
     """Whether a saved configuration says to older versions all that it says to newer ones."""
     return with_older_names(config) == config
-
-
-def _ropes(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Rotary embeddings of a configuration and of the parts in it."""
-    parts = {
-        name: _ropes(value) for name, value in config.items() if name.endswith("_config") and isinstance(value, dict)
-    }
-    return {**parts, "rope_parameters": config.get("rope_parameters")}
 
 
 def _of_one(rope: Mapping[str, Any], model_type: str, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -148,6 +122,17 @@ def with_older_tokenizer(config: Mapping[str, Any], added: Mapping[str, bool]) -
     if isinstance(older.get("extra_special_tokens"), list):  # a mapping before 5, where a list is an error
         older["additional_special_tokens"] = older.pop("extra_special_tokens")
     return older
+
+
+def reads_in_older_versions(folder: Path) -> bool:
+    """Whether older transformers read a saved configuration in full; True where there is none."""
+    if not (folder / _CONFIG_FILE).is_file():
+        return True
+    try:
+        config = read_json(folder / _CONFIG_FILE)
+    except ValueError:
+        return False  # damaged
+    return isinstance(config, dict) and has_older_names(config)
 
 
 def tested_versions(model_type: str | None, per_layer: bool, saved_with: str | None, older_names: bool) -> str:

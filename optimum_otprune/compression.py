@@ -165,7 +165,7 @@ def compress(inputs: LayerInputs, recipe: Recipe, kept_size: int) -> Compression
     statistics = _channel_statistics(inputs, recipe.config)
     importance = None
     if "importance" in recipe.functions:
-        importance = channel_importance(recipe.functions["importance"].function, statistics)
+        importance = channel_importance(recipe.functions["importance"], statistics)
     kept = select_channels(inputs, recipe.config, importance, kept_size)
     return _compensate(inputs, recipe.config, _fused(inputs, recipe, importance, kept))
 
@@ -173,7 +173,7 @@ def compress(inputs: LayerInputs, recipe: Recipe, kept_size: int) -> Compression
 def _fused(inputs: LayerInputs, recipe: Recipe, importance: Tensor | None, kept: Tensor) -> Compression:
     """Before the refit; the maps, which are as large as the plan, are gone when it returns."""
     maps, moved, kept = _transport(inputs, recipe, importance, kept)
-    fused = fuse(inputs.weights, maps, kept, recipe.config.fuse)
+    fused = fuse(inputs.weights, maps, kept, recipe.config.fuse or ())
     share = 1.0 if maps.inward is None else self_share(maps.inward.cpu(), kept.cpu())
     return Compression(fused, fused, fused, kept, moved, share, None, False)
 
@@ -213,20 +213,20 @@ def _transport(
     else:
         total = inputs.total
         cost_inputs = CostInputs(inputs.weights, total.gram, total.num_tokens)
-        cost = transport_cost(recipe.functions["cost"].function, cost_inputs, kept)
+        cost = transport_cost(recipe.functions["cost"], cost_inputs, kept)
         del total, cost_inputs
     marginal_inputs = _marginal_inputs(inputs, recipe, importance, kept)
     channels = torch.arange(n, device=kept.device)
     pruned = channels[~marginal_inputs.is_kept.to(kept.device)]
     sources = pruned if recipe.config.normalization == "identity" else channels
-    source = marginal(recipe.functions["source_distribution"].function, marginal_inputs.select(sources.cpu()))
+    source = marginal(recipe.functions["source_distribution"], marginal_inputs.select(sources.cpu()))
     target = torch.full((len(kept),), 1 / len(kept), dtype=torch.float64)
     if "target_distribution" in recipe.functions:
-        target = marginal(recipe.functions["target_distribution"].function, marginal_inputs.select(kept.cpu()))
+        target = marginal(recipe.functions["target_distribution"], marginal_inputs.select(kept.cpu()))
     settings = SolverSettings(recipe.config.epsilon, recipe.config.mass_share, recipe.config.marginal_penalty)
     matrix, gain = cost.matrix[sources] if len(sources) < n else cost.matrix, cost.gain
     del cost  # of matrices of this size, what is not needed any more makes room
-    solved = solve_transport(recipe.functions["solver"].function, matrix, source, target, settings)
+    solved = solve_transport(recipe.functions["solver"], matrix, source, target, settings)
     del matrix
     if not solved.converged:
         warnings.warn(
@@ -244,9 +244,9 @@ def _transport(
         source = full
     moved = transported_mass(plan, source, pruned.cpu())
     gain = None if gain is None else _own_gain_one(gain.cpu(), kept.cpu())
-    leaves_behind = recipe.config.solver in ("partial", "unbalanced")
-    left = source if leaves_behind else None
-    inward = bool({"gate", "up"} & set(recipe.config.fuse))
+    left = None if recipe.functions["solver"].meets[0] else source
+    inward = bool({"gate", "up"} & set(recipe.config.fuse or ()))
+    assert recipe.config.normalization is not None
     return fusion_maps(plan, recipe.config.normalization, gain, left, inward), moved, kept
 
 
@@ -304,13 +304,15 @@ def _compensate(inputs: LayerInputs, config: OTPruningConfig, result: Compressio
     if config.compensation == "none" or fused.intermediate_size == inputs.weights.intermediate_size:
         return result
     fit, heldout = inputs.fit.select(kept), inputs.heldout.select(kept)
-    if {"gate", "up"} & set(config.fuse):
+    if {"gate", "up"} & set(config.fuse or ()):
         fit, heldout = inputs.remeasure(fused)  # the kept channels are no longer what they were
     if config.compensation == "bias":
         weights, judged = (
             _with_bias(fused, fused.down, constant_bias(statistics, fused.down)) for statistics in (fit + heldout, fit)
         )
         return result._replace(weights=weights, judged=judged, intercept=True)
+    assert config.ridge_prior is not None
+    assert config.intercept is not None
     prior = {
         "zero": torch.zeros_like(fused.down),
         "identity": inputs.weights.down[:, kept],

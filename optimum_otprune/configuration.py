@@ -1,15 +1,12 @@
 """`OTPruningConfig`: what is done to a model, as names and numbers only."""
 
-import copy
-import inspect
-import json
+import functools
 import os
-import re
 import tempfile
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 from optimum.configuration_utils import BaseConfig
 
@@ -18,22 +15,26 @@ from optimum_otprune.files import replace_file
 from optimum_otprune.hub import PushResult, push_file
 from optimum_otprune.methods import METHOD_FIELDS, QUALITY_FIELDS
 from optimum_otprune.option_checks import check_option
-from optimum_otprune.options import BUDGET_FIELDS, OPTIONS, OPTIONS_BY_NAME
+from optimum_otprune.options import BUDGET_FIELDS, OPTIONS, OPTIONS_BY_NAME, VERSION_KEY, PruningOptions
+from optimum_otprune.options_file import CONFIG_FILE, FOREIGN_KEYS, known_options, read_options_file
 from optimum_otprune.outputs import output_path
 from optimum_otprune.registry import unknown_name
 from optimum_otprune.resolution import NUMBER_FIELDS, resolve
-from optimum_otprune.untrusted import read_json, visible
 from optimum_otprune.version import __version__
 
-CONFIG_FILE = "otprune_config.json"
-
-_LARGEST = 1 << 18  # bytes of a file
-_VERSION_KEY = "optimum_otprune_version"
-# Keys that transformers and optimum write into, or pass to, any configuration.
-_FOREIGN_KEYS = frozenset({"model_type", "transformers_version", "optimum_version", "name_or_path", "_commit_hash"})
+_P = ParamSpec("_P")
 
 
-class OTPruningConfig(BaseConfig):
+def _typed_as(init: Callable[_P, None]) -> Callable[[Callable[..., None]], Callable[_P, None]]:
+    """Give a constructor that takes any name the signature of one that lists its fields."""
+
+    def decorator(function: Callable[..., None]) -> Callable[_P, None]:
+        return functools.wraps(init)(function)
+
+    return decorator
+
+
+class OTPruningConfig(PruningOptions, BaseConfig):
     """Everything that decides what pruning does; saved beside the pruned model as `otprune_config.json`.
 
     Every option has a default that works. Fields that a method decides are None when given as None or left unset, and
@@ -41,7 +42,7 @@ class OTPruningConfig(BaseConfig):
     method has no use for it.
 
     Args:
-        **options: By name, see `optimum_otprune.options.OPTIONS` or `otprune prune --help`.
+        **options: The fields of `optimum_otprune.options.PruningOptions`; `otprune prune --help` says what each means.
 
     Raises:
         ConfigurationError: If a name is unknown, a value has the wrong type or is out of range, or an option
@@ -57,6 +58,7 @@ class OTPruningConfig(BaseConfig):
     FULL_CONFIGURATION_FILE = CONFIG_FILE
     model_type = "otprune"  # a label in the file; never registered with AutoConfig
 
+    @_typed_as(PruningOptions.__init__)
     def __init__(self, **options: Any):
         self._fill(options, asked=set(options))
 
@@ -76,12 +78,12 @@ class OTPruningConfig(BaseConfig):
         return config
 
     def _fill(self, options: Mapping[str, Any], asked: set[str]) -> None:
-        given = {name: value for name, value in options.items() if name not in _FOREIGN_KEYS and name != _VERSION_KEY}
+        given = {name: value for name, value in options.items() if name not in FOREIGN_KEYS and name != VERSION_KEY}
         for name in given:
             if name not in OPTIONS_BY_NAME:
                 raise ConfigurationError(unknown_name("option", name, OPTIONS_BY_NAME))
         # Nothing is forwarded: the base class drops unknown names and pops those of generation parameters in silence.
-        super().__init__()
+        BaseConfig.__init__(self)
         absent = _absent_budgets(given)
         values = {
             option.name: None
@@ -93,24 +95,11 @@ class OTPruningConfig(BaseConfig):
         values.update(resolve(values, explicit, explicit & asked))
         for name, value in values.items():
             setattr(self, name, value)
-        self.optimum_otprune_version = str(options.get(_VERSION_KEY, __version__))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Own fields and the version that wrote them, JSON-ready."""
-        values: dict[str, Any] = {name: copy.deepcopy(getattr(self, name)) for name in OPTIONS_BY_NAME}
-        values["fuse"], values["skip_layers"] = list(values["fuse"]), list(values["skip_layers"])
-        values["layer_ratios"] = {str(layer): ratio for layer, ratio in values["layer_ratios"].items()}
-        values[_VERSION_KEY] = self.optimum_otprune_version
-        return values
+        self.optimum_otprune_version = str(options.get(VERSION_KEY, __version__))
 
     def to_diff_dict(self) -> dict[str, Any]:
         """The same as `to_dict`: a file that names every value stays true when defaults change."""
         return self.to_dict()
-
-    def to_json_string(self, use_diff: bool = True) -> str:
-        """The file's text: sorted keys, so that equal configurations give equal files."""
-        del use_diff
-        return json.dumps(self.to_dict(), indent=2, sort_keys=True, allow_nan=False) + "\n"
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, OTPruningConfig) and self.to_dict() == other.to_dict()
@@ -127,12 +116,38 @@ class OTPruningConfig(BaseConfig):
         a change leaves without a use is dropped.
         """
         values = _without_replaced_budget(self.to_dict(), changes)
-        values.pop(_VERSION_KEY)
+        values.pop(VERSION_KEY)
         if changes.get("method", self.method) != self.method:
             values = {name: value for name, value in values.items() if name not in (*METHOD_FIELDS, *QUALITY_FIELDS)}
         elif changes.get("quality", self.quality) != self.quality:
             values = {name: value for name, value in values.items() if name not in QUALITY_FIELDS}
         return OTPruningConfig.assembled({**values, **changes}, asked=changes)
+
+    def fewest_options(self) -> dict[str, Any]:
+        """Return the fewest options that make an equal configuration: method, ratio or target, and what differs.
+
+        Example:
+            >>> OTPruningConfig(method="flap", pruning_ratio=0.5, seed=3).fewest_options()
+            {'pruning_ratio': 0.5, 'method': 'flap', 'seed': 3}
+        """
+        given = {name: getattr(self, name) for name in OPTIONS_BY_NAME}
+        anchors = {name: given[name] for name in ("method", *BUDGET_FIELDS) if given[name] is not None}
+        default = OTPruningConfig(**anchors)
+        fewest = {name: value for name, value in given.items() if name in anchors or value != getattr(default, name)}
+        for name in [name for name in fewest if name not in anchors]:
+            fewer = {other: value for other, value in fewest.items() if other != name}
+            if self._is_made_by(fewer):
+                fewest = fewer
+        return fewest
+
+    def _is_made_by(self, options: Mapping[str, Any]) -> bool:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # making this configuration warned
+            try:
+                made = OTPruningConfig(**options)
+            except ConfigurationError:  # an option that only makes sense beside one that was left out
+                return False
+        return all(getattr(made, name) == getattr(self, name) for name in OPTIONS_BY_NAME)
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> Any:
@@ -152,20 +167,10 @@ class OTPruningConfig(BaseConfig):
         return_unused = kwargs.pop("return_unused_kwargs", False)
         if not isinstance(config_dict, Mapping):
             raise ConfigurationError(f"A configuration is an object of options by name, got {config_dict!r:.60}.")
-        values = {name: value for name, value in config_dict.items() if name not in _FOREIGN_KEYS}
-        written_by = values.pop(_VERSION_KEY, __version__)
-        unknown = sorted(name for name in values if name not in OPTIONS_BY_NAME)
-        if unknown and _is_newer(str(written_by)):
-            warnings.warn(
-                f"This configuration was written by optimum_otprune {visible(str(written_by), 40)}, this is "
-                f"{__version__}. Unknown options are left out: {visible(', '.join(unknown))}. Upgrade optimum_otprune "
-                "to use them.",
-                stacklevel=2,
-            )
-            values = {name: value for name, value in values.items() if name not in unknown}
+        values = known_options(config_dict)
         overrides = {name: value for name, value in kwargs.items() if name in OPTIONS_BY_NAME}
         unused = {name: value for name, value in kwargs.items() if name not in OPTIONS_BY_NAME}
-        config = cls(**values) if _VERSION_KEY not in config_dict else cls._of_file(values)
+        config = cls(**values) if VERSION_KEY not in config_dict else cls._of_file(values)
         if overrides:
             config = config.replace(**overrides)
         return (config, unused) if return_unused else config
@@ -206,19 +211,7 @@ class OTPruningConfig(BaseConfig):
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
         """What the base class reads a file with."""
-        try:
-            values = read_json(Path(json_file), _LARGEST)
-        except ValueError as error:
-            raise ConfigurationError(
-                f"{Path(json_file).name!r} is no pruning configuration: {error}. Want a file like {CONFIG_FILE!r}, as "
-                "`OTPruner.save_pretrained` writes it."
-            ) from error
-        if not isinstance(values, dict):
-            raise ConfigurationError(
-                f"{Path(json_file).name!r} holds a {type(values).__name__}, where a configuration is an object of "
-                "options by name."
-            )
-        return values
+        return read_options_file(Path(json_file))
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write `otprune_config.json` into a folder, and upload it if asked.
@@ -260,22 +253,6 @@ class OTPruningConfig(BaseConfig):
         with tempfile.TemporaryDirectory(prefix="otprune-push-") as folder:
             self.save_pretrained(folder)
             return push_file(Path(folder) / CONFIG_FILE, repo_id, **kwargs)
-
-
-OTPruningConfig.__init__.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-    [inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)]
-    + [
-        inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=option.default, annotation=option.kind)
-        for option in OPTIONS
-    ]
-)
-
-
-def _is_newer(version: str) -> bool:
-    def parts(text: str) -> list[int]:
-        return [int(part) for part in text.split(".") if re.fullmatch("[0-9]{1,9}", part)]
-
-    return parts(version) > parts(__version__)
 
 
 def _absent_budgets(given: Mapping[str, Any]) -> set[str]:

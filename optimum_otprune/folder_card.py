@@ -4,12 +4,11 @@ import os
 from pathlib import Path
 
 from optimum_otprune.card import model_card
-from optimum_otprune.configuration import CONFIG_FILE, OTPruningConfig
+from optimum_otprune.compatibility import reads_in_older_versions
 from optimum_otprune.errors import ReportError
 from optimum_otprune.files import save_text
-from optimum_otprune.loading import TOKENIZER_FILES
-from optimum_otprune.manifest import CARD_FILE, MANIFEST_FILE, digest, manifest_text, read_manifest
-from optimum_otprune.model_files import reads_in_older_versions
+from optimum_otprune.manifest import CARD_FILE, MANIFEST_FILE, TOKENIZER_FILES, digest, manifest_text, read_manifest
+from optimum_otprune.options_file import CONFIG_FILE, read_options
 from optimum_otprune.plots import PLOT_FILE
 from optimum_otprune.report import REPORT_FILE, PruningReport
 
@@ -32,7 +31,7 @@ def folder_card(folder: Path, name: str | None = None, has_tokenizer: bool | Non
     if has_tokenizer is None:
         has_tokenizer = any((folder / file).is_file() for file in TOKENIZER_FILES)
     return model_card(
-        OTPruningConfig.from_pretrained(folder),
+        read_options(folder / CONFIG_FILE),
         PruningReport.load(report_file) if report_file.is_file() else None,
         folder.resolve().name if name is None else name,
         has_tokenizer=has_tokenizer,

@@ -225,7 +225,7 @@ class LayerData(NamedTuple):
 
 def _reads_targets_again(config: OTPruningConfig) -> bool:
     """Whether anything but the first statistics needs to know what the FFN should put out."""
-    return bool(config.reconstruction_steps) or bool({"gate", "up"} & set(config.fuse))
+    return bool(config.reconstruction_steps) or bool({"gate", "up"} & set(config.fuse or ()))
 
 
 def _exact_activations(

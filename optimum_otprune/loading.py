@@ -22,11 +22,12 @@ from transformers import (
 from transformers.utils import cached_file
 
 from optimum_otprune.base_card import read_base_card
-from optimum_otprune.configuration import CONFIG_FILE, OTPruningConfig
+from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.errors import ModelLoadError
 from optimum_otprune.hub import verify_saved
 from optimum_otprune.hub_client import without_secrets_in_warnings
-from optimum_otprune.manifest import CARD_FILE
+from optimum_otprune.manifest import CARD_FILE, TOKENIZER_FILES
+from optimum_otprune.options_file import CONFIG_FILE
 from optimum_otprune.processes import own_device
 from optimum_otprune.report import REPORT_FILE, PruningReport
 from optimum_otprune.sources import ADAPTER_FILE, check_config, check_file, check_folder, explanation
@@ -49,14 +50,6 @@ _FOREIGN = (
     AssertionError,
     MemoryError,
     StrictDataclassError,
-)
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "spiece.model",
 )
 
 

@@ -13,6 +13,15 @@ from optimum_otprune.version import __version__
 
 MANIFEST_FILE = "otprune_manifest.json"
 CARD_FILE = "README.md"
+# Any of them means that a folder has a tokenizer.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+)
 
 _FORMAT = 1
 _CHUNK = 1 << 20

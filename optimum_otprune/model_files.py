@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from huggingface_hub.errors import StrictDataclassError
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_otprune.architectures.remote_code import MODELING_FILE, modeling_code
 from optimum_otprune.architectures.spec import find_spec
 from optimum_otprune.architectures.wrappers import has_own_code
-from optimum_otprune.compatibility import has_older_names, with_older_tokenizer, with_readable_names
-from optimum_otprune.untrusted import read_json
+from optimum_otprune.compatibility import with_older_names, with_older_tokenizer
 
 _CONFIG, _GENERATION, _TOKENIZER = "config.json", "generation_config.json", "tokenizer_config.json"
 
@@ -48,17 +48,6 @@ def save_model_files(
     _edit(
         folder / _TOKENIZER, lambda values: with_older_tokenizer(_with_code_of_its_own(values, folder, custom), added)
     )
-
-
-def reads_in_older_versions(folder: Path) -> bool:
-    """Whether older transformers read a saved configuration in full; True where there is none."""
-    if not (folder / _CONFIG).is_file():
-        return True
-    try:
-        config = read_json(folder / _CONFIG)
-    except ValueError:
-        return False  # damaged
-    return isinstance(config, dict) and has_older_names(config)
 
 
 def _added(tokenizer: PreTrainedTokenizerBase | None) -> dict[str, bool]:
@@ -104,6 +93,32 @@ def _copied_settings(model: PreTrainedModel) -> Iterator[GenerationConfig | None
         model.config = config
         if generation is not None:
             model.generation_config = generation
+
+
+def with_readable_names(config: Mapping[str, Any], kind: type[PreTrainedConfig]) -> dict[str, Any]:
+    """Return a model's configuration with the older names, or without, where the present transformers would misread.
+
+    It lets `rope_scaling` replace `rope_parameters`, although that of some architectures holds less.
+
+    Args:
+        config: Of config.json.
+        kind: Class of the configuration.
+    """
+    older = with_older_names(config)
+    wanted = _ropes(kind.from_dict(copy.deepcopy(dict(config))).to_dict())
+    try:
+        found = _ropes(kind.from_dict(copy.deepcopy(older)).to_dict())
+    except (StrictDataclassError, ValueError, TypeError, LookupError):  # what it refuses, it cannot read either
+        found = None
+    return older if found == wanted else dict(config)
+
+
+def _ropes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Rotary embeddings of a configuration and of the parts in it."""
+    parts = {
+        name: _ropes(value) for name, value in config.items() if name.endswith("_config") and isinstance(value, dict)
+    }
+    return {**parts, "rope_parameters": config.get("rope_parameters")}
 
 
 def _edit(file: Path, change: Callable[[dict[str, Any]], Mapping[str, Any]]) -> None:

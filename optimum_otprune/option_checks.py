@@ -30,9 +30,9 @@ def check_option(option: Option, value: Any) -> Any:
         return _checked_layers(value, problem) if option.choices is None else _checked_names(option, value, problem)
     if option.kind is dict:
         return _checked_by_layer(option, value, problem)
-    if option.units is not None and parse_share(value) is not None:
+    if option.rules.units is not None and parse_share(value) is not None:
         return value if isinstance(value, str) else real_number(value)
-    if option.units is not None and isinstance(value, str):
+    if option.rules.units is not None and isinstance(value, str):
         return _checked_quantity(option, value, problem)
     if option.kind is not str:
         number = whole_number(value) if option.kind is int else real_number(value)
@@ -88,9 +88,9 @@ def check_size(name: str, value: Any, least: int = 0) -> int:
 
 def _checked_quantity(option: Option, value: str, problem: ConfigurationError) -> str:
     """The string as it was given, once it is known to be a quantity in range."""
-    assert option.units is not None
+    assert option.rules.units is not None
     try:
-        quantity = parse_quantity(value, option.units)
+        quantity = parse_quantity(value, option.rules.units)
     except ValueError as error:
         raise problem from error
     if not _in_range(option, quantity):
@@ -135,10 +135,10 @@ def _checked_by_layer(option: Option, value: Any, problem: ConfigurationError) -
 def _in_range(option: Option, value: float) -> bool:
     return (
         abs(value) < math.inf
-        and (option.minimum is None or value >= option.minimum)
-        and (option.maximum is None or value <= option.maximum)
-        and (option.below is None or value < option.below)
-        and (option.above is None or value > option.above)
+        and (option.rules.minimum is None or value >= option.rules.minimum)
+        and (option.rules.maximum is None or value <= option.rules.maximum)
+        and (option.rules.below is None or value < option.rules.below)
+        and (option.rules.above is None or value > option.rules.above)
     )
 
 
@@ -150,18 +150,18 @@ def _wanted(option: Option) -> str:
         tuple: "a list" if option.choices else "a list of integers",
         dict: "a dictionary of numbers by layer (an integer >= 0), each",
     }[option.kind]
-    if option.units is not None:
-        kind += f" or a string with a unit ({', '.join(filter(None, option.units))})"
+    if option.rules.units is not None:
+        kind += f" or a string with a unit ({', '.join(filter(None, option.rules.units))})"
     bounds = [
         f"{sign} {bound if isinstance(bound, int) else format(bound, 'g')}"
         for sign, bound in (
-            (">=", option.minimum),
-            (">", option.above),
-            ("<=", option.maximum),
-            ("<", option.below),
+            (">=", option.rules.minimum),
+            (">", option.rules.above),
+            ("<=", option.rules.maximum),
+            ("<", option.rules.below),
         )
         if bound is not None
     ]
     of = f" of {', '.join(option.choices)}" if option.choices else ""
-    share = ", or a share between 0 and 1 such as '70%' or 0.7" if option.units is not None else ""
+    share = ", or a share between 0 and 1 such as '70%' or 0.7" if option.rules.units is not None else ""
     return kind + of + (" " + " and ".join(bounds) if bounds else "") + share

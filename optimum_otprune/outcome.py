@@ -52,6 +52,7 @@ class PrunedLayers(NamedTuple):
         }
         return PruningReport(
             config=config.to_dict(),
+            options=tuple(config.fewest_options()),
             layers=tuple(self.reports),
             calibration=data.describe(),
             versions=versions(),

@@ -318,6 +318,8 @@ def _reconstructed(
     """The compression after local optimization, or as it was where held-out tokens gain nothing."""
     like = compression.judged
     generator = torch.Generator().manual_seed(layer_seed(config, block.layer))
+    assert config.reconstruction_steps is not None
+    assert config.reconstruction_batch_tokens is not None
     settings = ReconstructionSettings(config.reconstruction_steps, batch_tokens=config.reconstruction_batch_tokens)
     metric = None if moments is None else error_metric(moments[block.layer].to(block.device))
     sets = token_sets(data, spill)

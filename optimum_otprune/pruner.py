@@ -238,6 +238,7 @@ class OTPruner(HubMixin):
             "base_card": self.base_card,
             "evaluations": tuple(self._evaluations),
             "custom_functions": {name: recipe.functions[name].name for name in custom if name in recipe.functions},
+            "references": {field: entry.citation for field, entry in recipe.functions.items() if entry.citation},
         }
 
     def tune(

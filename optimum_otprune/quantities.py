@@ -22,11 +22,11 @@ SIZE_UNITS: Mapping[str, int] = MappingProxyType(
 )
 
 
-def parse_quantity(value: int | str, units: Mapping[str, int]) -> int:
+def parse_quantity(value: float | str, units: Mapping[str, int]) -> int:
     """Return the whole number that a string such as `"1.2B"` stands for, fractions cut off.
 
     Args:
-        value: A number with or without a unit, in upper or lower case; an int is returned as it is.
+        value: With or without a unit, in upper or lower case; what is no string is returned as an int.
         units: What each unit stands for: `COUNT_UNITS`, or `SIZE_UNITS` (GB is 10⁹ bytes as in
             `max_shard_size` of transformers, GiB is 2³⁰).
 
@@ -37,8 +37,8 @@ def parse_quantity(value: int | str, units: Mapping[str, int]) -> int:
         >>> parse_quantity("1.2B", COUNT_UNITS), parse_quantity("2GB", SIZE_UNITS), parse_quantity("1kiB", SIZE_UNITS)
         (1200000000, 2000000000, 1024)
     """
-    if isinstance(value, int):
-        return value
+    if not isinstance(value, str):
+        return int(value)
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", value, flags=re.ASCII)
     factors = {unit.lower(): factor for unit, factor in units.items()}
     if match is None or match[2].lower() not in factors:

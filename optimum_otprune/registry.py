@@ -9,24 +9,43 @@ from collections.abc import Callable, Iterable
 from typing import Generic, NamedTuple, TypeVar
 
 from optimum_otprune.errors import RegistryError
+from optimum_otprune.references import Reference
 
 F = TypeVar("F", bound=Callable)
 
 ACTIVATIONS = "activations"
 GRADIENTS = "gradients"
 
+_FACTS = ("meets", "takes_any")  # that a callable of the user's own may carry as attributes
+
 
 class Entry(NamedTuple):
-    """One registered function: what a model card says of it, what it must be given, and which options it reads.
+    """One registered function and the facts that it was registered with.
 
-    `reads` is None where that is not known.
+    Attributes:
+        name: What a configuration holds.
+        function: What is called.
+        reference: The publication that a model card cites, or the address of one.
+        requires: Statistics that are only collected on demand.
+        reads: Options that it reads; None where that is not known.
+        meets: Whether a solver's plan has to meet the source and the target marginal.
+        takes_any: Whether a solver takes the cost as it is: float32 or float64, on its device.
     """
 
     name: str
     function: Callable
-    reference: str | None
+    reference: Reference | str | None
     requires: frozenset[str]
     reads: frozenset[str] | None = None
+    meets: tuple[bool, bool] = (True, True)
+    takes_any: bool = False
+
+    @property
+    def citation(self) -> dict[str, str]:
+        """The reference as plain strings: all fields of a publication, an address alone, or nothing."""
+        if isinstance(self.reference, Reference):
+            return self.reference._asdict()
+        return {} if self.reference is None else {"url": self.reference}
 
 
 class Registry(Generic[F]):
@@ -44,19 +63,23 @@ class Registry(Generic[F]):
         self,
         name: str,
         *,
-        reference: str | None = None,
+        reference: Reference | str | None = None,
         requires: Iterable[str] = (),
         reads: Iterable[str] | None = None,
+        meets: tuple[bool, bool] = (True, True),
+        takes_any: bool = False,
     ) -> Callable[[F], F]:
         """Return a decorator that registers a function under `name`.
 
         Args:
             name: Lower-case words joined by underscores.
-            reference: Where the method comes from; the model card cites it.
+            reference: Where the method comes from, a publication or an address; the model card cites it.
             requires: Statistics that the function reads and that are only collected on demand: `"gradients"` (a
                 backward pass over the calibration data) or `"activations"`.
-            reads: Options of `SolverSettings` that a solver reads; setting another one is an error. Without it, it may
-                read any.
+            reads: Options that the function reads: `"aggregation"` for an importance, those of `SolverSettings` for a
+                solver. Setting one that nothing reads is an error. Without it, the function may read any.
+            meets: For a solver: whether its plan has to meet the source and the target marginal.
+            takes_any: For a solver: whether it takes the cost in float32 or float64, on its device.
 
         Raises:
             RegistryError: If the name is taken or malformed.
@@ -70,9 +93,8 @@ class Registry(Generic[F]):
                     f"The {self.kind} {name!r} is registered already, as "
                     f"`{self._entries[name].function.__qualname__}`. Choose another name."
                 )
-            self._entries[name] = Entry(
-                name, function, reference, frozenset(requires), None if reads is None else frozenset(reads)
-            )
+            read = None if reads is None else frozenset(reads)
+            self._entries[name] = Entry(name, function, reference, frozenset(requires), read, meets, takes_any)
             return function
 
         return decorator
@@ -89,18 +111,22 @@ class Registry(Generic[F]):
         """Registered names in order of registration."""
         return list(self._entries)
 
-    def entry(self, name_or_function: str | F) -> Entry:
-        """Look up a name, or wrap a plain callable.
+    def entry(self, name_or_function: str | F | Entry) -> Entry:
+        """Look up a name, or wrap a plain callable; an entry is returned as it is.
 
-        A callable says what it needs in an attribute `requires`; without one it is given everything.
+        A callable says what it needs in an attribute `requires`; without one it is given everything. A solver may also
+        carry `meets` and `takes_any`; see `register`.
 
         Raises:
             RegistryError: If the name is unknown; the message has the nearest name and the whole list.
         """
+        if isinstance(name_or_function, Entry):
+            return name_or_function
         if callable(name_or_function):
             requires = getattr(name_or_function, "requires", (ACTIVATIONS, GRADIENTS))
             name = getattr(name_or_function, "__name__", type(name_or_function).__name__)
-            return Entry(name, name_or_function, None, frozenset(requires))
+            facts = {key: getattr(name_or_function, key) for key in _FACTS if hasattr(name_or_function, key)}
+            return Entry(name, name_or_function, None, frozenset(requires), **facts)
         if name_or_function not in self._entries:
             raise RegistryError(unknown_name(self.kind, name_or_function, self._entries))
         return self._entries[name_or_function]

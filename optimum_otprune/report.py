@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from optimum_otprune.comparison import Comparison, compared
+from optimum_otprune.comparison import Comparison, check_evaluation, check_numbers, compared
 from optimum_otprune.errors import ReportError
 from optimum_otprune.files import replace_file
 from optimum_otprune.layer_report import (
@@ -54,10 +54,6 @@ _DERIVED = frozenset(
 )
 _REQUIRED = frozenset({"config", "layers", "parameters_before", "parameters_after", "calibration"})
 _CALIBRATION: Mapping[str, type] = {"data": str, "num_samples": int, "seqlen": int, "num_tokens": int}
-_EVALUATION: Mapping[str, type] = {
-    **{"data": str, "seqlen": int, "num_tokens": int, "num_windows": int, "perplexity": float},
-    **{"stage": str, "dtype": str, "protocol": str},
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +78,8 @@ class PruningReport:
             `uniform`, as in reports that do not say.
         base_card: License and language of the base model, as its card states them; see `base_card.read_base_card`.
         added_biases: Whether the FFNs had no biases before and have some now.
+        options: Names of the fewest options that make the configuration; None in reports that do not say.
+        references: Publications, or addresses of them, that registered functions were registered with, by field.
     """
 
     config: Mapping[str, Any]
@@ -100,6 +98,8 @@ class PruningReport:
     padding_parameters: int = 0
     added_biases: bool = False
     token_weighting: str = "uniform"
+    options: Sequence[str] | None = None
+    references: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -230,11 +230,19 @@ class PruningReport:
             layer.check(f"layers[{index}]", is_finite)
         if any(later.layer <= former.layer for former, later in itertools.pairwise(self.layers)):
             raise ReportError("`layers` of the report are not in order, each once. Get the folder again.")
-        for name in ("config", "calibration", "custom_functions", "versions", "base_card"):
+        for name in ("config", "calibration", "custom_functions", "versions", "base_card", "references"):
             check_entry(name, getattr(self, name), Mapping)
+        if self.options is not None:
+            check_entry("options", self.options, (list, tuple))
+            for name in self.options:
+                check_entry("options", name, str)
         for name in ("custom_functions", "versions"):
             for value in getattr(self, name).values():
                 check_entry(name, value, str)
+        for reference in self.references.values():
+            check_entry("references", reference, Mapping)
+            for value in reference.values():
+                check_entry("references", value, str)
         check_entry("token_weighting", self.token_weighting, str)
         check_entry("added_biases", self.added_biases, bool)
         for name in ("parameters_before", "parameters_after", "padding_parameters"):
@@ -243,7 +251,7 @@ class PruningReport:
         for name, kind in optional.items():
             if getattr(self, name) is not None:
                 check_entry(name, getattr(self, name), kind, 0 if kind is int else None)
-        _check_numbers("calibration", self.calibration, _CALIBRATION, is_finite)
+        check_numbers("calibration", self.calibration, _CALIBRATION, is_finite)
         tokens, samples = self.calibration["num_tokens"], self.calibration["num_samples"]
         if tokens != samples * self.calibration["seqlen"]:
             raise ReportError(
@@ -253,7 +261,7 @@ class PruningReport:
         if is_finite:
             _check_parameters(self)
         for index, evaluation in enumerate(self.evaluations):
-            _check_evaluation(f"evaluations[{index}]", evaluation, is_finite)
+            check_evaluation(f"evaluations[{index}]", evaluation, is_finite)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the report as JSON."""
@@ -286,12 +294,6 @@ def versions() -> dict[str, str]:
     return {"optimum_otprune": __version__, **{name: metadata.version(name) for name in names}}
 
 
-def _check_numbers(where: str, values: Mapping[str, Any], kinds: Mapping[str, type], is_finite: bool) -> None:
-    """Strings, and numbers that are not negative."""
-    for name, kind in kinds.items():
-        check_entry(f"{where}.{name}", values.get(name), kind, None if kind is str else 0, is_finite)
-
-
 def _check_parameters(report: PruningReport) -> None:
     """Pruning takes away and adds fewer biases than there are weights; zeros fill up to the widest layer."""
     before, after, padding = report.parameters_before, report.parameters_after, report.padding_parameters
@@ -303,34 +305,6 @@ def _check_parameters(report: PruningReport) -> None:
     if padding * sum(widths) > after * missing:
         raise ReportError(
             f"`padding_parameters` of the report is {padding:,}, more than fill up its layers. Get the folder again."
-        )
-
-
-def _check_evaluation(where: str, evaluation: object, is_finite: bool) -> None:
-    check_entry(where, evaluation, Mapping)
-    assert isinstance(evaluation, Mapping)
-    _check_numbers(where, evaluation, _EVALUATION, is_finite)
-    for name in ("seen_windows", "max_windows"):
-        check_entry(f"{where}.{name}", evaluation.get(name, 0), int, 0)
-    if evaluation["stage"] not in ("dense", "pruned"):
-        raise ReportError(
-            f"`{where}.stage` of the report is {evaluation['stage']!r:.60}; want 'dense' or 'pruned'. Get the folder "
-            "again."
-        )
-    if not is_finite:
-        return
-    check_entry(f"{where}.num_windows", evaluation["num_windows"], int, 1)
-    check_entry(f"{where}.perplexity", evaluation["perplexity"], float, 1)
-    windows, seen = evaluation["num_windows"], evaluation.get("seen_windows", 0)
-    if seen > windows or windows > evaluation.get("max_windows", windows):
-        raise ReportError(
-            f"`{where}` of the report has {windows} windows, fewer than it has seen or more than it was to have. Get "
-            "the folder again."
-        )
-    if evaluation["num_tokens"] != windows * (evaluation["seqlen"] - 1):
-        raise ReportError(
-            f"`{where}` of the report has {evaluation['num_tokens']} tokens, which are not those of {windows} windows "
-            f"of {evaluation['seqlen']}, each without its first. Get the folder again."
         )
 
 

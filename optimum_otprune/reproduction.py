@@ -1,11 +1,10 @@
 """The command and the lines of Python that do once more what a configuration says."""
 
 import shlex
-import warnings
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from optimum_otprune.configuration import CONFIG_FILE, OTPruningConfig
-from optimum_otprune.options import BUDGET_FIELDS, OPTIONS_BY_NAME
+from optimum_otprune.options_file import CONFIG_FILE
 
 _WIDTH = 100
 
@@ -30,35 +29,14 @@ class Run(NamedTuple):
     max_windows: int | None = None
 
 
-def changed_options(config: OTPruningConfig) -> dict[str, Any]:
-    """Return the fewest options that make an equal configuration: method, ratio or target, and what differs from them.
-
-    Example:
-        >>> changed_options(OTPruningConfig(method="flap", pruning_ratio=0.5, seed=3))
-        {'pruning_ratio': 0.5, 'method': 'flap', 'seed': 3}
-    """
-    given = {name: getattr(config, name) for name in OPTIONS_BY_NAME}
-    anchors = {name: given[name] for name in ("method", *BUDGET_FIELDS) if given[name] is not None}
-    default = OTPruningConfig(**anchors)
-    changed = {name: value for name, value in given.items() if name in anchors or value != getattr(default, name)}
-    for name in [name for name in changed if name not in anchors]:
-        fewer = {other: value for other, value in changed.items() if other != name}
-        if _makes(fewer, config):
-            changed = fewer
-    return changed
-
-
-def command(config: OTPruningConfig, run: Run) -> str:
+def command(options: Mapping[str, Any] | None, run: Run) -> str:
     """Return the command line of a run, over several lines where it is long.
 
-    Where an option cannot be written on a command line (None in place of a default, characters that cannot be
-    seen), the configuration's file is given instead.
+    Where the options are not known, or one cannot be written on a command line (None in place of a default, characters
+    that cannot be seen), the configuration's file is given instead.
     """
-    options = changed_options(config)
-    if _can_be_typed(options) and _makes(
-        {name: value for name, value in options.items() if value is not None}, config
-    ):
-        words = [_option_words(name, value) for name, value in options.items() if value is not None]
+    if options is not None and _can_be_typed(options) and None not in options.values():
+        words = [_option_words(name, value) for name, value in options.items()]
     else:
         words = [["--config", CONFIG_FILE]]
     if run.calibration_data is not None:
@@ -72,10 +50,9 @@ def command(config: OTPruningConfig, run: Run) -> str:
     return _wrapped([["otprune", "prune", run.model], ["-o", run.output], *words])
 
 
-def python_lines(config: OTPruningConfig, run: Run) -> str:
+def python_lines(options: Mapping[str, Any] | None, run: Run) -> str:
     """Return the same in five lines of Python."""
-    options = changed_options(config)
-    if _can_be_typed(options):
+    if options is not None and _can_be_typed(options):
         made = _call("OTPruningConfig", [f"{name}={literal(value)}" for name, value in options.items()])
     else:
         made = f"OTPruningConfig.from_pretrained({literal(CONFIG_FILE)})"
@@ -105,17 +82,7 @@ def literal(value: Any) -> str:
     return ascii(value)
 
 
-def _makes(options: dict[str, Any], config: OTPruningConfig) -> bool:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the run itself warned
-        try:
-            made = OTPruningConfig(**options)
-        except ValueError:  # an option that only makes sense beside one that was left out
-            return False
-    return all(getattr(made, name) == getattr(config, name) for name in OPTIONS_BY_NAME)
-
-
-def _can_be_typed(options: dict[str, Any]) -> bool:
+def _can_be_typed(options: Mapping[str, Any]) -> bool:
     return all(not isinstance(value, str) or (value.isprintable() and len(value) <= 200) for value in options.values())
 
 

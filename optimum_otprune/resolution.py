@@ -6,7 +6,7 @@ from typing import Any
 
 from optimum_otprune.errors import ConfigurationError
 from optimum_otprune.functional.costs import costs
-from optimum_otprune.functional.importance import NOT_AGGREGATED, importances
+from optimum_otprune.functional.importance import importances
 from optimum_otprune.functional.marginals import distributions, mixtures, strategies
 from optimum_otprune.functional.plans import SolverSettings
 from optimum_otprune.functional.solvers import solvers
@@ -177,7 +177,8 @@ def unused_fields(chosen: Mapping[str, Any]) -> dict[str, str]:
     else:
         if chosen["solver"] == "nearest":
             unused["target_distribution"] = "the solver 'nearest' knows no capacities; choose another, such as 'emd'"
-    if chosen["importance"] in NOT_AGGREGATED:
+    importance = importances.entry(chosen["importance"]) if chosen["importance"] else None
+    if importance is not None and importance.reads is not None and "aggregation" not in importance.reads:
         unused["aggregation"] = f"the importance {chosen['importance']!r} has no weight scores to aggregate"
     return unused
 

@@ -82,7 +82,7 @@ def default_search_space(config: OTPruningConfig, residual: bool, can_hold_inter
         space["selection"] = ["obs", "top"]
         space["importance"] = [*dict.fromkeys([config.importance, *cheap])]
     if config.compensation == "ridge":
-        space["ridge_prior"] = ["zero", "identity", *(["transport"] if "down" in config.fuse else [])]
+        space["ridge_prior"] = ["zero", "identity", *(["transport"] if "down" in (config.fuse or ()) else [])]
         if residual:
             space["target_correction"] = (0.0, 1.0)
         if can_hold_intercept:

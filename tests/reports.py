@@ -4,6 +4,7 @@ from html.parser import HTMLParser
 
 from markdown_it import MarkdownIt
 
+from optimum_otprune.compression import Recipe
 from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.ratios import RescueEnergies
 from optimum_otprune.report import LayerReport, PruningReport
@@ -38,8 +39,12 @@ def evaluation(stage: str, perplexity: float, **changes) -> dict:
 
 def make_report(config: OTPruningConfig | None = None, **changes) -> PruningReport:
     """A report of two layers, evaluated before and after."""
+    config = config or OTPruningConfig()
+    functions = Recipe.resolve(config, {}).functions
     settings = {
-        "config": (config or OTPruningConfig()).to_dict(),
+        "config": config.to_dict(),
+        "options": tuple(config.fewest_options()),
+        "references": {field: entry.citation for field, entry in functions.items() if entry.citation},
         "layers": (layer_report(0), layer_report(1, rescue=0.25)),
         "parameters_before": 1000,
         "parameters_after": 700,

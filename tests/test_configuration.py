@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from optimum_otprune.configuration import CONFIG_FILE, OTPruningConfig
+from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.errors import ConfigurationError, OTPruneError, OutputError
 from optimum_otprune.functional.costs import costs
 from optimum_otprune.functional.importance import importances
@@ -19,6 +19,7 @@ from optimum_otprune.functional.plans import SolverSettings
 from optimum_otprune.functional.solvers import solve_transport, solvers
 from optimum_otprune.methods import METHOD_FIELDS, METHODS
 from optimum_otprune.options import OPTIONS, OPTIONS_BY_NAME
+from optimum_otprune.options_file import CONFIG_FILE
 
 REFERENCE = "structured_afr_with_intrafusion"
 
@@ -226,6 +227,17 @@ def test_a_folder_without_a_configuration_is_one_error(tmp_path):
 
 def test_the_signature_lists_every_option():
     assert list(inspect.signature(OTPruningConfig.__init__).parameters)[1:] == [option.name for option in OPTIONS]
+
+
+def test_a_type_checker_finds_a_wrong_type_a_wrong_choice_and_a_wrong_name(tmp_path):
+    script = tmp_path / "script.py"
+    lines = ('pruning_ratio="half"', 'selection="best"', "prunning_ratio=0.5", 'pruning_ratio=0.5, quality="fast"')
+    text = "".join(f"OTPruningConfig({line})\n" for line in lines)
+    script.write_text(f"from optimum_otprune import OTPruningConfig\n\n{text}")
+    arguments = [str(script), "--ignore-missing-imports", "--follow-imports=silent", f"--cache-dir={tmp_path}"]
+    mypy = pytest.importorskip("mypy.api", reason="of the extra `quality`")
+    found = [line for line in mypy.run(arguments)[0].splitlines() if "error" in line]
+    assert [line.split(":")[1] for line in found[:-1]] == ["3", "4", "5"], found
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if "_optimum_register" not
 
 # Each line may import from itself and from the lines above it.
 LAYERS = (
-    ("version", "errors", "registry", "methods", "quantities", "ratios", "untrusted", "options", "option_checks"),
+    ("version", "errors", "references", "registry", "methods", "quantities", "ratios", "untrusted"),
+    ("options", "option_checks", "options_file"),
     ("functional",),
     ("compatibility", "manifest", "retries", "hub_client", "hub_access", "hub"),
     ("outputs", "files"),

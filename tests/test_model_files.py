@@ -20,10 +20,9 @@ from transformers import (
 )
 
 from optimum_otprune import OTPruner, OTPruningConfig
-from optimum_otprune.compatibility import with_older_names
+from optimum_otprune.compatibility import reads_in_older_versions, with_older_names
 from optimum_otprune.errors import ConfigurationError, UnsupportedModelError
 from optimum_otprune.manifest import verify_folder
-from optimum_otprune.model_files import reads_in_older_versions
 from tests.conftest import make_llama
 
 TINY = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -10,7 +10,7 @@ from optimum_otprune.commands.arguments import config_options
 from optimum_otprune.commands.root import PruneCommand
 from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.methods import METHODS
-from optimum_otprune.reproduction import Run, changed_options, command, literal, python_lines
+from optimum_otprune.reproduction import Run, command, literal, python_lines
 from tests.hostile import HOSTILE
 
 RUN = Run("meta-llama/Llama-3.2-1B", "llama-half", None, True, None)
@@ -49,9 +49,9 @@ def test_the_printed_command_and_lines_make_an_equal_configuration(options):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = OTPruningConfig(**options)
-        assert parsed(command(config, RUN)) == config
+        assert parsed(command(config.fewest_options(), RUN)) == config
         namespace: dict = {}
-        exec(python_lines(config, RUN).split("pruner = ")[0], namespace)
+        exec(python_lines(config.fewest_options(), RUN).split("pruner = ")[0], namespace)
         assert namespace["config"] == config
 
 
@@ -59,34 +59,34 @@ def test_long_lines_of_python_and_of_the_command_are_wrapped():
     config = OTPruningConfig(
         method="structured_afr_with_intrafusion", multiple_of=32, num_samples=64, seqlen=256, seed=1
     )
-    for text in (python_lines(config, RUN), command(config, RUN)):
+    for text in (python_lines(config.fewest_options(), RUN), command(config.fewest_options(), RUN)):
         assert max(map(len, text.splitlines())) <= 110
 
 
 def test_only_what_differs_from_the_method_is_printed():
-    assert changed_options(OTPruningConfig(pruning_ratio=0.5, num_samples=64)) == {
+    assert OTPruningConfig(pruning_ratio=0.5, num_samples=64).fewest_options() == {
         "pruning_ratio": 0.5,
         "method": "otprune",
         "num_samples": 64,
     }
-    line = command(OTPruningConfig(pruning_ratio=0.5), RUN)
+    line = command(OTPruningConfig(pruning_ratio=0.5).fewest_options(), RUN)
     assert line == ("otprune prune meta-llama/Llama-3.2-1B -o llama-half --pruning-ratio 0.5 --method otprune --eval")
 
 
 def test_data_are_named_and_quoted():
     run = Run("BASE", "a b", "local data.txt", True, "user/data")
-    words = shlex.split(command(OTPruningConfig(), run).replace("\\\n", ""))
+    words = shlex.split(command(OTPruningConfig().fewest_options(), run).replace("\\\n", ""))
     assert words[:5] == ["otprune", "prune", "BASE", "-o", "a b"]
     assert words[-5:] == ["--calibration-data", "local data.txt", "--eval", "--eval-data", "user/data"]
-    assert 'pruner.prune("local data.txt")' in python_lines(OTPruningConfig(), run)
+    assert 'pruner.prune("local data.txt")' in python_lines(OTPruningConfig().fewest_options(), run)
 
 
 @pytest.mark.parametrize("options", [{"dataset_config": None}, {"dataset": "a\nb"}, {"dataset": "\u202ex"}], ids=str)
 def test_what_a_command_line_cannot_hold_comes_from_the_file(options):
-    assert "--config otprune_config.json" in command(OTPruningConfig(**options), RUN)
+    assert "--config otprune_config.json" in command(OTPruningConfig(**options).fewest_options(), RUN)
     if "dataset" in options:
         assert 'OTPruningConfig.from_pretrained("otprune_config.json")' in python_lines(
-            OTPruningConfig(**options), RUN
+            OTPruningConfig(**options).fewest_options(), RUN
         )
 
 
@@ -99,4 +99,4 @@ def test_a_literal_is_visible_ascii_that_reads_as_the_value(text):
 
 def test_a_configuration_of_an_older_version_is_compared_by_its_options():
     old = OTPruningConfig.from_dict({"pruning_ratio": 0.5, "optimum_otprune_version": "0.0.1"})
-    assert changed_options(old) == {"pruning_ratio": 0.5, "method": "otprune"}
+    assert old.fewest_options() == {"pruning_ratio": 0.5, "method": "otprune"}

@@ -12,11 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from optimum_otprune.configuration import CONFIG_FILE, OTPruningConfig
+from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.errors import ConfigurationError, IntegrityError, ModelLoadError, ReportError, StateError
 from optimum_otprune.loading import load_checkpoint
 from optimum_otprune.loading_options import LOADING_DEFAULTS
 from optimum_otprune.manifest import MANIFEST_FILE, read_manifest, write_manifest
+from optimum_otprune.options_file import CONFIG_FILE
 from optimum_otprune.report import REPORT_FILE, LayerReport, PruningReport
 from optimum_otprune.state import STATE_FILE, StateFolder
 from optimum_otprune.untrusted import parse_json, read_json, visible

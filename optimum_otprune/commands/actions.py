@@ -4,7 +4,6 @@ import argparse
 import functools
 import io
 import os
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
@@ -16,12 +15,11 @@ from optimum_otprune.checkpoint import weight_bytes
 from optimum_otprune.commands.arguments import config_options, loading_options, state_folder
 from optimum_otprune.commands.benchmark import run_benchmark
 from optimum_otprune.commands.demo import run_demo
-from optimum_otprune.commands.reading import protocol, tell_seen
+from optimum_otprune.commands.reading import protocol, saved_folder, tell_seen
 from optimum_otprune.commands.terminal import showing_progress
 from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.errors import ConfigurationError, IntegrityError, UsageError
 from optimum_otprune.files import recover, save_text
-from optimum_otprune.folder_card import folder_card, replace_card
 from optimum_otprune.hub import PushResult
 from optimum_otprune.hub_access import check_hub_access
 from optimum_otprune.loading import hub_id
@@ -215,21 +213,9 @@ def benchmark(args: argparse.Namespace) -> None:
     run_benchmark(args)
 
 
-def card(args: argparse.Namespace) -> None:
-    """Print the model card of a saved model, or write it."""
-    folder = _folder(args)
-    text = folder_card(folder, args.name)
-    if not args.write:
-        print(text, end="")
-        return
-    if replace_card(folder, text):
-        print("warning: README.md had other text, perhaps edited by hand; it was replaced.", file=sys.stderr)
-    print(f"Saved the model card of {folder.resolve().name}.")
-
-
 def push(args: argparse.Namespace) -> None:
     """Push a saved model."""
-    folder = _folder(args)
+    folder = saved_folder(args)
     if not os.path.isdir(folder):
         raise UsageError(f"{folder.name!r} is no folder. Give one that `otprune prune` wrote.")
     _tell_push(
@@ -255,10 +241,6 @@ def demo(args: argparse.Namespace) -> None:
     """Prune the small model that the package carries."""
     _usage(lambda: OTPruningConfig(pruning_ratio=args.pruning_ratio))
     run_demo(args.pruning_ratio, None if args.output is None else output_path(args.output), args.overwrite)
-
-
-def _folder(args: argparse.Namespace) -> Path:
-    return Path(os.path.expanduser(args.folder))
 
 
 def _config(args: argparse.Namespace) -> OTPruningConfig:

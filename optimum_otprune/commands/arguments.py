@@ -34,7 +34,7 @@ def _argument(option: Option) -> dict[str, Any]:
         return argument | {"nargs": "*", "type": _by_layer, "metavar": "LAYER=X"}
     if option.choices is not None:
         return argument | {"choices": option.choices}
-    if option.units is not None:
+    if option.rules.units is not None:
         return argument | {"metavar": "N", "type": _number_or_text}
     return argument | {"type": option.kind, "metavar": {int: "N", float: "X", str: "NAME"}[option.kind]}
 

@@ -3,12 +3,14 @@
 import argparse
 import json
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from optimum_otprune.errors import ReportError
 from optimum_otprune.findings import seen_before
+from optimum_otprune.folder_card import folder_card, replace_card
 from optimum_otprune.hub import verify_saved
 from optimum_otprune.report import REPORT_FILE, PruningReport
 
@@ -30,11 +32,28 @@ def report(args: argparse.Namespace) -> None:
         tell_seen(saved, metrics)
 
 
+def card(args: argparse.Namespace) -> None:
+    """Print the model card of a saved model, or write it."""
+    folder = saved_folder(args)
+    text = folder_card(folder, args.name)
+    if not args.write:
+        print(text, end="")
+        return
+    if replace_card(folder, text):
+        print("warning: README.md had other text, perhaps edited by hand; it was replaced.", file=sys.stderr)
+    print(f"Saved the model card of {folder.resolve().name}.")
+
+
 def verify(args: argparse.Namespace) -> None:
     """Check a saved model's files."""
     source = os.path.expanduser(args.source)
     commit = verify_saved(source, revision=args.revision, token=args.token, cache_dir=args.cache_dir)
     print(f"All files are as they were saved{'' if commit is None else f' (commit {commit})'}.")
+
+
+def saved_folder(args: argparse.Namespace) -> Path:
+    """The folder that a command was given."""
+    return Path(os.path.expanduser(args.folder))
 
 
 def tell_seen(saved: PruningReport | None, metrics: Mapping[str, Any]) -> None:

@@ -184,6 +184,8 @@ class ReportCommand(_Command):
 class CardCommand(_Command):
     """`otprune card`."""
 
+    actions = _READING
+
     @staticmethod
     def parse_args(parser: argparse.ArgumentParser) -> None:
         """Options."""

@@ -10,7 +10,8 @@ from torch import Tensor
 from optimum_otprune.errors import NumericalError, ShapeError
 from optimum_otprune.functional.ffn import FFNWeights
 from optimum_otprune.functional.returned import returned_tensor
-from optimum_otprune.registry import ACTIVATIONS, Registry
+from optimum_otprune.references import INTRA_FUSION
+from optimum_otprune.registry import ACTIVATIONS, Entry, Registry
 
 _BLOCK_ROWS = 512
 _CHANCE_LEVEL = 6.0  # gains below about this many times ln(n) / T in squared correlation are taken for chance
@@ -91,7 +92,7 @@ def channel_vectors(weights: FFNWeights) -> Tensor:
     return torch.nn.functional.normalize(torch.cat([part.double() for part in parts], dim=1), dim=1)
 
 
-@costs.register("weight", reference="https://arxiv.org/abs/2402.07839")
+@costs.register("weight", reference=INTRA_FUSION)
 def weight_cost(inputs: CostInputs, kept_channels: Tensor) -> TransportCost:
     """Sum of absolute differences (p = 1) between the unit weight vectors of two channels."""
     vectors = channel_vectors(inputs.weights)
@@ -107,7 +108,7 @@ def weight_l2_cost(inputs: CostInputs, kept_channels: Tensor) -> TransportCost:
     )
 
 
-def transport_cost(name: str | CostFunction, inputs: CostInputs, kept_channels: Tensor) -> TransportCost:
+def transport_cost(name: str | CostFunction | Entry, inputs: CostInputs, kept_channels: Tensor) -> TransportCost:
     """Evaluate a cost and check what it returned.
 
     Args:

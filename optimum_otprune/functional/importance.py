@@ -9,7 +9,8 @@ from torch import Tensor
 from optimum_otprune.errors import ShapeError
 from optimum_otprune.functional.ffn import FFNWeights
 from optimum_otprune.functional.returned import check_finite, returned_tensor
-from optimum_otprune.registry import ACTIVATIONS, GRADIENTS, Registry
+from optimum_otprune.references import FLAP, SNIP, WANDA
+from optimum_otprune.registry import ACTIVATIONS, GRADIENTS, Entry, Registry
 
 
 class WeightScores(NamedTuple):
@@ -59,9 +60,6 @@ Importance = Callable[[ChannelStatistics], Tensor]
 importances: Registry[Importance] = Registry("importance")
 """Functions `ChannelStatistics -> (intermediate_size,)` by name; channels with the highest values are kept."""
 
-# Registered importances that have no weight scores to aggregate.
-NOT_AGGREGATED = frozenset({"random", "wanda", "fluctuation"})
-
 
 def standardize(scores: Tensor) -> Tensor:
     """Shift and scale to zero mean and unit variance (of the population); constant scores become zeros.
@@ -103,28 +101,28 @@ def _required(statistics: ChannelStatistics, name: str, importance: str):  # noq
     return value
 
 
-@importances.register("random")
+@importances.register("random", reads=())
 def random(statistics: ChannelStatistics) -> Tensor:
     """Uniform random numbers: the baseline that every importance must beat."""
     n = statistics.weights.intermediate_size
     return torch.rand(n, generator=statistics.generator).to(statistics.weights.up.device)
 
 
-@importances.register("magnitude")
+@importances.register("magnitude", reads=("aggregation",))
 def magnitude(statistics: ChannelStatistics) -> Tensor:
     """Sum of the channel's weights, in magnitude or signed."""
     weights = statistics.weights
     return aggregate(WeightScores(weights.up, weights.down.T, weights.gate), statistics.aggregation)
 
 
-@importances.register("wanda", reference="https://arxiv.org/abs/2306.11695", requires=(ACTIVATIONS,))
+@importances.register("wanda", reference=WANDA, requires=(ACTIVATIONS,), reads=())
 def wanda(statistics: ChannelStatistics) -> Tensor:
     """Sum of `|W_d[:, j]|` times the root mean square activation of j: Wanda (Sun et al., 2024) by columns."""
     second_moment = _required(statistics, "hidden_second_moment", "wanda")
     return statistics.weights.down.float().abs().sum(dim=0) * second_moment.float().sqrt()
 
 
-@importances.register("fluctuation", reference="https://arxiv.org/abs/2312.11983", requires=(ACTIVATIONS,))
+@importances.register("fluctuation", reference=FLAP, requires=(ACTIVATIONS,), reads=())
 def fluctuation(statistics: ChannelStatistics) -> Tensor:
     """Variance of the activation times `‖w_j‖²`: the loss when a constant stands in for j (FLAP, An et al., 2024)."""
     second_moment = _required(statistics, "hidden_second_moment", "fluctuation")
@@ -133,25 +131,25 @@ def fluctuation(statistics: ChannelStatistics) -> Tensor:
     return (statistics.weights.down.double().square().sum(dim=0) * variance).float()
 
 
-@importances.register("snip", reference="https://arxiv.org/abs/1810.02340", requires=(GRADIENTS,))
+@importances.register("snip", reference=SNIP, requires=(GRADIENTS,), reads=("aggregation",))
 def snip(statistics: ChannelStatistics) -> Tensor:
     """Sum of weight × gradient of the language-model loss (SNIP, Lee et al., 2019)."""
     return aggregate(_required(statistics, "snip", "snip"), statistics.aggregation)
 
 
-@importances.register("fo", requires=(GRADIENTS,))
+@importances.register("fo", requires=(GRADIENTS,), reads=("aggregation",))
 def fo(statistics: ChannelStatistics) -> Tensor:
     """Sum of weight × gradient of the summed mean singular values of all modules' outputs (FO)."""
     return aggregate(_required(statistics, "fo", "fo"), statistics.aggregation)
 
 
-@importances.register("fo_snip", requires=(GRADIENTS,))
+@importances.register("fo_snip", reference=SNIP, requires=(GRADIENTS,), reads=("aggregation",))
 def fo_snip(statistics: ChannelStatistics) -> Tensor:
     """FO and SNIP, each standardized over the layer, added."""
     return standardize(fo(statistics)) + standardize(snip(statistics))
 
 
-def channel_importance(name: str | Importance, statistics: ChannelStatistics) -> Tensor:
+def channel_importance(name: str | Importance | Entry, statistics: ChannelStatistics) -> Tensor:
     """Evaluate an importance and check what it returned.
 
     Args:

@@ -10,7 +10,7 @@ from optimum_otprune.errors import NumericalError, RegistryError, ShapeError
 from optimum_otprune.functional.importance import standardize
 from optimum_otprune.functional.returned import returned_tensor
 from optimum_otprune.methods import STRATEGIES
-from optimum_otprune.registry import GRADIENTS, Registry, unknown_name
+from optimum_otprune.registry import GRADIENTS, Entry, Registry, unknown_name
 
 _ENTROPY_WEIGHT = 0.1
 
@@ -164,7 +164,7 @@ def robust(inputs: MarginalInputs) -> Tensor:
     return torch.softmax(ranks / max(k - 1, 1), dim=0)
 
 
-def marginal(name: str | Distribution, inputs: MarginalInputs) -> Tensor:
+def marginal(name: str | Distribution | Entry, inputs: MarginalInputs) -> Tensor:
     """Evaluate a distribution and make it sum to 1.
 
     Args:

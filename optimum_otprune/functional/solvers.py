@@ -18,7 +18,13 @@ from optimum_otprune.functional.plans import (
 )
 from optimum_otprune.functional.pot import partial_transport, unbalanced_transport
 from optimum_otprune.functional.sinkhorn import entropic_plan
-from optimum_otprune.registry import Registry
+from optimum_otprune.references import (
+    NETWORK_SIMPLEX,
+    PARTIAL_TRANSPORT,
+    SINKHORN,
+    UNBALANCED_TRANSPORT,
+)
+from optimum_otprune.registry import Entry, Registry
 
 _MAX_ITERATIONS = 1_000_000
 _UNBALANCED_ITERATIONS, _UNBALANCED_ERROR = 2_000, 1e-4
@@ -29,16 +35,13 @@ solvers: Registry[Solver] = Registry("solver")
 """Functions `(cost_matrix, source_marginal, target_marginal, settings) -> matrix` by name.
 
 All tensors are float64 on the CPU: `(n, m)`, `(n,)` and `(m,)`; both marginals sum to 1. The plan is `(n, m)`, dense
-or a sparse tensor; a solver that can stop early returns `Solved`. A function with an attribute `takes_any = True` gets
-the cost as it is, float32 or float64 on its device, with marginals in float64 beside it.
+or a sparse tensor; a solver that can stop early returns `Solved`. A solver registered with `takes_any=True`, or a
+function with that attribute, gets the cost as it is, float32 or float64 on its device, with marginals in float64
+beside it. Plans must meet both marginals, unless `meets` says otherwise.
 """
 
-# Which marginals each solver has to meet; solvers of one's own must meet both unless they carry `meets`.
-_MEETS = {"nearest": (True, False), "partial": (False, False), "unbalanced": (False, False)}
-_TAKE_ANY = ("sinkhorn",)
 
-
-@solvers.register("nearest", reads=())
+@solvers.register("nearest", reads=(), meets=(True, False))
 def nearest(cost_matrix: Tensor, source_marginal: Tensor, target_marginal: Tensor, settings: SolverSettings) -> Tensor:
     """Send every channel whole to its cheapest kept channel; kept channels have no capacity (semi-relaxed)."""
     del target_marginal, settings
@@ -46,7 +49,7 @@ def nearest(cost_matrix: Tensor, source_marginal: Tensor, target_marginal: Tenso
     return plan.scatter_(1, cost_matrix.argmin(dim=1, keepdim=True), source_marginal[:, None])
 
 
-@solvers.register("emd", reference="https://doi.org/10.1145/2070781.2024192", reads=())
+@solvers.register("emd", reference=NETWORK_SIMPLEX, reads=())
 def emd(cost_matrix: Tensor, source_marginal: Tensor, target_marginal: Tensor, settings: SolverSettings) -> Tensor:
     """Exact transport by the network simplex (Bonneel et al., 2011, through `ot.emd`).
 
@@ -56,7 +59,7 @@ def emd(cost_matrix: Tensor, source_marginal: Tensor, target_marginal: Tensor, s
     return exact_plan(cost_matrix, source_marginal, target_marginal, _MAX_ITERATIONS)
 
 
-@solvers.register("sinkhorn", reference="https://arxiv.org/abs/1306.0895", reads=("epsilon",))
+@solvers.register("sinkhorn", reference=SINKHORN, reads=("epsilon",), takes_any=True)
 def sinkhorn(
     cost_matrix: Tensor, source_marginal: Tensor, target_marginal: Tensor, settings: SolverSettings
 ) -> Solved:
@@ -70,14 +73,14 @@ def sinkhorn(
     return Solved(round_to_marginals(found.matrix, source_marginal, target_marginal), found.converged)
 
 
-@solvers.register("partial", reference="https://arxiv.org/abs/2002.08276", reads=("mass_share",))
+@solvers.register("partial", reference=PARTIAL_TRANSPORT, reads=("mass_share",), meets=(False, False))
 def partial(cost_matrix: Tensor, source_marginal: Tensor, target_marginal: Tensor, settings: SolverSettings) -> Tensor:
     """Exact transport of the cheapest `mass_share` of the mass (`ot.partial.partial_wasserstein`); the rest stays."""
     scaled = cost_matrix / median_cost(cost_matrix)
     return partial_transport(scaled, source_marginal, target_marginal, settings.mass_share, _MAX_ITERATIONS)
 
 
-@solvers.register("unbalanced", reference="https://arxiv.org/abs/1607.05816", reads=("marginal_penalty",))
+@solvers.register("unbalanced", reference=UNBALANCED_TRANSPORT, reads=("marginal_penalty",), meets=(False, False))
 def unbalanced(
     cost_matrix: Tensor, source_marginal: Tensor, target_marginal: Tensor, settings: SolverSettings
 ) -> Solved:
@@ -95,7 +98,7 @@ def unbalanced(
 
 
 def solve_transport(
-    name: str | Solver,
+    name: str | Solver | Entry,
     cost_matrix: Tensor,
     source_marginal: Tensor,
     target_marginal: Tensor,
@@ -126,7 +129,7 @@ def solve_transport(
     """
     entry = solvers.entry(name)
     cost = cost_matrix.detach()
-    if not getattr(entry.function, "takes_any", entry.name in _TAKE_ANY):
+    if not entry.takes_any:
         cost = cost.to("cpu", torch.float64)
     elif cost.dtype not in (torch.float32, torch.float64):
         cost = cost.float()
@@ -137,8 +140,7 @@ def solve_transport(
         raise TransportError("The transport cost is NaN or infinite. Check the weights and activations of this layer.")
     a, b = (check_marginal(part, side) for part, side in ((a, "source"), (b, "target")))
     solved = entry.function(cost, a, b, settings or SolverSettings())
-    meets = getattr(entry.function, "meets", _MEETS.get(entry.name, (True, True)))
-    plan = checked_plan(_as_solved(solved, entry.name, cost), cost, (a, b), entry.name, meets)
+    plan = checked_plan(_as_solved(solved, entry.name, cost), cost, (a, b), entry.name, entry.meets)
     return plan._replace(matrix=plan.matrix.to("cpu", torch.float64))
 
 

@@ -13,6 +13,7 @@ from optimum_otprune import OTPruner
 from optimum_otprune.commands.arguments import config_options
 from optimum_otprune.commands.main import main
 from optimum_otprune.commands.root import OTPruneCommand, PruneCommand
+from optimum_otprune.configuration import OTPruningConfig
 from optimum_otprune.manifest import write_manifest
 from optimum_otprune.options import OPTIONS
 from tests.conftest import run_command as run
@@ -246,9 +247,10 @@ def test_optimum_cli_knows_the_same_commands():
     assert all(command.name in done.stdout for command in OTPruneCommand.SUBCOMMANDS)
 
 
-@pytest.mark.parametrize("command", ["report", "verify"])
+@pytest.mark.parametrize("command", ["report", "verify", "card"])
 def test_commands_that_only_read_import_no_torch(command, tmp_path):
     make_report().save(tmp_path / "otprune_report.json")
+    OTPruningConfig().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     write_manifest(tmp_path)
     code = (
