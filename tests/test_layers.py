@@ -25,6 +25,7 @@ LAYERS = (
         "token_ids",
         "text_files",
         "documents",
+        "tokenization",
         "overlap",
         "calibration",
         "block_runner",
