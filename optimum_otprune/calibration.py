@@ -97,7 +97,8 @@ def calibration_tokens(
     """Return the calibration samples: all rows of a token matrix, else `num_samples` windows without replacement.
 
     Of a long text they are drawn from pieces all over it, and only these are tokenized; no window is repeated. The
-    same text gives the same samples, whatever kind of data it is in.
+    same text gives the same samples, whatever kind of data it is in. Of a streamed data set, which may have no end, as
+    much is read as gives 16 pieces for each sample, so that samples come from its beginning alone.
 
     Args:
         data: None for the configuration's dataset, a Hub dataset name, a file (text, JSON, JSON lines, CSV, Parquet,
@@ -216,8 +217,8 @@ def _text_samples(
             return np.stack(windows)
         if found.is_streamed and size >= _SPARSEST * seqlen:
             raise CalibrationDataError(
-                f"Some {total * size} characters of the stream hold too few tokens for {count} windows of {seqlen}. Give a "
-                "data set that holds text, or one with an end."
+                f"Some {total * size} characters of the stream hold too few tokens for {count} windows of {seqlen}. "
+                "Give a data set that holds text, or one with an end."
             )
         size *= 2
 

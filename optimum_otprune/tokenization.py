@@ -44,7 +44,7 @@ def first_tokens(
     num_settled, skipped, text = 0, 0, ""
     while True:
         text, is_all = _longer(text, read, size)
-        if is_all and not settled and not text.strip():
+        if (is_all or has_no_end) and not settled and not text.strip():
             raise no_text()
         ids = _ids(text, tokenizer)[skipped:]
         is_enough = wanted is not None and num_settled + len(ids) >= wanted

@@ -15,7 +15,21 @@ from optimum_otprune.tokenization import first_tokens
 
 LIMITS = ModelLimits(vocab_size=1000, max_positions=None)
 CONFIG = OTPruningConfig(seqlen=10, num_samples=5)
-WORDS = ["transport", "plans", "move", "mass", "Maße", "cafe\u0301", "東京の", "a", "at", "cost", "12,345", "don't", "…"]
+WORDS = [
+    "transport",
+    "plans",
+    "move",
+    "mass",
+    "Maße",
+    "cafe\u0301",
+    "東京の",
+    "a",
+    "at",
+    "cost",
+    "12,345",
+    "don't",
+    "…",
+]
 MARKS = [" ", " ", " ", " ", "  ", "\n", "\n\n", "\n\n\n", "\t", ". ", " = ", "\r\n", " " * 30]
 
 
@@ -118,8 +132,13 @@ def test_a_stream_without_an_end_and_without_text_is_given_up(tokenizer, first, 
     with pytest.raises(CalibrationDataError, match="is null or empty, as are the 2,999 before it|hold no text"):
         calibration_tokens(stream, CONFIG, tokenizer, LIMITS)
     for max_windows in (3, None):
-        with pytest.raises(CalibrationDataError, match="Row 300[01] of the dataset is null or empty"):
+        with pytest.raises(CalibrationDataError, match="Row 300[01] of the dataset is null or empty|hold no text"):
             evaluation_tokens(stream, CONFIG, tokenizer, LIMITS, max_windows)
+
+
+def test_the_blank_lines_between_documents_without_text_are_no_windows(long_text):
+    with pytest.raises(CalibrationDataError, match="hold no text"):
+        evaluation_tokens(endless("", ""), CONFIG, made("byte-level BPE", long_text), LIMITS, 3)
 
 
 @pytest.mark.figure("R6")
