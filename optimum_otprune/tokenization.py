@@ -10,7 +10,7 @@ from optimum_otprune.errors import CalibrationDataError
 CHARACTERS = 8  # of text for each token that is wanted; texts have 1 to 6 a token
 _MARGIN = 256  # tokens before a cut in a text that may depend on what was cut off
 _READ = 1 << 14  # characters that are read at a time
-_CHUNK = 1 << 18  # characters that are tokenized in one call, which takes some 200 bytes for each
+_CHUNK = 1 << 18  # characters that are tokenized in one call, which takes some 150 bytes for each
 _OVERLAPS = 32  # a chunk repeats so small a part of the one before
 _GIVEN_UP = 1 << 22  # characters of a text without an end that may go by with hardly a token in them
 
