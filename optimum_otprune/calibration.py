@@ -15,17 +15,17 @@ from optimum_otprune.documents import Documents, TokenSource, documents
 from optimum_otprune.errors import CalibrationDataError
 from optimum_otprune.overlap import passage_sketch
 from optimum_otprune.token_ids import given_ids
+from optimum_otprune.tokenization import CHARACTERS, first_tokens, no_text, pieces
 
 DEFAULT_SEQLEN = 2048
 _NO_TOKENIZER = (
     "This model has no tokenizer, so text cannot be used. Give token ids of shape (num_samples, seqlen), or a "
     "tokenizer."
 )
-_CHARACTERS = 8  # of a piece of text for each token of a window; texts have 1 to 6 a token
 _SPARE = 2  # pieces for each sample: some hold no whole window
 _STREAMED = 16  # pieces that are read of a data set without an end, for each sample
 _BATCH = 16  # pieces that are tokenized at once
-_MARGIN = 256  # tokens before a cut in a text that may depend on what was cut off
+_SPARSEST = 64  # characters of a piece for each token of a window, where a data set without an end is given up
 _T = TypeVar("_T")
 
 
@@ -97,7 +97,8 @@ def calibration_tokens(
     """Return the calibration samples: all rows of a token matrix, else `num_samples` windows without replacement.
 
     Of a long text they are drawn from pieces all over it, and only these are tokenized; no window is repeated. The
-    same text gives the same samples, whatever kind of data it is in.
+    same text gives the same samples, whatever kind of data it is in. Of a streamed data set, which may have no end, as
+    much is read as gives 16 pieces for each sample, so that samples come from its beginning alone.
 
     Args:
         data: None for the configuration's dataset, a Hub dataset name, a file (text, JSON, JSON lines, CSV, Parquet,
@@ -163,8 +164,10 @@ def evaluation_tokens(
 ) -> TokenData:
     """Return consecutive windows without overlap, the tail dropped; rows of a token matrix are windows as they are.
 
-    Documents are one text, a blank line between them, tokenized in one call; of a text that is longer than
-    `max_windows` need, only the beginning is, up to where later text cannot change the tokens of the windows.
+    Documents are one text, a blank line between them, with the tokens that one call for all of it would give; a long
+    text is tokenized in pieces, so that memory grows by its token ids alone. Of a text that is longer than
+    `max_windows` need, only the beginning is read, up to where later text cannot change the tokens of the windows. A
+    data set without an end needs `max_windows`.
 
     Args:
         data: As for `calibration_tokens`.
@@ -187,7 +190,7 @@ def evaluation_tokens(
         windows = list(islice(_id_windows(found.ids(), seqlen), max_windows))
         return TokenData(_checked(np.stack(windows), limits), "token ids")
     num_tokens = None if max_windows is None else max_windows * seqlen
-    tokens = _first_tokens(found.text(), _needed(tokenizer), num_tokens)
+    tokens = first_tokens(found.text(), _needed(tokenizer), num_tokens, found.is_streamed)
     return TokenData(_checked(_windows(tokens, seqlen)[:max_windows], limits), found.source)
 
 
@@ -200,20 +203,23 @@ def _text_samples(
     in the end there is nothing left out of which a window could be made.
     """
     count = config.num_samples
-    size = _CHARACTERS * seqlen
+    size = CHARACTERS * seqlen
     while True:
-        pieces = _pieces(found.text(), size)
-        if found.is_streamed:
-            pieces = islice(pieces, _STREAMED * count)
-        kept, total = _reservoir(pieces, _SPARE * count, config.seed)
+        limit = _STREAMED * count if found.is_streamed else None
+        kept, total = _reservoir(islice(pieces(found.text(), size), limit), _SPARE * count, config.seed)
         if total == len(kept):
             stream = _all_tokens([piece for _, piece in kept], tokenizer)
             return _drawn(_windows(stream, seqlen), config)
         if found.is_streamed and not any(piece.strip() for _, piece in kept):
-            raise _no_text()
+            raise no_text()
         windows = _piece_windows(kept, tokenizer, config, seqlen)
         if len(windows) == count:
             return np.stack(windows)
+        if found.is_streamed and size >= _SPARSEST * seqlen:
+            raise CalibrationDataError(
+                f"Some {total * size} characters of the stream hold too few tokens for {count} windows of {seqlen}. "
+                "Give a data set that holds text, or one with an end."
+            )
         size *= 2
 
 
@@ -240,7 +246,7 @@ def _piece_windows(
 def _all_tokens(pieces: list[str], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     """The token ids of a text; of a long one piece by piece, since one call for all needs much time and memory."""
     if len(pieces) <= _BATCH or not any(map(str.strip, pieces)):
-        return _first_tokens(iter(pieces), tokenizer)
+        return first_tokens(pieces, tokenizer)
     stream = []
     for start in range(0, len(pieces), _BATCH):
         batch = pieces[start : start + _BATCH]
@@ -249,70 +255,10 @@ def _all_tokens(pieces: list[str], tokenizer: PreTrainedTokenizerBase) -> np.nda
     return np.concatenate(stream)
 
 
-def _first_tokens(
-    parts: Iterator[str], tokenizer: PreTrainedTokenizerBase, num_tokens: int | None = None
-) -> np.ndarray:
-    """The first so many token ids of a text, and some more; all of them for None."""
-    read: list[str] = []
-    size = 0
-    wanted = None if num_tokens is None else num_tokens + _MARGIN
-    characters = None if wanted is None else _CHARACTERS * wanted
-    pieces = parts if characters is None else _pieces(parts, min(characters, 1 << 14))
-    while True:
-        is_all = True
-        for piece in pieces:
-            read.append(piece)
-            size += len(piece)
-            if characters is not None and size >= characters:
-                is_all = False
-                break
-        text = "".join(read)
-        if is_all and not text.strip():
-            raise _no_text()
-        ids = np.asarray(tokenizer(text, verbose=False)["input_ids"], dtype=np.int64)
-        if is_all:
-            return ids
-        assert characters is not None
-        assert wanted is not None
-        if len(ids) >= wanted:
-            return ids[: len(ids) - _MARGIN]
-        characters *= 2
-
-
 def _needed(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
     if tokenizer is None:
         raise CalibrationDataError(_NO_TOKENIZER)
     return tokenizer
-
-
-def _pieces(parts: Iterable[str], size: int) -> Iterator[str]:
-    """Cut a text into pieces of at most so many characters, however it is split into parts: at the end of a paragraph.
-
-    Else at the end of a line, else of a word; never before the middle of a piece.
-    """
-    waiting: list[str] = []
-    length = 0
-    for part in parts:
-        waiting.append(part)
-        length += len(part)
-        if length <= size:
-            continue
-        text, start = "".join(waiting), 0
-        while len(text) - start > size:
-            end = _end(text, start, size)
-            yield text[start:end]
-            start = end
-        waiting, length = [text[start:]], len(text) - start
-    if length:
-        yield "".join(waiting)
-
-
-def _end(text: str, start: int, size: int) -> int:
-    for separator in ("\n\n", "\n", " "):
-        at = text.rfind(separator, start + size // 2, start + size)
-        if at >= 0:
-            return at + len(separator)
-    return start + size
 
 
 def _reservoir(items: Iterable[_T], size: int, seed: int) -> tuple[list[tuple[int, _T]], int]:
@@ -353,10 +299,6 @@ def _windows(stream: np.ndarray, seqlen: int) -> np.ndarray:
     if count == 0:
         raise _too_short(len(stream), seqlen)
     return stream[: count * seqlen].reshape(count, seqlen)
-
-
-def _no_text() -> CalibrationDataError:
-    return CalibrationDataError("The data hold no text: every document is empty. Give at least one window of text.")
 
 
 def _too_short(num_tokens: int, seqlen: int) -> CalibrationDataError:

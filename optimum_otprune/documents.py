@@ -48,6 +48,7 @@ TokenSource: TypeAlias = (
 
 _SHUFFLED = 1000  # rows of a streamed data set that wait to be shuffled
 _ROWS = 256
+_EMPTY_ROWS = 100_000  # without text, one after another: no text of anybody has such a gap, and to read on may not end
 
 
 class Documents(NamedTuple):
@@ -71,7 +72,7 @@ class Documents(NamedTuple):
 
     def hold_ids(self) -> bool:
         """Whether they are token ids, by the first one that is not null."""
-        return next((kind for row in self.rows() if (kind := _kind(row)) is not None), "text") == "token ids"
+        return next((kind for row in self._read() if (kind := _kind(row)) is not None), "text") == "token ids"
 
     def text(self) -> Iterator[str]:
         """Yield all text in parts, a blank line between documents."""
@@ -90,11 +91,23 @@ class Documents(NamedTuple):
         for row in self._without_nulls("token ids"):
             yield id_row(row.value, row.where)
 
+    def _read(self) -> Iterator[Row]:
+        """Every row; a stream is given up where it goes on and on without text."""
+        empty = 0
+        for row in self.rows():
+            empty = empty + 1 if _is_empty(row.value) else 0
+            if self.is_streamed and empty == _EMPTY_ROWS:
+                raise CalibrationDataError(
+                    f"{row.where} is null or empty, as are the {_EMPTY_ROWS - 1:,} before it: the stream may go on so "
+                    f"for ever. Give one with text under {self.column!r}, or set `text_column`."
+                )
+            yield row
+
     def _without_nulls(self, wanted: str) -> Iterator[Row]:
         """Rows of one kind; nulls are counted, which is told at the end."""
         rows, nulls = 0, 0
         try:
-            for row in self.rows():
+            for row in self._read():
                 rows += 1
                 kind = _kind(row)
                 if kind is None:
@@ -122,6 +135,10 @@ class Documents(NamedTuple):
                 f"{row.where} (column {self.column!r}) holds a conversation that the tokenizer's chat template "
                 f"refuses ({error}). Mend it, leave it out, or give text."
             ) from error
+
+
+def _is_empty(value: object) -> bool:
+    return not value.strip() if isinstance(value, str) else is_null(value)
 
 
 def _kind(row: Row) -> str | None:
@@ -280,6 +297,13 @@ def _folder_files(path: Path) -> tuple[list[Path], list[str]]:
 
 
 def _hub_table(name: str, dataset_config: str | None, split: str) -> datasets.Dataset:
+    """A split, downloaded whole, once, to the cache of `datasets`, and from there read row by row.
+
+    It is not streamed. Samples are drawn over all of a split, for which every row has to be read; a stream is shuffled
+    within its first rows only, so that they would come from its head. And what is in the cache is read without a
+    network, by the evaluation before and after pruning alike. Whoever wants a part of a data set that is too large for
+    this gives `datasets.load_dataset(…, streaming=True)` as data, of which no more is read than is needed.
+    """
     try:
         with without_secrets_in_warnings():
             return datasets.load_dataset(name, dataset_config, split=split)

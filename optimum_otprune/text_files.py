@@ -1,6 +1,8 @@
 """One file of any kind as rows: text, JSON, JSON lines, CSV, Parquet or Arrow, compressed or not, by its content.
 
-Files are read in pieces, and nothing is written, not even to a cache. Text is never taken for something else: to the
+Files are read in pieces, and nothing is written, not even to a cache. The one exception is a JSON array, or an
+object around one: a single value, which the parser of JSON can only read whole. JSON lines and Parquet hold the same
+without that. Text is never taken for something else: to the
 readers of CSV and JSON that guess types, the text `NA` is nothing, `12` a number and `2020-01-01` a date.
 """
 

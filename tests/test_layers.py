@@ -26,6 +26,7 @@ LAYERS = (
         "token_ids",
         "text_files",
         "documents",
+        "tokenization",
         "overlap",
         "calibration",
         "block_runner",
