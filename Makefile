@@ -23,8 +23,8 @@ test-slow: $(READY)
 # a newer one brings gigabytes for GPUs. What computes with torch alone, and what runs the same code again, is left out.
 NEWEST_VENV ?= .venv-newest
 NEWEST_BIN = $(NEWEST_VENV)/bin
-NOT_NEWEST = tests/functional tests/test_crashes.py tests/test_examples.py tests/test_benchmarks.py \
-  tests/test_scale_benchmark.py tests/test_transport_benchmark.py tests/commands/test_demo.py
+NOT_NEWEST = tests/functional tests/test_crashes.py tests/test_examples.py tests/benchmarks \
+  tests/commands/test_demo.py
 
 test-newest:
 	$(PYTHON) -m venv $(NEWEST_VENV)

@@ -22,12 +22,12 @@ from torch import Tensor
 
 import optimum_otprune
 from optimum_otprune import OTPruner, OTPruningConfig
-from optimum_otprune.architectures.block import ffn_blocks
-from optimum_otprune.calibration import calibration_tokens, evaluation_tokens
-from optimum_otprune.documentation import documentation_texts
+from optimum_otprune.commands.demo_texts import documentation_texts
 from optimum_otprune.errors import OTPruneError
-from optimum_otprune.perplexity import PROTOCOL
-from optimum_otprune.report import versions
+from optimum_otprune.models.ffn_block import ffn_blocks
+from optimum_otprune.models.perplexity import PROTOCOL
+from optimum_otprune.pruning.calibration.data import calibration_tokens, evaluation_tokens
+from optimum_otprune.pruning.report import versions
 
 DEFAULT = "otprune"
 _FAST = {"quality": "fast"}
@@ -111,7 +111,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def load_subject(args: argparse.Namespace) -> tuple[Subject, OTPruner]:
     """Read model and data once; the pruner holds the dense model."""
-    source = args.model or str(files("optimum_otprune") / "demo_model")
+    source = args.model or str(files("optimum_otprune.commands") / "demo_model")
     loading = {"dtype": args.dtype, "device_map": args.device_map}
     every_window = OTPruningConfig(seqlen=args.seqlen, num_samples=2**31 - 1)
     dense = OTPruner.from_pretrained(source, every_window, **loading)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from optimum_otprune.report import versions
+from optimum_otprune.pruning.report import versions
 
 
 class Row(NamedTuple):

@@ -4,7 +4,7 @@
     python benchmarks/compatibility.py other/bin/python
 
 Tiny random models, one per line of the table; the names under "compared" belong into
-`optimum_otprune.compatibility.COMPARED`.
+`optimum_otprune.models.compatibility.COMPARED`.
 """
 
 import copy

@@ -26,12 +26,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from optimum_otprune import OTPruner, OTPruningConfig
-from optimum_otprune.architectures.block import ffn_blocks
-from optimum_otprune.flops import forward_flops
 from optimum_otprune.functional.selection import obs_channels
 from optimum_otprune.functional.solvers import solve_transport
-from optimum_otprune.latency import forward_seconds, matmul_rate, wait_for_devices
-from optimum_otprune.report import versions
+from optimum_otprune.models.ffn_block import ffn_blocks
+from optimum_otprune.models.flops import forward_flops
+from optimum_otprune.models.timing import forward_seconds, matmul_rate, wait_for_devices
+from optimum_otprune.pruning.report import versions
 
 _RESULTS = Path(__file__).parent / "results"
 

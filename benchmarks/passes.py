@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from optimum_otprune import OTPruner, OTPruningConfig
-from optimum_otprune.architectures.block import ffn_blocks
-from optimum_otprune.gradients import gradient_scores
+from optimum_otprune.models.ffn_block import ffn_blocks
+from optimum_otprune.pruning.calibration.gradients import gradient_scores
 
 WIDTHS = (576, 1152, 2304, 4096, 8192)
 SCORED_WIDTHS = (576, 1152, 2304)

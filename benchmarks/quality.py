@@ -34,7 +34,7 @@ from _cells import (
     table,
 )
 
-from optimum_otprune.perplexity import PROTOCOL
+from optimum_otprune.models.perplexity import PROTOCOL
 
 Results = dict[str, dict[str, Any]]  # by variant, then by ratio
 

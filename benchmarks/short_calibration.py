@@ -30,7 +30,7 @@ from _cells import (
     table,
 )
 
-from optimum_otprune.perplexity import PROTOCOL
+from optimum_otprune.models.perplexity import PROTOCOL
 
 _SAMPLES = 8  # at least so many, so that whole samples can be held out
 Results = dict[str, list[dict[str, Any]]]  # by variant, one entry for every number of tokens

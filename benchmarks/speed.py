@@ -13,7 +13,7 @@ import torch
 from _rows import Row, shown, write_json
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from optimum_otprune.benchmarking import BenchmarkSettings, Comparison, compare, cut_copy
+from optimum_otprune.commands.speed import BenchmarkSettings, Comparison, compare, cut_copy
 
 TARGET = 0.85  # of the promised speed-up
 

@@ -21,10 +21,10 @@ import torch
 from _rows import Row, shown, write_json
 from _transport_problems import COSTS, MARGINALS, PRUNING_COSTS, PRUNING_MARGINALS, Problem, make_problem
 
-from optimum_otprune.functional.duality import lower_bound
-from optimum_otprune.functional.plans import SolverSettings, TransportPlan, median_cost
-from optimum_otprune.functional.sinkhorn import entropic_plan
 from optimum_otprune.functional.solvers import solve_transport
+from optimum_otprune.functional.transport.duality import lower_bound
+from optimum_otprune.functional.transport.plans import SolverSettings, TransportPlan, median_cost
+from optimum_otprune.functional.transport.sinkhorn import entropic_plan
 
 _SAME_COST, _FASTER, _GAP, _COPIES = 1e-9, 10.0, 1e-3, 2.1
 _SECONDS = {"cpu": 60.0, "cuda": 2.0}

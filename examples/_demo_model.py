@@ -3,13 +3,13 @@
 from importlib.resources import files
 
 from optimum_otprune import OTPruner, OTPruningConfig
-from optimum_otprune.documentation import documentation_texts
+from optimum_otprune.commands.demo_texts import documentation_texts
 
 TEXTS = documentation_texts("train")[:60]
 
 
 def demo_folder() -> str:
-    return str(files("optimum_otprune") / "demo_model")
+    return str(files("optimum_otprune.commands") / "demo_model")
 
 
 def demo_config(**options) -> OTPruningConfig:

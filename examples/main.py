@@ -13,7 +13,7 @@ import logging
 import sys
 
 from optimum_otprune import OTPruneError, OTPruner, OTPruningConfig
-from optimum_otprune.methods import METHODS
+from optimum_otprune.config.presets import METHODS
 
 STRATEGIES = ("comprehensive", "conservative", "balanced")
 

@@ -1,6 +1,6 @@
 """Train the small Llama that the package carries, from the documentation that every CPython carries.
 
-    python examples/train_tiny_llama.py --output optimum_otprune/demo_model
+    python examples/train_tiny_llama.py --output optimum_otprune/commands/demo_model
 
 The tokenizer and the weights are made from `documentation_texts("train")`; perplexity is measured on
 `documentation_texts("validation")`, beside that of an interpolated Kneser-Ney trigram model on the same tokens.
@@ -17,7 +17,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from optimum_otprune.documentation import documentation_texts
+from optimum_otprune.commands.demo_texts import documentation_texts
 
 WINDOW = 256
 BOS, EOS = "<s>", "</s>"

@@ -4,12 +4,12 @@ import argparse
 from importlib.resources import as_file, files
 from pathlib import Path
 
-from optimum_otprune.configuration import OTPruningConfig
-from optimum_otprune.documentation import documentation_texts
-from optimum_otprune.folder_card import folder_card, replace_card
-from optimum_otprune.plots import PLOT_FILE, save_rescue_plot
+from optimum_otprune.checkpoints.card.folder import folder_card, replace_card
+from optimum_otprune.checkpoints.card.plots import PLOT_FILE, save_rescue_plot
+from optimum_otprune.commands.demo_texts import documentation_texts
+from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.pruner import OTPruner
-from optimum_otprune.report import REPORT_FILE, PruningReport
+from optimum_otprune.pruning.report import REPORT_FILE, PruningReport
 
 HERE = Path(__file__).parent
 EXAMPLES = {
@@ -22,7 +22,7 @@ SHARED = {"seqlen": 256, "num_samples": 64, "multiple_of": 32}
 def prune(folder: Path, options: dict) -> None:
     """Prune the embedded model, and keep configuration and report."""
     train, validation = documentation_texts("train"), documentation_texts("validation")
-    with as_file(files("optimum_otprune") / "demo_model") as model:
+    with as_file(files("optimum_otprune.commands") / "demo_model") as model:
         pruner = OTPruner.from_pretrained(model, OTPruningConfig(**SHARED, **options), dtype="float32")
     pruner.evaluate(validation, progress=False)
     pruner.prune(train, progress=False)

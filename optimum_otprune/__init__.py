@@ -6,25 +6,25 @@ Names are loaded on first use, so that the command line answers without importin
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from optimum_otprune.version import __version__
-
 if TYPE_CHECKING:
-    from optimum_otprune.architectures.spec import FFNSpec, register_architecture
-    from optimum_otprune.configuration import OTPruningConfig
+    from optimum_otprune.config.configuration import OTPruningConfig
     from optimum_otprune.errors import OTPruneError
-    from optimum_otprune.plan import PruningPlan
+    from optimum_otprune.models.architectures import FFNSpec, register_architecture
     from optimum_otprune.pruner import OTPruner
-    from optimum_otprune.report import LayerReport, PruningReport
+    from optimum_otprune.pruning.dry_run.plan import PruningPlan
+    from optimum_otprune.pruning.report import LayerReport, PruningReport
+
+__version__ = "0.1.0"
 
 _HOMES = {
-    "FFNSpec": "architectures.spec",
-    "LayerReport": "report",
+    "FFNSpec": "models.architectures",
+    "LayerReport": "pruning.layer_report",
     "OTPruneError": "errors",
     "OTPruner": "pruner",
-    "OTPruningConfig": "configuration",
-    "PruningPlan": "plan",
-    "PruningReport": "report",
-    "register_architecture": "architectures.spec",
+    "OTPruningConfig": "config.configuration",
+    "PruningPlan": "pruning.dry_run.plan",
+    "PruningReport": "pruning.report",
+    "register_architecture": "models.architectures",
 }
 
 __all__ = [

@@ -1,7 +1,9 @@
 """Every error of this package: `OTPruneError` and the fitting builtin, so both can be caught."""
 
+import difflib
 import os
 import re
+from collections.abc import Iterable
 from urllib.parse import unquote
 
 _USER = re.compile(r"(?<=://)[^/\s'\"]*@")  # of an address
@@ -136,3 +138,11 @@ class HubUnavailableError(HubError, ConnectionError):
 
 class HubTimeoutError(HubError, TimeoutError):
     """The deadline passed."""
+
+
+def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
+    """The message for a name that is not in a list, with the nearest one that is."""
+    known = list(known)
+    near = difflib.get_close_matches(str(name), known, n=1)
+    suggestion = f" Did you mean {near[0]!r}?" if near else ""
+    return f"Unknown {kind} {name!r}.{suggestion} Known: {', '.join(known)}."

@@ -9,32 +9,51 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from optimum_otprune.architectures.block import ffn_blocks, loadable_blocks
-from optimum_otprune.architectures.changes import all_or_nothing, check_dense, check_whole, is_pruned
-from optimum_otprune.architectures.wrappers import checked_tokenizer, model_in_memory, unwrapped
-from optimum_otprune.budget import with_pruning_ratio
-from optimum_otprune.calibration import ModelLimits, TokenData, TokenSource, calibration_tokens, evaluation_tokens
-from optimum_otprune.checkpoint import save_checkpoint
-from optimum_otprune.compression import Recipe
-from optimum_otprune.configuration import OTPruningConfig
-from optimum_otprune.devices import model_sizes
-from optimum_otprune.loading import hub_id, load_checkpoint
-from optimum_otprune.loading_options import LOADING_DEFAULTS, as_config, check_loading_options, refuse_loading_options
-from optimum_otprune.option_checks import check_count
-from optimum_otprune.outputs import noted_places, output_path, resolved_output
-from optimum_otprune.overlap import seen_windows
-from optimum_otprune.perplexity import evaluate_perplexity
-from optimum_otprune.pipeline import PassSettings, prune_model
-from optimum_otprune.plan import PruningPlan
-from optimum_otprune.planning import checked_plan
-from optimum_otprune.processes import check_launch, check_model, check_single, is_main_process, wait_for_all
-from optimum_otprune.report import PruningReport
-from optimum_otprune.resume import forget, resumable, run_fingerprint
-from optimum_otprune.sharing import HubMixin, check_push, checked_push_options, push_saved, refuse_push_options
-from optimum_otprune.spill import DEFAULT_LIMIT
-from optimum_otprune.state import state_path
-from optimum_otprune.trials import TuningResult, TuningSettings
-from optimum_otprune.tuning import tune_model
+from optimum_otprune.checkpoints.load import hub_id, load_checkpoint, load_skeleton
+from optimum_otprune.checkpoints.loading_options import (
+    LOADING_DEFAULTS,
+    as_config,
+    check_loading_options,
+    refuse_loading_options,
+)
+from optimum_otprune.checkpoints.push import (
+    HubMixin,
+    check_push,
+    checked_push_options,
+    push_saved,
+    refuse_push_options,
+)
+from optimum_otprune.checkpoints.save import save_checkpoint
+from optimum_otprune.config.checks import check_count, hidden_memory
+from optimum_otprune.config.configuration import OTPruningConfig
+from optimum_otprune.models.changes import all_or_nothing, check_dense, check_whole, is_pruned
+from optimum_otprune.models.devices import model_sizes
+from optimum_otprune.models.distributed import check_launch, check_model, check_single, is_main_process, wait_for_all
+from optimum_otprune.models.ffn_block import ffn_blocks, loadable_blocks
+from optimum_otprune.models.perplexity import evaluate_perplexity
+from optimum_otprune.models.spill import DEFAULT_LIMIT
+from optimum_otprune.models.wrappers import checked_tokenizer, model_in_memory, unwrapped
+from optimum_otprune.pruning.calibration.data import (
+    ModelLimits,
+    TokenData,
+    TokenSource,
+    calibration_tokens,
+    evaluation_tokens,
+)
+from optimum_otprune.pruning.calibration.overlap import seen_windows
+from optimum_otprune.pruning.dry_run.estimate import Skeleton, plan_pruning
+from optimum_otprune.pruning.dry_run.plan import PruningPlan
+from optimum_otprune.pruning.fingerprint import run_fingerprint
+from optimum_otprune.pruning.pipeline import prune_model
+from optimum_otprune.pruning.recipe import Recipe
+from optimum_otprune.pruning.report import PruningReport
+from optimum_otprune.pruning.resume import forget, resumable
+from optimum_otprune.pruning.settings import PassSettings
+from optimum_otprune.pruning.size_target import with_pruning_ratio
+from optimum_otprune.pruning.tuning.search import tune_model
+from optimum_otprune.pruning.tuning.trials import TuningResult, TuningSettings
+from optimum_otprune.storage.outputs import noted_places, output_path, resolved_output
+from optimum_otprune.storage.state_folder import state_path
 
 
 class OTPruner(HubMixin):
@@ -162,8 +181,14 @@ class OTPruner(HubMixin):
         Raises:
             OTPruneError: Whatever loading and `prune` would raise before the work starts, but for damaged weights.
         """
-        data = (calibration_data, batch_size, max_hidden_memory, evaluate, evaluation_data)
-        return checked_plan(model_name_or_path, config, loading, *data)
+        data = (calibration_data, check_count("batch_size", batch_size), hidden_memory(max_hidden_memory))
+        options = check_loading_options(loading)
+        model = model_in_memory(model_name_or_path)
+        if model is not None:
+            refuse_loading_options(options)
+        given = OTPruningConfig() if config is None else as_config(config, options)
+        known = load_skeleton(str(model_name_or_path), options) if model is None else Skeleton.of_loaded(model)
+        return plan_pruning(known, given, *data, evaluate, evaluation_data)
 
     @property
     def limits(self) -> ModelLimits:
@@ -187,8 +212,8 @@ class OTPruner(HubMixin):
         offloaded weights stays half-pruned once layers were changed: every method refuses it (`HalfPrunedError`).
 
         Args:
-            calibration_data: See `optimum_otprune.calibration.calibration_tokens`; None is the configuration's
-                dataset.
+            calibration_data: See `optimum_otprune.pruning.calibration.data.calibration_tokens`; None is the
+                configuration's dataset.
             batch_size: Samples per forward pass; changes nothing but speed, memory and rounding.
             progress: Whether to show progress bars.
             resume_from: Folder that keeps every finished layer until `save_pretrained`, so that an interrupted run can
@@ -219,10 +244,10 @@ class OTPruner(HubMixin):
         settings = PassSettings.of(batch_size, progress, max_hidden_memory, spill_folder)
         blocks = loadable_blocks(self.model)
         recipe = Recipe.resolve(with_pruning_ratio(self.config, self.model, blocks), functions)
-        data = calibration_tokens(calibration_data, self.config, self.tokenizer, self.limits)
-        before = model_sizes(self.model)
         state = state_path(resume_from)
         self._places |= noted_places(calibration_data=calibration_data, state=state, spill_folder=spill_folder)
+        data = calibration_tokens(calibration_data, self.config, self.tokenizer, self.limits)
+        before = model_sizes(self.model)
         run = {} if state is None else run_fingerprint(self.model, recipe, data.tokens, batch_size)
         with all_or_nothing(self.model), resumable(state, run) as store:
             pruned = prune_model(self.model, blocks, recipe, data.tokens, settings, store)
@@ -313,7 +338,8 @@ class OTPruner(HubMixin):
         """Measure the model's perplexity as it is now; the report keeps every result.
 
         Args:
-            data: See `optimum_otprune.calibration.evaluation_tokens`; None is the configuration's dataset.
+            data: See `optimum_otprune.pruning.calibration.data.evaluation_tokens`; None is the configuration's
+                dataset.
             batch_size: Windows per forward pass; changes nothing but speed and rounding.
             max_windows: Only the first so many windows.
             progress: Whether to show a progress bar.

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 import transformers.modeling_utils
 
-from optimum_otprune import files
 from optimum_otprune.commands.main import main
+from optimum_otprune.storage import files
 
 DIED = 137
 TIMEOUT = 120

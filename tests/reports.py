@@ -4,10 +4,10 @@ from html.parser import HTMLParser
 
 from markdown_it import MarkdownIt
 
-from optimum_otprune.compression import Recipe
-from optimum_otprune.configuration import OTPruningConfig
-from optimum_otprune.ratios import RescueEnergies
-from optimum_otprune.report import LayerReport, PruningReport
+from optimum_otprune.config.configuration import OTPruningConfig
+from optimum_otprune.functional.ratios import RescueEnergies
+from optimum_otprune.pruning.recipe import Recipe
+from optimum_otprune.pruning.report import LayerReport, PruningReport
 
 
 def layer_report(index: int = 0, rescue: float = 0.5, before: int = 8, after: int = 4) -> LayerReport:

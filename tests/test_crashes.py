@@ -14,9 +14,11 @@ import warnings
 import pytest
 from safetensors.torch import save_file
 
-from optimum_otprune import OTPruner, checkpoint, pipeline, pruner
-from optimum_otprune.manifest import verify_folder
-from optimum_otprune.state import default_state_folder, has_state
+from optimum_otprune import OTPruner, pruner
+from optimum_otprune.checkpoints import save as checkpoint
+from optimum_otprune.pruning import pipeline
+from optimum_otprune.storage.manifest import verify_folder
+from optimum_otprune.storage.state_folder import default_state_folder, has_state
 from tests.conftest import make_llama
 from tests.crashes import DIED, at_each_step, command, die_at, exit_code, forked, full_disk_at, hashes
 
@@ -166,13 +168,13 @@ def test_a_damaged_layer_and_no_other_is_done_again(runs, layer, kind, monkeypat
     file.unlink()
     if kind != "remove":
         file.write_bytes(content if kind == "flip" else content[:-1])
-    done, original = [], pipeline._prune_layer
+    done, original = [], pipeline.prune_layer
 
     def noted(block, *arguments, **options):
         done.append(block.layer)
         return original(block, *arguments, **options)
 
-    monkeypatch.setattr(pipeline, "_prune_layer", noted)
+    monkeypatch.setattr(pipeline, "prune_layer", noted)
     capsys.readouterr()
     with warnings.catch_warnings():
         warnings.simplefilter("always")
@@ -275,7 +277,7 @@ def test_a_complete_output_of_other_options_is_not_taken_for_this_runs(runs, mon
 
 def interrupted_run(runs, number, **options) -> int:
     """The exit code of a run that gets a signal while its second layer is pruned."""
-    original = pipeline._prune_layer
+    original = pipeline.prune_layer
 
     def interrupted(block, *arguments, **others):
         if block.layer == 1:
@@ -285,7 +287,7 @@ def interrupted_run(runs, number, **options) -> int:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(pipeline, "_prune_layer", interrupted)
+            patch.setattr(pipeline, "prune_layer", interrupted)
             return runs.run(**options)
     finally:
         signal.signal(signal.SIGINT, before)

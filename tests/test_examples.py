@@ -72,7 +72,7 @@ def test_a_model_larger_than_the_memory_given_is_pruned_and_saved(tmp_path, monk
 def test_the_scripts_for_clusters_name_options_that_exist(tmp_path):
     from argparse import ArgumentParser
 
-    from optimum_otprune.commands.root import PruneCommand
+    from optimum_otprune.commands.parser import PruneCommand
 
     parser = ArgumentParser()
     PruneCommand.parse_args(parser)

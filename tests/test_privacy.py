@@ -11,12 +11,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from optimum_otprune import OTPruner, OTPruningConfig, documents, loading
+from optimum_otprune import OTPruner, OTPruningConfig
+from optimum_otprune.checkpoints import load as loading
+from optimum_otprune.config.options import OPTIONS
+from optimum_otprune.config.options_file import CONFIG_FILE
 from optimum_otprune.errors import CalibrationDataError, ModelLoadError, OTPruneError, without_credentials
-from optimum_otprune.hub_client import HubClient, _WithoutSignatures
-from optimum_otprune.options import OPTIONS
-from optimum_otprune.options_file import CONFIG_FILE
-from optimum_otprune.retries import Deadline
+from optimum_otprune.pruning.calibration import documents
+from optimum_otprune.storage.hub.client import HubClient, _WithoutSignatures
+from optimum_otprune.storage.hub.retries import Deadline
 
 CANARIES = ("alice-canary", "hf_canaryToken123", "canary-host")
 

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from optimum_otprune import OTPruner, OTPruningConfig
+from optimum_otprune.config.presets import METHODS
 from optimum_otprune.errors import (
     CalibrationDataError,
     ConfigurationError,
@@ -27,10 +28,9 @@ from optimum_otprune.errors import (
     StateError,
     UnsupportedModelError,
 )
-from optimum_otprune.methods import METHODS
-from optimum_otprune.report import PruningReport
-from tests.architectures.test_contract import build
+from optimum_otprune.pruning.report import PruningReport
 from tests.conftest import VOCAB_SIZE, make_llama
+from tests.models.test_contract import build
 
 
 def prune(model, tokens, functions=None, **options):

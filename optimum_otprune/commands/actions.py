@@ -7,35 +7,32 @@ import os
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
-from typing import Any
 
-from optimum_otprune.architectures.changes import check_dense
-from optimum_otprune.card import needs_remote_code
-from optimum_otprune.checkpoint import weight_bytes
-from optimum_otprune.commands.arguments import config_options, loading_options, state_folder
+from optimum_otprune.checkpoints.card.render import needs_remote_code
+from optimum_otprune.checkpoints.load import hub_id
+from optimum_otprune.checkpoints.push import push_saved
+from optimum_otprune.commands.arguments import config_options, loading_options, saved_folder, state_folder
 from optimum_otprune.commands.benchmark import run_benchmark
 from optimum_otprune.commands.demo import run_demo
-from optimum_otprune.commands.reading import protocol, saved_folder, tell_seen
+from optimum_otprune.commands.preflight import CONFIGURATION_KEYS, usage
+from optimum_otprune.commands.reading import protocol, tell_seen
 from optimum_otprune.commands.terminal import showing_progress
-from optimum_otprune.configuration import OTPruningConfig
-from optimum_otprune.errors import ConfigurationError, IntegrityError, UsageError
-from optimum_otprune.files import recover, save_text
-from optimum_otprune.hub import PushResult
-from optimum_otprune.hub_access import check_hub_access
-from optimum_otprune.loading import hub_id
-from optimum_otprune.manifest import verify_folder
-from optimum_otprune.options import BUDGET_FIELDS
-from optimum_otprune.outputs import check_output_file, check_output_folder, check_place, noted_places, output_path
-from optimum_otprune.pipeline import hidden_memory, spill_path
-from optimum_otprune.processes import check_model, check_single, is_main_process, wait_for_all
+from optimum_otprune.config.configuration import OTPruningConfig
+from optimum_otprune.errors import IntegrityError, UsageError
+from optimum_otprune.models.changes import check_dense
+from optimum_otprune.models.devices import weight_bytes
+from optimum_otprune.models.distributed import check_model, check_single, is_main_process, wait_for_all
 from optimum_otprune.pruner import OTPruner
-from optimum_otprune.report import REPORT_FILE, PruningReport
-from optimum_otprune.resume import forget_if_saved
-from optimum_otprune.sharing import push_saved
-from optimum_otprune.state import StateFolder
-from optimum_otprune.trials import TuningResult
-
-_OWN_KEYS = ("optimum_otprune_version", "pruning_ratio")  # of a configuration, which a better one may replace
+from optimum_otprune.pruning.report import REPORT_FILE, PruningReport
+from optimum_otprune.pruning.resume import forget_if_saved
+from optimum_otprune.pruning.settings import spill_path
+from optimum_otprune.pruning.tuning.trials import TuningResult, TuningSettings
+from optimum_otprune.storage.files import recover, save_text
+from optimum_otprune.storage.hub.preflight import check_hub_access
+from optimum_otprune.storage.hub.push import PushResult
+from optimum_otprune.storage.manifest import verify_folder
+from optimum_otprune.storage.outputs import check_output_folder, output_path
+from optimum_otprune.storage.state_folder import StateFolder
 
 
 def _main_process_speaks(action: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], None]:
@@ -53,24 +50,8 @@ def _main_process_speaks(action: Callable[[argparse.Namespace], None]) -> Callab
 @_main_process_speaks
 def prune(args: argparse.Namespace) -> None:
     """Prune a model and save it."""
-    if args.eval_data is not None and not args.eval:
-        raise UsageError("`--eval-data` would be ignored without `--eval`.")
-    if args.max_windows is not None and not args.eval:
-        raise UsageError("`--max-windows` would be ignored without `--eval`.")
-    if args.private and args.push_to_hub is None:
-        raise UsageError("`--private` would be ignored without `--push-to-hub`.")
-    hidden_memory(args.max_hidden_memory)
     spill_path(args.spill_folder)
     output, state = output_path(args.output), state_folder(args)
-    places = noted_places(
-        source_model=args.model,
-        calibration_data=args.calibration_data,
-        evaluation_data=args.eval_data,
-        state=state,
-        spill_folder=args.spill_folder,
-        offload_folder=args.offload_folder,
-    )
-    check_place(output, places)
     config = _config(args)
     if state is not None:
         check_single("`--resume`", "Leave it out, or start one.")
@@ -153,17 +134,13 @@ def _prune_and_save(args: argparse.Namespace, config: OTPruningConfig, output: P
     print(f"Saved to {output}. Load it with AutoModelForCausalLM.from_pretrained({str(output)!r}{trust}).")
 
 
-@showing_progress(quiet=True, silent="optimum_otprune.tuning")  # trials are printed; lines per layer would hide them
+# Trials are printed; lines per layer would hide them.
+@showing_progress(quiet=True, silent="optimum_otprune.pruning.tuning.search")
 def tune(args: argparse.Namespace) -> None:
     """Search for a better configuration and write it to a file."""
-    given = [name for name in BUDGET_FIELDS if getattr(args, name) is not None]
-    if args.target_latency is not None and given:
-        option = given[0].replace("_", "-")
-        raise UsageError(f"`--target-latency` and `--{option}` say in more than one way how much to prune. Give one.")
-    config = _config(args)
-    output = output_path(args.output)
-    places = noted_places(source_model=args.model, calibration_data=args.calibration_data, study=args.study)
-    check_output_file(output, args.overwrite, places, _OWN_KEYS)
+    output, config = output_path(args.output), _config(args)
+    bounds = (args.trials, args.timeout, None, None, args.target_latency, args.latency_shape)
+    usage(lambda: TuningSettings(*bounds, 0.25, config.seed, args.batch_size, False).checked())
     pruner = OTPruner.from_pretrained(args.model, config, **loading_options(args))
 
     def show(result: TuningResult) -> None:
@@ -183,7 +160,7 @@ def tune(args: argparse.Namespace) -> None:
         progress=not args.quiet,
         on_trial=show,
     )
-    save_text(output, best.to_json_string(), args.overwrite, _OWN_KEYS)
+    save_text(output, best.to_json_string(), args.overwrite, CONFIGURATION_KEYS)
     result = pruner.tuning
     assert result is not None
     print(
@@ -198,7 +175,7 @@ def evaluate(args: argparse.Namespace) -> None:
     """Measure the perplexity of a model."""
     pruner = OTPruner.from_pretrained(args.model, **loading_options(args))
     if args.seqlen is not None:
-        pruner.config = _usage(lambda: pruner.config.replace(seqlen=args.seqlen))
+        pruner.config = usage(lambda: pruner.config.replace(seqlen=args.seqlen))
     metrics = pruner.evaluate(
         args.data, batch_size=args.batch_size, max_windows=args.max_windows, progress=not args.quiet
     )
@@ -239,21 +216,12 @@ def _tell_push(result: PushResult) -> None:
 @showing_progress(quiet=True)
 def demo(args: argparse.Namespace) -> None:
     """Prune the small model that the package carries."""
-    _usage(lambda: OTPruningConfig(pruning_ratio=args.pruning_ratio))
     run_demo(args.pruning_ratio, None if args.output is None else output_path(args.output), args.overwrite)
 
 
 def _config(args: argparse.Namespace) -> OTPruningConfig:
     options = config_options(args)
     if args.config is None:
-        return _usage(lambda: OTPruningConfig(**options))
+        return usage(lambda: OTPruningConfig(**options))
     saved = OTPruningConfig.from_pretrained(args.config)
-    return _usage(lambda: saved.replace(**options))
-
-
-def _usage(make: Any) -> Any:
-    """A configuration that cannot be made of the options is wrong usage."""
-    try:
-        return make()
-    except ConfigurationError as error:
-        raise UsageError(str(error)) from error
+    return usage(lambda: saved.replace(**options))

@@ -5,9 +5,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from optimum_otprune.config.options import OPTIONS, OPTIONS_BY_NAME, Option
 from optimum_otprune.errors import UsageError
-from optimum_otprune.options import OPTIONS, OPTIONS_BY_NAME, Option
-from optimum_otprune.state import default_state_folder
+from optimum_otprune.storage.state_folder import default_state_folder
+from optimum_otprune.storage.untrusted import visible, why_no_name
 
 DATA_HELP = (
     "Hub dataset name, file (text, JSON, CSV or Parquet, or token ids as .npy, .safetensors or .pt) or folder; "
@@ -149,6 +150,21 @@ def state_folder(args: argparse.Namespace) -> Path | None:
     if resume is None:
         return None
     return Path(os.path.expanduser(resume)) if resume else default_state_folder(Path(os.path.expanduser(args.output)))
+
+
+def saved_folder(args: argparse.Namespace) -> Path:
+    """The folder that a command reads.
+
+    Raises:
+        UsageError: If none can have that name.
+    """
+    name = os.path.expanduser(args.folder)
+    reason = why_no_name(name)
+    if reason is not None:
+        raise UsageError(
+            f"{visible(name, 60)!r} is the name of no folder ({reason}). Give one that `otprune prune` wrote."
+        )
+    return Path(name)
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:

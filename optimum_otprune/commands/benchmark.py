@@ -9,26 +9,27 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from optimum_otprune.architectures.block import FFNBlock, ffn_blocks
-from optimum_otprune.benchmarking import (
+from optimum_otprune.checkpoints.load import load_checkpoint
+from optimum_otprune.commands.preflight import BENCHMARK_KEYS
+from optimum_otprune.commands.speed import (
     BenchmarkSettings,
     Comparison,
     Speed,
     check_comparable,
+    check_numbers,
     check_settings,
     compare,
     cut_copy,
     widths_by_multiple,
 )
-from optimum_otprune.checkpoint import weight_bytes
 from optimum_otprune.errors import UsageError
-from optimum_otprune.files import save_text
-from optimum_otprune.loading import load_checkpoint
-from optimum_otprune.outputs import check_output_file, noted_places, output_path
-from optimum_otprune.report import versions
+from optimum_otprune.models.devices import weight_bytes
+from optimum_otprune.models.ffn_block import FFNBlock, ffn_blocks
+from optimum_otprune.pruning.report import versions
+from optimum_otprune.storage.files import save_text
+from optimum_otprune.storage.outputs import output_path
 
 _SHARED_OPTIONS = ("token", "cache_dir", "local_files_only", "trust_remote_code")
-_OWN_KEYS = ("comparisons", "multiples", "versions")  # of a file that this wrote, which it may replace
 _HEAD = (
     f"{'batch':>5} {'prompt':>6} {'model':<8} {'first token':>11} {'prefill':>13} {'decode':>11} {'peak memory':>11} "
     f"{'KV cache':>9}"
@@ -44,13 +45,11 @@ def run_benchmark(args: argparse.Namespace) -> None:
     Raises:
         OTPruneError: If a model cannot be loaded, the two do not belong together, or a shape cannot be run.
     """
-    if args.json is not None:
-        for model in (args.dense, args.pruned):
-            check_output_file(output_path(args.json), True, noted_places(source_model=model), _OWN_KEYS)
     device = checked_device(args.device)
     settings = BenchmarkSettings(
         tuple(args.batch_sizes), tuple(args.seqlens), args.new_tokens, args.warm_up, args.repeats
     )
+    check_numbers(settings, args.multiple_of)
     dense = _load(args.dense, args, device, args.dtype)
     pruned = _load(args.pruned, args, device, str(dense.dtype).removeprefix("torch."))
     blocks = ffn_blocks(dense), ffn_blocks(pruned)
@@ -81,7 +80,7 @@ def run_benchmark(args: argparse.Namespace) -> None:
             "multiples": cuts,
             "versions": versions(),
         }
-        save_text(output_path(args.json), json.dumps(content, indent=2) + "\n", True, _OWN_KEYS)
+        save_text(output_path(args.json), json.dumps(content, indent=2) + "\n", True, BENCHMARK_KEYS)
         print(f"\nSaved to {args.json}.")
 
 

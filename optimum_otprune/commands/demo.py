@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from optimum_otprune.configuration import OTPruningConfig
-from optimum_otprune.documentation import documentation_texts
-from optimum_otprune.outputs import check_output_folder
+from optimum_otprune.commands.demo_texts import documentation_texts
+from optimum_otprune.config.configuration import OTPruningConfig
+from optimum_otprune.functional.ratios import rescued_share
 from optimum_otprune.pruner import OTPruner
-from optimum_otprune.ratios import rescued_share
+from optimum_otprune.storage.outputs import check_output_folder
 
 PROMPT = "Return a new"
 _METHODS = (
@@ -114,7 +114,7 @@ def _pruners(pruning_ratio: float) -> dict[str, OTPruner]:
         )
         return OTPruner.from_pretrained(folder, config, dtype="float32")
 
-    with as_file(files("optimum_otprune") / "demo_model") as folder:
+    with as_file(files("optimum_otprune.commands") / "demo_model") as folder:
         return {"dense": load("otprune"), **{method: load(method) for method, _ in _METHODS}}
 
 

@@ -2,11 +2,11 @@
 
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 
 from optimum.commands.base import RootOptimumCLICommand
 
-from optimum_otprune.commands.root import OTPruneCommand
-from optimum_otprune.version import __version__
+from optimum_otprune.commands.parser import OTPruneCommand
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     root = RootOptimumCLICommand("otprune")
     root.parser.description = OTPruneCommand.COMMAND.help
-    root.parser.add_argument("--version", action="version", version=f"otprune {__version__}")
+    root.parser.add_argument("--version", action="version", version=f"otprune {version('optimum_otprune')}")
     for command in OTPruneCommand.SUBCOMMANDS:
         root.register_subcommand(command)
     args = root.parser.parse_args(argv)

@@ -5,19 +5,19 @@ import json
 import os
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from optimum_otprune.checkpoints.card.folder import folder_card, replace_card
+from optimum_otprune.checkpoints.card.results import seen_before
+from optimum_otprune.commands.arguments import saved_folder
 from optimum_otprune.errors import ReportError
-from optimum_otprune.findings import seen_before
-from optimum_otprune.folder_card import folder_card, replace_card
-from optimum_otprune.hub import verify_saved
-from optimum_otprune.report import REPORT_FILE, PruningReport
+from optimum_otprune.pruning.report import REPORT_FILE, PruningReport
+from optimum_otprune.storage.hub.push import verify_saved
 
 
 def report(args: argparse.Namespace) -> None:
     """Print what pruning did to a saved model."""
-    folder = Path(os.path.expanduser(args.folder))
+    folder = saved_folder(args)
     if not os.path.isfile(folder / REPORT_FILE):
         raise ReportError(f"{folder.name!r} has no {REPORT_FILE}: it is no folder that `otprune prune` wrote.")
     saved = PruningReport.load(folder / REPORT_FILE)
@@ -49,11 +49,6 @@ def verify(args: argparse.Namespace) -> None:
     source = os.path.expanduser(args.source)
     commit = verify_saved(source, revision=args.revision, token=args.token, cache_dir=args.cache_dir)
     print(f"All files are as they were saved{'' if commit is None else f' (commit {commit})'}.")
-
-
-def saved_folder(args: argparse.Namespace) -> Path:
-    """The folder that a command was given."""
-    return Path(os.path.expanduser(args.folder))
 
 
 def tell_seen(saved: PruningReport | None, metrics: Mapping[str, Any]) -> None:

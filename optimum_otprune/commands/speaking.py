@@ -2,14 +2,16 @@
 
 import io
 import logging
+import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any, TextIO
 
-from optimum_otprune.untrusted import visible
+from optimum_otprune.errors import OutputError
+from optimum_otprune.storage.untrusted import visible
 
 _LONGEST = 2000  # characters of a line about a failure
 _COLOR = re.compile(r"\x1b\[[0-9;]*m")  # libraries color their own messages
@@ -18,22 +20,40 @@ _COLOR = re.compile(r"\x1b\[[0-9;]*m")  # libraries color their own messages
 class VisibleStream(io.TextIOBase):
     """A stream whose characters can all be seen; line breaks and tabulators stay.
 
+    A stream that cannot be written ends no work: the first failure is kept, and what follows is dropped.
+
     Args:
         stream: That is written to.
+
+    Attributes:
+        failure: Why the stream could not be written, or None.
     """
 
     def __init__(self, stream: TextIO):
         self._stream = stream
+        self.failure: OSError | None = None
 
     def write(self, text: str) -> int:
         """Write it with escapes in place of what cannot be seen."""
         parts = text.split("\n")
-        self._stream.write("\n".join(visible(part.expandtabs(), len(text) + 8 * text.count("\t")) for part in parts))
+        shown = "\n".join(visible(part.expandtabs(), len(text) + 8 * text.count("\t")) for part in parts)
+        self._try(lambda: self._stream.write(shown))
         return len(text)
 
     def flush(self) -> None:
         """Flush the stream."""
-        self._stream.flush()
+        self._try(self._stream.flush)
+
+    def _try(self, act: Callable[[], object]) -> None:
+        if self.failure is not None:
+            return
+        try:
+            act()
+        except OSError as error:
+            self.failure = error
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())  # else what is in the buffer fails again when the process ends
+            os.close(nowhere)
 
     def isatty(self) -> bool:
         """Whether the stream is a terminal."""
@@ -59,15 +79,29 @@ class VisibleFormatter(logging.Formatter):
 
 @contextmanager
 def speaking() -> Iterator[None]:
-    """Print and log what can be seen, and each warning as one line on standard error, while a command runs."""
+    """Print and log what can be seen, and each warning as one line on standard error, while a command runs.
+
+    Raises:
+        OutputError: At the end, if not all could be printed.
+        SystemExit: At the end, if nobody reads what is printed.
+    """
     factory = logging.getLogRecordFactory()
-    with warnings.catch_warnings(), redirect_stdout(VisibleStream(sys.stdout)):
+    stream = VisibleStream(sys.stdout or io.StringIO())  # a process without standard output prints for nobody
+    with warnings.catch_warnings(), redirect_stdout(stream):
         warnings.showwarning = _show_warning
         logging.setLogRecordFactory(VisibleRecord)
         try:
             yield
         finally:
             logging.setLogRecordFactory(factory)
+            stream.flush()
+    if isinstance(stream.failure, BrokenPipeError):
+        raise SystemExit(1)
+    if stream.failure is not None:
+        raise OutputError(
+            f"The command is done, but what it prints could not be written ({stream.failure.strerror}). Make room, or "
+            "print it elsewhere."
+        ) from stream.failure
 
 
 def one_line(message: object) -> str:

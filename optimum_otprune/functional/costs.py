@@ -4,14 +4,16 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from scipy.cluster.vq import kmeans2
 from torch import Tensor
 
 from optimum_otprune.errors import NumericalError, ShapeError
 from optimum_otprune.functional.ffn import FFNWeights
+from optimum_otprune.functional.references import INTRA_FUSION
+from optimum_otprune.functional.registry import ACTIVATIONS, Entry, Registry
 from optimum_otprune.functional.returned import returned_tensor
-from optimum_otprune.references import INTRA_FUSION
-from optimum_otprune.registry import ACTIVATIONS, Entry, Registry
 
 _BLOCK_ROWS = 512
 _CHANCE_LEVEL = 6.0  # gains below about this many times ln(n) / T in squared correlation are taken for chance
@@ -136,3 +138,32 @@ def transport_cost(name: str | CostFunction | Entry, inputs: CostInputs, kept_ch
     if gain is not None and not all(abs(float(end)) < torch.inf for end in gain.aminmax()):  # NaN is not below
         raise NumericalError(f"{what} returned gains that are NaN or infinite. Check the activations of this layer.")
     return TransportCost(matrix, gain)
+
+
+_KMEANS_ITERATIONS = 20
+
+
+def centroid_cost(weights: FFNWeights, kept_size: int, seed: int, cost: str | None) -> tuple[TransportCost, Tensor]:
+    """Cluster the channels' unit weight vectors; centroids are what channels are transported to.
+
+    Args:
+        weights: The FFN.
+        kept_size: Clusters.
+        seed: Of k-means++.
+        cost: `"weight"` (p = 1) or `"weight_l2"`.
+
+    Returns:
+        Cost `(intermediate_size, kept_size)`, and for each centroid the nearest channel that no other centroid has,
+        sorted: LongTensor `(kept_size,)`; columns are in that order.
+    """
+    vectors = channel_vectors(weights).cpu()
+    rng = np.random.default_rng(seed)
+    centroids, _ = kmeans2(vectors.numpy(), kept_size, minit="++", iter=_KMEANS_ITERATIONS, rng=rng)
+    distance = torch.cdist(vectors, torch.from_numpy(centroids), p=1.0 if cost == "weight" else 2.0)
+    taken = torch.zeros(len(vectors), dtype=torch.bool)
+    representatives = torch.empty(kept_size, dtype=torch.long)
+    for column in range(kept_size):
+        nearest = torch.where(taken, torch.inf, distance[:, column]).argmin()
+        representatives[column], taken[nearest] = nearest, True
+    order = torch.argsort(representatives)
+    return TransportCost(distance[:, order]), representatives[order].to(weights.up.device)

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from optimum_otprune.functional.gram import damped_inverse
-from optimum_otprune.functional.symmetric import add_product, compact, row
+from optimum_otprune.functional.linalg.damped import damped_inverse
+from optimum_otprune.functional.linalg.symmetric import add_product, compact, row
 
 _DAMPING = 1e-3  # of the mean diagonal of the Gram matrix
 _BLOCK = 128  # channels removed between two updates of both matrices

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from optimum_otprune.errors import ShapeError
 from optimum_otprune.functional.ffn import FFNWeights
+from optimum_otprune.functional.references import FLAP, SNIP, WANDA
+from optimum_otprune.functional.registry import ACTIVATIONS, GRADIENTS, Entry, Registry
 from optimum_otprune.functional.returned import check_finite, returned_tensor
-from optimum_otprune.references import FLAP, SNIP, WANDA
-from optimum_otprune.registry import ACTIVATIONS, GRADIENTS, Entry, Registry
 
 
 class WeightScores(NamedTuple):

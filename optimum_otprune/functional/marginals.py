@@ -6,11 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from optimum_otprune.errors import NumericalError, RegistryError, ShapeError
+from optimum_otprune.errors import NumericalError, RegistryError, ShapeError, unknown_name
 from optimum_otprune.functional.importance import standardize
+from optimum_otprune.functional.registry import GRADIENTS, Entry, Registry
 from optimum_otprune.functional.returned import returned_tensor
-from optimum_otprune.methods import STRATEGIES
-from optimum_otprune.registry import GRADIENTS, Entry, Registry, unknown_name
 
 _ENTROPY_WEIGHT = 0.1
 
@@ -66,7 +65,14 @@ class Strategy(NamedTuple):
     target_distribution: str
 
 
-strategies: dict[str, Strategy] = {name: Strategy(*parts) for name, parts in STRATEGIES.items()}
+# As the reference sets them. It leaves the distributions of `aggressive` open; they are those of `balanced` the other
+# way round.
+strategies: dict[str, Strategy] = {
+    "comprehensive": Strategy("comprehensive", "entropy_regularized", "adaptive"),
+    "conservative": Strategy("conservative", "robust", "adaptive"),
+    "balanced": Strategy("balanced", "adaptive", "robust"),
+    "aggressive": Strategy("aggressive", "robust", "adaptive"),
+}
 
 
 def register_strategy(name: str, strategy: Strategy) -> None:

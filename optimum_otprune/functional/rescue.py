@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from optimum_otprune.ratios import RescueEnergies
+from optimum_otprune.functional.ratios import RescueEnergies
 
 
 def rescue_energies(

@@ -11,8 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from optimum_otprune.functional.gram import GramStatistics, damped_cholesky
-from optimum_otprune.functional.symmetric import block_rows
+from optimum_otprune.functional.gram import GramStatistics
+from optimum_otprune.functional.linalg.damped import damped_cholesky
+from optimum_otprune.functional.linalg.symmetric import block_rows
 
 _COMBINATIONS = 128  # of outputs
 _COARSE = 4  # every so many values of the grid are looked at first

@@ -6,8 +6,15 @@ import torch
 from torch import Tensor
 
 from optimum_otprune.errors import ShapeError, TransportError
-from optimum_otprune.functional.exact_transport import exact_plan
-from optimum_otprune.functional.plans import (
+from optimum_otprune.functional.references import (
+    NETWORK_SIMPLEX,
+    PARTIAL_TRANSPORT,
+    SINKHORN,
+    UNBALANCED_TRANSPORT,
+)
+from optimum_otprune.functional.registry import Entry, Registry
+from optimum_otprune.functional.transport.exact import exact_plan
+from optimum_otprune.functional.transport.plans import (
     Solved,
     SolverSettings,
     TransportPlan,
@@ -16,15 +23,8 @@ from optimum_otprune.functional.plans import (
     median_cost,
     round_to_marginals,
 )
-from optimum_otprune.functional.pot import partial_transport, unbalanced_transport
-from optimum_otprune.functional.sinkhorn import entropic_plan
-from optimum_otprune.references import (
-    NETWORK_SIMPLEX,
-    PARTIAL_TRANSPORT,
-    SINKHORN,
-    UNBALANCED_TRANSPORT,
-)
-from optimum_otprune.registry import Entry, Registry
+from optimum_otprune.functional.transport.pot import partial_transport, unbalanced_transport
+from optimum_otprune.functional.transport.sinkhorn import entropic_plan
 
 _MAX_ITERATIONS = 1_000_000
 _UNBALANCED_ITERATIONS, _UNBALANCED_ERROR = 2_000, 1e-4

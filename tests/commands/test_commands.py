@@ -1,21 +1,27 @@
 """The command line: options, exit codes, and one line per failure."""
 
+import importlib
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from optimum_otprune import OTPruner
+from optimum_otprune import OTPruner, OTPruningConfig
 from optimum_otprune.commands.arguments import config_options
 from optimum_otprune.commands.main import main
-from optimum_otprune.commands.root import OTPruneCommand, PruneCommand
-from optimum_otprune.configuration import OTPruningConfig
-from optimum_otprune.manifest import write_manifest
-from optimum_otprune.options import OPTIONS
+from optimum_otprune.commands.parser import OTPruneCommand, PruneCommand
+from optimum_otprune.commands.signals import imports_interrupted
+from optimum_otprune.config.options import OPTIONS
+from optimum_otprune.errors import OTPruneError
+from optimum_otprune.storage.manifest import write_manifest
 from tests.conftest import run_command as run
 from tests.reports import make_report
 
@@ -25,6 +31,17 @@ def token_file(tokens, tmp_path):
     path = tmp_path / "ids.safetensors"
     save_file({"input_ids": tokens}, path)
     return str(path)
+
+
+@pytest.fixture(scope="module")
+def pruned_folder(tmp_path_factory):
+    """A folder that can be read and verified, though its weights are none."""
+    folder = tmp_path_factory.mktemp("saved")
+    make_report().save(folder / "otprune_report.json")
+    OTPruningConfig().save_pretrained(folder)
+    (folder / "model.safetensors").write_bytes(b"weights")
+    write_manifest(folder)
+    return folder
 
 
 HALF = ("--pruning-ratio", "0.5", "--multiple-of", "1", "--quiet")
@@ -152,15 +169,121 @@ def test_verify_tells_a_changed_file_and_push_a_folder_that_is_none(llama, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "code", "message"),
     [
-        (("--spill-folder", "nowhere"), "`spill_folder` 'nowhere' is no folder"),
-        (("--max-hidden-memory", "4XB"), "`max_hidden_memory`"),
+        (("--spill-folder", "nowhere"), 1, "`spill_folder` 'nowhere' is no folder"),
+        (("--max-hidden-memory", "4XB"), 2, "`max_hidden_memory`"),
     ],
 )
-def test_memory_options_that_cannot_be_used_are_told_before_a_model_is_loaded(options, message, tmp_path, capsys):
-    assert run("prune", tmp_path / "absent", "-o", tmp_path / "out", *HALF, *options) == 1
+def test_memory_options_that_cannot_be_used_are_told_before_a_model_is_loaded(
+    options, code, message, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert run("prune", tmp_path / "absent", "-o", tmp_path / "out", *HALF, *options) == code
     assert message in capsys.readouterr().err
+
+
+PRUNE, TUNE, EVALUATE = (
+    ("prune", "nobody/nothing", "-o", "out"),
+    ("tune", "nobody/nothing", "-o", "b"),
+    ("evaluate", "x/y"),
+)
+BENCHMARK = ("benchmark", "nobody/nothing", "nobody/nothing")
+OUT_OF_RANGE = [
+    (PRUNE, ("--batch-size", "0"), "`batch_size` is 0; want an integer >= 1"),
+    (PRUNE, ("--batch-size", "99999999999"), "`batch_size` is 99999999999"),
+    (PRUNE, ("--eval", "--max-windows", "0"), "`max_windows` is 0; want an integer >= 1"),
+    (EVALUATE, ("--batch-size", "-1"), "`batch_size` is -1"),
+    (EVALUATE, ("--max-windows", "0"), "`max_windows` is 0"),
+    (EVALUATE, ("--seqlen", "0"), "`seqlen` is 0"),
+    (TUNE, ("--batch-size", "0"), "`batch_size` is 0"),
+    (TUNE, ("--trials", "0"), "`num_trials` is 0"),
+    (TUNE, ("--timeout", "-1"), "`timeout` is -1.0; want a number > 0"),
+    (TUNE, ("--timeout", "nan"), "`timeout` is nan"),
+    (TUNE, ("--target-latency", "0"), "`target_latency` is 0.0"),
+    (TUNE, ("--target-latency", "1", "--latency-shape", "1", "0"), "`latency_shape[1]` is 0"),
+    (BENCHMARK, ("--repeats", "0"), "`repeats` is 0; want integers of at least 1"),
+    (BENCHMARK, ("--multiple-of", "0"), "`multiple_of` is 0; want integers of at least 1"),
+    (("push", "folder", "me/x"), ("--deadline", "-1"), "`deadline` is -1.0; want a number of seconds"),
+    (("demo",), ("--pruning-ratio", "1"), "`pruning_ratio` is 1.0"),
+]
+
+
+@pytest.mark.parametrize(("command", "options", "message"), OUT_OF_RANGE)
+def test_numbers_out_of_range_are_wrong_usage_and_told_before_a_model_is_loaded(
+    command, options, message, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert run(*command, *options) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.count("\n") == 1
+
+
+def test_what_is_wrong_with_an_output_or_an_option_is_told_before_anything_heavy_is_imported(tmp_path):
+    (tmp_path / "model").mkdir()
+    wrong = [
+        (["prune", "model", "-o", ""], 1),
+        (["prune", "model", "-o", "model"], 1),
+        (["prune", "model", "-o", "o" * 300, "--resume"], 1),
+        (["prune", "model", "-o", "out", "--pruning-ratio", "2"], 2),
+        (["prune", "model", "-o", "out", "--batch-size", "0"], 2),
+        (["tune", "model", "-o", "model"], 1),
+        (["demo", "-o", "."], 1),
+        (["benchmark", "model", "model", "--json", "model/speed.json"], 1),
+    ]
+    code = (
+        f"import sys\nfrom optimum_otprune.commands.main import main\nfor argv, code in {wrong!r}:\n"
+        "    try:\n        main(argv)\n    except SystemExit as stop:\n        assert stop.code == code, argv\n"
+        "    else:\n        raise AssertionError(argv)\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("\n") == done.stderr.count("error: ") == len(wrong)
+
+
+@pytest.mark.parametrize("ends", ["RuntimeError", "nothing", "KeyboardInterrupt"])
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_an_interruption_while_libraries_are_imported_is_one_line(
+    ends, number, code, word, monkeypatch, capsys, tmp_path
+):
+    """Whatever the half-imported library makes of it, and without importing anything again."""
+
+    def half_imported(module):
+        assert not interrupted, "what was interrupted is not imported again"
+        if module != PruneCommand.actions:
+            return importlib.import_module(module)
+        interrupted.append(module)
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+        except KeyboardInterrupt:
+            if ends == "KeyboardInterrupt":
+                raise
+        if ends == "RuntimeError":
+            raise RuntimeError("function '_has_torch_function' already has a docstring")
+        return importlib.import_module(module)
+
+    interrupted = []
+    monkeypatch.delitem(sys.modules, PruneCommand.actions, raising=False)
+    monkeypatch.setattr("optimum_otprune.commands.parser.import_module", half_imported)
+    before = signal.getsignal(signal.SIGINT)
+    assert run("prune", "nobody/nothing", "-o", tmp_path / "out") == code
+    assert capsys.readouterr().err.startswith(f"otprune prune: error: {word}.")
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_ignored_interruption_stays_ignored_while_libraries_are_imported():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with imports_interrupted():
+            assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_no_subcommand_prints_the_help_and_exits_with_2(capsys):
@@ -259,3 +382,94 @@ def test_commands_that_only_read_import_no_torch(command, tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", [("report",), ("report", "--json"), ("card",), ("verify",)])
+def test_a_full_disk_under_the_standard_output_is_one_line(command, pruned_folder, monkeypatch, capsys):
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert run(*command, pruned_folder) == 1
+    told = capsys.readouterr().err
+    assert "what it prints could not be written (No space left on device). Make room" in told
+    assert told.count("\n") == 1
+
+
+def test_a_closed_pipe_under_the_standard_output_is_quiet(pruned_folder, monkeypatch, capsys):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert run("report", pruned_folder) == 1
+    assert capsys.readouterr().err == ""
+
+
+def test_work_goes_on_where_what_is_printed_cannot_be_written(llama_folder, token_file, tmp_path, monkeypatch, capsys):
+    with Path("/dev/full").open("w", buffering=1) as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        assert run("prune", llama_folder, "-o", tmp_path / "out", *HALF, "--calibration-data", token_file) == 1
+    assert "The command is done, but what it prints could not be written" in capsys.readouterr().err
+    assert run("verify", tmp_path / "out") == 0
+
+
+def test_a_process_without_standard_output_reads_all_the_same(pruned_folder, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert run("report", pruned_folder) == 0
+    assert capsys.readouterr().err == ""
+
+
+NAMES = {"none": "", "blank": "  ", "long": "x" * 300, "very long": "x" * 5000, "no text": "a\0b"}
+DOORS = (
+    ("prune", "{}", "-o", "out"),
+    ("prune", "{}", "-o", "out", "--dry-run", *HALF),
+    ("evaluate", "{}"),
+    ("benchmark", "{}", "{}"),
+    ("tune", "{}", "-o", "best.json"),
+    ("report", "{}"),
+    ("card", "{}"),
+    ("verify", "{}"),
+    ("push", "{}", "me/x"),
+    ("prune", "dense", "-o", "out", "--config={}"),
+    ("prune", "dense", "-o", "out", "--offload-folder={}"),
+    ("prune", "dense", "-o", "out", "--spill-folder={}"),
+    ("prune", "dense", "-o", "out", "--dry-run", *HALF, "--calibration-data={}"),
+)
+
+
+@pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
+def test_names_that_no_file_can_have_are_one_line_at_every_door(name, llama_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for door in (
+        *DOORS,
+        *((("prune", "dense", "-o", "out", "--resume={}"),) if name else ()),
+    ):  # without one: beside OUT
+        assert run(*(part.format(name) for part in door)) in (1, 2), door
+        told = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning: ")]
+        assert len(told) == 1, door
+        assert f"otprune {door[0]}: error: " in told[0], door
+        assert len(told[0]) < 400, door
+    for call in (
+        lambda: OTPruner.from_pretrained(name),
+        lambda: OTPruner.plan(name),
+        lambda: OTPruningConfig.from_pretrained(name),
+        lambda: OTPruner.from_pretrained("dense").prune("dense", resume_from=name),
+        lambda: OTPruner.from_pretrained("dense").tune(torch.zeros(8, 40, dtype=torch.long), study=name),
+    ):
+        with pytest.raises(OTPruneError, match=r"is empty|too long|no text|names no folder|file '' cannot be read"):
+            call()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense"]
+
+
+@pytest.mark.parametrize("name", ["a..b", "-a", "me/a.git", "a/b/c", "näme"])
+def test_verify_asks_the_hub_for_no_name_that_it_cannot_have(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run("verify", "--", name) == 1
+    assert "is neither a folder nor a valid Hub id" in capsys.readouterr().err
+
+
+def test_verify_says_first_that_there_is_no_such_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run("verify", "nosuch") == 1
+    assert (
+        "error: There is no folder 'nosuch' here. The Hub was not asked: offline mode is on."
+        in capsys.readouterr().err
+    )

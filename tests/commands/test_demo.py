@@ -11,7 +11,7 @@ LIMIT = 3 * 2**20
 
 
 def test_the_embedded_model_is_at_most_3_mb():
-    sizes = [file.stat().st_size for file in (files("optimum_otprune") / "demo_model").iterdir()]
+    sizes = [file.stat().st_size for file in (files("optimum_otprune.commands") / "demo_model").iterdir()]
     assert sum(sizes) <= LIMIT
 
 

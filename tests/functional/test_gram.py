@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optimum_otprune.errors import NumericalError
-from optimum_otprune.functional import symmetric
-from optimum_otprune.functional.gram import GramAccumulator, GramStatistics, damped_cholesky, gram_statistics
+from optimum_otprune.functional.gram import GramAccumulator, GramStatistics, gram_statistics
+from optimum_otprune.functional.linalg import symmetric
+from optimum_otprune.functional.linalg.damped import damped_cholesky
 from tests.functional.helpers import law, normal, permutation, seeds, untouched
 
 

@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optimum_otprune.functional.ffn import FFNWeights, channel_activations, ffn_forward
-from optimum_otprune.functional.rescue import rescue_energies, self_share, transported_mass
-from optimum_otprune.ratios import (
+from optimum_otprune.functional.ratios import (
     RescueEnergies,
     diluted_share,
     dilution_ratio,
@@ -18,6 +17,7 @@ from optimum_otprune.ratios import (
     rescue_ratio,
     rescued_share,
 )
+from optimum_otprune.functional.rescue import rescue_energies, self_share, transported_mass
 from tests.functional.helpers import law, make_ffn, normal, permutation, seeds, untouched
 
 silu = torch.nn.functional.silu

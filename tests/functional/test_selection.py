@@ -6,8 +6,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from optimum_otprune.errors import ConfigurationError, NumericalError, ShapeError
-from optimum_otprune.functional import elimination, selection, symmetric
+from optimum_otprune.functional import elimination, selection
 from optimum_otprune.functional.gram import gram_statistics
+from optimum_otprune.functional.linalg import symmetric
 from optimum_otprune.functional.selection import kept_width, obs_channels, sensible_multiple, top_channels
 from tests.functional.helpers import law, normal, permutation, seeds, untouched
 

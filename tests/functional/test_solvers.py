@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment, linprog
 
 from optimum_otprune.errors import RegistryError, ShapeError, TransportError
-from optimum_otprune.functional import sinkhorn
-from optimum_otprune.functional.plans import Solved
 from optimum_otprune.functional.solvers import SolverSettings, check_marginal, solve_transport, solvers
+from optimum_otprune.functional.transport import sinkhorn
+from optimum_otprune.functional.transport.plans import Solved
 from tests.functional.helpers import law, permutation, probabilities, random_numbers, seeds, untouched
 
 MEETS_SOURCE = [name for name in solvers.names() if name not in ("partial", "unbalanced")]

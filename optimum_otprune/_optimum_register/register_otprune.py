@@ -1,5 +1,0 @@
-"""Makes `optimum-cli otprune` known; nothing heavy may be imported here."""
-
-from optimum_otprune.commands.root import OTPruneCommand
-
-REGISTER_COMMANDS = [OTPruneCommand]

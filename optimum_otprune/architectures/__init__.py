@@ -1,1 +1,0 @@
-"""Where an FFN lives in a model: architectures as data, and the one place that changes weights."""

@@ -1,0 +1,1 @@
+"""Saved models: what is written, read, described and shared."""

@@ -1,0 +1,1 @@
+"""The model card: a pure function of options and report."""

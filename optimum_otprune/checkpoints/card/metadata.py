@@ -1,0 +1,104 @@
+"""The front matter of a model card: what the Hub reads, as plain numbers and strings."""
+
+import math
+import re
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from optimum_otprune.checkpoints.card.base_card import checked_base_card
+from optimum_otprune.checkpoints.card.markdown import plain_text
+from optimum_otprune.checkpoints.card.results import (
+    UNNAMED_DATA,
+    evaluated_on_calibration_data,
+    hub_name,
+)
+from optimum_otprune.config.options import BUDGET_FIELDS, PruningOptions
+from optimum_otprune.pruning.comparison import Comparison
+from optimum_otprune.pruning.report import PruningReport
+
+_TAGS = ("optimum-otprune", "pruning", "structured-pruning", "optimal-transport", "compression")
+_UNNAMED_TYPE = "custom"
+_HUB = "https://huggingface.co"
+
+
+def card_metadata(config: PruningOptions, report: PruningReport | None, name: str) -> ModelCardData:
+    """Return the metadata of a pruned model's card.
+
+    Names that are none of the Hub's are left out, as are numbers that are not finite; the license is that of the base
+    model, or none.
+
+    Args:
+        config: What was done.
+        report: What came of it; None for a model that was not pruned yet.
+        name: Of the model.
+    """
+    common: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    extra: dict[str, Any] = {"method": config.method}
+    extra |= {field: value for field in BUDGET_FIELDS if (value := getattr(config, field)) is not None}
+    if report is None:
+        return ModelCardData(**common, tags=list(_TAGS), otprune=extra)
+    extra.setdefault("pruning_ratio", _rounded(report.pruning_ratio))
+    widths = [layer.intermediate_size_after for layer in report.layers]
+    extra["intermediate_size"] = widths if len(set(widths)) > 1 else next(iter(widths), None)
+    extra |= {"rescue_ratio": _rounded(report.rescue_ratio), "dilution_ratio": _rounded(report.dilution_ratio)}
+    results = [result for pair in report.comparisons for result in _results(config, report, pair)]
+    dataset = hub_name(report.calibration["data"])
+    return ModelCardData(
+        base_model=hub_name(report.base_model),
+        **copied_metadata(report),
+        **common,
+        datasets=None if dataset is None else [dataset],
+        metrics=["perplexity"] if results else None,
+        tags=[*_TAGS, *_architecture(report)],
+        model_name=plain_text(name.rsplit("/", 1)[-1], max_length=96) or "model",
+        eval_results=results or None,
+        otprune={key: value for key, value in extra.items() if value is not None},
+    )
+
+
+def copied_metadata(report: PruningReport) -> dict[str, Any]:
+    """Return license and language of the base model's card, a link into its repository made absolute."""
+    copied = checked_base_card(report.base_card)
+    address = copied.pop("license_link", None)
+    base = hub_name(report.base_model)
+    if address is not None and address.startswith("https://"):
+        copied["license_link"] = address
+    elif address is not None and base is not None:
+        copied["license_link"] = f"{_HUB}/{base}/blob/main/{address}"
+    return copied
+
+
+def _architecture(report: PruningReport) -> list[str]:
+    known = report.model_type
+    return [known] if known is not None and re.fullmatch(r"[a-z0-9_-]{1,50}", known) else []
+
+
+def _results(config: PruningOptions, report: PruningReport, pair: Comparison) -> list[EvalResult]:
+    dataset = hub_name(pair.data)
+    known = dataset is not None and dataset == config.dataset
+    caution = ", on calibration data" if evaluated_on_calibration_data(report, pair) else ""
+    results = []
+    for evaluation, what in ((pair.pruned, "pruned"), (pair.dense, "base model")):
+        value = None if evaluation is None else _rounded(evaluation["perplexity"])
+        if evaluation is not None and value is not None:
+            results.append(
+                EvalResult(
+                    task_type="text-generation",
+                    task_name="Text Generation",
+                    dataset_type=dataset or _UNNAMED_TYPE,
+                    dataset_name=dataset
+                    or (f"Custom data ({pair.data})" if pair.data in UNNAMED_DATA else "Custom data"),
+                    dataset_config=plain_text(config.dataset_config) if known and config.dataset_config else None,
+                    dataset_split=plain_text(config.evaluation_split) if dataset is not None else None,
+                    metric_type="perplexity",
+                    metric_name=f"Perplexity ({what}{caution})",
+                    metric_value=value,
+                    metric_args={name: int(evaluation[name]) for name in ("seqlen", "num_tokens")},
+                )
+            )
+    return results
+
+
+def _rounded(value: float) -> float | None:
+    return round(float(value), 6) if math.isfinite(value) else None

@@ -1,0 +1,271 @@
+"""The model card, from configuration and report alone."""
+
+import math
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined, Template
+
+from optimum_otprune.checkpoints.card.citations import bibliography, citations
+from optimum_otprune.checkpoints.card.markdown import escape, fenced, link, plain_text
+from optimum_otprune.checkpoints.card.metadata import card_metadata, copied_metadata
+from optimum_otprune.checkpoints.card.plots import PLOT_FILE
+from optimum_otprune.checkpoints.card.reproduction import Run, command, literal, python_lines
+from optimum_otprune.checkpoints.card.results import (
+    UNNAMED_DATA,
+    evaluated_on_calibration_data,
+    hub_name,
+    limitations,
+)
+from optimum_otprune.config.options import OPTIONS_BY_NAME, PruningOptions
+from optimum_otprune.models.compatibility import tested_versions
+from optimum_otprune.pruning.comparison import Comparison
+from optimum_otprune.pruning.report import PruningReport
+
+_HUB = "https://huggingface.co"
+_MANY_LAYERS = 16
+_BASE_PLACEHOLDER = "BASE_MODEL"
+_CALIBRATION_PLACEHOLDER = "CALIBRATION_DATA"
+_EVALUATION_PLACEHOLDER = "EVALUATION_DATA"
+
+
+def model_card(
+    config: PruningOptions,
+    report: PruningReport | None,
+    name: str,
+    has_tokenizer: bool = True,
+    has_plot: bool = False,
+    older_names: bool = True,
+) -> str:
+    """Render the README.md of a pruned model.
+
+    Args:
+        config: What was done.
+        report: What came of it; None for a model that was not pruned yet.
+        name: Of the folder or repository.
+        has_tokenizer: Whether a tokenizer is saved beside the model.
+        has_plot: Whether `rescue.png` is.
+        older_names: Whether config.json has the names that older versions of transformers read.
+
+    Returns:
+        Markdown with YAML front matter of plain values. Strings from outside are escaped.
+
+    Raises:
+        ReportError: If the report, say of an edited file, lacks what the card says.
+    """
+    values: dict[str, Any] = {} if report is None else _facts(config, report, name, older_names)
+    return _template().render(
+        metadata=card_metadata(config, report, name).to_yaml().strip(),
+        title=escape(name.rsplit("/", 1)[-1], max_length=96) or "Pruned model",
+        loading=_loading(config, report, name, has_tokenizer),
+        remote_code=needs_remote_code(config, report),
+        config_block=fenced(config.to_json_string(), "json"),
+        report=report,
+        has_tokenizer=has_tokenizer,
+        plot=PLOT_FILE if has_plot else None,
+        **values,
+    )
+
+
+def needs_remote_code(config: PruningOptions, report: PruningReport | None) -> bool:
+    """Whether plain transformers cannot load the model without code from its repository."""
+    return report is not None and config.non_uniform_format == "per_layer_config" and len(set(report.widths)) > 1
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(  # noqa: S701 — Markdown; strings from outside pass through `escape` or `fenced`
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False
+    )
+    environment.filters |= {
+        "ratio": _ratio,
+        "rescue": _rescue,
+        "share": _share,
+        "change": _change,
+        "size": _size,
+        "perplexity": _perplexity,
+    }
+    text = files("optimum_otprune.checkpoints.card").joinpath("model_card.md").read_text(encoding="utf-8")
+    return environment.from_string(text)
+
+
+def _facts(config: PruningOptions, report: PruningReport, name: str, older_names: bool) -> dict[str, Any]:
+    """Everything that the template shows of a pruned model, strings escaped."""
+    report.check(is_finite=False)
+    pairs = report.comparisons
+    cited = citations(config, report.references, report.custom_functions)
+    base = hub_name(report.base_model)
+    before = [layer.intermediate_size_before for layer in report.layers]
+    after = [layer.intermediate_size_after for layer in report.layers]
+    return {
+        "base": _nameless(report) if base is None else link(base, f"{_HUB}/{base}"),
+        "method": config.method,
+        "widths_before": _range(before),
+        "widths_after": _range(after),
+        "headline": pairs[0] if pairs and pairs[0].factor is not None else None,
+        "headline_data": _data(config, pairs[0].data, config.evaluation_split) if pairs else "",
+        "evaluations": [_evaluation(config, report, pair) for pair in pairs],
+        "calibration_data": _data(config, report.calibration["data"], config.calibration_split),
+        "limitations": limitations(report),
+        "versions_that_load": tested_versions(
+            report.model_type,
+            needs_remote_code(config, report),
+            escape(report.versions.get("transformers", "")),
+            older_names,
+        ),
+        "weighed": ", each weighed by 1 / the squared norm of the hidden state behind the layer, as in the fit"
+        if report.token_weighting == "residual"
+        else "",
+        "many_layers": len(report.layers) > _MANY_LAYERS,
+        "functions": {escape(key): escape(value) for key, value in report.custom_functions.items()},
+        "versions": ", ".join(f"{escape(key)} {escape(value)}" for key, value in sorted(report.versions.items())),
+        "license": {
+            key: link(value, value) if key == "license_link" else escape(value)
+            for key, value in copied_metadata(report).items()
+            if key.startswith("license")
+        },
+        "citations": [
+            {
+                "step": citation.step,
+                "used": escape(citation.used),
+                "source": link(citation.reference.short if citation.reference else citation.url, citation.url)
+                if citation.url
+                else escape(citation.reference.short if citation.reference else ""),
+                "title": escape(citation.reference.title) if citation.reference else "",
+            }
+            for citation in cited
+        ],
+        "bibliography_block": fenced(bibliography(cited), "bibtex"),
+        **_reproduction(config, report, name),
+    }
+
+
+def _nameless(report: PruningReport) -> str:
+    return f"A local model of type {escape(report.model_type)}" if report.model_type else "A local model"
+
+
+def _reproduction(config: PruningOptions, report: PruningReport, name: str) -> dict[str, Any]:
+    stages = {evaluation["stage"] for evaluation in report.evaluations}
+    run = Run(
+        model=hub_name(report.base_model) or _BASE_PLACEHOLDER,
+        output=plain_text(name.rsplit("/", 1)[-1]) or "pruned",
+        calibration_data=_argument(config, report.calibration["data"], _CALIBRATION_PLACEHOLDER),
+        evaluated=stages >= {"dense", "pruned"},
+        evaluation_data=_argument(config, report.comparisons[0].data, _EVALUATION_PLACEHOLDER) if stages else None,
+        max_windows=report.comparisons[0].one.get("max_windows") if stages else None,
+    )
+    shown = (run.model, run.calibration_data, run.evaluation_data if run.evaluated else None)
+    words = {
+        _BASE_PLACEHOLDER: "the folder of the dense model",
+        _CALIBRATION_PLACEHOLDER: f"the calibration data ({_data(config, report.calibration['data'], '')})",
+        _EVALUATION_PLACEHOLDER: "the evaluation data",
+    }
+    options = _options(config, report)
+    return {
+        "command_block": fenced(command(options, run), "bash"),
+        "python_block": fenced(python_lines(options, run), "python"),
+        "placeholders": [
+            f"`{placeholder}` stands for {words[placeholder]}" for placeholder in shown if placeholder in words
+        ],
+    }
+
+
+def _options(config: PruningOptions, report: PruningReport) -> dict[str, Any] | None:
+    """The fewest options that make the configuration; None where the report does not say, or is of another one."""
+    if report.options is None or not set(report.options) <= set(OPTIONS_BY_NAME) or report.config != config.to_dict():
+        return None
+    return {name: getattr(config, name) for name in report.options}
+
+
+def _argument(config: PruningOptions, data: str, placeholder: str) -> str | None:
+    """What the command line takes for data: nothing for the configuration's own, else a name or a placeholder."""
+    return None if data == config.dataset else hub_name(data) or placeholder
+
+
+def _loading(config: PruningOptions, report: PruningReport | None, name: str, has_tokenizer: bool) -> str:
+    shown = literal(plain_text(name) or "pruned")
+    trust = ", trust_remote_code=True" if needs_remote_code(config, report) else ""
+    lines = [f"from transformers import AutoModelForCausalLM{', AutoTokenizer' if has_tokenizer else ''}", ""]
+    lines += [f"model = AutoModelForCausalLM.from_pretrained({shown}{trust})"]
+    if has_tokenizer:
+        lines += [
+            f"tokenizer = AutoTokenizer.from_pretrained({shown})",
+            "",
+            'inputs = tokenizer("Once upon a time", return_tensors="pt")',
+            "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=30)[0]))",
+        ]
+    return fenced("\n".join(lines), "python")
+
+
+def _data(config: PruningOptions, data: str, split: str) -> str:
+    """A data set in words, with a link where it is one of the Hub."""
+    dataset = hub_name(data)
+    if dataset is None:
+        return UNNAMED_DATA.get(data) or f"data named “{escape(data)}”"
+    details = [config.dataset_config] if dataset == config.dataset and config.dataset_config else []
+    details += [f"split {split}"] if split else []
+    suffix = f" ({escape(', '.join(details))})" if details else ""
+    return link(dataset, f"{_HUB}/datasets/{dataset}") + suffix
+
+
+def _evaluation(config: PruningOptions, report: PruningReport, pair: Comparison) -> dict[str, Any]:
+    one = pair.one
+    return {
+        "data": _data(config, pair.data, config.evaluation_split),
+        "dense": None if pair.dense is None else pair.dense["perplexity"],
+        "pruned": None if pair.pruned is None else pair.pruned["perplexity"],
+        "factor": pair.factor,
+        "num_tokens": one["num_tokens"],
+        "num_windows": one["num_windows"],
+        "seqlen": one["seqlen"],
+        "dtype": escape(one["dtype"]),
+        "protocol": escape(one["protocol"]),
+        "seen_windows": one.get("seen_windows"),
+        "seen": evaluated_on_calibration_data(report, pair),
+    }
+
+
+def _range(widths: list[int]) -> str:
+    if not widths:
+        return "0"
+    low, high = min(widths), max(widths)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _ratio(value: float) -> str:
+    """Three decimals, with the minus sign of typography."""
+    return f"{value:.3f}".replace("-", "−") if math.isfinite(value) else "not finite"
+
+
+def _rescue(value: float) -> str:
+    """A ratio, and a word where it is so far below zero that the number says little."""
+    return f"{_ratio(value)} (harmful)" if value < -1 else _ratio(value)
+
+
+def _share(value: float) -> str:
+    return f"{value:.1%}".replace("%", " %").replace("-", "−")
+
+
+def _change(after: float, before: float) -> str:
+    """By how much, as a signed share."""
+    if not before or not math.isfinite(after / before):
+        return "–"
+    return f"{after / before - 1:+.1%}".replace("%", " %").replace("-", "−")
+
+
+def _perplexity(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:,.2f}" if math.isfinite(value) else "not finite"
+
+
+def _size(num_bytes: int) -> str:
+    """In decimal units, as files are shown on the Hub."""
+    value, units = float(num_bytes), iter(("B", "kB", "MB", "GB"))
+    unit = next(units)
+    for larger in units:
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.2f} {unit}"

@@ -1,0 +1,119 @@
+"""The command and the lines of Python that do once more what a configuration says."""
+
+import shlex
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from optimum_otprune.config.options_file import CONFIG_FILE
+
+_WIDTH = 100
+
+
+class Run(NamedTuple):
+    """A pruning run but for its configuration.
+
+    Attributes:
+        model: Hub id, or a placeholder.
+        output: Name of the folder to write.
+        calibration_data: Hub data set or a placeholder; None for the configuration's.
+        evaluated: Whether perplexity is measured before and after.
+        evaluation_data: As `calibration_data`.
+        max_windows: What the evaluation was limited to, or None.
+    """
+
+    model: str
+    output: str
+    calibration_data: str | None = None
+    evaluated: bool = False
+    evaluation_data: str | None = None
+    max_windows: int | None = None
+
+
+def command(options: Mapping[str, Any] | None, run: Run) -> str:
+    """Return the command line of a run, over several lines where it is long.
+
+    Where the options are not known, or one cannot be written on a command line (None in place of a default, characters
+    that cannot be seen), the configuration's file is given instead.
+    """
+    if options is not None and _can_be_typed(options) and None not in options.values():
+        words = [_option_words(name, value) for name, value in options.items()]
+    else:
+        words = [["--config", CONFIG_FILE]]
+    if run.calibration_data is not None:
+        words.append(["--calibration-data", run.calibration_data])
+    if run.evaluated:
+        words.append(["--eval"])
+        if run.evaluation_data is not None:
+            words.append(["--eval-data", run.evaluation_data])
+        if run.max_windows is not None:
+            words.append(["--max-windows", str(run.max_windows)])
+    return _wrapped([["otprune", "prune", run.model], ["-o", run.output], *words])
+
+
+def python_lines(options: Mapping[str, Any] | None, run: Run) -> str:
+    """Return the same in five lines of Python."""
+    if options is not None and _can_be_typed(options):
+        made = _call("OTPruningConfig", [f"{name}={literal(value)}" for name, value in options.items()])
+    else:
+        made = f"OTPruningConfig.from_pretrained({literal(CONFIG_FILE)})"
+    data = "" if run.calibration_data is None else literal(run.calibration_data)
+    return (
+        "from optimum_otprune import OTPruner, OTPruningConfig\n\n"
+        f"config = {made}\n"
+        f"pruner = OTPruner.from_pretrained({literal(run.model)}, config)\n"
+        f"pruner.prune({data})\n"
+        f"pruner.save_pretrained({literal(run.output)})"
+    )
+
+
+def literal(value: Any) -> str:
+    """A Python literal of ASCII characters, strings in double quotes where that needs no escape.
+
+    Example:
+        >>> print(literal("user/name"), literal(("up", "down")), literal(None))
+        "user/name" ("up", "down") None
+    """
+    if isinstance(value, (tuple, list)):
+        entries = [literal(entry) for entry in value]
+        return f"({', '.join(entries)}{',' if len(entries) == 1 else ''})"
+    if isinstance(value, str):
+        text = ascii(value)
+        return f'"{text[1:-1]}"' if text[0] == "'" and '"' not in text and "\\'" not in text else text
+    return ascii(value)
+
+
+def _can_be_typed(options: Mapping[str, Any]) -> bool:
+    return all(not isinstance(value, str) or (value.isprintable() and len(value) <= 200) for value in options.values())
+
+
+def _option_words(name: str, value: Any) -> list[str]:
+    flag = f"--{name.replace('_', '-')}"
+    if isinstance(value, (tuple, list)):
+        return [flag, *map(str, value)]
+    if isinstance(value, dict):
+        return [flag, *(f"{layer}={number}" for layer, number in value.items())]
+    text = str(value)
+    return [f"{flag}={text}"] if text.startswith("-") else [flag, text]
+
+
+def _call(function: str, arguments: list[str]) -> str:
+    """A call on one line, or with as many arguments a line as fit."""
+    whole = f"{function}({', '.join(arguments)})"
+    if len(whole) <= _WIDTH:
+        return whole
+    lines = ["   "]
+    for argument in arguments:
+        if len(lines[-1]) + len(argument) > _WIDTH and lines[-1].strip():
+            lines.append("   ")
+        lines[-1] += f" {argument},"
+    return "\n".join([f"{function}(", *lines, ")"])
+
+
+def _wrapped(groups: list[list[str]]) -> str:
+    lines = [""]
+    for group in groups:
+        text = shlex.join(group)
+        if lines[-1] and len(lines[-1]) + len(text) > _WIDTH:
+            lines.append("   ")
+        lines[-1] += f" {text}" if lines[-1] else text
+    return " \\\n".join(lines)

@@ -1,0 +1,97 @@
+"""What a report means for somebody who wants to use the model: results side by side, data in words, limitations."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from optimum_otprune.pruning.comparison import Comparison
+from optimum_otprune.pruning.report import ADDED_BIASES, PruningReport, named_layers
+from optimum_otprune.storage.hub.client import is_hub_id
+
+# How `calibration` names data that have no public name.
+UNNAMED_DATA: Mapping[str, str] = {
+    "token ids": "token ids that were passed in",
+    "texts": "a list of texts that was passed in",
+    "local file": "a local file",
+    "local folder": "a local folder",
+    "a datasets.Dataset": "a data set in memory",
+}
+_FEW_EVALUATED = 20_000
+_HIGH_RATIO = 0.5
+
+
+def hub_name(name: object) -> str | None:
+    """Return a name if it could be one of the Hub's, and is not what data without a name are called."""
+    return name if isinstance(name, str) and name not in UNNAMED_DATA and is_hub_id(name) else None
+
+
+def evaluated_on_calibration_data(report: PruningReport, pair: Comparison) -> bool | None:
+    """Return whether a model was evaluated on what it was calibrated on; None where the report cannot tell."""
+    seen = (pair.pruned or {}).get("seen_windows")
+    if seen:
+        return True
+    if hub_name(pair.data) is not None:
+        is_same_split = report.config.get("calibration_split") == report.config.get("evaluation_split")
+        return pair.data == report.calibration["data"] and is_same_split
+    if hub_name(report.calibration["data"]) is not None:
+        return False
+    return None if seen is None else False
+
+
+def seen_before(report: PruningReport, evaluation: Mapping[str, Any]) -> str | None:
+    """Return a sentence where an evaluation of the pruned model is on text that the model was calibrated on."""
+    if not evaluated_on_calibration_data(report, Comparison(evaluation["data"], None, evaluation)):
+        return None
+    seen = evaluation.get("seen_windows")
+    windows = f"{seen:,} of the {evaluation['num_windows']:,} windows hold" if seen else "The windows are of"
+    return f"{windows} text that the model was calibrated on; expect a higher perplexity on other text."
+
+
+def limitations(report: PruningReport) -> list[str]:
+    """Return sentences in plain text on what the model should not be trusted with, the gravest first."""
+    found = []
+    pairs = report.comparisons
+    if report.rescue_ratio < 0:
+        found.append(
+            "The rescue ratio is negative: by their outputs, the compressed layers are further from the dense ones "
+            "than plain dropping of the same channels would leave them."
+        )
+    if report.contradiction is not None:
+        found.append(report.contradiction)
+    harmed = [str(layer.layer) for layer in report.layers if layer.rescue_ratio < 0]
+    if harmed and (report.rescue_ratio >= 0 or len(harmed) < len(report.layers)):
+        layers = f"layer {harmed[0]}" if len(harmed) == 1 else f"layers {', '.join(harmed[:-1])} and {harmed[-1]}"
+        found.append(f"The rescue ratio of {layers} is negative: plain dropping would have been better there.")
+    if report.added_biases:
+        found.append(ADDED_BIASES)
+    others = [layer for layer in report.outliers if layer.rescue_ratio >= 0]
+    if others:
+        found.append(
+            f"The rescue ratio of {named_layers(others)} is far from that of the other layers; the median is "
+            f"{report.median_rescue_ratio:.3f}."
+        )
+    if any(evaluated_on_calibration_data(report, pair) for pair in pairs):
+        found.append("It was evaluated on data that it was calibrated on; expect a higher perplexity on other text.")
+    if report.pruning_ratio >= _HIGH_RATIO:
+        found.append(
+            f"{report.pruning_ratio:.0%} of the FFN channels are gone. At half or more, quality often suffers by "
+            "more than perplexity shows; fine-tune the model before use."
+        )
+    if all(pair.pruned is None for pair in pairs):
+        found.append("The pruned model was not evaluated: of its quality, only the ratios of its layers are known.")
+    elif all(pair.dense is None for pair in pairs):
+        found.append("The dense model was not evaluated, so how much quality was lost is not known.")
+    if pairs and pairs[0].one["num_tokens"] < _FEW_EVALUATED:
+        found.append(f"It was evaluated on only {pairs[0].one['num_tokens']:,} tokens, so its perplexity is rough.")
+    width = max((layer.intermediate_size_before for layer in report.layers), default=0)
+    if report.calibration["num_tokens"] < 2 * width:
+        found.append(
+            f"It was calibrated on {report.calibration['num_tokens']:,} tokens, fewer than twice the FFN width of "
+            f"{width:,}: too few to fit the layers well."
+        )
+    return [
+        *found,
+        "It was not fine-tuned after pruning.",
+        "Perplexity is not everything: accuracy on tasks, instruction following, other languages, bias and safety "
+        "were not measured. What pruning does to them may be out of proportion to perplexity.",
+        "Limitations and biases of the base model remain.",
+    ]

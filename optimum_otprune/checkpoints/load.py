@@ -1,0 +1,284 @@
+"""Load a model, pruned or not, with its tokenizer and what pruning left beside it; what is damaged is told."""
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import cached_file
+
+from optimum_otprune.checkpoints.card.base_card import read_base_card
+from optimum_otprune.checkpoints.sources import ADAPTER_FILE, check_config, check_file, check_folder, explanation
+from optimum_otprune.config.configuration import OTPruningConfig
+from optimum_otprune.config.options_file import CONFIG_FILE
+from optimum_otprune.errors import ModelLoadError
+from optimum_otprune.models.distributed import own_device
+from optimum_otprune.pruning.dry_run.estimate import Skeleton
+from optimum_otprune.pruning.report import REPORT_FILE, PruningReport
+from optimum_otprune.storage.hub.client import is_hub_id, without_secrets_in_warnings
+from optimum_otprune.storage.hub.push import verify_saved
+from optimum_otprune.storage.manifest import CARD_FILE, TOKENIZER_FILES
+from optimum_otprune.storage.untrusted import visible, why_no_name
+
+_FOLDERS = re.compile(r"(?<![\w:/.])/(?:[^\s'\"/]+/)+")  # of absolute paths, such as the cache's, but not of addresses
+_LONGEST = 2000  # characters of a message of others
+_HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
+# Whatever transformers, torch and the code of a model raise where its files are not what that code expects.
+_FOREIGN = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    ImportError,
+    LookupError,
+    TypeError,
+    NameError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    MemoryError,
+    StrictDataclassError,
+)
+
+
+class Checkpoint(NamedTuple):
+    """What a folder or repository holds.
+
+    Attributes:
+        model: The model.
+        tokenizer: Its tokenizer, or None.
+        config: The pruning configuration, if it was pruned by this package.
+        report: The report, if it was pruned by this package.
+        base_model: Hub id of the dense model, if that is known.
+        base_card: What its card, or else the card beside the model, says of license and language.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    config: OTPruningConfig | None
+    report: PruningReport | None
+    base_model: str | None
+    base_card: Mapping[str, Any]
+
+
+def load_checkpoint(name: str, options: Mapping[str, Any]) -> Checkpoint:
+    """Load a model, and what pruning left beside it.
+
+    Args:
+        name: Hub id or local folder.
+        options: Of loading, as `OTPruner.from_pretrained` has them.
+
+    Raises:
+        ModelLoadError: If it cannot be found or read, or tensors are missing.
+        IntegrityError: If it was to be verified and is not what was saved.
+        HubError: If it was to be verified and the Hub does not answer.
+    """
+    name, options = _expanded(name, options)
+    hub = {option: options[option] for option in _HUB_OPTIONS if options[option] is not None}
+    with _loading(name):
+        _check_source(name)
+    if options["verify"]:
+        commit = verify_saved(name, **hub)
+        hub |= {} if commit is None else {"revision": commit}  # what was verified is what is loaded
+    _check_repository(name, hub)
+    remote = {"trust_remote_code": bool(options["trust_remote_code"])}
+    placement = {
+        option: options[option]
+        for option in ("dtype", "device_map", "max_memory", "offload_folder")
+        if options[option] is not None
+    }
+    device = own_device()
+    if device is not None and "device_map" not in placement:
+        placement["device_map"] = {"": device}  # each of several processes has the model on its own accelerator
+    with _loading(name):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name, **hub, **remote, **placement, use_safetensors=True, output_loading_info=True
+        )
+    model, info = loaded
+    _check_complete(name, info)
+    config_file, report_file = (_optional_file(name, file, hub) for file in (CONFIG_FILE, REPORT_FILE))
+    report = None if report_file is None else PruningReport.load(report_file)
+    return Checkpoint(
+        model,
+        _load_tokenizer(name, hub, remote),
+        None if config_file is None else OTPruningConfig.from_pretrained(config_file),
+        report,
+        report.base_model if report else hub_id(name),
+        report.base_card if report else _base_card(name, hub),
+    )
+
+
+def load_skeleton(name: str, options: Mapping[str, Any]) -> Skeleton:
+    """Build a model from its configuration alone, on the meta device: it has shapes, but no weights.
+
+    Args:
+        name: Hub id or local folder.
+        options: Of loading, as `OTPruner.from_pretrained` has them; `dtype="auto"` is the configuration's.
+
+    Returns:
+        The model, and whether a tokenizer lies beside it: not known of a Hub id, where only `config.json` is read.
+
+    Raises:
+        ModelLoadError: If the configuration cannot be found or read.
+    """
+    name, options = _expanded(name, options)
+    hub = {option: options[option] for option in _HUB_OPTIONS if options[option] is not None}
+    with _loading(name):
+        _check_source(name, needs_weights=False)
+    _check_repository(name, hub)
+    remote = {"trust_remote_code": bool(options["trust_remote_code"])}
+    with _loading(name):
+        config = AutoConfig.from_pretrained(name, **hub, **remote)
+        dtype = _dtype(options["dtype"], config)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **remote)
+    folder = Path(name)
+    has_tokenizer = any((folder / file).is_file() for file in TOKENIZER_FILES) if folder.is_dir() else None
+    return Skeleton(model, options, has_tokenizer)
+
+
+def _expanded(name: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """A name that could be one, and options, `~` in what may be a path expanded."""
+    reason = why_no_name(os.path.expanduser(name))
+    if reason is not None:
+        raise ModelLoadError(
+            f"{visible(name, 60)!r} is the name of no model ({reason}). Give a folder, or a Hub id of the form "
+            "'user/name'."
+        )
+    paths = {option: options.get(option) for option in ("cache_dir", "offload_folder")}
+    expanded = {option: os.path.expanduser(path) for option, path in paths.items() if path is not None}
+    return os.path.expanduser(name), {**options, **expanded}
+
+
+def _dtype(asked: Any, config: PreTrainedConfig) -> torch.dtype:
+    if isinstance(asked, torch.dtype):
+        return asked
+    named = getattr(config, "dtype", None) if asked in (None, "auto") else asked
+    return named if isinstance(named, torch.dtype) else _named_dtype(str(named or "float32"))
+
+
+def _named_dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{name!r} is no data type of torch, such as 'bfloat16'")
+    return dtype
+
+
+def hub_id(name: str | None) -> str | None:
+    """Return the name if it is a Hub id rather than a path of this machine."""
+    return name if name and not os.path.exists(name) and is_hub_id(name) else None
+
+
+def _check_source(name: str, needs_weights: bool = True) -> None:
+    path = Path(name)
+    if path.is_dir():
+        check_folder(path, needs_weights)
+    elif path.is_file():
+        check_file(path)
+    elif hub_id(name) is None:
+        raise ModelLoadError(f"{path.name[:80]!r} is neither a folder nor a valid Hub id of the form 'user/name'.")
+
+
+def _check_repository(name: str, hub: dict[str, Any]) -> None:
+    """What `check_folder` finds in a folder's configuration, for a model of the Hub."""
+    if not Path(name).is_dir():
+        with _loading(name):
+            config, _ = PreTrainedConfig.get_config_dict(name, **hub)
+        check_config(_shown(name), config, _optional_file(name, ADAPTER_FILE, hub) is not None)
+
+
+@contextmanager
+def _loading(name: str, is_tokenizer: bool = False) -> Iterator[None]:
+    shown = _shown(name)
+    within = f"{shown[0].lower()}{shown[1:]}"
+    try:
+        with without_secrets_in_warnings():
+            yield
+    except SafetensorError as error:
+        raise ModelLoadError(
+            f"The weights of {within} are damaged ({visible(str(error), _LONGEST)}). Download or copy them "
+            "again; a file of a few hundred bytes is a git-lfs pointer."
+        ) from error
+    except _FOREIGN as error:
+        if isinstance(error, ModelLoadError):
+            raise
+        why = explanation(error, Path(name).is_dir(), is_tokenizer)
+        what = f"The tokenizer of {within}" if is_tokenizer else shown
+        raise ModelLoadError(f"{what} could not be loaded: {why}. ({_without_path(error, name)})") from error
+
+
+def _without_path(error: Exception, name: str) -> str:
+    """First line of an error, a local folder named by its last part only."""
+    line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    for path in (str(Path(name).resolve()), str(Path(name).absolute()), name) if Path(name).exists() else ():
+        line = line.replace(path, Path(name).resolve().name)
+    return visible(_FOLDERS.sub("", line), _LONGEST)
+
+
+def _shown(name: str) -> str:
+    return f"The folder {Path(name).name!r}" if Path(name).is_dir() else f"The model {name!r}"
+
+
+def _check_complete(name: str, info: Mapping[str, Any]) -> None:
+    for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
+        found = sorted(visible(str(key)) for key in info.get(kind) or ())
+        if found:
+            raise ModelLoadError(
+                f"{_shown(name)} lacks weights that fit its configuration: {kind.replace('_', ' ')} "
+                f"{', '.join(found[:3])}{' …' if len(found) > 3 else ''}. They would have been filled with random "
+                "numbers. Download it again."
+            )
+
+
+def _load_tokenizer(name: str, hub: dict[str, Any], remote: dict[str, Any]) -> PreTrainedTokenizerBase | None:
+    """None only where there is no tokenizer; one that cannot be read is an error."""
+    if all(_optional_file(name, file, hub) is None for file in TOKENIZER_FILES):
+        return None
+    with _loading(name, is_tokenizer=True):
+        return AutoTokenizer.from_pretrained(name, **hub, **remote)
+
+
+def _optional_file(name: str, file: str, hub: dict[str, Any]) -> str | None:
+    if Path(name).is_dir():
+        path = Path(name) / file
+        return str(path) if path.is_file() else None
+    with _loading(name):
+        return cached_file(
+            name,
+            file,
+            **hub,
+            _raise_exceptions_for_gated_repo=True,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=True,
+        )
+
+
+def _base_card(name: str, hub: dict[str, Any]) -> dict[str, Any]:
+    """A card is welcome but not needed: a repository without one, or out of reach, says nothing."""
+    if Path(name).is_dir():
+        file = _optional_file(name, CARD_FILE, hub)
+    else:
+        file = cached_file(
+            name,
+            CARD_FILE,
+            **hub,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    if file is None:
+        return {}
+    with _loading(name):
+        return read_base_card(Path(file).read_text(encoding="utf-8", errors="replace"))

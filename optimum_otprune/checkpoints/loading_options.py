@@ -1,0 +1,106 @@
+"""What `OTPruner.from_pretrained` is asked for besides a model."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from optimum_otprune.config.checks import check_size
+from optimum_otprune.config.configuration import OTPruningConfig
+from optimum_otprune.errors import ConfigurationError, unknown_name
+
+_PLACES = ("auto", "balanced", "balanced_low_0", "sequential", "disk")
+LOADING_DEFAULTS: Mapping[str, Any] = {
+    "dtype": "auto",
+    "device_map": None,
+    "max_memory": None,
+    "offload_folder": None,
+    "revision": None,
+    "token": None,
+    "cache_dir": None,
+    "local_files_only": False,
+    "trust_remote_code": False,
+    "verify": False,
+}
+
+
+def check_loading_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all options of loading, those that were not given with their defaults.
+
+    Raises:
+        ConfigurationError: If there is no such option, or one has a value that is none of its.
+    """
+    for name in given:
+        if name not in LOADING_DEFAULTS:
+            raise ConfigurationError(unknown_name("option", name, LOADING_DEFAULTS))
+    options = {**LOADING_DEFAULTS, **given}
+    _check_dtype(options["dtype"])
+    places, memory = options["device_map"], options["max_memory"]
+    for place in places.values() if isinstance(places, Mapping) else () if places is None else (places,):
+        _check_place(place, places)
+    if memory is not None and not isinstance(memory, Mapping):
+        raise ConfigurationError(f"`max_memory` is {memory!r}; want a dictionary, such as {{'cpu': '4GB', 0: '8GB'}}.")
+    for device, size in (memory or {}).items():
+        check_size(f"max_memory[{device!r}]", size)
+    return options
+
+
+def _check_dtype(dtype: Any) -> None:
+    kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype not in (None, "auto") and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
+        raise ConfigurationError(
+            f"`dtype` is {dtype!r}; want 'auto', or a floating-point data type of torch, such as 'bfloat16'."
+        )
+
+
+def _check_place(place: Any, places: Any) -> None:
+    """Raise for what is no device; whether this machine has it, only loading needs to know."""
+    is_known = isinstance(place, torch.device) or isinstance(place, int) and not isinstance(place, bool) and place >= 0
+    if isinstance(place, str) and not is_known:
+        try:
+            is_known = place in _PLACES or bool(torch.device(place))
+        except RuntimeError:
+            is_known = False
+    if not is_known:
+        raise ConfigurationError(
+            f"`device_map={places!r}` cannot be followed: {place!r} is no device. Use 'auto', a device such as "
+            "'cuda:0', or a dictionary of them by module."
+        )
+
+
+def as_config(config: Any, options: Mapping[str, Any]) -> OTPruningConfig:
+    """Return a configuration from whatever stands for one.
+
+    Args:
+        config: A configuration, a dictionary, or where one is saved.
+        options: Of loading.
+
+    Raises:
+        ConfigurationError: If it is none of these, or not valid.
+    """
+    if isinstance(config, OTPruningConfig):
+        return config
+    if isinstance(config, Mapping):
+        return OTPruningConfig.from_dict(config)
+    if isinstance(config, (str, os.PathLike)):
+        where = {name: options[name] for name in ("revision", "token", "cache_dir", "local_files_only")}
+        return OTPruningConfig.from_pretrained(str(config), **where)
+    raise ConfigurationError(
+        f"`config` is a {type(config).__name__}; want an OTPruningConfig, a dictionary, or where one is saved."
+    )
+
+
+def refuse_loading_options(options: Mapping[str, Any]) -> None:
+    """Raise where a model in memory comes with options of loading.
+
+    Raises:
+        ConfigurationError: Names them.
+    """
+    given = [name for name, value in options.items() if value != LOADING_DEFAULTS[name]]
+    if given:
+        names = ", ".join(f"`{name}`" for name in given)
+        raise ConfigurationError(
+            f"A model in memory was given, so there is nothing to load with {names}. "
+            "Leave them out, or give a name or folder."
+        )

@@ -1,0 +1,93 @@
+"""Save a model with its tokenizer, configuration, report and card; a folder is complete or not there."""
+
+import errno
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from optimum_otprune.checkpoints.card.plots import PLOT_FILE, can_plot, save_rescue_plot
+from optimum_otprune.checkpoints.card.render import model_card
+from optimum_otprune.checkpoints.model_files import save_model_files
+from optimum_otprune.config.checks import check_size
+from optimum_otprune.config.configuration import OTPruningConfig
+from optimum_otprune.config.options_file import CONFIG_FILE
+from optimum_otprune.errors import ConfigurationError
+from optimum_otprune.models.compatibility import reads_in_older_versions
+from optimum_otprune.models.devices import is_offloaded, known_as_offloaded, restore_ties, weight_bytes
+from optimum_otprune.models.faithfulness import check_logits, check_parameters
+from optimum_otprune.models.ffn_block import check_loadable
+from optimum_otprune.models.wrappers import check_plain
+from optimum_otprune.pruning.report import REPORT_FILE, PruningReport
+from optimum_otprune.storage.files import writing_folder
+from optimum_otprune.storage.manifest import CARD_FILE, write_manifest
+from optimum_otprune.storage.outputs import resolved_output
+
+_SHARDS, _LEAST_SHARD = 20, 100 * 10**6  # of a model with offloaded weights
+
+
+def shard_size(model: PreTrainedModel, wanted: int | str | None) -> int | str:
+    """Return what `max_shard_size` is by default: a shard of offloaded weights is loaded as a whole to be written.
+
+    Raises:
+        ConfigurationError: If what is wanted is no size.
+    """
+    if wanted is not None:
+        return check_size("max_shard_size", wanted, least=1)
+    return max(_LEAST_SHARD, weight_bytes(model) // _SHARDS) if is_offloaded(model) else "5GB"
+
+
+def save_checkpoint(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    config: OTPruningConfig,
+    report: PruningReport | None,
+    overwrite: bool,
+    max_shard_size: int | str | None,
+    places: Mapping[str, Path],
+) -> Path:
+    """Write everything into a hidden sibling folder, then rename it.
+
+    Raises:
+        OutputError: See `optimum_otprune.storage.files.writing_folder`.
+        ConfigurationError: If `overwrite` is not True or False.
+        NumericalError: If a parameter is NaN or infinite, which is named, or the logits are.
+        UnsupportedModelError: If modules were put into the model that could not be loaded again.
+    """
+    if not isinstance(overwrite, bool):
+        raise ConfigurationError(f"`overwrite` is {overwrite!r}; want True or False.")
+    check_plain(model)
+    restore_ties(model)
+    check_loadable(model)
+    with writing_folder(folder, overwrite, weight_bytes(model), places) as partial, _known_failures():
+        check_parameters(model)
+        check_logits(model)
+        restore_ties(model)  # looking at offloaded weights has torn them
+        with known_as_offloaded(model):
+            save_model_files(partial, model, tokenizer, shard_size(model, max_shard_size))
+        (partial / CONFIG_FILE).write_text(config.to_json_string(), encoding="utf-8")
+        if report is not None:
+            report.save(partial / REPORT_FILE)
+        has_plot = report is not None and bool(report.layers) and can_plot()
+        if report is not None and has_plot:
+            save_rescue_plot(report, partial / PLOT_FILE)
+        name = resolved_output(folder).name
+        older = reads_in_older_versions(partial)
+        card = model_card(config, report, name, tokenizer is not None, has_plot, older)
+        (partial / CARD_FILE).write_text(card, encoding="utf-8")
+        write_manifest(partial)
+    return folder
+
+
+@contextmanager
+def _known_failures() -> Iterator[None]:
+    """A full disk is an `OSError`, whichever library meets it."""
+    try:
+        yield
+    except SafetensorError as error:
+        full = errno.ENOSPC if "No space left" in str(error) else errno.EIO
+        raise OSError(full, os.strerror(full)) from error

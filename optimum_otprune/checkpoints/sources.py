@@ -1,0 +1,332 @@
+"""What a folder or configuration holds that cannot be pruned: each kind is named, with what to do about it."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers.models.auto import modeling_auto
+
+from optimum_otprune.errors import ModelLoadError
+from optimum_otprune.storage.untrusted import visible
+
+_CAUSAL = "AutoModelForCausalLM"
+# Their weights may fit a causal class of the same model type.
+_HEADLESS = ("AutoModelForMaskedLM", "AutoModelForPreTraining", "AutoModel")
+_AUTO_CLASSES: Mapping[str, Mapping[str, Any]] = {
+    "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "AutoModelForSeq2SeqLM": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    "AutoModelForSequenceClassification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    "AutoModelForTokenClassification": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    "AutoModelForQuestionAnswering": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    "AutoModelForMultipleChoice": modeling_auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES,
+    "AutoModelForImageTextToText": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    "AutoModelForImageClassification": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    "AutoModelForSpeechSeq2Seq": modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+    "AutoModelForMaskedLM": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    "AutoModelForPreTraining": modeling_auto.MODEL_FOR_PRETRAINING_MAPPING_NAMES,
+    "AutoModel": modeling_auto.MODEL_MAPPING_NAMES,
+}
+ADAPTER_FILE = "adapter_config.json"
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_POINTER = b"version https://git-lfs"
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_MOST_LAYERS = 10_000  # as many as a report may have
+_SMALL = 1024  # bytes; a pointer has fewer
+_DEQUANTIZE = "dequantize it by `AutoModelForCausalLM.from_pretrained(folder, gguf_file=...)`, save that, and prune it"
+_CONVERT = (
+    "If you trust whoever made it, load it once by `AutoModelForCausalLM.from_pretrained(folder, "
+    "use_safetensors=False)` and save it by `save_pretrained`, which writes safetensors"
+)
+
+# What names a kind of folder that has no config.json.
+_OTHER_FOLDERS: tuple[tuple[str, str], ...] = (
+    (
+        ADAPTER_FILE,
+        "holds an adapter only. Load its base model, put the adapter in by peft, save what `merge_and_unload()` "
+        "returns, and prune that",
+    ),
+    ("*.gguf", f"holds a GGUF file, which is made for llama.cpp: {_DEQUANTIZE}"),
+    ("model_index.json", "holds a pipeline of diffusers, which is no language model"),
+    ("params.json", "holds weights in their maker's own format; convert them for transformers first"),
+    ("checkpoint-*", "holds checkpoints of a training. Give one of the folders in it"),
+    ("*/config.json", "has no config.json, but a folder in it has. Give that one"),
+)
+# What stands for weights where there are no safetensors files.
+_OTHER_WEIGHTS: tuple[tuple[str, str], ...] = (
+    (
+        "pytorch_model*.bin*",
+        "has its weights in .bin files, which could run code when loaded; weights must be safetensors files. "
+        + _CONVERT,
+    ),
+    ("*.gguf", f"has its weights in a GGUF file: {_DEQUANTIZE}"),
+    ("tf_model*.h5", "has weights of TensorFlow only. Convert them with transformers 4 (`from_tf=True`)"),
+    ("flax_model*.msgpack", "has weights of Flax only. Convert them with transformers 4 (`from_flax=True`)"),
+    ("model-*-of-*.safetensors", f"has shards of weights, but no {_INDEX} that says what is where. Download it again"),
+    ("model.*.safetensors", f"has weights of a variant only. Rename them to {_WEIGHTS}"),
+    ("adapter_model.safetensors", "has weights of an adapter only. Merge them into the base model first"),
+    ("*.pt*", f"has its weights in files of torch, which could run code when loaded. {_CONVERT}"),
+)
+
+
+def check_folder(folder: Path, needs_weights: bool = True) -> None:
+    """Raise where a folder holds no causal language model in safetensors files.
+
+    Args:
+        folder: Of this machine.
+        needs_weights: Whether its configuration alone is not enough.
+
+    Raises:
+        ModelLoadError: Says what it holds, and what to do.
+    """
+    if not (folder / "config.json").is_file():
+        _raise_other_folder(folder)
+    _check_pointers(folder)
+    config = _json(folder / "config.json")
+    check_config(f"The folder {folder.name!r}", config, (folder / ADAPTER_FILE).is_file())
+    if not needs_weights:
+        return
+    if (folder / _INDEX).is_file():
+        _check_shards(folder)
+    elif not (folder / _WEIGHTS).is_file():
+        found = _first(folder, _OTHER_WEIGHTS) or "has no weights in it. Download it again"
+        raise ModelLoadError(f"The folder {folder.name!r} {found}.")
+
+
+def check_file(file: Path) -> None:
+    """Raise for a file in place of a folder.
+
+    Raises:
+        ModelLoadError: Says what it is.
+    """
+    if file.suffix.lower() == ".gguf":
+        raise ModelLoadError(f"{file.name!r} is a GGUF file, which is made for llama.cpp: {_DEQUANTIZE}.")
+    raise ModelLoadError(f"{file.name!r} is a file. Give the folder that holds it, with its config.json.")
+
+
+def check_config(what: str, config: Mapping[str, Any], has_adapter: bool) -> None:
+    """Raise where a configuration is not of a causal language model with plain weights.
+
+    Args:
+        what: The model, in messages.
+        config: Of its config.json.
+        has_adapter: Whether `ADAPTER_FILE` lies beside it.
+
+    Raises:
+        ModelLoadError: Says of what it is, and what to do.
+    """
+    if has_adapter:
+        raise ModelLoadError(
+            f"{what} holds a model and an adapter beside it. Merge the adapter into the model (`merge_and_unload()` "
+            "of peft) and prune the result, or leave the adapter's files out to prune the model without it."
+        )
+    _check_values(what, config)
+    quantization = config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+        raise ModelLoadError(
+            f"{what} is quantized{f' ({visible(method, 60)})' if isinstance(method, str) else ''}, as its "
+            "`quantization_config` says; packed weights cannot be pruned. Prune the original model, save it, and "
+            "quantize the pruned one."
+        )
+    auto_map = config.get("auto_map")
+    if isinstance(auto_map, Mapping) and _CAUSAL in auto_map:
+        return
+    model_type, architectures = config.get("model_type"), config.get("architectures")
+    names = [name for name in architectures if isinstance(name, str)] if isinstance(architectures, list) else []
+    found = {name: auto for name in names if (auto := _auto_class(name)) is not None}
+    can_be_causal = model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    wrong = [name for name, auto in found.items() if auto != _CAUSAL and not (can_be_causal and auto in _HEADLESS)]
+    if wrong:
+        raise ModelLoadError(
+            f"{what} is no causal language model: its class is {wrong[0]} (`{found[wrong[0]]}`), and only what "
+            f"`{_CAUSAL}` loads can be pruned. Give the language model that it was made from."
+        )
+
+
+def _check_values(what: str, config: Mapping[str, Any]) -> None:
+    """Raise for what would end in an error of Python's, or go on building without an end."""
+    model_type = config.get("model_type")
+    if model_type is not None and not isinstance(model_type, str):
+        raise ModelLoadError(
+            f"In config.json of {what[0].lower()}{what[1:]}, `model_type` is {str(model_type)[:60]!r}; want a string "
+            "such as 'llama'. Get the original file."
+        )
+    for part in (config, *(value for value in config.values() if isinstance(value, Mapping))):
+        for name in _LAYER_COUNTS:
+            count = part.get(name)
+            if isinstance(count, (int, float)) and count > _MOST_LAYERS:
+                raise ModelLoadError(
+                    f"In config.json of {what[0].lower()}{what[1:]}, `{name}` is {count}; want {_MOST_LAYERS} at "
+                    "most. Get the original file."
+                )
+
+
+def _auto_class(name: str) -> str | None:
+    """Auto class that loads a class of transformers, the causal one first; None for a class of somebody's own."""
+    for auto in sorted(_AUTO_CLASSES, key=lambda auto: (auto != _CAUSAL, auto in _HEADLESS)):
+        for known in _AUTO_CLASSES[auto].values():
+            if name == known or (isinstance(known, (tuple, list)) and name in known):
+                return auto
+    return None
+
+
+def explanation(error: BaseException, local: bool, is_tokenizer: bool = False) -> str:
+    """Say in words why loading failed, and what to do.
+
+    Args:
+        error: From transformers, torch or code of the model's own.
+        local: Whether a folder was loaded.
+        is_tokenizer: Whether its tokenizer was.
+    """
+    text = str(error)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return _NO_MEMORY
+    if isinstance(error, PermissionError):
+        return _NO_PERMISSION
+    for pattern, words in _CAUSES:
+        if re.search(pattern, text):
+            return words
+    if isinstance(error, StrictDataclassError):
+        return f"its config.json does not hold what it should: {_field(text)}. Mend that field, or download it again"
+    if isinstance(error, ImportError):
+        return "it needs a library that is not installed. Install it, or give a model that needs none"
+    if is_tokenizer and (local or not isinstance(error, OSError)):
+        return (
+            "one of its files, such as tokenizer_config.json or tokenizer.json, is damaged, or made for another "
+            "version of transformers. Compare them with the original's, or download them again"
+        )
+    if isinstance(error, (NameError, AttributeError, LookupError, TypeError, ZeroDivisionError, AssertionError)):
+        return (
+            "the code that builds it failed, as it does where config.json holds a value that it does not know, or "
+            "where a library is missing or of another version. Compare config.json with the original's"
+        )
+    if local:
+        return "transformers could not read it. Compare its files with the original's, or download it again"
+    return (
+        "either it does not exist (or is private and needs `token`), or the Hub cannot be reached. Offline, give a "
+        "local folder, or set HF_HUB_OFFLINE=1 to use what was downloaded before"
+    )
+
+
+_TRUST = "Read it, then pass `trust_remote_code=True` (`--trust-remote-code`)"
+_NO_MEMORY = (
+    "there is not enough memory for it. Give a smaller `dtype`, or `device_map='auto'` with `max_memory` and "
+    "`offload_folder`, or take a machine with more"
+)
+_NO_PERMISSION = "this user may not read one of its files. Change the file's permissions, or copy it"
+_CAUSES: tuple[tuple[str, str], ...] = (
+    (r"out of memory|not enough memory|[Cc]an(?:no|')t allocate memory", _NO_MEMORY),
+    (r"Permission denied", _NO_PERMISSION),
+    (
+        r"not compiled with \w+ enabled|[Nn]o NVIDIA driver|[Nn]o \w+ GPUs|invalid device ordinal|"
+        r"not linked with support|[Cc]annot access accelerator device",
+        "`device_map` (`--device`) names a device that this machine, or its build of torch, does not have. Leave it "
+        "out, or give one that is there",
+    ),
+    (
+        "per-layer attribute",
+        "its layers differ in width, which the code of transformers cannot build. Read the modeling file in it, then "
+        "pass `trust_remote_code=True` (`--trust-remote-code`)",
+    ),
+    (r"trust_remote_code|custom code", f"it needs code that lies beside it. {_TRUST}"),
+    (
+        "Unrecognized configuration class",
+        f"it is no causal language model: `{_CAUSAL}` has no class for its model type. Only causal language models "
+        "can be pruned",
+    ),
+    (
+        r"[Ss]hould have a `model_type`|model type `None`",
+        "its config.json names no `model_type`. Get the original one",
+    ),
+    (
+        "does not recognize this architecture",
+        "its `model_type` is unknown to this version of transformers. Upgrade transformers, or give a model that it "
+        "knows",
+    ),
+    (
+        "have a file named config.json",
+        "it has no config.json, so it is no model of transformers: perhaps an adapter only (merge it into its base "
+        f"model first), or a GGUF file ({_DEQUANTIZE})",
+    ),
+    (
+        r"pytorch_model\.bin|no file named model\.safetensors|does not appear to have a file named model",
+        f"it has no weights in safetensors files, and others could run code when loaded. {_CONVERT}",
+    ),
+)
+
+
+def _field(text: str) -> str:
+    """The field that a check of types complains of, and what it says, in one line."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return visible(re.sub(r"^\w*Error: ", "", lines[1] if len(lines) > 1 else lines[0]))
+
+
+def _raise_other_folder(folder: Path) -> None:
+    if not any(folder.iterdir()):
+        raise ModelLoadError(f"The folder {folder.name!r} is empty, so it holds no model. Download it again.")
+    found = _first(folder, _OTHER_FOLDERS)
+    if found is None:
+        found = "has no config.json, so it holds no model. Give the folder that `save_pretrained` wrote"
+    raise ModelLoadError(f"The folder {folder.name!r} {found}.")
+
+
+def _first(folder: Path, kinds: tuple[tuple[str, str], ...]) -> str | None:
+    """Words of the first kind of which there is a file."""
+    return next((words for pattern, words in kinds if any(folder.glob(pattern))), None)
+
+
+def _check_pointers(folder: Path) -> None:
+    for file in sorted(folder.iterdir()):
+        if file.suffix in (".safetensors", ".json", ".model") and file.is_file() and file.stat().st_size < _SMALL:
+            with file.open("rb") as stream:
+                if stream.read(len(_POINTER)) == _POINTER:
+                    raise ModelLoadError(
+                        f"{file.name} in {folder.name!r} is a git-lfs pointer, not the file itself. Run `git lfs "
+                        "pull` there, or download it by `hf download`."
+                    )
+
+
+def _check_shards(folder: Path) -> None:
+    """Shards are there, and lie in the folder: the loader would follow a name such as `../other` out of it."""
+    weight_map = _json(folder / _INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise ModelLoadError(
+            f"{_INDEX} in {folder.name!r} is damaged: want an object with a `weight_map` from tensors to files. "
+            "Download it again."
+        )
+    shards = sorted(set(weight_map.values()))
+    strange = [shard for shard in shards if Path(shard).name != shard or "\\" in shard]
+    if strange:
+        raise ModelLoadError(
+            f"{_INDEX} in {folder.name!r} names a file outside the folder: {strange[0][:60]!r}. Get the model from "
+            "somebody you trust."
+        )
+    missing = [shard for shard in shards if not (folder / shard).is_file()]
+    if missing:
+        raise ModelLoadError(
+            f"The folder {folder.name!r} lacks {len(missing)} of the {len(shards)} files of weights that {_INDEX} "
+            f"lists, such as {missing[0][:60]!r}. Download it again."
+        )
+
+
+def _json(file: Path) -> dict[str, Any]:
+    blob = file.read_bytes()
+    if blob.startswith(_BYTE_ORDER_MARK):
+        raise ModelLoadError(
+            f"{file.name} in {file.parent.name!r} begins with a byte-order mark, which transformers does not read. "
+            "Save it as UTF-8 without one."
+        )
+    try:
+        values = json.loads(blob.decode("utf-8"))
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise ModelLoadError(
+            f"{file.name} in {file.parent.name!r} is damaged: it is no JSON object. Download it again."
+        )
+    return values

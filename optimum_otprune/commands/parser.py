@@ -1,0 +1,281 @@
+"""The subcommands and their options; what they do is imported when they run, so that `--help` is fast."""
+
+import argparse
+import sys
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
+
+from optimum_otprune.commands.arguments import (
+    DATA_HELP,
+    add_benchmark_options,
+    add_config_options,
+    add_debug_option,
+    add_memory_options,
+    add_model_options,
+    add_resume_option,
+    add_run_options,
+    add_windows_option,
+    state_folder,
+)
+from optimum_otprune.commands.signals import Terminated, imports_interrupted, sigterm_interrupts
+from optimum_otprune.commands.speaking import one_line, speaking
+from optimum_otprune.errors import OTPruneError, StateError, UsageError
+from optimum_otprune.storage.state_folder import has_state
+
+_READING = "optimum_otprune.commands.reading"
+_PREFLIGHT = "optimum_otprune.commands.preflight"
+
+
+class _Command(BaseOptimumCLICommand):
+    """A subcommand that runs the function of its name in the module `actions`, and first that in `preflight`, if any.
+
+    Exit codes: 0 done, 2 wrong usage, 1 failed, 130 interrupted, 143 terminated; a failure is one line unless
+    `--debug`.
+    """
+
+    actions = "optimum_otprune.commands.actions"
+    _has_begun = False  # what is not imported whole yet cannot be asked, nor imported again
+
+    def run(self) -> None:
+        assert self.args is not None
+        try:
+            with sigterm_interrupts(), speaking():
+                check = getattr(_imported(_PREFLIGHT), self.COMMAND.name, None)
+                if check is not None:
+                    check(self.args)
+                action = getattr(_imported(self.actions), self.COMMAND.name)
+                self._has_begun = True
+                action(self.args)
+        except (OTPruneError, KeyboardInterrupt) as error:
+            if self.args.debug:
+                raise
+            code, message = _outcome(error)
+            print(f"otprune {self.COMMAND.name}: error: {message}{self._way_on(error)}", file=sys.stderr)
+            raise SystemExit(code) from None
+
+    def _way_on(self, error: BaseException) -> str:
+        """What to do after a failure that left finished layers behind, or after an interruption that did not."""
+        assert self.args is not None
+        folder = state_folder(self.args)
+        if folder is None and isinstance(error, KeyboardInterrupt) and self._lost_layers():
+            return " No layer of it was kept; with `--resume`, finished ones are, and the same command goes on."
+        if folder is None or isinstance(error, (UsageError, StateError)) or not has_state(folder):
+            return ""
+        return f" Finished layers are in {str(folder)!r}: run the same command again to go on."
+
+    def _lost_layers(self) -> bool:
+        """Whether `--resume` would have kept what an interruption lost."""
+        assert self.args is not None
+        if "resume" not in self.args or self.args.dry_run or not self._has_begun:
+            return False
+        is_alone = import_module("optimum_otprune.models.distributed").num_processes() == 1
+        is_saved = (Path(self.args.output) / import_module("optimum_otprune.pruning.report").REPORT_FILE).is_file()
+        return is_alone and not is_saved
+
+
+def _imported(module: str) -> ModuleType:
+    with imports_interrupted():
+        return import_module(module)
+
+
+def _outcome(error: BaseException) -> tuple[int, str]:
+    """Exit code and message."""
+    if isinstance(error, KeyboardInterrupt):
+        return (143, "terminated.") if isinstance(error, Terminated) else (130, "interrupted.")
+    return 2 if isinstance(error, UsageError) else 1, one_line(error)
+
+
+class PruneCommand(_Command):
+    """`otprune prune`."""
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        """Options."""
+        add_model_options(parser)
+        parser.add_argument(
+            "-o", "--output", required=True, metavar="OUT", help="folder to write; must be new or empty"
+        )
+        parser.add_argument(
+            "--overwrite",
+            action="store_true",
+            help="replace an output folder that holds a saved model only",
+        )
+        parser.add_argument(
+            "--push-to-hub", metavar="REPO", help="also push the result there; checked before the model is loaded"
+        )
+        parser.add_argument("--private", action="store_true", help="make that repository private if it is new")
+        parser.add_argument("--calibration-data", metavar="DATA", help=DATA_HELP)
+        parser.add_argument(
+            "--dry-run",
+            action="store_true",
+            help="print in seconds what would be done, with expected memory and time; no weights are read",
+        )
+        parser.add_argument("--eval", action="store_true", help="measure perplexity before and after")
+        parser.add_argument("--eval-data", metavar="DATA", help=f"what to measure it on: {DATA_HELP}")
+        add_windows_option(parser)
+        add_resume_option(parser)
+        add_config_options(parser)
+        add_memory_options(parser)
+        add_run_options(parser)
+
+
+class TuneCommand(_Command):
+    """`otprune tune`."""
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        """Options."""
+        add_model_options(parser)
+        parser.add_argument(
+            "-o", "--output", required=True, metavar="FILE", help="file for the best configuration, such as best.json"
+        )
+        parser.add_argument(
+            "--overwrite", action="store_true", help="replace an output file that holds a configuration"
+        )
+        parser.add_argument("--calibration-data", metavar="DATA", help=DATA_HELP)
+        group = parser.add_argument_group("search")
+        group.add_argument("--trials", type=int, default=20, metavar="N", help="trials in all (default: 20)")
+        group.add_argument("--timeout", type=float, metavar="S", help="start no trial after so many seconds")
+        group.add_argument(
+            "--study", metavar="FILE", help="file that keeps the trials; an existing one is gone on with"
+        )
+        group.add_argument(
+            "--target-latency",
+            type=float,
+            metavar="S",
+            help="seconds of a forward pass, in place of a ratio or target",
+        )
+        group.add_argument(
+            "--latency-shape",
+            type=int,
+            nargs=2,
+            metavar=("BATCH", "SEQLEN"),
+            help="of that forward pass (default: one calibration sample)",
+        )
+        add_config_options(parser)
+        add_run_options(parser)
+
+
+class EvaluateCommand(_Command):
+    """`otprune evaluate`."""
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        """Options."""
+        add_model_options(parser)
+        parser.add_argument("--data", metavar="DATA", help=DATA_HELP)
+        parser.add_argument("--seqlen", type=int, metavar="N", help="tokens per window")
+        add_windows_option(parser)
+        add_run_options(parser)
+
+
+class BenchmarkCommand(_Command):
+    """`otprune benchmark`."""
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        """Options."""
+        add_benchmark_options(parser)
+
+
+class ReportCommand(_Command):
+    """`otprune report`."""
+
+    actions = _READING
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        """Options."""
+        parser.add_argument("folder", metavar="OUT", help="folder that `otprune prune` wrote")
+        parser.add_argument("--json", action="store_true", help="print the whole report as JSON")
+        add_debug_option(parser)
+
+
+class CardCommand(_Command):
+    """`otprune card`."""
+
+    actions = _READING
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        """Options."""
+        parser.add_argument("folder", metavar="OUT", help="folder that `otprune prune` wrote")
+        parser.add_argument("--name", help="of the model, such as user/name (default: the folder's)")
+        parser.add_argument(
+            "--write",
+            action="store_true",
+            help="replace README.md in the folder, edits by hand included, in place of printing",
+        )
+        add_debug_option(parser)
+
+
+class PushCommand(_Command):
+    """`otprune push`."""
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        """Options."""
+        parser.add_argument("folder", metavar="OUT", help="folder that `otprune prune` wrote")
+        parser.add_argument("repo_id", metavar="REPO", help="user/name; made if it does not exist")
+        parser.add_argument("--private", action="store_true", help="make the repository private if it is new")
+        parser.add_argument("--revision", help="branch; made if it does not exist (default: the main one)")
+        parser.add_argument("--create-pr", action="store_true", help="open a pull request instead")
+        parser.add_argument("--commit-message", metavar="TEXT", help="first line of the commit")
+        parser.add_argument("--token", help="Hub token (default: the one that `hf auth login` saved)")
+        parser.add_argument(
+            "--deadline", type=float, metavar="S", help="give up after so many seconds (default: 3600)"
+        )
+        add_debug_option(parser)
+
+
+class VerifyCommand(_Command):
+    """`otprune verify`."""
+
+    actions = _READING
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        """Options."""
+        parser.add_argument("source", metavar="OUT", help="folder that `otprune prune` wrote, or user/name")
+        parser.add_argument("--revision", help="branch, tag or commit of the repository")
+        parser.add_argument("--token", help="Hub token (default: the one that `hf auth login` saved)")
+        parser.add_argument("--cache-dir", metavar="DIR", help="of downloads")
+        add_debug_option(parser)
+
+
+class DemoCommand(_Command):
+    """`otprune demo`."""
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        """Options."""
+        parser.add_argument(
+            "-o", "--output", metavar="OUT", help="folder for the pruned model (default: a temporary one)"
+        )
+        parser.add_argument(
+            "--overwrite",
+            action="store_true",
+            help="replace an output folder that holds a saved model only",
+        )
+        parser.add_argument("--pruning-ratio", type=float, default=0.5, metavar="X", help="default: 0.5")
+        add_debug_option(parser)
+
+
+class OTPruneCommand(BaseOptimumCLICommand):
+    """`optimum-cli otprune`."""
+
+    COMMAND = CommandInfo("otprune", "Structured pruning of FFN layers by optimal transport.")
+    SUBCOMMANDS = (
+        CommandInfo("prune", "Prune a model and save it.", PruneCommand),
+        CommandInfo("tune", "Search for a better configuration and write it to a file.", TuneCommand),
+        CommandInfo("evaluate", "Measure the perplexity of a model, pruned or not.", EvaluateCommand),
+        CommandInfo("benchmark", "Compare speed and memory of a dense and a pruned model.", BenchmarkCommand),
+        CommandInfo("report", "Print what pruning did to a saved model.", ReportCommand),
+        CommandInfo("card", "Make the model card of a saved model again.", CardCommand),
+        CommandInfo("push", "Push a saved model to the Hub, in one commit.", PushCommand),
+        CommandInfo("verify", "Check every file of a saved model against its manifest.", VerifyCommand),
+        CommandInfo("demo", "Prune the small model that the package carries; works offline.", DemoCommand),
+    )

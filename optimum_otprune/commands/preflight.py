@@ -1,0 +1,121 @@
+"""What a command refuses before anything heavy is imported: options that do not fit, and outputs that would harm."""
+
+import argparse
+from collections.abc import Callable
+from typing import TypeVar
+
+from optimum_otprune.commands.arguments import config_options, state_folder
+from optimum_otprune.config.checks import check_count, check_option, check_size
+from optimum_otprune.config.options import BUDGET_FIELDS, OPTIONS_BY_NAME
+from optimum_otprune.errors import ConfigurationError, UsageError
+from optimum_otprune.storage.hub.retries import Deadline
+from optimum_otprune.storage.outputs import (
+    check_output_file,
+    check_output_folder,
+    check_outside_results,
+    check_place,
+    noted_places,
+    output_path,
+)
+
+# Of files that a command wrote, and that a newer one may replace: a configuration, and what a benchmark measured.
+CONFIGURATION_KEYS = ("optimum_otprune_version", "pruning_ratio")
+BENCHMARK_KEYS = ("comparisons", "multiples", "versions")
+
+T = TypeVar("T")
+
+
+def prune(args: argparse.Namespace) -> None:
+    """Look at what `otprune prune` was given."""
+    if args.eval_data is not None and not args.eval:
+        raise UsageError("`--eval-data` would be ignored without `--eval`.")
+    if args.max_windows is not None and not args.eval:
+        raise UsageError("`--max-windows` would be ignored without `--eval`.")
+    if args.private and args.push_to_hub is None:
+        raise UsageError("`--private` would be ignored without `--push-to-hub`.")
+    usage(lambda: check_count("batch_size", args.batch_size))
+    usage(lambda: check_size("max_hidden_memory", args.max_hidden_memory))
+    _check_windows(args)
+    output, state = output_path(args.output), state_folder(args)
+    check_place(output, {})  # before the state, which is named after it
+    places = noted_places(
+        source_model=args.model,
+        calibration_data=args.calibration_data,
+        evaluation_data=args.eval_data,
+        state=state,
+        spill_folder=args.spill_folder,
+        offload_folder=args.offload_folder,
+    )
+    check_place(output, places)
+    if state is None or args.overwrite or args.dry_run:  # else an earlier run may have saved its result there
+        check_output_folder(output, args.overwrite)
+    _check_options(args)
+
+
+def tune(args: argparse.Namespace) -> None:
+    """Look at what `otprune tune` was given."""
+    given = [name for name in BUDGET_FIELDS if getattr(args, name) is not None]
+    if args.target_latency is not None and given:
+        option = given[0].replace("_", "-")
+        raise UsageError(f"`--target-latency` and `--{option}` say in more than one way how much to prune. Give one.")
+    _check_options(args)
+    output = output_path(args.output)
+    places = noted_places(source_model=args.model, calibration_data=args.calibration_data, study=args.study)
+    check_output_file(output, args.overwrite, places, CONFIGURATION_KEYS)
+    check_outside_results(output)
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Look at what `otprune evaluate` was given."""
+    usage(lambda: check_count("batch_size", args.batch_size))
+    usage(lambda: check_option(OPTIONS_BY_NAME["seqlen"], args.seqlen))
+    _check_windows(args)
+
+
+def push(args: argparse.Namespace) -> None:
+    """Look at what `otprune push` was given."""
+    if args.deadline is not None:
+        usage(lambda: Deadline(args.deadline))
+
+
+def benchmark(args: argparse.Namespace) -> None:
+    """Look at what `otprune benchmark` was given."""
+    if args.json is not None:
+        output = output_path(args.json)
+        for model in (args.dense, args.pruned):
+            check_output_file(output, True, noted_places(source_model=model), BENCHMARK_KEYS)
+        check_outside_results(output)
+
+
+def demo(args: argparse.Namespace) -> None:
+    """Look at what `otprune demo` was given."""
+    usage(lambda: check_option(OPTIONS_BY_NAME["pruning_ratio"], args.pruning_ratio))
+    if args.output is not None:
+        check_output_folder(output_path(args.output), args.overwrite)
+
+
+def usage(make: Callable[[], T]) -> T:
+    """Return what is made; a configuration that cannot be made of the options is wrong usage.
+
+    Raises:
+        UsageError: If it cannot.
+    """
+    try:
+        return make()
+    except ConfigurationError as error:
+        raise UsageError(str(error)) from error
+
+
+def _check_windows(args: argparse.Namespace) -> None:
+    if args.max_windows is not None:
+        usage(lambda: check_count("max_windows", args.max_windows))
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """Each by itself; whether they fit together is known to a configuration."""
+
+    def check() -> None:
+        for name, value in config_options(args).items():
+            check_option(OPTIONS_BY_NAME[name], value)
+
+    usage(check)

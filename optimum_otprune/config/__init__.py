@@ -1,0 +1,1 @@
+"""What is done to a model, as names and numbers."""

@@ -1,0 +1,252 @@
+"""The options of a pruning run, written once: configuration, command line and documentation are made from them.
+
+No torch here, so that `otprune --help` is fast.
+"""
+
+import copy
+import dataclasses
+import json
+import types
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+from optimum_otprune.config.presets import METHODS, QUALITIES
+from optimum_otprune.config.quantities import COUNT_UNITS, LARGEST_COUNT, LARGEST_SEED, SIZE_UNITS
+
+# Alternatives: a configuration has exactly one of them.
+BUDGET_FIELDS = ("pruning_ratio", "target_parameters", "target_size")
+VERSION_KEY = "optimum_otprune_version"
+
+
+class Rules(NamedTuple):
+    """What a field means and which values it takes beyond its type.
+
+    Attributes:
+        help: For the command line and the documentation.
+        minimum: The smallest number, as `maximum` is the largest.
+        maximum: The largest number.
+        below: Numbers are smaller than it.
+        above: Numbers are larger than it.
+        choices: Names that are allowed, where the type does not say.
+        units: Of numbers that may be given as strings, or as shares of what the dense model has.
+    """
+
+    help: str
+    minimum: float | None = None
+    maximum: float | None = None
+    below: float | None = None
+    above: float | None = None
+    choices: tuple[str, ...] | None = None
+    units: Mapping[str, int] | None = None
+
+
+class Option(NamedTuple):
+    """One field of `PruningOptions`, for programs.
+
+    A None default means "the method decides" for method fields, "derived from the model" for `seqlen`, and "not asked
+    for" for targets. A tuple holds some of `choices`, or indices of layers where there are none; a dict holds numbers
+    by layer.
+    """
+
+    name: str
+    kind: type
+    default: Any
+    rules: Rules
+    choices: tuple[str, ...] | None
+    optional: bool
+
+    @property
+    def help(self) -> str:
+        """What the option means."""
+        return self.rules.help
+
+
+def _field(default: Any, help: str, minimum: float | None = None, **bounds: Any) -> Any:
+    rules = Rules(help, minimum, **bounds)
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=dict, metadata={"rules": rules})
+    return dataclasses.field(default=default, metadata={"rules": rules})
+
+
+def _decided(help: str, minimum: float | None = None, **bounds: Any) -> Any:
+    """A field that the method or the quality decides where it is left unset."""
+    return _field(None, help, minimum, **bounds)
+
+
+@dataclasses.dataclass(kw_only=True, eq=False, repr=False)
+class PruningOptions:
+    """Everything that decides what pruning does, as names and numbers."""
+
+    pruning_ratio: float | None = _field(
+        0.2,
+        "share of every FFN's channels to remove, not of the model's parameters; 0 changes nothing",
+        minimum=0.0,
+        below=1.0,
+    )
+    target_parameters: int | float | str | None = _field(
+        None,
+        "in place of pruning_ratio: parameters that the pruned model may have, 70% of the dense model's (or 0.7) or "
+        "a number such as 900M or 1.2B",
+        minimum=1,
+        units=COUNT_UNITS,
+    )
+    target_size: int | float | str | None = _field(
+        None,
+        "in place of pruning_ratio: bytes that the saved weights may have, 70% of the dense model's (or 0.7) or a "
+        "number such as 500MB, 2GB or 1.5GiB",
+        minimum=1,
+        units=SIZE_UNITS,
+    )
+    allocation: Literal["uniform", "adaptive"] = _field(
+        "uniform",
+        "width of each layer: the same for all, or by what removing channels costs there as the loss feels it "
+        "(adaptive: no more channels in all than uniform; needs a backward pass)",
+    )
+    skip_layers: Sequence[int] = _field(
+        (), "layers that are not pruned, by index; the ratio is that of the others", minimum=0
+    )
+    layer_ratios: Mapping[int, float] = _field({}, "pruning ratios of single layers, by index", minimum=0.0, below=1.0)
+    non_uniform_format: Literal["pad", "per_layer_config"] = _field(
+        "pad",
+        "how layers of different widths are saved: filled up with zeros to the widest (pad: loads everywhere), or as "
+        "they are with a modeling file beside them (per_layer_config: loads with trust_remote_code)",
+    )
+    method: str = _field("otprune", "preset of the fields below that are left unset", choices=tuple(METHODS))
+    multiple_of: int = _field(
+        128,
+        "round the kept width to a multiple of this (lowered, with a warning, for layers too small for it)",
+        minimum=1,
+        maximum=LARGEST_COUNT,
+    )
+    token_weighting: Literal["uniform", "residual"] | None = _decided(
+        "what a token's error counts: the same for all, or by how much it disturbs the hidden state behind the layer "
+        "(residual: 1 / its squared norm)"
+    )
+    importance: str | None = _decided(
+        "score of a channel: fluctuation, wanda, magnitude, snip, fo, fo_snip, random, …"
+    )
+    aggregation: Literal["absolute", "signed"] | None = _decided("how weight scores become a channel's score")
+    selection: Literal["top", "obs"] | None = _decided(
+        "keep the channels with the top importance, or eliminate greedily by removal cost (obs; importance breaks "
+        "ties)"
+    )
+    cost: str | None = _decided("transport cost between channels: activation, weight, weight_l2")
+    source_distribution: str | None = _decided("mass of the channels that are transported: uniform, importance, …")
+    target_distribution: str | None = _decided("mass that each kept channel receives: uniform, importance, …")
+    strategy: str | None = _decided(
+        "sets statistics, source_distribution and target_distribution: comprehensive, conservative, balanced, "
+        "aggressive"
+    )
+    statistics: str | None = _decided(
+        "mixture of weight-level statistics that the distributions read: comprehensive, conservative, …"
+    )
+    target: Literal["most_important", "cluster_centroid"] | None = _decided(
+        "what the channels are transported to: the kept channels, or centroids of clusters of channels"
+    )
+    solver: str | None = _decided(
+        "transport solver: nearest (no capacity), emd (exact), sinkhorn, partial, unbalanced"
+    )
+    normalization: Literal["identity", "corrected", "source"] | None = _decided(
+        "from plan to fusion map: identity (kept channels stay as they are), corrected (rows to 1 on gate and up, "
+        "columns to 1 on down), source (columns to 1 everywhere, as the reference is coded)"
+    )
+    fuse: Sequence[Literal["gate", "up", "down"]] | None = _decided("projections that the fusion map is applied to")
+    compensation: Literal["none", "bias", "ridge"] | None = _decided(
+        "after fusion: nothing, a constant output bias, or a ridge refit of the down projection"
+    )
+    ridge_prior: Literal["zero", "identity", "transport"] | None = _decided(
+        "what the refit shrinks towards: zero, the kept columns (identity), or the fused columns (transport)"
+    )
+    target_correction: float | None = _decided(
+        "share of the error of earlier layers that a layer's refit corrects", minimum=0.0, maximum=1.0
+    )
+    intercept: Literal["never", "auto", "always"] | None = _decided(
+        "output bias, where the architecture has one: never, auto (where held-out tokens want it), always"
+    )
+    quality: str | None = _decided(
+        "preset of the four fields that follow and of target_correction, where they are unset: closed form only "
+        "(fast), short reconstruction (balanced), long reconstruction on more tokens (best)",
+        choices=tuple(QUALITIES),
+    )
+    reconstruction_steps: int | None = _decided(
+        "Adam steps on each layer's own output error after the refit, kept only where held-out tokens gain (0: none)",
+        minimum=0,
+        maximum=LARGEST_COUNT,
+    )
+    reconstruction_batch_tokens: int | None = _decided(
+        "tokens of a minibatch of reconstruction", minimum=1, maximum=LARGEST_COUNT
+    )
+    error_weighting: Literal["uniform", "gradient"] | None = _decided(
+        "which directions of a layer's output error reconstruction heeds: all alike, or as the loss feels them "
+        "(gradient: needs a backward pass through the model)"
+    )
+    self_calibration: int | None = _decided(
+        "samples that the dense model writes itself, for each calibration sample, to have more tokens to fit (0: "
+        "none)",
+        minimum=0,
+        maximum=LARGEST_COUNT,
+    )
+    epsilon: float = _field(0.05, "entropic regularization of sinkhorn, in units of the median cost", above=0.0)
+    mass_share: float = _field(0.9, "share of the mass that the partial solver transports", maximum=1.0, above=0.0)
+    marginal_penalty: float = _field(1.0, "penalty on marginals of unbalanced, in units of the median cost", above=0.0)
+    holdout_share: float = _field(
+        0.25, "share of the calibration samples held out to choose λ", maximum=0.5, above=0.0
+    )
+    score_batch_size: int = _field(
+        8,
+        "samples per backward pass, and written at a time; FO's singular values depend on it",
+        minimum=1,
+        maximum=LARGEST_COUNT,
+    )
+    dataset: str = _field("Salesforce/wikitext", "Hub id of the default calibration and evaluation text")
+    dataset_config: str | None = _field("wikitext-2-raw-v1", "configuration name of the dataset")
+    calibration_split: str = _field("train", "split that calibration samples are drawn from")
+    evaluation_split: str = _field("test", "split that is evaluated")
+    text_column: str = _field("text", "column of the dataset that holds the text")
+    num_samples: int = _field(128, "calibration samples drawn from text", minimum=1, maximum=LARGEST_COUNT)
+    seqlen: int | None = _field(
+        None,
+        "tokens per sample and evaluation window (unset: 2048 or the model's positions)",
+        minimum=2,
+        maximum=LARGEST_COUNT,
+    )
+    seed: int = _field(0, "seed of every random choice", minimum=0, maximum=LARGEST_SEED)
+
+    optimum_otprune_version: str = dataclasses.field(default=version("optimum_otprune"), init=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every option and the version that wrote them, JSON-ready."""
+        values: dict[str, Any] = {name: copy.deepcopy(getattr(self, name)) for name in OPTIONS_BY_NAME}
+        values["fuse"], values["skip_layers"] = list(values["fuse"]), list(values["skip_layers"])
+        values["layer_ratios"] = {str(layer): ratio for layer, ratio in values["layer_ratios"].items()}
+        values[VERSION_KEY] = self.optimum_otprune_version
+        return values
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """The file's text: sorted keys, so that equal configurations give equal files."""
+        del use_diff
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True, allow_nan=False) + "\n"
+
+
+def _option(field: dataclasses.Field, annotation: Any) -> Option:
+    rules: Rules = field.metadata["rules"]
+    members = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    kind, choices = members[0], rules.choices
+    origin = get_origin(kind)
+    if origin is Sequence:
+        (entry,) = get_args(kind)
+        kind, choices = tuple, get_args(entry) or None
+    elif origin is Mapping:
+        kind = dict
+    elif origin is Literal:
+        kind, choices = str, get_args(kind)
+    default = {} if field.default is dataclasses.MISSING else field.default
+    optional = type(None) in members and field.name != "pruning_ratio"  # None there only beside a target
+    return Option(field.name, kind, default, rules, choices, optional)
+
+
+_ANNOTATIONS = get_type_hints(PruningOptions)
+_FIELDS = tuple(field for field in dataclasses.fields(PruningOptions) if field.init)
+OPTIONS = tuple(_option(field, _ANNOTATIONS[field.name]) for field in _FIELDS)
+OPTIONS_BY_NAME = {option.name: option for option in OPTIONS}

@@ -1,0 +1,227 @@
+"""How the method, the strategy and the quality fill in the options that are left unset, and what contradicts what."""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from optimum_otprune.config.options import OPTIONS_BY_NAME
+from optimum_otprune.config.presets import (
+    METHOD_FIELDS,
+    METHODS,
+    QUALITIES,
+    QUALITY_FIELDS,
+    RIDGE_FIELDS,
+    TRANSPORT_FIELDS,
+)
+from optimum_otprune.errors import ConfigurationError, unknown_name
+from optimum_otprune.functional.costs import costs
+from optimum_otprune.functional.importance import importances
+from optimum_otprune.functional.marginals import distributions, mixtures, strategies
+from optimum_otprune.functional.registry import GRADIENTS, Registry
+from optimum_otprune.functional.solvers import solvers
+from optimum_otprune.functional.transport.plans import SolverSettings
+
+# Fields that name a registered function; `prune()` takes a plain callable for each.
+FUNCTION_FIELDS: dict[str, Registry] = {
+    "importance": importances,
+    "cost": costs,
+    "source_distribution": distributions,
+    "target_distribution": distributions,
+    "statistics": mixtures,
+    "solver": solvers,
+}
+# Numbers, and what goes with them, that have a value also where nothing reads them: their default.
+NUMBER_FIELDS = (
+    *SolverSettings._fields,
+    "holdout_share",
+    "score_batch_size",
+    "error_weighting",
+    "reconstruction_batch_tokens",
+)
+STRATEGY_FIELDS = ("statistics", "source_distribution", "target_distribution")
+# Fields that make the method what its name says.
+FIXED_FIELDS = {
+    "random": ("importance",),
+    "magnitude": ("importance",),
+    "fo_snip": ("importance",),
+    "wanda_sp": ("importance",),
+    "flap": ("importance", "compensation"),
+    "least_squares": ("compensation",),
+}
+
+
+def resolve(values: dict[str, Any], explicit: set[str], asked: set[str]) -> dict[str, Any]:
+    """Fill in what the method decides, and refuse what contradicts it or another option.
+
+    Args:
+        values: Every option, None where the method decides.
+        explicit: Options that were given.
+        asked: Those of them that are an error where nothing reads them; others are dropped then.
+
+    Returns:
+        The options that were filled in or dropped.
+
+    Raises:
+        ConfigurationError: Names the option.
+    """
+    _check_layers(values)
+    method = values["method"]
+    preset = METHODS[method]
+    for name in FIXED_FIELDS.get(method, ()):
+        if name in explicit and values[name] != preset[name]:
+            raise ConfigurationError(
+                f"`{name}={values[name]!r}` contradicts `method={method!r}`, which means {preset[name]!r}. Leave it "
+                "out, or use method='otprune' and set the fields one by one."
+            )
+    chosen = {name: preset[name] if values[name] is None else values[name] for name in METHOD_FIELDS}
+    for name, registry in FUNCTION_FIELDS.items():
+        if chosen[name] is not None and chosen[name] not in registry:
+            raise ConfigurationError(unknown_name(f"`{name}`", chosen[name], registry.names()))
+    _apply_strategy(chosen, values, explicit)
+    if chosen["compensation"] == "bias" and "intercept" not in explicit:
+        chosen["intercept"] = "always"
+    if "importance" in explicit and "selection" not in explicit and chosen["selection"] == "obs":
+        warnings.warn(
+            f"With selection='obs' the importance {chosen['importance']!r} only breaks ties; set selection='top' to "
+            "select by it, or selection='obs' to silence this.",
+            stacklevel=4,
+        )
+    unused = unused_fields(chosen)
+    for name, reason in unused.items():
+        if name in asked:
+            raise _ignored(name, values[name], reason)
+        chosen[name] = None
+    for name in METHOD_FIELDS:
+        if chosen[name] is None and name not in unused:
+            chosen[name] = METHODS["otprune"][name]  # switched on by an override of a method that has no use for it
+    _check_combinations(chosen)
+    for name in QUALITY_FIELDS:
+        decides = name not in METHOD_FIELDS or chosen[name]  # not where the method says none
+        if values[name] is None and decides:
+            chosen[name] = QUALITIES[str(chosen["quality"])][name]
+        elif name not in METHOD_FIELDS:
+            chosen[name] = values[name]
+    everything = {**values, **chosen}
+    for name, reason in unused_numbers(everything).items():
+        default = _default(name, chosen["quality"])
+        if name in asked and everything[name] != default:
+            raise _ignored(name, values[name], reason)
+        chosen[name] = default
+    return chosen
+
+
+def check_replaced(values: Mapping[str, Any], functions: Mapping[str, Any]) -> None:
+    """Raise where functions in place of a configuration's leave a number of it without a reader.
+
+    Args:
+        values: Every option.
+        functions: Functions, or names of registered ones, by field.
+
+    Raises:
+        ConfigurationError: Names the first such number that is not its default.
+    """
+    for name, reason in unused_numbers({**values, **functions}).items():
+        if values[name] != _default(name, values["quality"]):
+            raise _ignored(name, values[name], reason)
+
+
+def _default(name: str, quality: Any) -> Any:
+    return QUALITIES[str(quality)].get(name, OPTIONS_BY_NAME[name].default)
+
+
+def _ignored(name: str, value: Any, reason: str) -> ConfigurationError:
+    return ConfigurationError(f"`{name}={value!r}` would be ignored: {reason}. Leave it out.")
+
+
+def _check_layers(values: dict[str, Any]) -> None:
+    twice = sorted(set(values["skip_layers"]) & set(values["layer_ratios"]))
+    if twice:
+        raise ConfigurationError(
+            f"`layer_ratios` says how much to prune of layer {twice[0]}, which `skip_layers` leaves as it is. Take it "
+            "out of one of them."
+        )
+
+
+def _apply_strategy(chosen: dict[str, Any], values: dict[str, Any], explicit: set[str]) -> None:
+    if chosen["strategy"] is None:
+        return
+    if chosen["strategy"] not in strategies:
+        raise ConfigurationError(unknown_name("`strategy`", chosen["strategy"], strategies))
+    strategy = strategies[chosen["strategy"]]._asdict()
+    contradicted = [name for name in STRATEGY_FIELDS if name in explicit and values[name] != strategy[name]]
+    if contradicted and "strategy" in explicit:
+        name = contradicted[0]
+        raise ConfigurationError(
+            f"`{name}={values[name]!r}` contradicts `strategy={chosen['strategy']!r}`, which sets {strategy[name]!r}. "
+            "Leave one of them out."
+        )
+    for name in STRATEGY_FIELDS:
+        if name not in explicit:
+            chosen[name] = strategy[name]
+    if contradicted:
+        chosen["strategy"] = None  # the method's strategy, no longer what is done
+
+
+def unused_fields(chosen: Mapping[str, Any]) -> dict[str, str]:
+    """Return the method fields that nothing reads, given the others, with the reason."""
+    unused: dict[str, str] = {}
+    ridge = chosen["compensation"] == "ridge"
+    transport = bool(chosen["fuse"]) or (ridge and chosen["ridge_prior"] == "transport")
+    if not ridge:
+        unused.update(dict.fromkeys(RIDGE_FIELDS, "only compensation='ridge' refits the down projection"))
+    if chosen["compensation"] == "none":
+        unused["intercept"] = "without compensation there is no intercept"
+    if not transport:
+        reason = "nothing is transported, since `fuse` is empty and the refit has no transport prior"
+        unused.update(dict.fromkeys((*TRANSPORT_FIELDS, "strategy", "statistics"), reason))
+    else:
+        if chosen["solver"] == "nearest":
+            unused["target_distribution"] = "the solver 'nearest' knows no capacities; choose another, such as 'emd'"
+    importance = importances.entry(chosen["importance"]) if chosen["importance"] else None
+    if importance is not None and importance.reads is not None and "aggregation" not in importance.reads:
+        unused["aggregation"] = f"the importance {chosen['importance']!r} has no weight scores to aggregate"
+    return unused
+
+
+def unused_numbers(chosen: Mapping[str, Any]) -> dict[str, str]:
+    """Return those of `NUMBER_FIELDS` that nothing reads, given all other options, with the reason."""
+    unused: dict[str, str] = {}
+    entries = {name: registry.entry(chosen[name]) for name, registry in FUNCTION_FIELDS.items() if chosen[name]}
+    for name in SolverSettings._fields:
+        if "solver" not in entries:
+            unused[name] = "nothing is transported"
+        elif entries["solver"].reads is not None and name not in entries["solver"].reads:
+            unused[name] = f"the solver {chosen['solver']!r} does not read it"
+    if chosen["compensation"] != "ridge" and not chosen["reconstruction_steps"]:
+        unused["holdout_share"] = "without a refit or reconstruction nothing is chosen on held-out tokens"
+    if not chosen["reconstruction_steps"]:
+        reason = (
+            "only reconstruction reads it, which `reconstruction_steps` or quality='balanced' or 'best' switches on"
+        )
+        unused |= dict.fromkeys(("error_weighting", "reconstruction_batch_tokens"), reason)
+    weighs_errors = chosen["reconstruction_steps"] and chosen["error_weighting"] == "gradient"
+    takes_gradients = weighs_errors or any(GRADIENTS in entry.requires for entry in entries.values())
+    if not (takes_gradients or chosen["allocation"] == "adaptive" or chosen["self_calibration"]):
+        unused["score_batch_size"] = "there is no backward pass and no text to write"
+    return unused
+
+
+def _check_combinations(chosen: dict[str, Any]) -> None:
+    centroids = chosen["target"] == "cluster_centroid"
+    if centroids and chosen["normalization"] == "identity":
+        raise ConfigurationError(
+            "`target='cluster_centroid'` contradicts `normalization='identity'`: centroids are no channels that "
+            "could stay as they are. Use normalization='corrected'."
+        )
+    if centroids and chosen["cost"] == "activation":
+        raise ConfigurationError(
+            "`target='cluster_centroid'` contradicts `cost='activation'`: centroids of weights have no activations. "
+            "Use cost='weight'."
+        )
+    if chosen["compensation"] == "bias" and chosen["intercept"] != "always":
+        raise ConfigurationError("`compensation='bias'` is an intercept: it needs `intercept='always'`.")
+    if chosen["ridge_prior"] == "transport" and "down" not in (chosen["fuse"] or ()):
+        raise ConfigurationError(
+            "`ridge_prior='transport'` shrinks towards the fused down projection, so `fuse` must hold 'down'. "
+            "Add it, or use ridge_prior='identity'."
+        )

@@ -1,0 +1,1 @@
+"""Transport plans and the solvers behind them."""

@@ -1,0 +1,218 @@
+"""Run a model piece by piece: what comes before its blocks, one block, and what comes after them."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from optimum_otprune.models.devices import execution_device
+from optimum_otprune.models.ffn_block import FFNBlock
+from optimum_otprune.models.spill import StoredTensor, TensorSpill, mapped
+
+_Call = tuple[tuple, dict[str, Any]]  # what a block is given beside the hidden states
+
+
+class _OwnTensor(NamedTuple):
+    """A tensor that one batch alone is given, where it waits.
+
+    Attributes:
+        stored: On the CPU or in a file.
+        device: Where the block is given it.
+    """
+
+    stored: StoredTensor
+    device: torch.device
+
+
+_LEAVES = (Tensor, _OwnTensor)
+
+
+class BlockRunner:
+    """Calls of a model's blocks, one at a time.
+
+    What a block is given beside the hidden states is noted for each batch, for it may depend on the token ids, as the
+    embeddings that some models have for each layer do. What is the same for all batches of a size, as masks and
+    positions are, is kept once.
+
+    Args:
+        model: The model.
+        blocks: All its blocks, in order.
+        batches: Token ids `(batch, seqlen)` each.
+        spill: Where hidden states before the first block, and what batches do not share, wait.
+    """
+
+    def __init__(self, model: PreTrainedModel, blocks: list[FFNBlock], batches: Sequence[Tensor], spill: TensorSpill):
+        self._model, self._blocks, self._spill = model, blocks, spill
+        self._form: tuple | None = None  # what a block returns beside the hidden states, in a tuple; None: not known
+        self._is_tuple = False
+        self._calls: list[list[_Call]] = []
+        self._first_hidden: list[StoredTensor] = []
+        first_of_size: dict[torch.Size, list[_Call]] = {}
+        for batch in batches:
+            hidden, calls = self._noted_calls(batch)
+            self._first_hidden.append(spill.put(hidden))
+            like = first_of_size.setdefault(batch.shape, calls)
+            self._calls.append(calls if like is calls else self._sharing(calls, like))
+
+    def take_first_hidden(self) -> list[StoredTensor]:
+        """Hand over the hidden states `(batch, seqlen, hidden_size)` before the first block, by batch; once."""
+        taken, self._first_hidden = self._first_hidden, []
+        return taken
+
+    def run(self, block: FFNBlock, hidden: Tensor, index: int) -> Tensor:
+        """Hidden states behind a block; differentiable where gradients are enabled.
+
+        Args:
+            block: As it is now.
+            hidden: `(batch, seqlen, hidden_size)` on any device; stays as it is.
+            index: Of the batch that they are of.
+        """
+        args, kwargs = mapped(self._calls[index][block.layer], _loaded, _LEAVES)
+        device = block.device
+        # A block may add to its input in place.
+        hidden = hidden.clone() if hidden.device == device else hidden.to(device)
+        output = block.module(hidden, *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    def given(self, block: FFNBlock, index: int) -> list[Tensor]:
+        """All tensors that a block is given beside the hidden states of a batch."""
+        return [_loaded(leaf) for leaf in _leaves(self._calls[index][block.layer])]
+
+    def _sharing(self, calls: list[_Call], like: list[_Call]) -> list[_Call]:
+        """Calls in which every tensor is the one of `like` if it equals that, and waits in the spill else."""
+        known: dict[int, Any] = {}  # blocks are often given the same tensor: it is compared, and kept, once
+        for own, other in zip(_leaves(calls), _leaves(like)):
+            if id(own) not in known and _is_equal(own, other):
+                known[id(own)] = other
+
+        def kept(tensor: Tensor) -> Any:
+            if id(tensor) not in known:
+                known[id(tensor)] = _OwnTensor(self._spill.put(tensor), tensor.device)
+            return known[id(tensor)]
+
+        return mapped(calls, kept, _LEAVES)
+
+    def finish(self, batch: Tensor, hidden: Tensor, **kwargs: Any) -> Any:
+        """The model's output for the hidden states behind its last block, differentiable by them.
+
+        Args:
+            batch: Token ids `(batch, seqlen)`.
+            hidden: `(batch, seqlen, hidden_size)`.
+            **kwargs: Of the model, such as `labels`.
+        """
+
+        def stand_in(block: FFNBlock, before: Tensor, args: tuple, rest: dict[str, Any]) -> Any:
+            return self._as_output(hidden if block is self._blocks[-1] else before)
+
+        with self._replaced_blocks(stand_in):
+            return self._model(input_ids=batch.to(input_device(self._model)), use_cache=False, **kwargs)
+
+    def _as_output(self, hidden: Tensor) -> Any:
+        return (hidden, *(self._form or ())) if self._is_tuple else hidden
+
+    @torch.no_grad()
+    def _noted_calls(self, batch: Tensor) -> tuple[Tensor, list[_Call]]:
+        """Hidden states before the first block, and what each block is given beside them."""
+        first: list[Tensor] = []
+        calls: list[_Call] = []
+
+        def note(block: FFNBlock, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
+            if not calls:
+                first.append(hidden.clone())
+            calls.append((args, kwargs))
+            if self._form is None:  # of the first block and the first batch: it is that of all
+                output = block.module(hidden, *args, **kwargs)
+                self._is_tuple = isinstance(output, tuple)
+                self._form = output[1:] if self._is_tuple else ()
+            return self._as_output(hidden)
+
+        with self._replaced_blocks(note):
+            self._model.base_model(input_ids=batch.to(input_device(self._model)), use_cache=False)
+        return first[0], calls
+
+    @contextmanager
+    def _replaced_blocks(self, function: Callable[[FFNBlock, Tensor, tuple, dict[str, Any]], Any]) -> Iterator[None]:
+        """A function `(block, hidden, other args, other kwargs)` in place of each block; it may call the block."""
+
+        def stand_in(block: FFNBlock, own: Callable | None) -> Callable:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+                _set_forward(block.module, own)
+                try:
+                    return function(block, args[0] if args else kwargs["hidden_states"], args[1:], rest)
+                finally:
+                    _set_forward(block.module, forward)
+
+            return forward
+
+        # A forward of the instance's own is accelerate's, which moves weights and inputs.
+        own = {block.layer: block.module.__dict__.get("forward") for block in self._blocks}
+        for block in self._blocks:
+            _set_forward(block.module, stand_in(block, own[block.layer]))
+        try:
+            yield
+        finally:
+            for block in self._blocks:
+                _set_forward(block.module, own[block.layer])
+
+
+@contextmanager
+def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """A block of code during which modules have these hooks, and after which they do not."""
+    handles = list(handles)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def unchunked(model: PreTrainedModel) -> Iterator[None]:
+    """A block of code during which FFNs see a whole sequence at once, which takes more memory and changes nothing.
+
+    BERT and its relatives run them piece by piece where `chunk_size_feed_forward` is set: hooks would see each piece.
+    """
+    name = "chunk_size_feed_forward"
+    chunked = [(module, size) for module in model.modules() if (size := module.__dict__.get(name))]
+    for module, _ in chunked:
+        setattr(module, name, 0)
+    try:
+        yield
+    finally:
+        for module, size in chunked:
+            setattr(module, name, size)
+
+
+def _leaves(value: Any) -> list[Any]:
+    """The tensors that `mapped` finds, in order."""
+    found: list[Any] = []
+    mapped(value, found.append, _LEAVES)
+    return found
+
+
+def _loaded(leaf: Any) -> Tensor:
+    return leaf.stored.load().to(leaf.device) if isinstance(leaf, _OwnTensor) else leaf
+
+
+def _is_equal(one: Tensor, other: Tensor) -> bool:
+    if one is other:
+        return True
+    form = [(tensor.shape, tensor.dtype, tensor.device) for tensor in (one, other)]
+    return form[0] == form[1] and torch.equal(one, other)
+
+
+def _set_forward(module: nn.Module, forward: Callable | None) -> None:
+    if forward is None:
+        module.__dict__.pop("forward", None)
+    else:
+        module.__dict__["forward"] = forward
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where token ids go."""
+    return execution_device(model.get_input_embeddings())

@@ -1,0 +1,287 @@
+"""Where tensors live: reading and replacing parameters that accelerate may have offloaded. Door to accelerate."""
+
+import ctypes
+import logging
+import platform
+import shutil
+import tempfile
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+import torch
+from accelerate.utils import (
+    align_module_device,
+    get_balanced_memory,
+    get_max_memory,
+    has_offloaded_params,
+    infer_auto_device_map,
+)
+from accelerate.utils.offload import OffloadedWeightsLoader, PrefixedDataset, offload_weight
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """Return the device that a module computes on, whether or not its weights are there now."""
+    for submodule in module.modules():
+        hook = getattr(submodule, "_hf_hook", None)
+        device = getattr(hook, "execution_device", None)
+        if device is not None and next(submodule.parameters(), None) is not None:
+            return torch.device(device if not isinstance(device, int) else f"cuda:{device}")
+        for parameter in submodule.parameters(recurse=False):
+            if parameter.device.type != "meta":
+                return parameter.device
+    return torch.device("cpu")
+
+
+def planned_weights(
+    model: nn.Module, device_map: str | Mapping | int | torch.device | None, max_memory: Mapping | None = None
+) -> dict[str, int]:
+    """Return how many bytes of a model's weights loading would put where: by device, `"cpu"` and `"disk"` included.
+
+    Args:
+        model: On any device, the meta device too; it stays as it is.
+        device_map: As in transformers; None is the CPU.
+        max_memory: By device, as in transformers; default: what is free on this machine.
+
+    Raises:
+        RuntimeError: If `device_map` names no device.
+        ValueError: If `max_memory` cannot be understood, or `device_map` leaves a weight without a device.
+    """
+    placement: Mapping = {}
+    if isinstance(device_map, str) and device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        placement = _inferred_map(model, device_map, max_memory)
+    elif isinstance(device_map, Mapping):
+        placement = device_map
+    else:
+        placement = {"": "cpu" if device_map is None else device_map}
+    found: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        prefixes = [".".join(parts[:length]) for length in range(len(parts), -1, -1)]
+        where = next((placement[prefix] for prefix in prefixes if prefix in placement), None)
+        if where is None:
+            raise ValueError(f"no device is given for {name!r}")
+        found[device_label(where)] += parameter.numel() * parameter.element_size()
+    return dict(found)
+
+
+def device_label(device: str | int | torch.device) -> str:
+    """Return a device as a string: GPUs with their number.
+
+    Raises:
+        RuntimeError: If there is no such kind of device.
+
+    Example:
+        >>> device_label(1), device_label("cuda"), device_label("disk")
+        ('cuda:1', 'cuda:0', 'disk')
+    """
+    if device == "disk":
+        return "disk"
+    named = torch.device(f"cuda:{device}" if isinstance(device, int) else device)
+    return f"{named.type}:{named.index or 0}" if named.type != "cpu" else "cpu"
+
+
+def _inferred_map(model: nn.Module, kind: str, max_memory: Mapping | None) -> dict:
+    """What accelerate makes of it, also for the memory of a machine that is not this one."""
+    whole = list(getattr(model, "_no_split_modules", None) or ())
+    accelerate_logger = logging.getLogger("accelerate.utils.modeling")
+    level = accelerate_logger.level
+    accelerate_logger.setLevel(logging.ERROR)  # it warns of devices that are not here
+    try:
+        given = None if max_memory is None else dict(max_memory)
+        if kind == "sequential":
+            memory = get_max_memory(given)
+        else:
+            memory = get_balanced_memory(
+                model, max_memory=given, no_split_module_classes=whole, low_zero=kind == "balanced_low_0"
+            )
+        return infer_auto_device_map(model, max_memory=memory, no_split_module_classes=whole)
+    finally:
+        accelerate_logger.setLevel(level)
+
+
+def read_parameter(module: nn.Module, name: str) -> Tensor | None:
+    """Return a copy of a parameter on the module's execution device, or None if the module has none of that name.
+
+    Args:
+        module: The module that holds it directly.
+        name: Such as `"weight"`.
+    """
+    if module._parameters.get(name) is None:
+        return None
+    with align_module_device(module, execution_device=execution_device(module)):
+        return module._parameters[name].detach().clone()  # type: ignore[union-attr]
+
+
+def replace_parameter(module: nn.Module, name: str, value: Tensor) -> None:
+    """Replace a parameter by one that may have another shape, in memory or in the store it is offloaded to.
+
+    A plain assignment to an offloaded module is undone by its hook without a word.
+
+    Args:
+        module: The module that holds it directly.
+        name: Such as `"weight"`; made if it was not there.
+        value: Cast to the dtype, and moved to the device, of the old one, or of the module's weight.
+    """
+    like = module._parameters.get(name)
+    like = module._parameters["weight"] if like is None else like
+    assert like is not None
+    value = value.detach().to(like.dtype)
+    if has_offloaded_params(module):
+        _store(module._hf_hook.weights_map, name, value.cpu().contiguous())  # type: ignore[union-attr, arg-type]
+        value = torch.empty_like(value, device="meta")
+    else:
+        value = value.to(like.device).contiguous()
+    module._parameters[name] = nn.Parameter(value, requires_grad=like.requires_grad)
+
+
+def is_spread(model: PreTrainedModel) -> bool:
+    """Return whether a model's weights are on several devices, or partly offloaded to main memory or disk."""
+    return len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1 or is_offloaded(model)
+
+
+def is_offloaded(model: PreTrainedModel) -> bool:
+    """Return whether weights are loaded each time a module runs."""
+    return any(has_offloaded_params(module) for module in model.modules())
+
+
+def restore_ties(model: PreTrainedModel) -> None:
+    """Make offloaded weights that are shared one parameter again; a forward pass leaves one for each of its places.
+
+    Else they are counted, and saved, more than once.
+    """
+    for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        path, _, name = target.rpartition(".")
+        owner, shared = model.get_submodule(path), model.get_parameter(source)
+        own = owner._parameters.get(name)
+        if own is not None and own.is_meta and shared.is_meta:
+            owner._parameters[name] = shared
+
+
+def model_sizes(model: PreTrainedModel) -> tuple[int, int]:
+    """Return how many parameters a model has, and their bytes; what is shared counts once, wherever it is."""
+    restore_ties(model)
+    sizes = [(parameter.numel(), parameter.element_size()) for parameter in model.parameters()]
+    return sum(count for count, _ in sizes), sum(count * size for count, size in sizes)
+
+
+@contextmanager
+def known_as_offloaded(model: PreTrainedModel) -> Iterator[None]:
+    """A block of code that saves a model: transformers reads its device map, which `cpu_offload` does not make."""
+    own = getattr(model, "hf_device_map", None)
+    if own is None and is_offloaded(model):
+        model.hf_device_map = {"": "cpu"}  # type: ignore[assignment]
+    try:
+        with warnings.catch_warnings(), large_blocks_returned(is_offloaded(model)):
+            # Shards are small by default: one of them is in memory at a time.
+            warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
+            yield
+    finally:
+        if own is None and hasattr(model, "hf_device_map"):
+            del model.hf_device_map
+
+
+@contextmanager
+def onloaded(module: nn.Module) -> Iterator[None]:
+    """All weights of a module are on its device for a while, so that it can be run often and is loaded once.
+
+    Args:
+        module: Offloaded or not, as a whole or in parts; nothing is written back.
+    """
+    with ExitStack() as stack:
+        for part in module.modules():
+            if has_offloaded_params(part):
+                stack.enter_context(align_module_device(part))
+                hook = part._hf_hook
+                stack.callback(setattr, hook, "offload", True)
+                hook.offload = False  # type: ignore[union-attr] # else each forward pass loads, and drops, them again
+        yield
+
+
+def keep_parameters(module: nn.Module) -> Callable[[], None]:
+    """Return a function that undoes every `replace_parameter` from now on: the same values, bit for bit.
+
+    Parameters in memory are put back as the objects that they are now; of offloaded ones copies are kept on the CPU.
+
+    Args:
+        module: The module that holds them directly.
+    """
+    kept = dict(module._parameters)
+    if not has_offloaded_params(module):
+        return lambda: module._parameters.update(kept)
+    values = {name: value.cpu() for name in kept if (value := read_parameter(module, name)) is not None}
+
+    def put_back() -> None:
+        for name in kept:
+            if name in values:
+                replace_parameter(module, name, values[name])
+            else:
+                module._parameters[name] = None
+
+    return put_back
+
+
+def _store(store: object, key: str, value: Tensor) -> None:
+    """Write into accelerate's map of offloaded weights; files of the original checkpoint are never touched."""
+    while isinstance(store, PrefixedDataset):
+        key, store = store.prefix + key, store.dataset
+    if not isinstance(store, OffloadedWeightsLoader):
+        store[key] = value  # type: ignore[index]
+        return
+    if not {key, f"{key.rpartition('.')[0]}.weight"} & set(store.state_dict):
+        if store.save_folder is None:  # weights are read from the checkpoint's own files
+            store.save_folder = tempfile.mkdtemp(prefix="otprune-offload-")
+            weakref.finalize(store, shutil.rmtree, store.save_folder, ignore_errors=True)
+        store.index.pop(key, None)
+        offload_weight(value, key, store.save_folder, index=store.index)
+    else:
+        store.state_dict[key] = value
+    if key not in store.all_keys:
+        store.all_keys.append(key)
+
+
+_M_MMAP_THRESHOLD = -3  # of glibc's <malloc.h>
+
+
+_LARGE = 2**20  # bytes
+
+
+_USUAL = 2**25  # bytes: where glibc's own adjusting ends, and is in a process that ever freed a block of that size
+
+
+@contextmanager
+def large_blocks_returned(is_wanted: bool = True) -> Iterator[None]:
+    """A block of code in which every large block is memory of its own, which the system has back when it is freed.
+
+    By itself glibc keeps freed blocks of up to 32 MB and, since tensors are aligned, often finds none of them fit for
+    the next tensor of the same size: a run over many layers then takes more memory with every layer. Afterwards it
+    keeps them again. Does nothing where the C library is another.
+
+    Args:
+        is_wanted: Whether to do anything.
+    """
+    if not is_wanted or platform.libc_ver()[0] != "glibc":
+        yield
+        return
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_M_MMAP_THRESHOLD, _LARGE)
+    try:
+        yield
+    finally:
+        libc.mallopt(_M_MMAP_THRESHOLD, _USUAL)
+        return_freed_memory()
+
+
+def return_freed_memory() -> None:
+    """Give the system back what this process has freed and glibc keeps; nothing where the C library is another."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def weight_bytes(model: PreTrainedModel) -> int:
+    """Return the size of a model's weights, shared ones once."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())

@@ -1,0 +1,355 @@
+"""Whether a model is what pruning takes it for, tried on one short sample before any work; whether it is finite."""
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from optimum_otprune.errors import NumericalError, OTPruneError, UnsupportedModelError
+from optimum_otprune.functional.ffn import check_weights, empty_channels, ffn_forward
+from optimum_otprune.models.architectures import submodule
+from optimum_otprune.models.block_runner import BlockRunner, hooked, input_device, unchunked
+from optimum_otprune.models.devices import onloaded, read_parameter
+from optimum_otprune.models.distributed import from_main
+from optimum_otprune.models.ffn_block import FFNBlock, named
+from optimum_otprune.models.forward_stream import noted
+from optimum_otprune.models.spill import TensorSpill
+
+_SAMPLE_TOKENS = 64
+_HANDED_ON = (
+    "The block changes, or needs, what blocks hand on beside the hidden states, as layers that share keys and values "
+    "do, so blocks cannot be pruned one by one. Choose a model whose layers hand on nothing but hidden states."
+)
+_FEW_TOKENS = 8  # where no calibration sample is at hand
+_AMPLIFIED = 16.0  # clamps of activations lie where the sample does not reach
+_ROUNDING = {torch.float64: 1e-7, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}  # of the norm
+
+
+class _Findings(NamedTuple):
+    """What the check of one process found.
+
+    Attributes:
+        error: Why the model is refused, or None.
+        factors: By layer, from `measured_factors`.
+    """
+
+    error: OTPruneError | None
+    factors: list[float | None]
+
+
+class _Probe(NamedTuple):
+    """What one run of a block with given FFN outputs left behind.
+
+    Attributes:
+        block: Its output, `(num_tokens, hidden_size)`.
+        holder: That of the module inside the block that holds the whole FFN, or None where there is none.
+    """
+
+    block: Tensor
+    holder: Tensor | None
+
+
+def measured_factors(model: PreTrainedModel, blocks: list[FFNBlock], tokens: Tensor) -> list[float | None]:
+    """Check that a model's blocks and FFNs compute what they are taken to compute, and measure what FFNs add.
+
+    Two short batches of different text are run through the whole model and block by block: the inputs of every FFN
+    must be the same. Every FFN must put out `down(act(gate x) * up x)` of its own weights, on inputs of ordinary and
+    of large size, and the module that holds it a multiple of that.
+
+    Args:
+        model: The dense model; it stays as it is.
+        blocks: All its FFN blocks, in order.
+        tokens: Calibration samples, LongTensor `(num_samples, seqlen)`; the first 64 tokens of the first are used.
+
+    Returns:
+        By layer what the block adds of its FFN's output to the hidden states, exactly 1 where that is the output as it
+        is, or None where it is no plain multiple: where a norm follows, or a scale by channel.
+
+    Raises:
+        UnsupportedModelError: Names the first layer that is otherwise, and what differs.
+        NumericalError: If inputs of an FFN, or the logits, are NaN or infinite.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad(), unchunked(model):
+            found = _Findings(None, _checked(model, blocks, _sample(tokens)))
+    except OTPruneError as error:
+        found = _Findings(error, [])
+    finally:
+        for module, training in modes:
+            module.training = training
+    found = from_main(found)  # others may have rounded otherwise
+    if found.error is not None:
+        raise found.error
+    return found.factors
+
+
+def check_logits(model: PreTrainedModel, tokens: Tensor | None = None) -> None:
+    """Raise where a model's logits on a short sample are NaN or infinite; minus infinity rules a token out.
+
+    Args:
+        model: Any; its mode stays.
+        tokens: LongTensor `(num_samples, seqlen)`, of which the beginning is taken; default: the first token ids.
+
+    Raises:
+        NumericalError: Says so.
+    """
+    if tokens is None:
+        tokens = torch.arange(min(_FEW_TOKENS, model.get_input_embeddings().num_embeddings))[None]  # type: ignore
+    with torch.no_grad():
+        _check_output(_output(model, _sample(tokens)))
+
+
+def check_parameters(model: PreTrainedModel, blocks: Sequence[FFNBlock] = ()) -> int:
+    """Raise where a parameter is NaN or infinite, or a saved buffer NaN; offloaded ones are loaded once, one by one.
+
+    Args:
+        model: Wherever its weights are.
+        blocks: Those whose FFNs are known; their shapes are checked, too.
+
+    Returns:
+        How many channels of these FFNs hold nothing but zeros.
+
+    Raises:
+        NumericalError: Names the parameter, or the layer of an FFN.
+        ShapeError: If the weights of an FFN do not belong together.
+    """
+    empty = 0
+    for block in blocks:
+        weights = block.read()
+        with named(block):
+            check_weights(weights, "the FFN")
+        empty += empty_channels(weights)
+    others = {block.projection(name) for block in blocks for name in ("gate", "up", "down")}
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None or not parameter.is_floating_point() or not parameter.numel() or module in others:
+                continue
+            value = read_parameter(module, name) if parameter.is_meta else parameter.detach()
+            assert value is not None
+            if not all(bool(torch.isfinite(bound)) for bound in value.aminmax()):  # without a copy of the size
+                raise NumericalError(
+                    f"The parameter {f'{path}.{name}'.lstrip('.')!r} holds NaN or infinity. The checkpoint is "
+                    "damaged, or its dtype overflowed: reload it, or load it in float32."
+                )
+        for name, buffer in module._buffers.items():
+            is_saved = buffer is not None and name not in module._non_persistent_buffers_set and not buffer.is_meta
+            if is_saved and torch.isnan(buffer).any():  # masks may hold minus infinity
+                raise NumericalError(
+                    f"The buffer {f'{path}.{name}'.lstrip('.')!r} holds NaN. The checkpoint is damaged: reload it."
+                )
+    return empty
+
+
+def _sample(tokens: Tensor) -> Tensor:
+    return tokens[:1, :_SAMPLE_TOKENS]
+
+
+def _output(model: PreTrainedModel, batch: Tensor) -> Tensor:
+    """Logits, or what else comes first where a model has none."""
+    return model(input_ids=batch.to(input_device(model)), use_cache=False)[0]
+
+
+def _check_output(logits: Tensor) -> None:
+    _check_finite("the model's logits", logits.masked_fill(logits == -math.inf, 0))  # that rules out a token
+
+
+def _check_finite(what: str, values: Tensor) -> None:
+    if not torch.isfinite(values).all():
+        raise NumericalError(
+            f"{what} are NaN or infinite on a short sample. The weights are damaged, or the model's dtype "
+            "overflowed: load it in float32."
+        )
+
+
+def _checked(model: PreTrainedModel, blocks: list[FFNBlock], sample: Tensor) -> list[float | None]:
+    batches = [sample, sample.flip(1)]  # of one size, and different text
+    whole = [_inputs_in_whole(model, blocks, batch) for batch in batches]
+    runner = BlockRunner(model, blocks, batches, TensorSpill())
+    hidden = [stored.load() for stored in runner.take_first_hidden()]
+    factors = []
+    for block in blocks:
+        with named(block), onloaded(block.module):
+            behind = [_check_run(block, runner, *each, index) for index, each in enumerate(zip(hidden, whole))]
+            factors.append(_check_ffn(block, runner, hidden[0]))
+            hidden = behind
+    return factors
+
+
+def _inputs_in_whole(model: PreTrainedModel, blocks: list[FFNBlock], batch: Tensor) -> list[Tensor]:
+    """Inputs `(num_tokens, hidden_size)` of every FFN in a forward pass of the model, on the CPU."""
+    seen: dict[int, list[Tensor]] = {block.layer: [] for block in blocks}
+
+    def before_up(block: FFNBlock, module: nn.Module, args: tuple) -> None:
+        with named(block):
+            _check_finite("the inputs of the FFN", args[0])
+        seen[block.layer].append(args[0].flatten(end_dim=-2).to("cpu", copy=True))
+
+    def after_down(block: FFNBlock, module: nn.Module, args: tuple, output: Tensor) -> None:
+        with named(block):
+            _check_finite("the outputs of the FFN", output)
+
+    handles = []
+    for block in blocks:
+        down = block.projection("down")
+        assert down is not None
+        handles.append(block.up.register_forward_pre_hook(partial(before_up, block)))
+        handles.append(down.register_forward_hook(partial(after_down, block)))
+    with hooked(handles):
+        _check_output(_output(model, batch))
+    for layer, calls in seen.items():
+        if len(calls) != 1:
+            raise UnsupportedModelError(
+                f"Layer {layer}: hooks on the FFN fire {len(calls)} times in a forward pass; want once. Load the "
+                "model without compiling it, with its plain FFN, which runs once a pass."
+            )
+    return [seen[block.layer][0] for block in blocks]
+
+
+def _check_run(block: FFNBlock, runner: BlockRunner, hidden: Tensor, inputs: list[Tensor], index: int) -> Tensor:
+    """Run one block alone, and return the hidden states behind it."""
+    wanted = inputs[block.layer]
+    before = [tensor.clone() for tensor in runner.given(block, index)]
+    try:
+        with noted(block) as seen:
+            output = runner.run(block, hidden, index)
+    except LookupError as error:  # a block looks for what another one did not hand on
+        raise UnsupportedModelError(_HANDED_ON) from error
+    if seen.keys() != {"inputs", "hidden", "outputs"}:
+        raise UnsupportedModelError(
+            "Hooks on the FFN do not fire. Load the model without compiling it, with its plain FFN."
+        )
+    after = runner.given(block, index)
+    if len(before) != len(after) or not all(map(torch.equal, before, after)):
+        raise UnsupportedModelError(_HANDED_ON)
+    if output.shape != hidden.shape or output.ndim != 3:
+        raise UnsupportedModelError(
+            f"Hidden states of shape {tuple(hidden.shape)} go into the block, and of shape "
+            f"{tuple(output.shape)} come out; want (batch, seqlen, hidden_size). This kind of model is not supported."
+        )
+    difference = _difference(seen["inputs"].cpu(), wanted)
+    if difference > _rounding(wanted):
+        raise UnsupportedModelError(
+            "Where the model is run block by block, its FFN gets other inputs than in a forward pass of the whole "
+            f"model (relative difference {difference:.2g}), so it would be pruned for the wrong ones. Choose a model "
+            "whose blocks depend on hidden states, masks, positions and token ids alone."
+        )
+    return output
+
+
+def _check_ffn(block: FFNBlock, runner: BlockRunner, hidden: Tensor) -> float | None:
+    """Check the FFN of one block by itself, and return the block's factor."""
+    weights = block.read()
+    for scale in (1.0, _AMPLIFIED):
+        with _amplified(block, scale), noted(block) as seen:
+            output = runner.run(block, hidden, 0)
+        expected = ffn_forward(weights, seen["inputs"], block.activation)
+        difference = _difference(seen["outputs"], expected)
+        if difference > _rounding(expected):
+            size = "" if scale == 1 else f", on inputs {scale:g} times as large as the sample's"
+            raise UnsupportedModelError(
+                "The down projection puts out something else than down(act(gate x) * up x), or down(act(up x)) "
+                f"without a gate, of the weights there (relative difference {difference:.2g}{size}): a norm, a "
+                "multiplier, a clamp or the like is in between. Such FFNs cannot be pruned."
+            )
+        if scale == 1:
+            ordinary, outputs = output, seen["outputs"]
+    return _factor(block, runner, hidden, ordinary, outputs)
+
+
+def _factor(block: FFNBlock, runner: BlockRunner, hidden: Tensor, ordinary: Tensor, outputs: Tensor) -> float | None:
+    """What a block adds of its FFN's output, found by other values in its place.
+
+    Args:
+        block: The block.
+        runner: Of the sample.
+        hidden: Before the block.
+        ordinary: What it puts out.
+        outputs: Of its down projection, `(num_tokens, hidden_size)`.
+    """
+    probe = _probe_outputs(outputs, ordinary)
+    silent, loud = (_probed(block, runner, hidden, given) for given in (torch.zeros_like(probe), probe))
+    if loud.holder is not None and (loud.holder.shape != probe.shape or _multiple(loud.holder, probe) is None):
+        raise UnsupportedModelError(
+            "The module that holds the FFN puts out something else than the down projection, or a multiple of that: "
+            "something else adds to it, as experts beside a dense FFN do, or a norm follows. Such FFNs cannot be "
+            "pruned."
+        )
+    return _multiple(loud.block - silent.block, probe) if loud.block.shape == probe.shape else None
+
+
+def _probe_outputs(outputs: Tensor, ordinary: Tensor) -> Tensor:
+    """Noise of about the size of the block's output, another size for each token: a norm would not keep that."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(outputs.shape, generator=generator).to(outputs)
+    sizes = torch.linspace(0.5, 2.0, len(outputs)).to(outputs)[:, None]
+    return noise * sizes * ordinary.float().square().mean().sqrt().to(outputs)
+
+
+def _probed(block: FFNBlock, runner: BlockRunner, hidden: Tensor, given: Tensor) -> _Probe:
+    """Run a block whose down projection puts out given values."""
+    down, holder = block.projection("down"), _holder(block)
+    assert down is not None
+    found: list[Tensor] = []
+
+    def note(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
+        found.append((output[0] if isinstance(output, tuple) else output).flatten(end_dim=-2).clone())
+
+    handles = [down.register_forward_hook(lambda module, args, output: given.view_as(output).clone())]
+    if holder is not None:
+        handles.append(holder.register_forward_hook(note))
+    with hooked(handles):
+        output = runner.run(block, hidden, 0)
+    return _Probe(output.flatten(end_dim=-2), found[-1] if found else None)
+
+
+def _holder(block: FFNBlock) -> nn.Module | None:
+    """The smallest module inside a block that holds all projections."""
+    spec = block.spec
+    paths = [path.split(".")[:-1] for path in (spec.gate, spec.up, spec.down) if path is not None]
+    common = os.path.commonprefix(paths)
+    return submodule(block.module, ".".join(common)) if common else None
+
+
+@contextmanager
+def _amplified(block: FFNBlock, scale: float) -> Iterator[None]:
+    """A block whose FFN gets larger inputs."""
+
+    def enlarge(module: nn.Module, args: tuple) -> tuple:
+        return (args[0] * scale, *args[1:])
+
+    modules = [module for name in ("gate", "up") if (module := block.projection(name)) is not None]
+    with hooked([module.register_forward_pre_hook(enlarge) for module in modules] if scale != 1 else []):
+        yield
+
+
+def _multiple(found: Tensor, of: Tensor) -> float | None:
+    """The factor by which one tensor is a multiple of another, or None if it is none; rounding is left away from 1."""
+    rounding = _rounding(found)
+    found, of = found.double(), of.double()
+    factor = float((found * of).sum() / of.square().sum())
+    if not math.isfinite(factor) or abs(factor) <= rounding:
+        return None
+    if float((found - factor * of).norm()) > rounding * float(found.norm()):
+        return None
+    return 1.0 if abs(factor - 1) <= rounding else factor
+
+
+def _difference(found: Tensor, wanted: Tensor) -> float:
+    """Norm of the difference by the norm, over what is finite in both."""
+    found, wanted = found.double(), wanted.to(found.device).double()
+    finite = torch.isfinite(found) & torch.isfinite(wanted)
+    found, wanted = found[finite], wanted[finite]
+    difference, size = float((found - wanted).norm()), float(wanted.norm())
+    return difference / size if size else (math.inf if difference else 0.0)
+
+
+def _rounding(like: Tensor) -> float:
+    return _ROUNDING[like.dtype]

@@ -1,0 +1,68 @@
+"""How many floating-point operations a forward pass takes, counted from shapes; works on the meta device."""
+
+from typing import NamedTuple
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from optimum_otprune.models.ffn_block import FFNBlock
+
+
+class ForwardFlops(NamedTuple):
+    """Multiplications and additions of the matrix products of a forward pass; everything else is not counted.
+
+    Attributes:
+        ffn: Of the FFNs' projections.
+        projections: Of all other linear layers but the head, which are attention's.
+        scores: Of queries by keys and of scores by values, for the pairs that a causal model attends to.
+        head: From hidden states to logits.
+    """
+
+    ffn: int
+    projections: int
+    scores: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        """Sum of all parts."""
+        return sum(self)
+
+
+def forward_flops(
+    model: PreTrainedModel, blocks: list[FFNBlock], batch_size: int, seqlen: int, num_logits: int = 1
+) -> ForwardFlops:
+    """Count the operations of one forward pass.
+
+    A product of a `(rows, a)` and an `(a, b)` matrix counts `2 · rows · a · b`. A token attends to itself and those
+    before it, `(seqlen + 1) / 2` on average; windows of attention shorter than `seqlen` are not regarded.
+
+    Args:
+        model: The model; its weights are not read.
+        blocks: All its FFN blocks.
+        batch_size: Sequences.
+        seqlen: Tokens of each.
+        num_logits: Positions of each sequence that the head is applied to.
+    """
+    parts = [block.projection(name) for block in blocks for name in ("gate", "up", "down")]
+    ffn_modules = {module for module in parts if module is not None}
+    ffn = others = 0
+    for module in model.base_model.modules():
+        if isinstance(module, (nn.Linear, Conv1D)):
+            if module in ffn_modules:
+                ffn += module.weight.numel()
+            else:
+                others += module.weight.numel()
+    head = model.get_output_embeddings()
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    pairs = batch_size * seqlen * (seqlen + 1) // 2
+    tokens = batch_size * seqlen
+    return ForwardFlops(
+        ffn=2 * tokens * ffn,
+        projections=2 * tokens * others,
+        scores=4 * pairs * heads * head_size * len(blocks),
+        head=0 if head is None else 2 * batch_size * num_logits * head.weight.numel(),  # type: ignore[operator, union-attr]
+    )

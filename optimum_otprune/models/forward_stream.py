@@ -1,0 +1,175 @@
+"""Forward through a model block by block: each layer sees what the pruned layers below it produce."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from optimum_otprune.functional.ffn import ffn_forward
+from optimum_otprune.models.block_runner import BlockRunner, hooked
+from optimum_otprune.models.devices import onloaded
+from optimum_otprune.models.ffn_block import FFNBlock
+from optimum_otprune.models.spill import StoredTensor, TensorSpill
+
+
+class FFNTap(NamedTuple):
+    """What one batch of tokens left behind on its way through the dense FFN of a block, on the FFN's device.
+
+    Attributes:
+        inputs: Of the FFN, `(num_tokens, hidden_size)`.
+        stored_inputs: The same, where they wait.
+        hidden: Channel activations `(num_tokens, intermediate_size)`.
+        outputs: Of the down projection, its bias included, `(num_tokens, hidden_size)`.
+        missing: From the block's output to the dense model's, float32 `(num_tokens, hidden_size)`, or None when the
+            dense model's hidden states are not tracked.
+    """
+
+    inputs: Tensor
+    stored_inputs: StoredTensor
+    hidden: Tensor
+    outputs: Tensor
+    missing: Tensor | None
+
+
+class CalibrationStream:
+    """Hidden states of the calibration samples on their way through the blocks, kept on the CPU or in files.
+
+    Args:
+        model: The model; blocks are changed by others between `taps` and `advance`.
+        blocks: All its blocks, in order.
+        tokens: LongTensor `(num_samples, seqlen)`.
+        batch_size: Samples per forward pass.
+        track_dense: Whether the hidden states of the dense model are streamed beside those of the pruned one.
+        spill: Where hidden states wait; default: in memory up to its default limit.
+        factors: What each block adds of its FFN's output to what it puts out, or None where that is no plain multiple
+            of it; default: not known of any.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        blocks: list[FFNBlock],
+        tokens: Tensor,
+        batch_size: int,
+        track_dense: bool,
+        spill: TensorSpill | None = None,
+        factors: Sequence[float | None] | None = None,
+    ):
+        self.spill = spill or TensorSpill()
+        self._runner = BlockRunner(model, blocks, tokens.split(batch_size), self.spill)
+        self._factors = factors or [None] * len(blocks)
+        self._hidden = self._runner.take_first_hidden()
+        self._dense_hidden = list(self._hidden) if track_dense else None
+        self._ffn_inputs: list[StoredTensor] | None = None  # then `_hidden` is what a block puts out beside its FFN
+
+    @torch.no_grad()
+    def energies(self, block: FFNBlock) -> Tensor:
+        """Run a block, its FFN still dense, and return what the hidden states behind it amount to.
+
+        Where the dense model is tracked, its hidden states are those, and they are then behind the block.
+
+        Returns:
+            ‖h‖² `(num_tokens,)`, float32, on the CPU.
+        """
+        found = []
+        with onloaded(block.module):
+            for index, hidden in enumerate(self._hidden if self._dense_hidden is None else self._dense_hidden):
+                output = self._runner.run(block, hidden.load(), index)
+                found.append(output.float().square().sum(dim=-1).flatten().cpu())
+                if self._dense_hidden is not None:
+                    self._dense_hidden[index] = self.spill.put(output)
+        return torch.cat(found)
+
+    @torch.no_grad()
+    def taps(self, block: FFNBlock, advance: bool = False) -> Iterator[FFNTap]:
+        """Run a block, its FFN still dense, on the pruned model's hidden states; after `energies`.
+
+        Args:
+            block: The block.
+            advance: Whether it stays as it is, so that its outputs are what the next block sees.
+        """
+        factor = None if advance else self._exact_factor(block)
+        ffn_inputs = []
+        with onloaded(block.module):
+            for index, stored in enumerate(self._hidden):
+                with noted(block) as seen:
+                    output = self._runner.run(block, stored.load(), index)
+                missing = None
+                if self._dense_hidden is not None:
+                    dense = self._dense_hidden[index].load().to(output.device)
+                    missing = (dense.float() - output.float()).flatten(end_dim=-2)
+                inputs = self.spill.put(seen["inputs"])
+                if factor is not None:
+                    ffn_inputs.append(inputs)
+                    beside = output.sub(seen["outputs"].view_as(output), alpha=factor)
+                    self._hidden[index] = self.spill.put(beside)
+                elif advance:
+                    self._hidden[index] = self.spill.put(output)
+                yield FFNTap(**seen, stored_inputs=inputs, missing=missing)
+        self._ffn_inputs = None if factor is None else ffn_inputs
+
+    @torch.no_grad()
+    def advance(self, block: FFNBlock) -> None:
+        """Run a block as it is now, so that the next one sees its outputs; behind `taps` its FFN alone, if it can be.
+
+        That is where the block adds a multiple of the FFN's output, in float32: else rounding would add up.
+        """
+        factor = self._exact_factor(block)
+        if self._ffn_inputs is None or factor is None:
+            self._run_all(block, self._hidden)
+            return
+        weights = block.read()
+        for index, (beside, inputs) in enumerate(zip(self._hidden, self._ffn_inputs)):
+            outputs = ffn_forward(weights, inputs.load().to(weights.up.device), block.activation)
+            states = beside.load().to(outputs.device)
+            self._hidden[index] = self.spill.put(states.add(outputs.view_as(states), alpha=factor))
+        self._ffn_inputs = None
+
+    def _exact_factor(self, block: FFNBlock) -> float | None:
+        return self._factors[block.layer] if block.up.weight.dtype == torch.float32 else None
+
+    def skip(self, block: FFNBlock) -> None:
+        """Run a block that stays as it is, on the dense model's hidden states too if they are tracked."""
+        with onloaded(block.module):
+            self.follow_dense(block)
+            self.advance(block)
+
+    def replay(self, block: FFNBlock) -> None:
+        """Do what measuring a block, its FFN still dense, does to the hidden states, to the bit."""
+        self.follow_dense(block)
+        for _ in self.taps(block):
+            pass
+
+    def follow_dense(self, block: FFNBlock) -> None:
+        """Run a block, its FFN still dense, on the dense model's hidden states alone, if they are tracked."""
+        if self._dense_hidden is not None:
+            self._run_all(block, self._dense_hidden)
+
+    @torch.no_grad()
+    def _run_all(self, block: FFNBlock, hidden: list[StoredTensor]) -> None:
+        with onloaded(block.module):
+            for index, states in enumerate(hidden):  # one by one, so that the old ones make room for the new ones
+                hidden[index] = self.spill.put(self._runner.run(block, states.load(), index))
+
+
+@contextmanager
+def noted(block: FFNBlock) -> Iterator[dict[str, Tensor]]:
+    """A dictionary that each run of the block fills with the FFN's inputs, activations and outputs.
+
+    Inputs and outputs are copies: a block may add to them in place.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def before_up(module: nn.Module, args: tuple) -> None:
+        seen["inputs"] = args[0].flatten(end_dim=-2).clone()
+
+    def after_down(module: nn.Module, args: tuple, output: Tensor) -> None:
+        seen["hidden"], seen["outputs"] = args[0].flatten(end_dim=-2), output.flatten(end_dim=-2).clone()
+
+    down = block.projection("down")
+    assert down is not None
+    with hooked([block.up.register_forward_pre_hook(before_up), down.register_forward_hook(after_down)]):
+        yield seen

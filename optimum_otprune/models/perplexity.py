@@ -1,0 +1,154 @@
+"""Perplexity by one protocol, as an `evaluate.Metric`. The only door to `evaluate`.
+
+Windows of `seqlen` tokens without overlap, the tail dropped; within a window every token but the first is predicted
+from the ones before it. The model runs in its own dtype, log-probabilities are taken in float32 and summed in float64.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import datasets
+import evaluate
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from optimum_otprune.errors import NumericalError
+from optimum_otprune.models.block_runner import input_device
+from optimum_otprune.models.distributed import gathered, own_samples
+
+_LOGIT_BYTES = 2**28  # of one forward pass, as far as whole windows allow
+_CHUNK_BYTES = 2**25  # of log-probabilities at a time
+
+PROTOCOL = "non-overlapping windows, tail dropped, every token but a window's first, log-softmax in float32"
+
+
+class TokenPerplexity(evaluate.Metric):
+    """Corpus perplexity of windows: `exp(Σ nll / Σ tokens)`.
+
+    Predictions are summed negative log-likelihoods (nats) of windows, references their numbers of predicted tokens.
+
+    Example:
+        >>> metric = TokenPerplexity(keep_in_memory=True)
+        >>> metric.compute(predictions=[0.0, 0.0], references=[3, 5])
+        {'perplexity': 1.0, 'nll': 0.0, 'num_tokens': 8}
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            module_type="metric",
+            description=self.__class__.__doc__ or "",
+            citation="",
+            inputs_description="predictions: summed NLL per window; references: predicted tokens per window",
+            features=datasets.Features(
+                {"predictions": datasets.Value("float64"), "references": datasets.Value("int64")}
+            ),
+        )
+
+    def _compute(self, predictions: Iterable[float], references: Iterable[int]) -> dict[str, float | int]:
+        num_tokens = sum(references)
+        nll = math.fsum(predictions) / num_tokens
+        return {"perplexity": math.exp(nll) if nll < 700 else math.inf, "nll": nll, "num_tokens": num_tokens}
+
+
+@torch.no_grad()
+def evaluate_perplexity(
+    model: PreTrainedModel, tokens: Tensor, batch_size: int = 8, progress: bool = True
+) -> dict[str, Any]:
+    """Measure a model on windows of tokens.
+
+    Args:
+        model: Put into evaluation mode.
+        tokens: LongTensor `(num_windows, seqlen)`.
+        batch_size: Windows per forward pass, fewer where the vocabulary is large (see `windows_together`); changes
+            nothing but speed and rounding.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        `perplexity`, `nll` (nats per token), `num_tokens` (predicted), and the protocol: `num_windows`, `seqlen`,
+        `stride`,
+        `dtype`, `protocol`.
+
+    Raises:
+        NumericalError: If a log-likelihood is NaN.
+    """
+    model.eval()
+    device = input_device(model)
+    metric = TokenPerplexity(keep_in_memory=True)
+    together = windows_together(batch_size, tokens.shape[1], _vocabulary(model), model.dtype.itemsize)
+    batches = tokens[own_samples(len(tokens), 1)].split(together)
+    found = []
+    for batch in tqdm(batches, desc="Evaluating", unit="batch", disable=not progress):
+        # No name holds the logits, so that those of the next batch do not come beside them.
+        nll = _summed_nll(model(input_ids=batch.to(device), use_cache=False).logits, batch)  # (windows,)
+        if torch.isnan(nll).any():
+            raise NumericalError(
+                "The model's log-likelihoods are NaN: its weights are damaged or its dtype overflowed."
+            )
+        found += nll.tolist()
+    predictions = [nll for part in gathered(found) for nll in part]
+    metric.add_batch(predictions=predictions, references=[tokens.shape[1] - 1] * len(tokens))
+    return {
+        **metric.compute(),
+        "num_windows": len(tokens),
+        "seqlen": tokens.shape[1],
+        "stride": tokens.shape[1],
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "protocol": PROTOCOL,
+    }
+
+
+def windows_together(batch_size: int, seqlen: int, vocab_size: int, element_size: int) -> int:
+    """Return how many windows go through the model at once: their logits are at most 268 MB, or those of one window.
+
+    Args:
+        batch_size: The most.
+        seqlen: Tokens of a window.
+        vocab_size: Logits of a token.
+        element_size: Bytes of a logit.
+
+    Example:
+        >>> windows_together(8, 2048, 49152, 4), windows_together(8, 512, 49152, 4), windows_together(8, 256, 2048, 4)
+        (1, 2, 8)
+    """
+    return max(1, min(batch_size, _LOGIT_BYTES // (seqlen * vocab_size * element_size)))
+
+
+def evaluation_bytes(batch_size: int, seqlen: int, vocab_size: int, element_size: int) -> int:
+    """Return what the logits of one forward pass take, and what is made of them.
+
+    Args:
+        batch_size: See `windows_together`.
+        seqlen: See `windows_together`.
+        vocab_size: See `windows_together`.
+        element_size: See `windows_together`.
+    """
+    windows = windows_together(batch_size, seqlen, vocab_size, element_size)
+    return windows * seqlen * vocab_size * element_size + 2 * _CHUNK_BYTES
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    return model.get_input_embeddings().num_embeddings  # type: ignore[union-attr, return-value]
+
+
+def _summed_nll(logits: Tensor, batch: Tensor) -> Tensor:
+    """Negative log-likelihoods of all tokens but the first of each window, `(windows,)` float64.
+
+    Log-probabilities of a large vocabulary are many times the model's hidden states, hence a few positions at a time.
+
+    Args:
+        logits: `(windows, seqlen, vocab_size)`.
+        batch: The windows' tokens.
+    """
+    targets = batch[:, 1:].to(logits.device)
+    positions = max(1, _CHUNK_BYTES // (4 * logits.shape[-1]))
+    return torch.stack([_window_nll(rows[:-1], ids, positions) for rows, ids in zip(logits, targets)])
+
+
+def _window_nll(logits: Tensor, targets: Tensor, positions: int) -> Tensor:
+    parts = zip(logits.split(positions), targets.split(positions))
+    nll = [cross_entropy(rows.float(), ids, reduction="none").double().sum() for rows, ids in parts]
+    return torch.stack(nll).sum()

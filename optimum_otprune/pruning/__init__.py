@@ -1,0 +1,1 @@
+"""Pruning a whole model: from calibration samples to a report."""

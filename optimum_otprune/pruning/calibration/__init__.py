@@ -1,0 +1,1 @@
+"""Calibration samples, and passes over the model that read them."""

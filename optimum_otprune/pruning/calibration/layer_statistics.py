@@ -1,0 +1,326 @@
+"""What one layer is compressed on: its calibration tokens, their weights, and the statistics of them."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from optimum_otprune.config.configuration import OTPruningConfig
+from optimum_otprune.errors import NumericalError
+from optimum_otprune.functional.ffn import FFNWeights, channel_activations
+from optimum_otprune.functional.gram import GramAccumulator, GramStatistics
+from optimum_otprune.functional.ratios import RescueEnergies, pooled
+from optimum_otprune.functional.reconstruction import TokenSet
+from optimum_otprune.functional.rescue import rescue_energies
+from optimum_otprune.models.distributed import gathered, process_index, summed
+from optimum_otprune.models.ffn_block import FFNBlock
+from optimum_otprune.models.forward_stream import CalibrationStream, FFNTap
+from optimum_otprune.models.spill import StoredTensor, TensorSpill
+
+_LEAST_ENERGY = 1e-2  # of the median
+
+
+class LayerStatistics(NamedTuple):
+    """Second moments of one layer, apart for tokens that are fitted and tokens that are held out.
+
+    Attributes:
+        fit: Of the tokens that are fitted.
+        heldout: Of the others.
+    """
+
+    fit: GramStatistics
+    heldout: GramStatistics
+
+    @property
+    def total(self) -> GramStatistics:
+        """Of all tokens."""
+        return self.fit + self.heldout
+
+
+def residual_token_weights(energy: Tensor, is_heldout: Tensor) -> tuple[Tensor, float]:
+    """Weigh tokens by how much an error of the FFN disturbs the hidden state behind it: 1 / its squared norm.
+
+    What follows a block normalizes its input first, so the same error matters less where the hidden state is long;
+    tokens with massive activations, such as the first one, would else decide the whole fit. Norms below a tenth of
+    the median count as that.
+
+    Args:
+        energy: From `CalibrationStream.energies`, `(num_tokens,)`.
+        is_heldout: BoolTensor `(num_tokens,)`.
+
+    Returns:
+        `(num_tokens,)` float32, of mean 1 over the fitted tokens and over the held-out ones; and what a held-out
+        token's weight of 1 stands for, the mean of 1 / squared norm over them.
+
+    Raises:
+        NumericalError: If a hidden state is NaN or infinite.
+    """
+    if not torch.isfinite(energy).all():
+        raise NumericalError(
+            "the hidden states behind the block are NaN or infinite on the calibration data. The weights are damaged, "
+            "or the model's dtype overflowed: load it in float32."
+        )
+    median = energy.median()
+    if median == 0:
+        return torch.ones_like(energy), 1.0
+    weights = 1 / energy.clamp_min(_LEAST_ENERGY * median)
+    unit = float(weights[is_heldout].mean(dtype=torch.float64))
+    for part in (is_heldout, ~is_heldout):
+        weights[part] /= weights[part].mean()
+    return weights, unit
+
+
+class TokenBatch(NamedTuple):
+    """One batch of calibration tokens on its way through one FFN, float32, on the FFN's device.
+
+    Attributes:
+        inputs: Of the FFN, `(num_tokens, hidden_size)`.
+        hidden: Channel activations of the dense FFN `(num_tokens, intermediate_size)`.
+        outputs: Of the dense FFN, without its bias, `(num_tokens, hidden_size)`.
+        correction: What the targets have beside them, or None.
+        is_heldout: BoolTensor `(num_tokens,)`.
+        weights: What each token's error counts, `(num_tokens,)`.
+    """
+
+    inputs: Tensor
+    hidden: Tensor
+    outputs: Tensor
+    correction: Tensor | None
+    is_heldout: Tensor
+    weights: Tensor
+
+    @property
+    def targets(self) -> Tensor:
+        """What the FFN should put out, without its bias, `(num_tokens, hidden_size)`."""
+        return self.outputs if self.correction is None else self.outputs + self.correction
+
+
+class LayerData(NamedTuple):
+    """What one layer is compressed on.
+
+    Attributes:
+        dense: The FFN before, float32, on the device to compute on.
+        activation: Elementwise function.
+        inputs: Of the FFN, `(num_tokens, hidden_size)` a batch.
+        corrections: What the targets have beside the dense FFN's own outputs: a share of the earlier layers' error;
+            None where nothing is corrected, or `statistics` are all that is asked for.
+        is_heldout: BoolTensor over all tokens.
+        token_weights: What each token's error counts, over all tokens.
+        weight_unit: What a held-out token's weight of 1 stands for: 1 / the squared norm of a hidden state, so that
+            energies of layers are shares of their hidden states and can be added up; 1 where all tokens count alike.
+        statistics: Second moments of the dense FFN's channels and of the targets.
+    """
+
+    dense: FFNWeights
+    activation: Callable[[Tensor], Tensor]
+    inputs: Sequence[StoredTensor]
+    corrections: Sequence[StoredTensor] | None
+    is_heldout: Tensor
+    token_weights: Tensor
+    weight_unit: float
+    statistics: LayerStatistics
+
+    @classmethod
+    def of(
+        cls,
+        block: FFNBlock,
+        dense: FFNWeights,
+        stream: CalibrationStream,
+        is_heldout: Tensor,
+        config: OTPruningConfig,
+        correction: float = 0.0,
+        advance: bool = False,
+    ) -> "LayerData":
+        """Run a block, its FFN still dense, and measure it.
+
+        Args:
+            block: The block.
+            dense: Its FFN.
+            stream: Before the block.
+            is_heldout: BoolTensor over all tokens.
+            config: What is done; says what tokens count and whether targets are read again.
+            correction: Share c of the earlier layers' error that the targets `W_d h + c · (dense − pruned)` contain,
+                divided by what the block adds of its FFN's output.
+            advance: See `CalibrationStream.taps`.
+
+        Raises:
+            NumericalError: If a hidden state or an activation is NaN or infinite.
+        """
+        exact, activation = dense.map(Tensor.float), block.activation
+        token_weights, weight_unit = torch.ones(len(is_heldout)), 1.0
+        if config.token_weighting == "residual":
+            token_weights, weight_unit = _weights_among_all(stream.energies(block), is_heldout)
+        else:
+            stream.follow_dense(block)
+        sums, device = _accumulators(exact), dense.up.device
+        keeps_corrections = bool(correction) and _reads_targets_again(config)
+        inputs, corrections = [], []
+        start = 0
+        for tap in stream.taps(block, advance):
+            hidden, targets = _exact_activations(tap, exact, activation)
+            if correction and tap.missing is not None:
+                missing = correction * tap.missing
+                targets = targets + missing
+                if keeps_corrections:
+                    corrections.append(stream.spill.put(missing))
+            inputs.append(tap.stored_inputs)
+            part = slice(start, start + len(hidden))
+            for heldout, chosen in _sides(is_heldout[part]):
+                counts = token_weights[part][chosen].to(device)
+                chosen = chosen if isinstance(chosen, slice) else chosen.to(device)
+                sums[heldout].add(hidden[chosen], targets[chosen], counts)
+            start += len(hidden)
+        statistics = _all_statistics(sums)
+        kept = corrections if keeps_corrections else None
+        return cls(exact, activation, inputs, kept, is_heldout, token_weights, weight_unit, statistics)
+
+    def batches(self, only_heldout: bool = False) -> Iterator[TokenBatch]:
+        """The calibration tokens once more, a batch at a time.
+
+        Args:
+            only_heldout: Leave out the others.
+        """
+        start, device = 0, self.dense.down.device
+        for index, stored in enumerate(self.inputs):
+            inputs = stored.load()
+            part = slice(start, start + len(inputs))
+            start += len(inputs)
+            mask, weights = self.is_heldout[part], self.token_weights[part]
+            correction = None if self.corrections is None else self.corrections[index].load()
+            if only_heldout:
+                if not mask.any():
+                    continue
+                inputs, weights = inputs[mask], weights[mask]
+                correction = None if correction is None else correction[mask]
+                mask = mask[mask]
+            inputs = inputs.to(device).float()
+            hidden = channel_activations(self.dense, inputs, self.activation)
+            outputs = hidden @ self.dense.down.T
+            correction = None if correction is None else correction.to(device)
+            yield TokenBatch(inputs, hidden, outputs, correction, mask.to(device), weights.to(device))
+
+
+def _reads_targets_again(config: OTPruningConfig) -> bool:
+    """Whether anything but the first statistics needs to know what the FFN should put out."""
+    return bool(config.reconstruction_steps) or bool({"gate", "up"} & set(config.fuse or ()))
+
+
+def _exact_activations(
+    tap: FFNTap, dense: FFNWeights, activation: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Activations and outputs without bias in float32: the module's own, or computed anew if it is less precise."""
+    if tap.hidden.dtype != torch.float32:
+        hidden = channel_activations(dense, tap.inputs.float(), activation)
+        return hidden, hidden @ dense.down.T
+    return tap.hidden, tap.outputs if dense.down_bias is None else tap.outputs - dense.down_bias
+
+
+def _sides(is_heldout: Tensor) -> Iterator[tuple[bool, Tensor | slice]]:
+    """Which tokens of a batch are fitted, and which held out; a slice where it is all of them."""
+    if is_heldout.all() or not is_heldout.any():
+        yield bool(is_heldout.any()), slice(None)
+        return
+    yield False, ~is_heldout
+    yield True, is_heldout
+
+
+def _weights_among_all(energy: Tensor, is_heldout: Tensor) -> tuple[Tensor, float]:
+    """Token weights of this process's tokens, among those of all processes, and their unit."""
+    parts = gathered(energy)
+    weights, unit = residual_token_weights(torch.cat(parts), torch.cat(gathered(is_heldout)))
+    return weights.split([len(part) for part in parts])[process_index()], unit
+
+
+def _accumulators(weights: FFNWeights) -> dict[bool, GramAccumulator]:
+    """Of an FFN's channels, by whether tokens are held out."""
+    n, d, like = weights.intermediate_size, weights.hidden_size, weights.up
+    return {heldout: GramAccumulator(n, d, like.dtype, like.device) for heldout in (False, True)}
+
+
+def _all_statistics(sums: dict[bool, GramAccumulator]) -> LayerStatistics:
+    """Of the tokens of all processes."""
+    statistics = LayerStatistics(*(summed(sums[heldout].statistics()) for heldout in (False, True)))
+    if not all(torch.isfinite(part.gram).all() and torch.isfinite(part.cross).all() for part in statistics):
+        raise NumericalError(
+            "the channel activations are NaN or infinite on the calibration data. The weights are damaged, or the "
+            "model's dtype overflowed: load it in float32."
+        )
+    return statistics
+
+
+def remeasured_statistics(data: LayerData, compressed: FFNWeights) -> LayerStatistics:
+    """Sum second moments of the channels of another FFN and of the targets.
+
+    Args:
+        data: Of the layer.
+        compressed: An FFN whose channels are measured in place of the dense one's; the targets stay.
+
+    Raises:
+        NumericalError: If an activation is NaN or infinite.
+    """
+    compressed = compressed.map(Tensor.float)
+    sums = _accumulators(compressed)
+    for batch in data.batches():
+        hidden = channel_activations(compressed, batch.inputs, data.activation)
+        for heldout, chosen in _sides(batch.is_heldout):
+            sums[heldout].add(hidden[chosen], batch.targets[chosen], batch.weights[chosen])
+    return _all_statistics(sums)
+
+
+def token_sets(data: LayerData, spill: TensorSpill) -> tuple[TokenSet, TokenSet]:
+    """Return inputs, targets (the FFN's own bias included) and weights of the fitted and of the held-out tokens.
+
+    They are float32 and on the CPU, or in files, whatever the FFN is on: all tokens of a layer may not fit beside a
+    model.
+    """
+    d, counts = data.dense.hidden_size, {False: int((~data.is_heldout).sum()), True: int(data.is_heldout.sum())}
+    sets = {
+        heldout: TokenSet(*(spill.empty((count, *rest), torch.float32) for rest in ((d,), (d,), ())))
+        for heldout, count in counts.items()
+    }
+    filled = {False: 0, True: 0}
+    for batch in data.batches():
+        targets = batch.targets if data.dense.down_bias is None else batch.targets + data.dense.down_bias
+        for heldout, chosen in _sides(batch.is_heldout):
+            parts = [part[chosen] for part in (batch.inputs, targets, batch.weights)]
+            rows = slice(filled[heldout], filled[heldout] + len(parts[0]))
+            for whole, part in zip(sets[heldout], parts):
+                whole[rows] = part.cpu()
+            filled[heldout] = rows.stop
+    return sets[False], sets[True]
+
+
+def measure_rescue(data: LayerData, compressed: Sequence[FFNWeights], kept_channels: Tensor) -> list[RescueEnergies]:
+    """Compare compressed FFNs with the dense one on the held-out tokens, weighed as the fit weighs tokens.
+
+    Args:
+        data: Of the layer.
+        compressed: FFNs after, all with the same kept channels.
+        kept_channels: LongTensor `(kept_size,)`.
+
+    Returns:
+        One entry for each of `compressed`.
+    """
+    dense = data.dense
+    exact = [weights.map(Tensor.float) for weights in compressed]
+    only_selected = [_is_selection(weights, dense.select(kept_channels)) for weights in exact]
+    energies = []
+    for batch in data.batches(only_heldout=True):
+        outputs = batch.outputs if dense.down_bias is None else batch.outputs + dense.down_bias
+        compressed_sides: list[tuple[Tensor, Tensor | None]] = []
+        for weights, is_selected in zip(exact, only_selected):
+            own = None if is_selected else channel_activations(weights, batch.inputs, data.activation)
+            hidden = batch.hidden[:, kept_channels] if own is None else own
+            compressed_sides.append((torch.nn.functional.linear(hidden, weights.down, weights.down_bias), own))
+        energies.append(
+            rescue_energies(outputs, batch.hidden, compressed_sides, dense.down, kept_channels, batch.weights)
+        )
+    found = zip(*energies) if energies else [()] * len(exact)
+    return [summed(pooled(part)).scaled(data.weight_unit) for part in found]
+
+
+def _is_selection(weights: FFNWeights, selected: FFNWeights) -> bool:
+    """Whether the channels are those of the dense FFN, untouched."""
+    pairs = [(getattr(weights, name), getattr(selected, name)) for name in ("gate", "up", "gate_bias", "up_bias")]
+    return all(one is other if one is None or other is None else torch.equal(one, other) for one, other in pairs)

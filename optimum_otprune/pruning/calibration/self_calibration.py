@@ -1,0 +1,89 @@
+"""Calibration samples that the dense model writes itself.
+
+Reconstruction fits a layer to the dense layer's outputs, so it needs tokens but no labels, and it overfits where there
+are few. Text that the dense model writes is distributed as the model believes text to be, costs no data, and cannot
+leak what the model is evaluated on.
+
+Source: Williams, Chrysostomou and Aletras, "Self-calibration for Language Model Quantization and Pruning", NAACL 2025.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, PreTrainedModel
+
+from optimum_otprune.errors import ConfigurationError
+from optimum_otprune.models.block_runner import input_device
+
+_PROMPT_TOKENS = 16
+
+
+def self_calibration_tokens(
+    model: PreTrainedModel, tokens: Tensor, times: int, batch_size: int, seed: int, progress: bool = True
+) -> Tensor:
+    """Let the model continue pieces of the calibration samples, sampling from its own distribution.
+
+    A prompt is 16 tokens from a random place of a sample (a quarter of it, if samples are shorter than 64). The
+    random state of the process stays as it is.
+
+    Args:
+        model: The dense model.
+        tokens: LongTensor `(num_samples, seqlen)`.
+        times: New samples for each given one.
+        batch_size: Samples written at once; other batches draw other numbers.
+        seed: Of prompts and sampling.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        LongTensor `(times · num_samples, seqlen)`, on the CPU.
+
+    Raises:
+        ConfigurationError: If the model cannot generate text.
+    """
+    check_can_write(model, times)
+    seqlen = tokens.shape[1]
+    length = min(_PROMPT_TOKENS, max(1, seqlen // 4))
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(seqlen - length + 1, (times * len(tokens),), generator=generator)
+    samples = tokens.repeat(times, 1)
+    prompts = samples.gather(1, starts[:, None] + torch.arange(length))  # (times · num_samples, length)
+    device = input_device(model)
+    written = []
+    with _plain_sampling(model, seqlen - length), torch.random.fork_rng(range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        for batch in tqdm(prompts.split(batch_size), desc="Self-calibration", unit="batch", disable=not progress):
+            prompt = batch.to(device)
+            written.append(model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt)).cpu())  # type: ignore
+    return torch.cat(written)
+
+
+def check_can_write(model: PreTrainedModel, times: int) -> None:
+    """Raise where a model cannot generate text.
+
+    Raises:
+        ConfigurationError: Says what to set.
+    """
+    if not model.can_generate():
+        raise ConfigurationError(
+            f"`self_calibration={times}` lets the model write text, which a {type(model).__name__} cannot. Set "
+            "self_calibration=0."
+        )
+
+
+@contextmanager
+def _plain_sampling(model: PreTrainedModel, new_tokens: int) -> Iterator[None]:
+    """Samples are of the model's own distribution and of full length, whatever its own settings are.
+
+    Settings that are passed to `generate` are completed by the model's, so they are put in their place instead.
+    """
+    own = model.generation_config
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=new_tokens, pad_token_id=0
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = own

@@ -1,0 +1,246 @@
+"""Compress one FFN: select, transport, fuse, refit. Tensors and a configuration in, a smaller FFN out."""
+
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from optimum_otprune.config.configuration import OTPruningConfig
+from optimum_otprune.functional.compensation import Refit, constant_bias, refit_down
+from optimum_otprune.functional.costs import CostInputs, centroid_cost, transport_cost
+from optimum_otprune.functional.ffn import FFNWeights
+from optimum_otprune.functional.fusion import FusionMaps, fuse, fusion_maps, selection_map, with_identity
+from optimum_otprune.functional.gram import GramStatistics
+from optimum_otprune.functional.importance import (
+    ChannelStatistics,
+    WeightScores,
+    channel_importance,
+    combined_statistics,
+)
+from optimum_otprune.functional.marginals import MarginalInputs, marginal
+from optimum_otprune.functional.rescue import self_share, transported_mass
+from optimum_otprune.functional.returned import check_finite, returned_tensor
+from optimum_otprune.functional.selection import obs_channels, top_channels
+from optimum_otprune.functional.solvers import SolverSettings, solve_transport
+from optimum_otprune.pruning.recipe import Recipe
+
+
+class LayerInputs(NamedTuple):
+    """What compression is given of one layer.
+
+    Attributes:
+        weights: The dense FFN.
+        fit: Second moments of the calibration tokens that are fitted.
+        heldout: The same of the held-out tokens.
+        snip: Weight scores, or None when the recipe needs no gradients.
+        fo: Weight scores, or None.
+        seed: Of this layer.
+        can_hold_intercept: Whether the architecture has an output bias; `intercept="auto"` adds none where not.
+        remeasure: Second moments, fitted and held-out, of the channels of another FFN with the same targets.
+    """
+
+    weights: FFNWeights
+    fit: GramStatistics
+    heldout: GramStatistics
+    snip: WeightScores | None
+    fo: WeightScores | None
+    seed: int
+    can_hold_intercept: bool
+    remeasure: Callable[[FFNWeights], tuple[GramStatistics, GramStatistics]]
+
+    @property
+    def total(self) -> GramStatistics:
+        """Second moments of all tokens."""
+        return self.fit + self.heldout
+
+
+class Compression(NamedTuple):
+    """A compressed FFN and how it came about.
+
+    Attributes:
+        weights: Refitted to all calibration tokens: what is saved.
+        judged: The same, refitted without the held-out tokens: what is measured on them.
+        fused: Before the refit.
+        kept_channels: LongTensor `(kept_size,)`, sorted.
+        transported_mass: Share of the pruned channels' mass that the plan moved; 0 without transport.
+        self_share: Mean share of a kept channel's gate and up weights that comes from itself.
+        ridge: λ of the refit, or None.
+        intercept: Whether an output bias was added.
+    """
+
+    weights: FFNWeights
+    judged: FFNWeights
+    fused: FFNWeights
+    kept_channels: Tensor
+    transported_mass: float
+    self_share: float
+    ridge: float | None
+    intercept: bool
+
+
+def compress(inputs: LayerInputs, recipe: Recipe, kept_size: int) -> Compression:
+    """Compress one FFN to `kept_size` channels.
+
+    Args:
+        inputs: Of the layer.
+        recipe: What to do.
+        kept_size: Channels to keep, at most as many as there are.
+
+    Returns:
+        The compressed FFN in the dtype of `inputs.weights`.
+    """
+    statistics = _channel_statistics(inputs, recipe.config)
+    importance = None
+    if "importance" in recipe.functions:
+        importance = channel_importance(recipe.functions["importance"], statistics)
+    kept = select_channels(inputs, recipe.config, importance, kept_size)
+    return _compensate(inputs, recipe.config, _fused(inputs, recipe, importance, kept))
+
+
+def _fused(inputs: LayerInputs, recipe: Recipe, importance: Tensor | None, kept: Tensor) -> Compression:
+    """Before the refit; the maps, which are as large as the plan, are gone when it returns."""
+    maps, moved, kept = _transport(inputs, recipe, importance, kept)
+    fused = fuse(inputs.weights, maps, kept, recipe.config.fuse or ())
+    share = 1.0 if maps.inward is None else self_share(maps.inward.cpu(), kept.cpu())
+    return Compression(fused, fused, fused, kept, moved, share, None, False)
+
+
+def _channel_statistics(inputs: LayerInputs, config: OTPruningConfig) -> ChannelStatistics:
+    total = inputs.total
+    return ChannelStatistics(
+        weights=inputs.weights,
+        hidden_mean=total.hidden_sum / total.num_tokens,
+        hidden_second_moment=total.gram.diagonal() / total.num_tokens,
+        num_tokens=total.num_tokens,
+        snip=inputs.snip,
+        fo=inputs.fo,
+        aggregation=config.aggregation or "absolute",
+        generator=torch.Generator().manual_seed(inputs.seed),
+    )
+
+
+def select_channels(inputs: LayerInputs, config: OTPruningConfig, importance: Tensor | None, kept_size: int) -> Tensor:
+    """Return the kept channels, LongTensor `(kept_size,)`, sorted, on the device of the weights."""
+    if config.selection == "obs":
+        return obs_channels(inputs.total.gram, inputs.weights.down, kept_size, importance)
+    assert importance is not None
+    return top_channels(importance, kept_size).to(inputs.weights.up.device)
+
+
+def _transport(
+    inputs: LayerInputs, recipe: Recipe, importance: Tensor | None, kept: Tensor
+) -> tuple[FusionMaps, float, Tensor]:
+    """Fusion maps, the share of pruned mass that was moved, and the kept channels (new ones for centroids)."""
+    n = inputs.weights.intermediate_size
+    if not recipe.transports or len(kept) == n:
+        selected = selection_map(kept, n)
+        return FusionMaps(selected, selected), 0.0, kept
+    if recipe.config.target == "cluster_centroid":
+        cost, kept = centroid_cost(inputs.weights, len(kept), inputs.seed, recipe.config.cost)
+    else:
+        total = inputs.total
+        cost_inputs = CostInputs(inputs.weights, total.gram, total.num_tokens)
+        cost = transport_cost(recipe.functions["cost"], cost_inputs, kept)
+        del total, cost_inputs
+    marginal_inputs = _marginal_inputs(inputs, recipe, importance, kept)
+    channels = torch.arange(n, device=kept.device)
+    pruned = channels[~marginal_inputs.is_kept.to(kept.device)]
+    sources = pruned if recipe.config.normalization == "identity" else channels
+    source = marginal(recipe.functions["source_distribution"], marginal_inputs.select(sources.cpu()))
+    target = torch.full((len(kept),), 1 / len(kept), dtype=torch.float64)
+    if "target_distribution" in recipe.functions:
+        target = marginal(recipe.functions["target_distribution"], marginal_inputs.select(kept.cpu()))
+    settings = SolverSettings(recipe.config.epsilon, recipe.config.mass_share, recipe.config.marginal_penalty)
+    matrix, gain = cost.matrix[sources] if len(sources) < n else cost.matrix, cost.gain
+    del cost  # of matrices of this size, what is not needed any more makes room
+    solved = solve_transport(recipe.functions["solver"], matrix, source, target, settings)
+    del matrix
+    if not solved.converged:
+        warnings.warn(
+            f"The solver {recipe.functions['solver'].name!r} stopped before it converged; its plan is feasible, but "
+            "not the best. Raise `epsilon` (sinkhorn), lower `marginal_penalty` (unbalanced), or use solver='emd'.",
+            stacklevel=2,
+        )
+    plan = solved.matrix
+    del solved
+    if recipe.config.normalization == "identity":
+        shares = (len(kept) / n, len(pruned) / n)
+        plan = with_identity(plan, kept.cpu(), pruned.cpu(), shares)
+        full = torch.full((n,), shares[0] / len(kept), dtype=torch.float64)
+        full[pruned.cpu()] = source * shares[1]
+        source = full
+    moved = transported_mass(plan, source, pruned.cpu())
+    gain = None if gain is None else _own_gain_one(gain.cpu(), kept.cpu())
+    left = None if recipe.functions["solver"].meets[0] else source
+    inward = bool({"gate", "up"} & set(recipe.config.fuse or ()))
+    assert recipe.config.normalization is not None
+    return fusion_maps(plan, recipe.config.normalization, gain, left, inward), moved, kept
+
+
+def _own_gain_one(gain: Tensor, kept: Tensor) -> Tensor:
+    """A kept channel stands in for itself as it is, also where it was never active or shrunk by chance."""
+    gain = gain.clone()
+    gain[kept, torch.arange(len(kept))] = 1.0
+    return gain
+
+
+def _marginal_inputs(inputs: LayerInputs, recipe: Recipe, importance: Tensor | None, kept: Tensor) -> MarginalInputs:
+    n = inputs.weights.intermediate_size
+    is_kept = torch.zeros(n, dtype=torch.bool)
+    is_kept[kept.cpu()] = True
+    statistics: dict[str, Tensor] = {}
+    if inputs.snip is not None and inputs.fo is not None:
+        statistics = combined_statistics(inputs.snip, inputs.fo)
+    score = torch.zeros(n) if importance is None else importance.cpu()
+    if "statistics" in recipe.functions:
+        name, function = recipe.functions["statistics"].name, recipe.functions["statistics"].function
+        what = f"The mixture {name!r}"
+        score = returned_tensor(function(statistics), (n,), what, f"one number per channel, shape {(n,)}").cpu()
+        check_finite(score, what, "Check the weights and gradients of this layer, or load the model in float32.")
+    return MarginalInputs(score, is_kept, statistics)
+
+
+def _compensate(inputs: LayerInputs, config: OTPruningConfig, result: Compression) -> Compression:
+    kept, fused = result.kept_channels, result.fused
+    if config.compensation == "none" or fused.intermediate_size == inputs.weights.intermediate_size:
+        return result
+    fit, heldout = inputs.fit.select(kept), inputs.heldout.select(kept)
+    if {"gate", "up"} & set(config.fuse or ()):
+        fit, heldout = inputs.remeasure(fused)  # the kept channels are no longer what they were
+    if config.compensation == "bias":
+        weights, judged = (
+            _with_bias(fused, fused.down, constant_bias(statistics, fused.down)) for statistics in (fit + heldout, fit)
+        )
+        return result._replace(weights=weights, judged=judged, intercept=True)
+    assert config.ridge_prior is not None
+    assert config.intercept is not None
+    prior = {
+        "zero": torch.zeros_like(fused.down),
+        "identity": inputs.weights.down[:, kept],
+        "transport": fused.down,
+    }[config.ridge_prior]
+    intercept = config.intercept if inputs.can_hold_intercept else "never"
+    refit, judged_refit = refit_down(fit, heldout, prior, intercept)
+    return result._replace(
+        weights=_refitted(fused, refit),
+        judged=_refitted(fused, judged_refit),
+        ridge=refit.ridge,
+        intercept=refit.bias is not None,
+    )
+
+
+def _refitted(fused: FFNWeights, refit: Refit) -> FFNWeights:
+    return _with_bias(fused, refit.down, refit.bias)
+
+
+def _with_bias(fused: FFNWeights, down: Tensor, bias: Tensor | None) -> FFNWeights:
+    like = fused.down
+    if bias is not None and fused.down_bias is not None:
+        bias = bias.to(like.device) + fused.down_bias
+    elif bias is None:
+        bias = fused.down_bias
+    return fused._replace(
+        down=down.to(like.device, like.dtype), down_bias=None if bias is None else bias.to(like.device, like.dtype)
+    )

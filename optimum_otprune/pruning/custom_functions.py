@@ -1,0 +1,59 @@
+"""Functions that are not of this package: they are given copies, and their errors say whose they are."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optimum_otprune.errors import CustomFunctionError
+from optimum_otprune.functional.registry import Entry
+
+_PACKAGE = __name__.partition(".")[0]
+
+
+def guarded(field: str, entry: Entry) -> Entry:
+    """Return an entry whose function can harm nothing but its own result; one of this package is returned as it is.
+
+    It gets clones of every tensor, so that what it writes there is lost. Errors that it raises come out as
+    `CustomFunctionError` with the original as cause, but for those of memory, which are nobody's fault.
+
+    Args:
+        field: Of the configuration, for messages.
+        entry: What was registered, or given.
+    """
+    # Where it was defined: `__module__` is what `functools.wraps` copies from another function.
+    defined_in = getattr(entry.function, "__globals__", {}).get("__name__", "")
+    if str(defined_in).partition(".")[0] == _PACKAGE:
+        return entry
+    return entry._replace(function=_guarded(field, entry.name, entry.function))
+
+
+def _guarded(field: str, name: str, function: Callable) -> Callable:
+    @functools.wraps(function)
+    def call(*inputs: Any) -> Any:
+        copies = [_copied(part) for part in inputs]
+        try:
+            return function(*copies)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise CustomFunctionError(
+                f"The function {name!r} for `{field}` raised {type(error).__name__}"
+                f"{f': {error}' if str(error) else ''}. Mend it, or use a registered name in its place."
+            ) from error
+
+    call.__name__ = name
+    return call
+
+
+def _copied(value: Any) -> Any:
+    """With every tensor cloned, in named tuples and mappings too."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, tuple):
+        return type(value)(*map(_copied, value))
+    if isinstance(value, Mapping):
+        return {name: _copied(part) for name, part in value.items()}
+    return value

@@ -1,0 +1,223 @@
+"""How much memory and time pruning will take: laws of shapes, good for a decision, not for a bill."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+_FLOAT, _DOUBLE = 4, 8  # bytes
+IMPORT_BYTES = 620_000_000  # of Python, torch (its code is read as it is needed), transformers, datasets, a tokenizer
+_REFIT_MATRICES = 15  # float32 ones of kept by kept channels: second moments in both precisions, factors, their copies
+_TRAINED_COPIES = 8  # of a trained FFN: weights, gradients, both moments of Adam, and the best so far
+_TRAINING_ACTIVATIONS = 8  # of a minibatch, each as large as its channel activations
+_LOSS_COPIES = 3  # of a batch's logits: logarithms of probabilities, the gradient by them, and the one by the logits
+_GRAPH_STATES = 16  # as large as a batch's hidden states, that a block run with gradients keeps beside its channels
+_SINGULAR_STATES = 32  # more of them where gradients of singular values are taken, too
+_PASSES = 4  # forward passes over the calibration tokens that the closed form of all layers amounts to
+_MOMENT_PASSES = 3  # forward and backward
+_SCORE_PASSES = 6  # the same for SNIP and for FO
+_CHECKS = 20  # evaluations on held-out tokens while a layer is trained
+
+
+class Workload(NamedTuple):
+    """What the laws read.
+
+    Attributes:
+        num_layers: That are pruned.
+        hidden_size: Of the model.
+        intermediate_size: Channels before.
+        kept_size: Channels after, the mean over pruned layers.
+        num_projections: Of an FFN: 3 if it is gated, else 2.
+        tokens: Calibration tokens, those that the model writes included.
+        written_tokens: Of these, those that the model writes.
+        batch_tokens: Of a forward pass.
+        heldout_share: Of the tokens.
+        element_size: Bytes of a number in the model's dtype.
+        block_bytes: Of the largest block.
+        eliminates: Whether channels are eliminated greedily, or widths are shared out.
+        tracks_dense: Whether the dense model's hidden states are kept beside the pruned one's.
+        needs_scores: Whether weight × gradient scores are read.
+        needs_moments: Whether second moments of gradients are read.
+        steps: Of reconstruction, for each layer.
+        step_tokens: Of one such step.
+        vocab_size: Of the model.
+        score_tokens: Of a batch whose gradients are read, or that the model writes at once.
+        cache_bytes: Of the keys and values that the model keeps of one token while it writes.
+        refits: Whether the down projection is fitted anew.
+        transports: Whether a transport problem is solved.
+    """
+
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    kept_size: int
+    num_projections: int
+    tokens: int
+    written_tokens: int
+    batch_tokens: int
+    heldout_share: float
+    element_size: int
+    block_bytes: int
+    eliminates: bool
+    tracks_dense: bool
+    needs_scores: bool
+    needs_moments: bool
+    steps: int
+    step_tokens: int
+    vocab_size: int
+    score_tokens: int
+    cache_bytes: int
+    refits: bool
+    transports: bool
+
+    @property
+    def ffn_parameters(self) -> int:
+        """Of one layer, before."""
+        return self.num_projections * self.hidden_size * self.intermediate_size
+
+    @property
+    def kept_parameters(self) -> int:
+        """Of one layer, after."""
+        return self.num_projections * self.hidden_size * self.kept_size
+
+
+def working_bytes(work: Workload) -> dict[str, int]:
+    """Return what the device that computes needs beside the weights that live there, by purpose.
+
+    Args:
+        work: What is done.
+    """
+    pruning = {
+        "one FFN in float32, before and after": 2 * _FLOAT * work.ffn_parameters,
+        "second moments of channels": _moment_bytes(work),
+        "activations of one batch": activation_bytes(work, work.batch_tokens),
+    }
+    stages = [pruning, *_asking_bytes(work)]
+    if work.steps:  # comes after the fit, of which the sums alone are left
+        trained = _TRAINED_COPIES * work.kept_parameters + _TRAINING_ACTIVATIONS * work.step_tokens * work.kept_size
+        sums = 2 * _FLOAT * work.intermediate_size**2
+        after = {"second moments of channels": sums, "training of one FFN": _FLOAT * trained}
+        stages.append({**pruning, **after, "activations of one batch": 0})
+    stage = max(stages, key=lambda part: sum(part.values()))
+    return {"one block": work.block_bytes, **{purpose: size for purpose, size in stage.items() if size}}
+
+
+def _asking_bytes(work: Workload) -> list[dict[str, int]]:
+    """Of what the dense model is asked for before, one after the other."""
+    stages: list[dict[str, int]] = []
+    if work.needs_scores or work.needs_moments:
+        logits = _LOSS_COPIES * _FLOAT * work.score_tokens * work.vocab_size
+        stages += [{"logits of one batch and their gradients": logits}, _backward_bytes(work)]
+    if work.written_tokens:
+        stages.append({"keys and values of what the model writes": 2 * work.score_tokens * work.cache_bytes})
+    return stages
+
+
+def _backward_bytes(work: Workload) -> dict[str, int]:
+    """Of one block on the way back: its graph, and what becomes of the gradients."""
+    inner = work.num_projections - 1
+    # Outputs of gate and up, copies of them that the block goes on with, and what follows; their gradients; one on its
+    # way.
+    channels, states = 3 * inner + inner + 1, _GRAPH_STATES
+    results = inner + 1  # gradients, and the inputs of the down projection
+    sums = 3 * _DOUBLE * work.hidden_size**2
+    if work.needs_scores:  # copies of outputs in float32, gradients of a second objective, one more on its way
+        channels, states = channels + work.num_projections + inner + 1, states + _SINGULAR_STATES
+        results += inner
+        sums = 3 * _FLOAT * work.ffn_parameters  # of both objectives, and the weights
+    if work.tokens - work.written_tokens > work.score_tokens:
+        channels += results  # of the batch before
+    graph = work.score_tokens * (channels * work.intermediate_size + states * work.hidden_size)
+    return {"one block with its gradients": _FLOAT * graph, "sums of gradients": sums}
+
+
+def _moment_bytes(work: Workload) -> int:
+    """Of the most demanding of elimination, transport and refit, which come one after the other."""
+    n, m = work.intermediate_size, work.kept_size
+    sums = 2 * _FLOAT * n * n  # of fitted and of held-out tokens
+    return sums + max(
+        (_FLOAT + 2 * _DOUBLE) * n * n if work.eliminates else 0,
+        3 * _DOUBLE * n * m if work.transports else 0,
+        _REFIT_MATRICES * _FLOAT * m * m if work.refits else 0,
+    )
+
+
+def activation_bytes(work: Workload, tokens: int) -> int:
+    """Return what some tokens leave behind on their way through one block.
+
+    Args:
+        work: What is done.
+        tokens: How many go through it at once.
+    """
+    return _FLOAT * tokens * ((work.num_projections + 1) * work.intermediate_size + 8 * work.hidden_size)
+
+
+def calibration_bytes(work: Workload) -> dict[str, int]:
+    """Return what waits in main memory, or in files, of the stage that needs most, by purpose.
+
+    Args:
+        work: What is done.
+    """
+    states = work.tokens * work.hidden_size * work.element_size
+    pruning = {"hidden states": states * (2 if work.tracks_dense else 1), "inputs of one FFN": states}
+    if work.tracks_dense and work.steps:
+        pruning["corrections in float32"] = _FLOAT * work.tokens * work.hidden_size
+    if work.steps:
+        pruning["inputs and targets of one FFN in float32"] = 2 * _FLOAT * work.tokens * work.hidden_size
+    scoring: dict[str, int] = {}
+    if work.needs_scores or work.needs_moments:
+        given = states * (work.tokens - work.written_tokens) // work.tokens
+        scoring["hidden states before every layer"] = given * (work.num_layers + 1)
+        scoring["gradients by hidden states"] = given * (2 if work.needs_scores else 1)
+    stage = max(pruning, scoring, key=lambda part: sum(part.values()))
+    return stage | _gradient_bytes(work)
+
+
+def _gradient_bytes(work: Workload) -> dict[str, int]:
+    """What gradients leave behind for all layers."""
+    found = {}
+    if work.needs_scores:
+        found["scores of all FFN weights"] = 2 * _FLOAT * work.ffn_parameters * work.num_layers
+    if work.needs_moments:
+        found["second moments of gradients"] = _DOUBLE * work.hidden_size**2 * work.num_layers
+    return found
+
+
+class Rates(NamedTuple):
+    """Floating-point operations a second that matrix products reach on the device that computes.
+
+    Attributes:
+        model: In the model's dtype, many rows.
+        single: In float32, many rows.
+        double: In float64, square matrices.
+        generation: In the model's dtype, as few rows as sequences are written at once.
+    """
+
+    model: float
+    single: float
+    double: float
+    generation: float
+
+
+def expected_seconds(work: Workload, forward_flops: int, decode_flops: int, rates: Rates) -> Mapping[str, float]:
+    """Return the expected time by stage, in seconds; saving and loading are not counted.
+
+    Args:
+        work: What is done.
+        forward_flops: Of one dense forward pass over all calibration tokens.
+        decode_flops: Of writing what the model writes itself.
+        rates: Measured.
+    """
+    kept, tokens = work.kept_parameters * work.num_layers, work.tokens
+    stages = {}
+    gradients = _SCORE_PASSES * work.needs_scores + _MOMENT_PASSES * work.needs_moments
+    if gradients:
+        stages["gradients"] = gradients * forward_flops * (tokens - work.written_tokens) / tokens / rates.model
+    if work.written_tokens:
+        stages["self-calibration"] = decode_flops / rates.generation
+    stages["closed form"] = _PASSES * forward_flops / rates.model
+    if work.eliminates:
+        stages["elimination"] = work.num_layers * 2 * work.intermediate_size**3 / rates.double
+    if work.steps:
+        trained = 6 * work.steps * work.step_tokens * kept
+        checked = 2 * _CHECKS * work.heldout_share * tokens * kept
+        stages["reconstruction"] = (trained + checked) / rates.single
+    return stages

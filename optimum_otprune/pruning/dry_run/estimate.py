@@ -1,0 +1,297 @@
+"""Work out a `PruningPlan` from configuration files alone: no weights are read, nothing is written."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedModel
+
+from optimum_otprune.config.configuration import OTPruningConfig
+from optimum_otprune.errors import ConfigurationError
+from optimum_otprune.models.architectures import find_spec
+from optimum_otprune.models.changes import check_dense
+from optimum_otprune.models.devices import execution_device, planned_weights, weight_bytes
+from optimum_otprune.models.ffn_block import FFNBlock, ffn_blocks, loadable_blocks
+from optimum_otprune.models.flops import forward_flops
+from optimum_otprune.models.perplexity import evaluation_bytes, windows_together
+from optimum_otprune.models.timing import matmul_rate
+from optimum_otprune.pruning.calibration.data import ExpectedSamples, ModelLimits, TokenSource, expected_samples
+from optimum_otprune.pruning.dry_run.cost_model import (
+    IMPORT_BYTES,
+    Rates,
+    Workload,
+    activation_bytes,
+    calibration_bytes,
+    expected_seconds,
+    working_bytes,
+)
+from optimum_otprune.pruning.dry_run.plan import MemoryUse, PruningPlan
+from optimum_otprune.pruning.preflight import check_feasible
+from optimum_otprune.pruning.recipe import Recipe
+from optimum_otprune.pruning.size_target import added_biases, channel_cost, with_pruning_ratio
+from optimum_otprune.pruning.widths import given_widths, plan_widths
+
+_MEASURE_SECONDS = 0.12  # for each of four rates
+_LARGEST_SIDE = 4096  # of a matrix whose product is timed
+_LARGEST_SQUARE = 1024
+
+
+class Skeleton(NamedTuple):
+    """What a dry run knows of a model.
+
+    Attributes:
+        model: With shapes; weights are not read, and may be on the meta device.
+        places: `device_map` and `max_memory` of loading.
+        has_tokenizer: Whether one belongs to it; None where nobody looked.
+        is_loaded: Whether it is a model in memory, that can be changed as it is.
+    """
+
+    model: PreTrainedModel
+    places: Mapping[str, Any]
+    has_tokenizer: bool | None = None
+    is_loaded: bool = False
+
+    @classmethod
+    def of_loaded(cls, model: PreTrainedModel) -> "Skeleton":
+        """A model in memory, which stays where it is."""
+        where = getattr(model, "hf_device_map", None) or execution_device(model)
+        return cls(model, {"device_map": where, "max_memory": None}, is_loaded=True)
+
+
+def plan_pruning(
+    skeleton: Skeleton,
+    config: OTPruningConfig,
+    calibration_data: TokenSource | None,
+    batch_size: int,
+    max_hidden_memory: int,
+    evaluate: bool = False,
+    evaluation_data: TokenSource | None = None,
+) -> PruningPlan:
+    """Say what pruning would do; see `OTPruner.plan`.
+
+    Args:
+        skeleton: The model.
+        config: What is done.
+        calibration_data: As for `prune`.
+        batch_size: Samples per forward pass.
+        max_hidden_memory: Bytes of hidden states in main memory; what is more is spilled to disk.
+        evaluate: Whether the model is evaluated before and after.
+        evaluation_data: As for `evaluate`.
+
+    Raises:
+        OTPruneError: Whatever `prune` would raise before it starts to work.
+    """
+    model, options, has_tokenizer, is_loaded = skeleton
+    check_dense(model)
+    blocks = loadable_blocks(model) if is_loaded else ffn_blocks(model)
+    config = with_pruning_ratio(config, model, blocks)
+    recipe = Recipe.resolve(config, {})
+    widths = plan_widths(blocks, config)
+    is_idle = widths == [block.intermediate_size for block in blocks]
+    biases = 0 if is_idle else _bias_parameters(model, blocks, config, widths)
+    limits = ModelLimits.of(model)
+    samples = expected_samples(calibration_data, config, limits, has_tokenizer)
+    windows = expected_samples(evaluation_data, config, limits, has_tokenizer) if evaluate else None
+    weights = _weights_by_device(model, options)
+    device = next((name for name in weights if name not in ("cpu", "disk")), "cpu")
+    work = _workload(model, blocks, widths, recipe, samples, batch_size)
+    working = [] if is_idle else _working_memory(work, weights, max_hidden_memory)
+    if windows is not None:
+        working += _evaluation_memory(model, work, windows, batch_size, working, device)
+    return PruningPlan(
+        **_shapes(model, blocks, config, widths),
+        bias_parameters=biases,
+        samples=samples,
+        written_samples=_written(config) * samples.num_samples,
+        memory=(*_resting_memory(blocks, widths, weights), *working),
+        computing_device=device,
+        seconds={} if is_idle else _seconds(model, blocks, work, samples, batch_size, device),
+    )
+
+
+def _shapes(
+    model: PreTrainedModel, blocks: list[FFNBlock], config: OTPruningConfig, widths: list[int]
+) -> dict[str, Any]:
+    """Fields of the plan that say what the model is, and will be."""
+    adaptive = set(range(len(blocks))) - set(given_widths(blocks, config)) if config.allocation == "adaptive" else ()
+    return {
+        "config": config.to_dict(),
+        "architecture": find_spec(model)[0],
+        "model_class": type(model).__name__,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "hidden_size": _hidden_size(blocks),
+        "widths_before": tuple(block.intermediate_size for block in blocks),
+        "widths_after": tuple(widths),
+        "adaptive_layers": tuple(sorted(adaptive)),
+        "parameters_before": model.num_parameters(),
+        "parameters_after": model.num_parameters() - _removed(blocks, widths, "parameters"),
+        "bytes_before": weight_bytes(model),
+        "bytes_after": weight_bytes(model) - _removed(blocks, _saved_widths(widths, config), "bytes"),
+    }
+
+
+def _bias_parameters(
+    model: PreTrainedModel, blocks: list[FFNBlock], config: OTPruningConfig, widths: list[int]
+) -> int:
+    """How many may be added; raises what pruning would raise before any work."""
+    can_hold_intercept = check_feasible(model, blocks, config, widths)
+    if not can_hold_intercept or config.intercept not in ("auto", "always"):
+        return 0
+    costs = [added_biases(block, "parameters") for block in blocks]
+    return sum(once + each * width for (once, each), width in zip(costs, widths))
+
+
+def _weights_by_device(model: PreTrainedModel, options: Mapping[str, Any]) -> dict[str, int]:
+    try:
+        return planned_weights(model, options["device_map"], options["max_memory"])
+    except (RuntimeError, ValueError) as error:
+        raise ConfigurationError(
+            f"`device_map={options['device_map']!r}` with `max_memory={options['max_memory']!r}` cannot be followed: "
+            f"{str(error).splitlines()[0]}. Use 'auto', a device such as 'cuda:0', or a dictionary of them by module."
+        ) from error
+
+
+def _written(config: OTPruningConfig) -> int:
+    """Samples that the model writes for each given one."""
+    return int(config.self_calibration or 0)
+
+
+def _hidden_size(blocks: list[FFNBlock]) -> int:
+    weight = blocks[0].up.weight
+    return weight.numel() // blocks[0].intermediate_size  # type: ignore[union-attr, operator, return-value]
+
+
+def _removed(blocks: list[FFNBlock], widths: list[int], unit: str) -> int:
+    return sum((block.intermediate_size - width) * channel_cost(block, unit) for block, width in zip(blocks, widths))
+
+
+def _saved_widths(widths: list[int], config: OTPruningConfig) -> list[int]:
+    return [max(widths)] * len(widths) if config.non_uniform_format == "pad" else widths
+
+
+def _workload(
+    model: PreTrainedModel,
+    blocks: list[FFNBlock],
+    widths: list[int],
+    recipe: Recipe,
+    samples: ExpectedSamples,
+    batch_size: int,
+) -> Workload:
+    config = recipe.config
+    pruned = [width for block, width in zip(blocks, widths) if width < block.intermediate_size] or widths[:1]
+    is_adaptive = config.allocation == "adaptive"
+    given = samples.num_samples * samples.seqlen
+    parameters = [list(block.module.parameters()) for block in blocks]
+    return Workload(
+        num_layers=len(pruned),
+        hidden_size=_hidden_size(blocks),
+        intermediate_size=blocks[0].intermediate_size,
+        kept_size=sum(pruned) // len(pruned),
+        num_projections=2 if blocks[0].projection("gate") is None else 3,
+        tokens=given * (1 + _written(config)),
+        written_tokens=given * _written(config),
+        batch_tokens=min(batch_size, samples.num_samples) * samples.seqlen,
+        heldout_share=config.holdout_share / (1 + _written(config)),
+        element_size=blocks[0].up.weight.element_size(),  # type: ignore[union-attr, operator]
+        block_bytes=max(sum(part.numel() * part.element_size() for part in parts) for parts in parameters),
+        eliminates=config.selection == "obs" or is_adaptive,
+        tracks_dense=bool(config.target_correction) and blocks[0].spec.residual,
+        needs_scores=recipe.needs_gradients,
+        needs_moments=recipe.needs_moments,
+        steps=config.reconstruction_steps or 0,
+        step_tokens=config.reconstruction_batch_tokens or 0,
+        vocab_size=ModelLimits.of(model).vocab_size,
+        score_tokens=min(config.score_batch_size, samples.num_samples) * samples.seqlen,
+        cache_bytes=_cache_bytes(model, len(blocks)),
+        refits=config.compensation == "ridge",
+        transports=recipe.transports,
+    )
+
+
+def _cache_bytes(model: PreTrainedModel, layers: int) -> int:
+    """Keys and values of one token in all layers."""
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return 2 * layers * (getattr(config, "num_key_value_heads", None) or heads) * size * model.dtype.itemsize
+
+
+def _resting_memory(blocks: list[FFNBlock], widths: list[int], weights: Mapping[str, int]) -> list[MemoryUse]:
+    """What is there all the time; dense FFNs stay to be put back if anything fails, unless they are offloaded."""
+    uses = [MemoryUse("cpu", "Python and its libraries", IMPORT_BYTES)]
+    uses += [MemoryUse(name, "weights", size) for name, size in weights.items()]
+    if len(weights) > 1 and {"cpu", "disk"} & set(weights):
+        return uses
+    sizes = [width * channel_cost(block, "bytes") for block, width in zip(blocks, widths)]
+    pruned = sum(size for block, width, size in zip(blocks, widths, sizes) if width < block.intermediate_size)
+    total = sum(weights.values())
+    shares = {name: pruned * size // total for name, size in weights.items()}
+    return uses + [MemoryUse(name, "pruned FFNs beside the dense ones", size) for name, size in shares.items() if size]
+
+
+def _evaluation_memory(
+    model: PreTrainedModel,
+    work: Workload,
+    windows: ExpectedSamples,
+    batch_size: int,
+    pruning: list[MemoryUse],
+    device: str,
+) -> list[MemoryUse]:
+    """What evaluation needs beyond what pruning does, on the device that computes: one comes after the other."""
+    shape = (windows.seqlen, work.vocab_size, model.dtype.itemsize)
+    tokens = windows_together(batch_size, *shape) * windows.seqlen
+    needed = evaluation_bytes(batch_size, *shape) + activation_bytes(work, tokens)
+    more = needed - sum(use.bytes for use in pruning if use.device == device)
+    return [MemoryUse(device, "more for evaluation", more)] if more > 0 else []
+
+
+def _working_memory(work: Workload, weights: Mapping[str, int], max_hidden_memory: int) -> list[MemoryUse]:
+    """Beside the weights, on every device that computes, in main memory, and spilled to disk."""
+    computing = [name for name in weights if name not in ("cpu", "disk")] or ["cpu"]
+    uses = [MemoryUse(name, purpose, size) for name in computing for purpose, size in working_bytes(work).items()]
+    if set(weights) <= set(computing):
+        uses = [use for use in uses if use.purpose != "one block"]  # the blocks are there with all weights
+    kept, spilled = 0, 0
+    for purpose, size in calibration_bytes(work).items():
+        fits = min(size, max(0, max_hidden_memory - kept))
+        kept, spilled = kept + fits, spilled + size - fits
+        if fits:
+            uses.append(MemoryUse("cpu", purpose, fits))
+    return [*uses, MemoryUse("disk", "spilled", spilled)] if spilled else uses
+
+
+def _seconds(
+    model: PreTrainedModel,
+    blocks: list[FFNBlock],
+    work: Workload,
+    samples: ExpectedSamples,
+    batch_size: int,
+    device: str,
+) -> Mapping[str, float] | None:
+    if not _is_here(torch.device(device)):
+        return None
+    count = work.tokens // samples.seqlen
+    forward = forward_flops(model, blocks, count, samples.seqlen)
+    decode = forward_flops(model, blocks, work.written_tokens // samples.seqlen, samples.seqlen, samples.seqlen)
+    rates = _rates(work, torch.device(device), model.dtype, batch_size)
+    return expected_seconds(work, forward.total - forward.head, decode.total, rates)
+
+
+def _is_here(device: torch.device) -> bool:
+    if device.type == "cpu":
+        return True
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    is_kind = accelerator is not None and accelerator.type == device.type
+    return is_kind and (device.index or 0) < torch.accelerator.device_count()
+
+
+def _rates(work: Workload, device: torch.device, dtype: torch.dtype, batch_size: int) -> Rates:
+    inner, columns = (min(size, _LARGEST_SIDE) for size in (work.hidden_size, work.intermediate_size))
+    side = min(work.intermediate_size, _LARGEST_SQUARE)
+    many, few = min(work.batch_tokens, 2048), batch_size
+    return Rates(
+        model=matmul_rate(device, dtype, (many, inner, columns), _MEASURE_SECONDS),
+        single=matmul_rate(device, torch.float32, (many, inner, columns), _MEASURE_SECONDS),
+        double=matmul_rate(device, torch.float64, (side, side, side), _MEASURE_SECONDS),
+        generation=matmul_rate(device, dtype, (few, inner, columns), _MEASURE_SECONDS),
+    )

@@ -1,0 +1,177 @@
+"""`PruningPlan`: what `prune` would do and take."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from optimum_otprune.pruning.calibration.data import ExpectedSamples
+
+_MINUTE, _HOUR = 60, 3600
+
+
+class MemoryUse(NamedTuple):
+    """Bytes that one purpose takes on one device.
+
+    Attributes:
+        device: Such as `"cuda:0"`; `"cpu"` is main memory, `"disk"` what is offloaded or spilled.
+        purpose: In words.
+        bytes: How many.
+    """
+
+    device: str
+    purpose: str
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class PruningPlan:
+    """What `prune` would do and take; `str()` of it is for people.
+
+    Attributes:
+        config: What is done; a target in parameters or bytes is resolved to a ratio.
+        architecture: Name of the layout that was found.
+        model_class: Of transformers.
+        dtype: Of the weights.
+        hidden_size: Of the model.
+        widths_before: Channels of each layer.
+        widths_after: The same after; of `adaptive_layers` it is their mean.
+        adaptive_layers: Layers whose own width is only found by measuring.
+        parameters_before: Of the model.
+        parameters_after: The same after, without biases and zeros that only fill up.
+        bytes_before: Of the weights.
+        bytes_after: Of the saved weights, zeros that fill up layers included where they are known.
+        bias_parameters: That may come on top, where held-out tokens want an output bias.
+        samples: Calibration samples that are read.
+        written_samples: Calibration samples that the model writes itself.
+        memory: Expected, by device and purpose.
+        computing_device: What most of the work is done on.
+        seconds: Expected time by stage, empty if nothing is pruned; None where the device is not on this machine.
+    """
+
+    config: Mapping[str, Any]
+    architecture: str
+    model_class: str
+    dtype: str
+    hidden_size: int
+    widths_before: tuple[int, ...]
+    widths_after: tuple[int, ...]
+    adaptive_layers: tuple[int, ...]
+    parameters_before: int
+    parameters_after: int
+    bytes_before: int
+    bytes_after: int
+    bias_parameters: int
+    samples: ExpectedSamples
+    written_samples: int
+    memory: tuple[MemoryUse, ...]
+    computing_device: str
+    seconds: Mapping[str, float] | None
+
+    @property
+    def memory_by_device(self) -> dict[str, int]:
+        """Expected peak of each device, in bytes."""
+        total: Counter[str] = Counter()
+        for use in self.memory:
+            total[use.device] += use.bytes
+        return dict(total)
+
+    def __str__(self) -> str:
+        rows = (
+            ("Model", self._model()),
+            ("Method", f"{self.config['method']}, quality {self.config['quality']}"),
+            ("Widths", "; ".join(self._widths())),
+            ("Parameters", self._parameters()),
+            ("Weights", self._weights()),
+            ("Calibration", self._calibration()),
+            *(("Memory", line) for line in self._memory()),
+            ("Time", self._time()),
+        )
+        lines = ["PRUNING PLAN (no weights were read, nothing is written; memory and time are rough)"]
+        return "\n".join([*lines, *(f"{name:<12} {text}" for name, text in rows)])
+
+    def _model(self) -> str:
+        layers = len(self.widths_before)
+        return (
+            f"{self.model_class} (layout {self.architecture!r}), {layers} layers, hidden size {self.hidden_size:,}, "
+            f"{self.dtype}"
+        )
+
+    def _widths(self) -> list[str]:
+        by_change: dict[tuple[int, int, bool], list[int]] = {}
+        for layer, change in enumerate(zip(self.widths_before, self.widths_after)):
+            by_change.setdefault((*change, layer in self.adaptive_layers), []).append(layer)
+        return [
+            f"{before:,} -> {'about ' if adaptive else ''}{after:,}{' on average' if adaptive else ''} in "
+            f"{_layers(layers, len(self.widths_before))}"
+            for (before, after, adaptive), layers in by_change.items()
+        ]
+
+    def _parameters(self) -> str:
+        share = self.parameters_after / self.parameters_before
+        biases = f", and up to {self.bias_parameters:,} of biases" if self.bias_parameters else ""
+        return f"{self.parameters_before:,} -> {self.parameters_after:,} ({share:.1%}){biases}"
+
+    def _weights(self) -> str:
+        pads = self.config["non_uniform_format"] == "pad"
+        more = ", more by as much as the widest layer exceeds the average" if self.adaptive_layers and pads else ""
+        filled = " (filled up to the widest layer)" if pads and len(set(self.widths_after)) > 1 else ""
+        return f"{size_text(self.bytes_before)} -> {size_text(self.bytes_after)}{filled}{more}"
+
+    def _calibration(self) -> str:
+        samples = self.samples
+        most = "" if samples.is_exact else "at most "
+        written = f"; {self.written_samples:,} more that the model writes itself" if self.written_samples else ""
+        return (
+            f"{most}{samples.num_samples:,} samples of {samples.seqlen:,} tokens, read from {samples.source}{written}"
+        )
+
+    def _memory(self) -> list[str]:
+        lines = []
+        for device, total in self.memory_by_device.items():
+            parts = [f"{use.purpose} {size_text(use.bytes)}" for use in self.memory if use.device == device]
+            name = {"cpu": "main memory"}.get(device, device)
+            lines.append(f"{name}: {size_text(total)} ({', '.join(parts)})")
+        return lines
+
+    def _time(self) -> str:
+        if self.seconds is None:
+            return f"not known: there is no {self.computing_device} on this machine to measure the speed of"
+        if not self.seconds:
+            return "none: nothing is pruned"
+        stages = ", ".join(f"{stage} {time_text(taken)}" for stage, taken in self.seconds.items())
+        total = time_text(sum(self.seconds.values()))
+        return f"about {total} on {self.computing_device} ({stages}), besides loading and saving"
+
+
+def _layers(layers: Sequence[int], count: int) -> str:
+    """`"all 4 layers"`, `"layers 0, 3"` or `"28 layers"`."""
+    if len(layers) == count:
+        return f"all {count} layers"
+    if len(layers) > 8:
+        return f"{len(layers)} layers"
+    return f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
+
+
+def size_text(count: int) -> str:
+    """Return a number of bytes for people; GB is 10⁹.
+
+    Example:
+        >>> size_text(16_060_000_000), size_text(2_500_000), size_text(700)
+        ('16.1 GB', '2.5 MB', '0.0 MB')
+    """
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+
+
+def time_text(seconds: float) -> str:
+    """Return a time for people.
+
+    Example:
+        >>> time_text(0.2), time_text(59), time_text(600), time_text(9000)
+        ('under 1 s', '59 s', '10 min', '2.5 h')
+    """
+    if seconds < 1:
+        return "under 1 s"
+    if seconds < 2 * _MINUTE:
+        return f"{seconds:.0f} s"
+    return f"{seconds / _MINUTE:.0f} min" if seconds < 2 * _HOUR else f"{seconds / _HOUR:.1f} h"

@@ -1,0 +1,86 @@
+"""What a run's result depends on, as digests and plain values, and how two of them differ."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from optimum_otprune.models.devices import read_parameter
+from optimum_otprune.pruning.recipe import Recipe
+from optimum_otprune.pruning.report import versions
+from optimum_otprune.storage.untrusted import visible
+
+_SHOWN = 60
+
+
+def model_digest(model: PreTrainedModel) -> str:
+    """Of all weights, wherever they are, in their dtype; names do not count."""
+    named = ((module, name) for module in model.modules() for name in module._parameters)
+    return tensors_digest(value for module, name in named if (value := read_parameter(module, name)) is not None)
+
+
+def tensors_digest(tensors: Iterable[Tensor]) -> str:
+    """SHA-256 of shapes, dtypes and bytes."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def describe_difference(known: Mapping[str, Any], now: Mapping[str, Any], opaque: Sequence[str]) -> str | None:
+    """Return what differs, such as `"device type ('cpu', now 'cuda'), and model differ too"`, or None.
+
+    Args:
+        known: Of what was begun.
+        now: Of what is asked for.
+        opaque: Names whose values say nothing to a reader.
+
+    Example:
+        >>> describe_difference({"threads": 1, "model": "3f"}, {"threads": 2, "model": "a0"}, ["model"])
+        'threads (1, now 2), and model differ too'
+    """
+    different = [name for name in {**known, **now} if known.get(name) != now.get(name)]
+    if not different:
+        return None
+    first = different[0]
+    shown = visible(first, _SHOWN)
+    if first not in opaque:
+        shown += f" ({_short(known, first)}, now {_short(now, first)})"
+    others = ", ".join(visible(name, _SHOWN) for name in different[1:])
+    return shown + (f", and {others} differ too" if others else "")
+
+
+def _short(values: Mapping[str, Any], name: str) -> str:
+    text = repr(values.get(name))
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
+def run_fingerprint(model: PreTrainedModel, recipe: Recipe, tokens: Tensor, batch_size: int) -> dict[str, Any]:
+    """Return everything that the bits of a run's result depend on, JSON-ready; functions count by their names.
+
+    Args:
+        model: The dense model; its weights count, not its name.
+        recipe: What is done.
+        tokens: Calibration samples.
+        batch_size: Samples per forward pass; sums are rounded by it.
+    """
+    config = {name: value for name, value in recipe.config.to_dict().items() if name != "optimum_otprune_version"}
+    settings = model.config.to_json_string(use_diff=True) + str(model.config._attn_implementation)
+    values = {
+        "model": model_digest(model),
+        "model configuration": tensors_digest([torch.frombuffer(bytearray(settings.encode()), dtype=torch.uint8)]),
+        "calibration samples": tensors_digest([tokens]),
+        "data type": str(model.dtype).removeprefix("torch."),
+        "device type": model.device.type,
+        "number of threads": torch.get_num_threads(),
+        "batch size": batch_size,
+        **{f"function for `{field}`": entry.name for field, entry in sorted(recipe.functions.items())},
+        **{f"version of {name}": version for name, version in versions().items() if name != "datasets"},
+        **{f"`{name}` of the configuration": value for name, value in config.items()},
+    }
+    return json.loads(json.dumps(values))

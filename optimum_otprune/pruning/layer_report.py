@@ -1,0 +1,238 @@
+"""What pruning did to one layer: a line of the log, and an entry of the report that is checked when it is read."""
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from optimum_otprune.errors import ReportError
+from optimum_otprune.functional.ratios import (
+    RescueEnergies,
+    diluted_share,
+    dilution_ratio,
+    relative_error,
+    rescue_ratio,
+    rescued_share,
+)
+from optimum_otprune.storage.untrusted import visible
+
+REPORT_FILE = "otprune_report.json"
+
+_LARGEST_COUNT = 1 << 62
+_LARGEST_NUMBER = 1e150  # the squares of so many layers' numbers still have a finite sum
+_TOLERANCE = 1e-6
+_ROUNDED_TO_ZERO = 1e-5  # what differs in rounding alone
+_SIGNED = frozenset({"rescue_ratio", "transported_mass", "self_share"})
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerReport:
+    """What happened to one layer.
+
+    Errors and energies are sums over held-out tokens, each weighed as where the layer was fitted; see
+    `optimum_otprune.functional.ratios.RescueEnergies`.
+
+    Attributes:
+        layer: Index.
+        intermediate_size_before: Channels before.
+        intermediate_size_after: Channels after.
+        kept_channels: Indices of the kept channels, sorted; for centroids, of the channels nearest to them.
+        rescue_ratio: Share of the pruned channels' output energy that is still delivered, on held-out tokens.
+        dilution_ratio: Share of the kept channels' own contribution given up, on held-out tokens.
+        transported_mass: Share of the pruned channels' mass that the plan moved; 0 without transport.
+        self_share: Mean share of a kept channel's gate and up weights that comes from itself.
+        relative_error_before_refit: `Σ ‖y − ŷ‖² / Σ ‖y‖²` after fusion alone, on held-out tokens.
+        relative_error_after_refit: The same after the refit, fitted without the held-out tokens.
+        relative_error_after_reconstruction: The same after reconstruction; without one, as before it.
+        ridge_lambda: λ of the refit, None without one; infinity where the prior was best.
+        intercept: Whether an output bias was added.
+        energies: What the two ratios are made of.
+    """
+
+    layer: int
+    intermediate_size_before: int
+    intermediate_size_after: int
+    kept_channels: tuple[int, ...]
+    rescue_ratio: float
+    dilution_ratio: float
+    transported_mass: float
+    self_share: float
+    relative_error_before_refit: float
+    relative_error_after_refit: float
+    relative_error_after_reconstruction: float
+    ridge_lambda: float | None
+    intercept: bool
+    energies: RescueEnergies
+
+    @property
+    def pruned_channels(self) -> int:
+        """How many channels went."""
+        return self.intermediate_size_before - self.intermediate_size_after
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, infinity as `"inf"`."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values["kept_channels"] = list(self.kept_channels)
+        values["energies"] = self.energies._asdict()
+        if self.ridge_lambda is not None and math.isinf(self.ridge_lambda):
+            values["ridge_lambda"] = "inf"
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Any) -> "LayerReport":
+        """Make a report of what `to_dict` gave; entries that this version does not know are left out with a warning.
+
+        Raises:
+            ReportError: If an entry is missing, of another kind, or contradicts another one; names it.
+        """
+        unknown: list[str] = []
+        layer = cls.read(values, "layer", unknown)
+        warn_of_unknown(unknown)
+        return layer
+
+    @classmethod
+    def read(cls, values: Any, where: str, unknown: list[str]) -> "LayerReport":
+        """Make a report of an entry of a larger one.
+
+        Args:
+            values: Of any origin.
+            where: What the layer is called in messages.
+            unknown: Is added the names of entries that this version does not know.
+
+        Raises:
+            ReportError: As for `from_dict`.
+        """
+        fields = {field.name: field.type for field in dataclasses.fields(cls)}
+        found = known_entries(values, fields, where, unknown)
+        energies = known_entries(found["energies"], RescueEnergies._fields, f"{where}.energies", unknown)
+        found["energies"] = RescueEnergies(**energies)
+        found["ridge_lambda"] = math.inf if found["ridge_lambda"] == "inf" else found["ridge_lambda"]
+        check_entry(f"{where}.kept_channels", found["kept_channels"], (list, tuple))
+        layer = cls(**{**found, "kept_channels": tuple(found["kept_channels"])})
+        layer.check(where)
+        return layer
+
+    def check(self, where: str, is_finite: bool = True) -> None:
+        """Raise where an entry, say of a file, is of another kind, or counts do not add up.
+
+        Args:
+            where: What the layer is called in messages.
+            is_finite: Whether NaN and infinity are refused, and what contradicts other entries, as in files.
+
+        Raises:
+            ReportError: Names the first such entry.
+        """
+        for field in dataclasses.fields(self):
+            if field.type in (int, float, bool):
+                least = None if field.name in _SIGNED else 0
+                check_entry(f"{where}.{field.name}", getattr(self, field.name), field.type, least, is_finite)
+        for name, value in self.energies._asdict().items():
+            check_entry(f"{where}.energies.{name}", value, float, 0, is_finite)
+        if self.ridge_lambda not in (None, math.inf):
+            check_entry(f"{where}.ridge_lambda", self.ridge_lambda, float, 0)
+        _check_channels(self, where)
+        if is_finite:
+            check_follows(f"{where}.rescue_ratio", self.rescue_ratio, rescue_ratio(self.energies))
+            check_follows(f"{where}.dilution_ratio", self.dilution_ratio, dilution_ratio(self.energies))
+            error, name = self.relative_error_after_reconstruction, "relative_error_after_reconstruction"
+            check_follows(f"{where}.{name}", error, relative_error(self.energies))
+
+    def __str__(self) -> str:
+        return (
+            f"Layer {self.layer:02d}: Rescued {self.rescue_ratio:.3f} ({rescued_share(self.rescue_ratio)}) of pruned "
+            f"channels, Diluted {self.dilution_ratio:.3f} ({diluted_share(self.dilution_ratio)}) of kept channels"
+        )
+
+
+def known_entries(values: Any, names: Collection[str], where: str, unknown: list[str]) -> dict[str, Any]:
+    """Of an object of a report, the entries that it must have.
+
+    Args:
+        values: Of any origin.
+        names: Of the entries.
+        where: What the object is called in messages.
+        unknown: Is added the names of the others.
+
+    Raises:
+        ReportError: If it is no object, or an entry is missing.
+    """
+    check_entry(where, values, Mapping)
+    missing = [name for name in names if name not in values]
+    if missing:
+        raise ReportError(f"`{where}` of the report has no entry `{missing[0]}`. {_restore()}")
+    unknown += [f"{where}.{name}" for name in values if name not in names]
+    return {name: values[name] for name in names}
+
+
+def warn_of_unknown(unknown: Sequence[str]) -> None:
+    """Say that entries of a report, written by a later version, are left out."""
+    if unknown:
+        warnings.warn(
+            f"The report has entries that this version of optimum_otprune does not know, {len(unknown)} in all, such "
+            f"as `{visible(unknown[0], 80)}`. They are left out; upgrade to read them.",
+            stacklevel=3,
+        )
+
+
+def check_entry(name: str, value: object, kind: Any, least: float | None = None, is_finite: bool = True) -> None:
+    """Raise where an entry of a report holds something else than it should.
+
+    Args:
+        name: For the message.
+        value: Of any origin.
+        kind: `float` takes integers, too; `int` and `float` do not take `bool`.
+        least: Smallest number.
+        is_finite: Whether NaN, infinity and numbers whose sums may be infinite are refused.
+
+    Raises:
+        ReportError: Names it.
+    """
+    fits = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+    if fits and isinstance(value, float) and not abs(value) <= _LARGEST_NUMBER:
+        fits = not is_finite
+    elif fits and isinstance(value, (int, float)):
+        is_small = isinstance(value, float) or abs(value) <= _LARGEST_COUNT
+        fits = is_small and (least is None or value >= least)
+    if not fits:
+        bound = "" if least is None else f" >= {least}"
+        wanted = kind[0].__name__ if isinstance(kind, tuple) else kind.__name__
+        raise ReportError(f"`{name}` of the report is {value!r:.60}; want {wanted}{bound}. {_restore()}")
+
+
+def check_follows(name: str, value: object, derived: float) -> None:
+    """Raise where an entry of a report is not what the others give.
+
+    Args:
+        name: For the message.
+        value: Of any origin.
+        derived: What the others give.
+
+    Raises:
+        ReportError: Names it.
+    """
+    check_entry(name, value, float)
+    assert isinstance(value, (int, float))
+    if not (
+        abs(derived) <= _LARGEST_NUMBER and math.isclose(value, derived, rel_tol=_TOLERANCE, abs_tol=_ROUNDED_TO_ZERO)
+    ):
+        raise ReportError(
+            f"`{name}` of the report is {value!r:.60}, but its other numbers give {derived!r}. {_restore()}"
+        )
+
+
+def _restore() -> str:
+    return f"Restore `{REPORT_FILE}` as `OTPruner.save_pretrained` wrote it."
+
+
+def _check_channels(layer: LayerReport, where: str) -> None:
+    before, after, kept = layer.intermediate_size_before, layer.intermediate_size_after, layer.kept_channels
+    if after > before or len(kept) != after:
+        raise ReportError(
+            f"`{where}` of the report kept {len(kept)} channels, where {after} of {before} are said to be kept. "
+            f"{_restore()}"
+        )
+    wrong = [channel for channel in kept if type(channel) is not int or not 0 <= channel < before]
+    if wrong or len(set(kept)) != after:
+        what = f"{wrong[0]!r:.60}, which is none" if wrong else "one twice"
+        raise ReportError(f"`{where}.kept_channels` of the report holds {what} of {before} channels. {_restore()}")

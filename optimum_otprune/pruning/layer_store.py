@@ -1,0 +1,158 @@
+"""Finished layers: kept nowhere, or in a state folder from which an interrupted run goes on."""
+
+import json
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from optimum_otprune.errors import ReportError, StateError
+from optimum_otprune.functional.ffn import FFNWeights
+from optimum_otprune.pruning.preparation import Expected, Prepared, from_tensors, to_tensors
+from optimum_otprune.pruning.report import LayerReport
+from optimum_otprune.storage.state_folder import StateFolder, strict_json
+
+PREPARED_FILE = "prepared.safetensors"
+
+
+class FinishedLayer(NamedTuple):
+    """What pruning one layer left behind.
+
+    Attributes:
+        weights: To install.
+        report: Its line.
+    """
+
+    weights: FFNWeights
+    report: LayerReport
+
+
+class LayerStore(Protocol):
+    """Where a run looks for what an earlier one finished, and puts what it finishes."""
+
+    def prepared(self, make: Callable[[], Prepared], expected: Callable[[], Expected]) -> Prepared:
+        """Return what the dense model was asked for, or ask it now."""
+        ...
+
+    def finished(self, layer: int, dense: FFNWeights, width: int) -> FinishedLayer | None:
+        """Return a layer that was pruned to this width before, or None."""
+        ...
+
+    def save(self, finished: FinishedLayer) -> None:
+        """Keep a layer."""
+        ...
+
+
+class NoStore:
+    """Keeps nothing."""
+
+    def prepared(self, make: Callable[[], Prepared], expected: Callable[[], Expected]) -> Prepared:
+        """Ask the dense model."""
+        return make()
+
+    def finished(self, layer: int, dense: FFNWeights, width: int) -> FinishedLayer | None:
+        """None."""
+        return None
+
+    def save(self, finished: FinishedLayer) -> None:
+        """Do nothing."""
+
+
+class FolderStore:
+    """Keeps everything in a state folder; what is damaged there is done again, with a warning.
+
+    Args:
+        state: Opened, and begun with this run's fingerprint.
+    """
+
+    def __init__(self, state: StateFolder):
+        self._state = state
+
+    def prepared(self, make: Callable[[], Prepared], expected: Callable[[], Expected]) -> Prepared:
+        """Return what is in the folder, or ask the dense model and put it there."""
+        if PREPARED_FILE in self._state.names:
+            try:
+                return from_tensors(_tensors(self._state.read(PREPARED_FILE)), expected())
+            except StateError as error:
+                _warn(f"The file {PREPARED_FILE!r} of the interrupted run is damaged and made again", error)
+        made = make()
+        self._state.write({PREPARED_FILE: _blob(to_tensors(made))})
+        return made
+
+    def finished(self, layer: int, dense: FFNWeights, width: int) -> FinishedLayer | None:
+        """Return a layer's weights and report, or None where they are not there or damaged."""
+        weights_file, report_file = layer_files(layer)
+        if not {weights_file, report_file} <= self._state.names:
+            return None
+        try:
+            weights = _weights(_tensors(self._state.read(weights_file)), dense, width)
+            report = _report(strict_json(self._state.read(report_file), report_file), layer, dense, width)
+        except StateError as error:
+            _warn(f"Layer {layer} of the interrupted run is damaged and done again", error)
+            return None
+        return FinishedLayer(weights, report)
+
+    def save(self, finished: FinishedLayer) -> None:
+        """Write a layer's weights and report."""
+        weights_file, report_file = layer_files(finished.report.layer)
+        tensors = {name: part for name, part in finished.weights._asdict().items() if part is not None}
+        report = json.dumps(finished.report.to_dict(), sort_keys=True, allow_nan=False) + "\n"
+        self._state.write({weights_file: _blob(tensors), report_file: report.encode()})
+
+
+def layer_files(layer: int) -> tuple[str, str]:
+    """Names of the files of a layer's weights and report.
+
+    Example:
+        >>> layer_files(17)
+        ('layer-00017.safetensors', 'layer-00017.json')
+    """
+    return f"layer-{layer:05d}.safetensors", f"layer-{layer:05d}.json"
+
+
+def _warn(what: str, error: StateError) -> None:
+    warnings.warn(f"{what}: {error}", stacklevel=4)
+
+
+def _blob(tensors: Mapping[str, Tensor]) -> bytes:
+    # Cloned, for safetensors refuses tensors that share memory.
+    return save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()})
+
+
+def _tensors(blob: bytes) -> dict[str, Tensor]:
+    try:
+        return load(blob)
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise StateError("It is no safetensors file that this version can read.") from error
+
+
+def _weights(tensors: Mapping[str, Tensor], dense: FFNWeights, width: int) -> FFNWeights:
+    """Checked against the dense layer; a bias may have been added."""
+    n, d = width, dense.hidden_size
+    shapes = {"up": (n, d), "down": (d, n), "gate": (n, d), "up_bias": (n,), "gate_bias": (n,), "down_bias": (d,)}
+    needed = {name for name, part in dense._asdict().items() if part is not None}
+    if not needed <= set(tensors) <= set(shapes) or ("gate" in tensors) != (dense.gate is not None):
+        raise StateError("It lacks weights of this layer, or has others.")
+    for name, tensor in tensors.items():
+        if tuple(tensor.shape) != shapes[name] or not tensor.is_floating_point():
+            raise StateError(f"{name!r} has the shape {tuple(tensor.shape)} or is no floating-point tensor.")
+        if not torch.isfinite(tensor).all():
+            raise StateError(f"{name!r} is not finite.")
+    return FFNWeights(**tensors)
+
+
+def _report(values: Any, layer: int, dense: FFNWeights, width: int) -> LayerReport:
+    """Checked: numbers where numbers belong, of this layer and these widths."""
+    unknown: list[str] = []
+    try:
+        report = LayerReport.read(values, "layer", unknown)
+    except ReportError as error:
+        raise StateError("It is no report of a layer.") from error
+    sizes = (report.layer, report.intermediate_size_before, report.intermediate_size_after)
+    if unknown or sizes != (layer, dense.intermediate_size, width):
+        raise StateError("It is no report of this layer.")
+    return report

@@ -1,0 +1,63 @@
+"""What a finished run left behind, and the report of it."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedModel
+
+from optimum_otprune.config.configuration import OTPruningConfig
+from optimum_otprune.models.devices import model_sizes
+from optimum_otprune.pruning.calibration.data import TokenData
+from optimum_otprune.pruning.report import LayerReport, PruningReport, versions
+
+
+class PrunedLayers(NamedTuple):
+    """What pruning all layers left behind.
+
+    Attributes:
+        reports: One per layer.
+        padding_parameters: Zeros in the model that only fill up layers to a common width.
+        added_biases: Whether the model's configuration had no biases before and has them now.
+    """
+
+    reports: list[LayerReport]
+    padding_parameters: int
+    added_biases: bool = False
+
+    def report(
+        self,
+        model: PreTrainedModel,
+        config: OTPruningConfig,
+        data: TokenData,
+        sizes_before: tuple[int, int],
+        **known: Any,
+    ) -> PruningReport:
+        """The report of the whole run.
+
+        Args:
+            model: As it is now.
+            config: What was done.
+            data: Calibration samples.
+            sizes_before: Parameters and bytes of the dense model.
+            **known: Other fields of the report.
+        """
+        parameters, size = model_sizes(model)
+        measured: Mapping[str, Any] = {
+            "parameters_before": sizes_before[0],
+            "parameters_after": parameters - self.padding_parameters,
+            "padding_parameters": self.padding_parameters,
+            "added_biases": self.added_biases,
+            "size_before": sizes_before[1],
+            "size_after": size,
+        }
+        return PruningReport(
+            config=config.to_dict(),
+            options=tuple(config.fewest_options()),
+            layers=tuple(self.reports),
+            calibration=data.describe(),
+            versions=versions(),
+            model_type=model.config.model_type,
+            token_weighting=config.token_weighting or "uniform",
+            **measured,
+            **known,
+        )

@@ -1,0 +1,95 @@
+"""Begin a run that can be resumed, or go on with one: whether the state is of the same run, and what becomes of it."""
+
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from optimum_otprune.errors import OutputError, StateError
+from optimum_otprune.pruning.fingerprint import describe_difference
+from optimum_otprune.pruning.layer_store import FolderStore, LayerStore, NoStore, layer_files
+from optimum_otprune.pruning.report import PruningReport
+from optimum_otprune.storage.state_folder import StateFolder, strict_json
+
+logger = logging.getLogger(__name__)
+
+_OPAQUE = ("model", "model configuration", "calibration samples")
+
+
+@contextmanager
+def resumable(folder: Path | None, fingerprint: Mapping[str, Any]) -> Iterator[LayerStore]:
+    """What a run keeps its layers in while it runs; without a folder, nothing.
+
+    Raises:
+        StateError: If the folder is in use, damaged, or of another run; names what differs.
+        OutputError: If it cannot be written.
+    """
+    if folder is None:
+        yield NoStore()
+        return
+    with StateFolder.opened(folder) as state:
+        if state.fingerprint is None or state.is_saved:
+            state.begin(fingerprint)
+        _check_same(folder, state.fingerprint or {}, fingerprint)
+        finished = sum(name.endswith(".json") for name in state.names)
+        if finished:
+            logger.info("Going on with a run of which %d layers are finished.", finished)
+        yield FolderStore(state)
+
+
+def _check_same(folder: Path, known: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    difference = describe_difference(known, now, _OPAQUE)
+    if difference is not None:
+        raise StateError(
+            f"The state in {folder.name!r} was begun with another {difference}. Go on with what it was begun with "
+            "(the model as it was before pruning), or remove the folder to begin anew."
+        )
+
+
+def forget(folder: Path, fingerprint: Mapping[str, Any]) -> None:
+    """Remove the state of a run whose result was saved; that of another run, or in use by one, stays.
+
+    Args:
+        folder: Of the state.
+        fingerprint: Of the run.
+    """
+    try:
+        with StateFolder.opened(folder) as state:
+            if state.fingerprint == fingerprint:
+                state.discard()
+    except (StateError, OutputError) as error:
+        warnings.warn(f"The model is saved, but the state of the run was not removed. {error}", stacklevel=3)
+
+
+def forget_if_saved(folder: Path, report: PruningReport) -> bool:
+    """Remove a state whose result is known to be saved, for its process ended before it could.
+
+    Args:
+        folder: Of the state.
+        report: Of the saved folder.
+
+    Returns:
+        Whether it was so: every layer of the report is finished in the state, with the same numbers, or the state was
+        being removed.
+
+    Raises:
+        StateError: If the state is in use or damaged.
+        OutputError: If it cannot be removed.
+    """
+    with StateFolder.opened(folder) as state:
+        is_begun = state.fingerprint is not None
+        is_saved = not is_begun or state.is_saved or _has_layers(state, report)
+        if is_begun and is_saved:
+            state.discard()
+    return is_saved
+
+
+def _has_layers(state: StateFolder, report: PruningReport) -> bool:
+    pruned = [layer for layer in report.layers if layer.pruned_channels]
+    files = {layer_files(layer.layer)[1]: layer for layer in pruned}
+    return set(files) <= state.names and all(
+        strict_json(state.read(name), name) == json.loads(json.dumps(layer.to_dict())) for name, layer in files.items()
+    )

@@ -1,0 +1,216 @@
+"""From a target, in parameters or bytes, to the widest FFNs that meet it."""
+
+import json
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from optimum_otprune.config.configuration import OTPruningConfig
+from optimum_otprune.config.quantities import COUNT_UNITS, SIZE_UNITS, parse_quantity, parse_share
+from optimum_otprune.errors import ConfigurationError
+from optimum_otprune.functional.selection import sensible_multiple
+from optimum_otprune.models.ffn_block import FFNBlock, dense_width, native_intercept
+from optimum_otprune.pruning.widths import given_widths
+
+_LARGE_OFFSET = 10**15  # no weights file is longer
+_FILE_BYTES = 256  # length field, format note and padding of a weights file
+
+
+class Footprint(NamedTuple):
+    """Parameters, or bytes, of a model as a function of the width that all its FFNs have.
+
+    Attributes:
+        fixed: Of everything but the channels.
+        per_channel: Of one channel in every layer.
+    """
+
+    fixed: int
+    per_channel: int
+
+    def at(self, width: int) -> int:
+        """Of the model with FFNs of this width."""
+        return self.fixed + self.per_channel * width
+
+    def widest(self, target: int, multiple_of: int) -> int:
+        """Return the largest multiple whose footprint is at most the target; 0 or less if there is none.
+
+        Example:
+            >>> Footprint(fixed=1000, per_channel=30).widest(2500, 16)
+            48
+        """
+        return (target - self.fixed) // self.per_channel // multiple_of * multiple_of
+
+
+def with_pruning_ratio(config: OTPruningConfig, model: PreTrainedModel, blocks: list[FFNBlock]) -> OTPruningConfig:
+    """Return the configuration with a ratio in place of its target; one without a target is returned as it is.
+
+    The ratio is the smallest for which the pruned model does not exceed the target: the kept width is rounded down to
+    `multiple_of`, and where the configuration may add biases to the FFNs (`intercept`), they are counted.
+
+    Args:
+        config: With `pruning_ratio`, `target_parameters` or `target_size`.
+        model: The dense model.
+        blocks: All its FFN blocks.
+
+    Raises:
+        ConfigurationError: If the model meets the target already, or could not meet it with one multiple of channels.
+        UnsupportedModelError: If the layers differ in width.
+    """
+    if config.pruning_ratio is not None:
+        return config
+    name = "target_parameters" if config.target_parameters is not None else "target_size"
+    given = getattr(config, name)
+    unit = "parameters" if name == "target_parameters" else "bytes"
+    target = target_count(config, model)
+    width = dense_width(blocks)
+    decided = given_widths(blocks, config)
+    _check_format(config, name, decided)
+    if len(decided) == len(blocks):
+        raise ConfigurationError(
+            f"`{name}={given!r}` would be ignored: `skip_layers` and `layer_ratios` decide the width of every layer. "
+            "Leave one of them out."
+        )
+    dense = _footprint(model, blocks, unit, with_biases=False).at(width)
+    if target >= dense:
+        raise ConfigurationError(
+            f"`{name}={given!r}` asks for no pruning: the model has {dense:,} {unit} now. Give a smaller target."
+        )
+    multiple = sensible_multiple(width, config.multiple_of)
+    may_add_biases = config.intercept in ("auto", "always") and native_intercept(model, blocks[0].spec)
+    footprint = _footprint(model, blocks, unit, may_add_biases, decided)
+    kept = footprint.widest(target, multiple)
+    if kept < multiple:
+        smallest, whole = footprint.at(multiple), _tensor_total(model, unit)
+        held = sum(channel_cost(block, unit) for block in blocks) * width / whole
+        share = math.ceil(1000 * smallest / whole) / 10  # rounded up, so that it is enough
+        raise ConfigurationError(
+            f"`{name}={given!r}` cannot be met: only FFNs are pruned, which hold {held:.0%} of the model's {whole:,} "
+            f"{unit}. The smallest that can be had is {smallest:,} ({share}%), with {multiple} of {width} channels "
+            "left in every FFN that may be pruned; give that or more."
+        )
+    return config.replace(pruning_ratio=max(0.0, 1 - kept / width))
+
+
+def target_count(config: OTPruningConfig, model: PreTrainedModel) -> int:
+    """Return the parameters, or bytes, that a configuration's target allows the pruned model.
+
+    A share is one of the dense model's parameters, or of the bytes of its weights, tied ones once; what is left of
+    one is cut off.
+
+    Args:
+        config: With `target_parameters` or `target_size`.
+        model: The dense model.
+    """
+    given, unit, units = config.target_size, "bytes", SIZE_UNITS
+    if config.target_parameters is not None:
+        given, unit, units = config.target_parameters, "parameters", COUNT_UNITS
+    assert given is not None
+    share = parse_share(given)
+    return parse_quantity(given, units) if share is None else math.floor(share * _tensor_total(model, unit))
+
+
+def _check_format(config: OTPruningConfig, name: str, decided: Mapping[int, int]) -> None:
+    """Filling up with zeros would miss the target; what a layer is filled up to is known only in the end."""
+    if (config.allocation == "adaptive" or decided) and config.non_uniform_format == "pad":
+        raise ConfigurationError(
+            f"`{name}` cannot be met by layers of different widths that are filled up to the widest. Use "
+            "non_uniform_format='per_layer_config', allocation='uniform' without `skip_layers` and `layer_ratios`, or "
+            "`pruning_ratio`."
+        )
+
+
+def _footprint(
+    model: PreTrainedModel,
+    blocks: list[FFNBlock],
+    unit: str,
+    with_biases: bool,
+    decided: Mapping[int, int] = MappingProxyType({}),
+) -> Footprint:
+    """Of the model as it is, or as it will be when its FFNs have gained the biases that they lack.
+
+    Layers whose width is decided already are part of what is fixed.
+    """
+    tensors = _saved_tensors(model)
+    fixed = _tensor_total(model, unit)
+    if unit == "bytes":
+        fixed += _header_bytes(tensors, added=3 * len(blocks) if with_biases else 0)
+    per_channel = 0
+    for block in blocks:
+        now = channel_cost(block, unit)
+        added_once, added_each = added_biases(block, unit) if with_biases else (0, 0)
+        # What is there of the channels now is taken off; biases that come are on top.
+        fixed += added_once - now * block.intermediate_size
+        if block.layer in decided:
+            fixed += (now + added_each) * decided[block.layer]
+        else:
+            per_channel += now + added_each
+    return Footprint(fixed, per_channel)
+
+
+def _tensor_total(model: PreTrainedModel, unit: str) -> int:
+    return sum(tensor.numel() * _cost(tensor, unit) for tensor in _saved_tensors(model).values())
+
+
+def channel_cost(block: FFNBlock, unit: str) -> int:
+    """Return the parameters, or bytes, of one channel of one layer.
+
+    Args:
+        block: The layer.
+        unit: `"parameters"` or `"bytes"`.
+    """
+    cost = 0
+    for name in ("gate", "up", "down"):
+        weight = getattr(block.projection(name), "weight", None)
+        if weight is not None:
+            cost += weight.numel() // block.intermediate_size * _cost(weight, unit)
+        bias = getattr(block.projection(name), "bias", None)
+        if bias is not None and name != "down":
+            cost += _cost(bias, unit)
+    return cost
+
+
+def _cost(tensor: Tensor, unit: str) -> int:
+    return tensor.element_size() if unit == "bytes" else 1
+
+
+def added_biases(block: FFNBlock, unit: str) -> tuple[int, int]:
+    """Return what zero biases cost that an FFN may gain: once, and for each channel.
+
+    Args:
+        block: The layer.
+        unit: `"parameters"` or `"bytes"`.
+    """
+    once = each = 0
+    for name in ("gate", "up", "down"):
+        module = block.projection(name)
+        if module is None or getattr(module, "bias", None) is not None:
+            continue
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        if name == "down":
+            once += weight.numel() // block.intermediate_size * _cost(weight, unit)
+        else:
+            each += _cost(weight, unit)
+    return once, each
+
+
+def _saved_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Parameters by name, tied ones once: also those that offloading has torn apart."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    own = {id(tensor): name for name, tensor in parameters.items() if tied.get(name) not in parameters}
+    return {name: parameters[name] for name in own.values()}
+
+
+def _header_bytes(tensors: dict[str, Tensor], added: int) -> int:
+    """An upper bound of what a weights file holds besides numbers: names, types, shapes and places of tensors."""
+    longest = max(tensors, key=len)
+    entries = [_header_entry(name, tensor) for name, tensor in tensors.items()]
+    return _FILE_BYTES + sum(map(len, entries)) + added * len(_header_entry(longest, tensors[longest]))
+
+
+def _header_entry(name: str, tensor: Tensor) -> str:
+    return json.dumps({name: {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [_LARGE_OFFSET] * 2}})

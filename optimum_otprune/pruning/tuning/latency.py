@@ -1,0 +1,62 @@
+"""The widest FFNs with which a forward pass takes no longer than asked."""
+
+from collections.abc import Callable
+
+from transformers import PreTrainedModel
+
+from optimum_otprune.errors import ConfigurationError
+from optimum_otprune.functional.ffn import first_channels
+from optimum_otprune.models.changes import unchanged
+from optimum_otprune.models.ffn_block import FFNBlock
+
+
+def width_for_latency(
+    model: PreTrainedModel,
+    blocks: list[FFNBlock],
+    target_latency: float,
+    multiple_of: int,
+    measure: Callable[[PreTrainedModel], float],
+) -> int:
+    """Return the largest multiple of channels with which a forward pass takes at most the target.
+
+    Found by bisection over multiples: for speed only the width matters, so channels are just cut off, and put back
+    after each measurement. Assumes that more channels never make a model faster.
+
+    Args:
+        model: The dense model; the same afterwards.
+        blocks: All its FFN blocks, of one width.
+        target_latency: In seconds.
+        multiple_of: What the result is a multiple of.
+        measure: Seconds of a model as it is.
+
+    Raises:
+        ConfigurationError: If the dense model is as fast already, or no width is fast enough.
+    """
+    width = blocks[0].intermediate_size
+
+    def seconds(kept: int) -> float:
+        with unchanged(model, blocks):
+            for block in blocks if kept < width else []:
+                block.install(first_channels(block.read(), kept))
+            return measure(model)
+
+    dense = seconds(width)
+    if dense <= target_latency:
+        raise ConfigurationError(
+            f"`target_latency={target_latency!r}` asks for no pruning: the model takes {dense:.4g} s now. Give a "
+            "shorter time."
+        )
+    fastest = seconds(multiple_of)
+    if fastest > target_latency:
+        raise ConfigurationError(
+            f"`target_latency={target_latency!r}` cannot be met: with only {multiple_of} of {width} channels left in "
+            f"every FFN a forward pass still takes {fastest:.4g} s. Give a longer time."
+        )
+    fits, too_slow = 1, -(-width // multiple_of)  # in multiples
+    while too_slow - fits > 1:
+        middle = (fits + too_slow) // 2
+        if seconds(middle * multiple_of) <= target_latency:
+            fits = middle
+        else:
+            too_slow = middle
+    return fits * multiple_of

@@ -1,0 +1,275 @@
+"""Which configurations a search may try, put together so that their fields do not contradict each other."""
+
+import random
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeAlias
+
+from optimum_otprune.config.checks import check_option
+from optimum_otprune.config.configuration import OTPruningConfig
+from optimum_otprune.config.options import BUDGET_FIELDS, OPTIONS_BY_NAME
+from optimum_otprune.config.presets import METHOD_FIELDS, METHODS, QUALITY_FIELDS
+from optimum_otprune.config.resolve import FIXED_FIELDS, STRATEGY_FIELDS, unused_fields, unused_numbers
+from optimum_otprune.errors import ConfigurationError, unknown_name
+
+
+class Range(NamedTuple):
+    """Numbers from `low` to `high`, both included."""
+
+    low: float
+    high: float
+
+
+class Choices(NamedTuple):
+    """One of a few values."""
+
+    values: tuple[Any, ...]
+
+
+Domain: TypeAlias = Range | Choices
+# Picks a value of a domain; the label tells apart domains of one field that combinations have made smaller.
+Pick: TypeAlias = Callable[[str, str, Domain], Any]
+
+_SHARED = {
+    **dict.fromkeys((*BUDGET_FIELDS, "multiple_of", "skip_layers", "layer_ratios"), "how much is pruned"),
+    "non_uniform_format": "how the result is saved",
+    **dict.fromkeys(
+        ("dataset", "dataset_config", "calibration_split", "evaluation_split", "text_column", "num_samples", "seqlen"),
+        "the data",
+    ),
+}
+# A field comes after those that decide whether it is read and which of its values are allowed.
+_ORDER = (
+    "method",
+    "selection",
+    "importance",
+    "aggregation",
+    "compensation",
+    "ridge_prior",
+    "fuse",
+    "solver",
+    "cost",
+    "normalization",
+    "target",
+    "statistics",
+    "source_distribution",
+    "target_distribution",
+    "strategy",
+    *("target_correction", "intercept", "reconstruction_steps"),
+)
+_WALKS = 200
+
+
+def default_search_space(config: OTPruningConfig, residual: bool, can_hold_intercept: bool) -> dict[str, Any]:
+    """Return what is searched over if nothing else is asked for: what the configuration's method leaves open.
+
+    Args:
+        config: The start.
+        residual: Whether the FFN's output is added to the residual stream as it is; else `target_correction` does
+            nothing.
+        can_hold_intercept: Whether the architecture can hold an output bias.
+
+    Returns:
+        By field, a tuple `(low, high)` or a list of choices.
+
+    Raises:
+        ConfigurationError: If the method leaves nothing open.
+    """
+    space: dict[str, Any] = {}
+    fixed = FIXED_FIELDS.get(config.method, ())
+    if "importance" not in fixed:
+        cheap = ["fluctuation", "wanda", "magnitude"]  # no backward pass
+        space["selection"] = ["obs", "top"]
+        space["importance"] = [*dict.fromkeys([config.importance, *cheap])]
+    if config.compensation == "ridge":
+        space["ridge_prior"] = ["zero", "identity", *(["transport"] if "down" in (config.fuse or ()) else [])]
+        if residual:
+            space["target_correction"] = (0.0, 1.0)
+        if can_hold_intercept:
+            space["intercept"] = ["never", "auto", "always"]
+    if config.reconstruction_steps:
+        space["reconstruction_steps"] = (max(1, config.reconstruction_steps // 2), 2 * config.reconstruction_steps)
+    if config.compensation == "ridge" or config.reconstruction_steps:
+        space["holdout_share"] = (0.1, 0.5)
+    if not space:
+        raise ConfigurationError(
+            f"The method {config.method!r} leaves nothing to search over. Give `search_space`, or another method."
+        )
+    return space
+
+
+def check_search_space(search_space: Mapping[str, Any], base: OTPruningConfig) -> dict[str, Domain]:
+    """Return the domains by field, in the order in which they are picked.
+
+    Args:
+        search_space: By field, a tuple `(low, high)` of numbers or a list of choices.
+        base: Where all other fields come from.
+
+    Raises:
+        ConfigurationError: If a field is unknown, not searchable, or never read; or a value is out of range or cannot
+            be combined with any of the others.
+    """
+    if not isinstance(search_space, Mapping) or not search_space:
+        raise ConfigurationError(
+            f"`search_space` is {search_space!r}; want a dictionary with a tuple (low, high) or a list of choices for "
+            "each field."
+        )
+    domains = {name: _domain(name, domain) for name, domain in search_space.items()}
+    space = {name: domains[name] for name in (*_ORDER, *OPTIONS_BY_NAME) if name in domains}
+    _check_reachable(space, base)
+    return space
+
+
+def _domain(name: str, domain: Any) -> Domain:
+    if name not in OPTIONS_BY_NAME:
+        raise ConfigurationError(unknown_name("field of `search_space`:", name, OPTIONS_BY_NAME))
+    if name in _SHARED:
+        raise ConfigurationError(
+            f"`{name}` decides {_SHARED[name]}, which must be the same in all trials for them to be compared. Leave "
+            "it out of `search_space` and set it in the configuration."
+        )
+    option = OPTIONS_BY_NAME[name]
+    if isinstance(domain, list) and domain:
+        values = tuple(check_option(option, value) for value in domain)
+        if len(set(values)) < len(values):
+            raise ConfigurationError(f"`search_space[{name!r}]` names a choice twice: {domain!r}.")
+        return Choices(values)
+    if isinstance(domain, tuple) and len(domain) == 2 and option.kind in (int, float):
+        low, high = (check_option(option, value) for value in domain)
+        if low is not None and high is not None and low < high:
+            return Range(low, high)
+    kinds = "a tuple (low, high) with low < high, or a list" if option.kind in (int, float) else "a list"
+    raise ConfigurationError(f"`search_space[{name!r}]` is {domain!r}; want {kinds} of choices, not empty.")
+
+
+def _check_reachable(space: Mapping[str, Domain], base: OTPruningConfig) -> None:
+    """Every field, and every choice, must be taken in some trial."""
+    seen: dict[str, set] = {}
+    rng = random.Random(0)
+
+    def pick(name: str, label: str, domain: Domain) -> Any:
+        values = domain.values if isinstance(domain, Choices) else (domain.low, domain.high)
+        fresh = [value for value in values if value not in seen.get(name, ())]
+        value = rng.choice(fresh or values)
+        seen.setdefault(name, set()).add(value)
+        return value
+
+    def missed() -> list[tuple[str, Any]]:
+        choices = [
+            (name, value) for name, domain in space.items() if isinstance(domain, Choices) for value in domain.values
+        ]
+        ranges = [(name, domain.low) for name, domain in space.items() if isinstance(domain, Range)]
+        return [(name, value) for name, value in choices + ranges if value not in seen.get(name, ())]
+
+    for _ in range(_WALKS):
+        sample_config(base, space, pick)
+        if not missed():
+            return
+    name, value = missed()[0]
+    reason = unread_fields(base).get(name) or _contradiction(base, {name: value})
+    raise ConfigurationError(
+        f"`search_space[{name!r}]` holds {value!r}, which no combination can take: {reason or 'others exclude it'}. "
+        "Leave it out, or change the configuration."
+    )
+
+
+def _contradiction(base: OTPruningConfig, sampled: Mapping[str, Any]) -> str:
+    """Why fields cannot be combined; empty if they can."""
+    try:
+        assemble(base, sampled)
+    except ConfigurationError as error:
+        return str(error).rstrip(".")
+    return ""
+
+
+def unread_fields(config: OTPruningConfig) -> dict[str, str]:
+    """Return the fields that make no difference to what a configuration does, with the reason."""
+    preset = METHODS[config.method]
+    values = {name: getattr(config, name) for name in METHOD_FIELDS}
+    unread = unused_fields({name: preset[name] if value is None else value for name, value in values.items()})
+    unread |= unused_numbers({name: getattr(config, name) for name in OPTIONS_BY_NAME})
+    if config.compensation == "bias":
+        unread["intercept"] = "compensation='bias' is an intercept"
+    if config.selection == "obs":
+        unread |= dict.fromkeys(("importance", "aggregation"), "with selection='obs' the importance only breaks ties")
+    return unread
+
+
+def assemble(base: OTPruningConfig, sampled: Mapping[str, Any]) -> OTPruningConfig:
+    """Return the base with sampled fields; fields of the base that these leave without a use are dropped.
+
+    Args:
+        base: The start.
+        sampled: By field.
+
+    Raises:
+        ConfigurationError: If sampled fields contradict each other, or a field that the base has a use for.
+    """
+    values = {name: getattr(base, name) for name in OPTIONS_BY_NAME}
+    if sampled.get("method", base.method) != base.method:
+        values |= dict.fromkeys((*METHOD_FIELDS, *QUALITY_FIELDS))
+    elif sampled.get("quality", base.quality) != base.quality:
+        values |= dict.fromkeys(QUALITY_FIELDS)
+    if "strategy" in sampled:
+        values |= dict.fromkeys(STRATEGY_FIELDS)
+    elif set(STRATEGY_FIELDS) & set(sampled):
+        values["strategy"] = None
+    values |= sampled
+    if values["compensation"] == "bias" and "intercept" not in sampled:
+        values["intercept"] = None  # it is always there
+    return OTPruningConfig.assembled(values, asked=sampled)
+
+
+def sample_config(base: OTPruningConfig, space: Mapping[str, Domain], pick: Pick) -> OTPruningConfig:
+    """Put a configuration together field by field.
+
+    A field that would make no difference given those picked before is not picked, and only those choices are offered
+    that can be combined with them.
+
+    Args:
+        base: Where all other fields come from.
+        space: As `check_search_space` returns it.
+        pick: Called with field, label and domain.
+    """
+    sampled: dict[str, Any] = {}
+    completion: dict[str, Any] = {}
+    config = base
+    rest = dict(space)
+    for name, domain in space.items():
+        del rest[name]
+        if name in unread_fields(config):
+            continue
+        label = name
+        if isinstance(domain, Choices):
+            allowed = tuple(
+                value for value in domain.values if _completion(base, {**sampled, name: value}, rest) is not None
+            )
+            if not allowed:
+                continue
+            if allowed != domain.values:
+                label = f"{name} of {', '.join(map(str, allowed))}"
+            domain = Choices(allowed)
+        sampled[name] = pick(name, label, domain)
+        completion = _completion(base, sampled, rest) or {}
+        config = assemble(base, {**sampled, **completion})
+    return config
+
+
+def _completion(
+    base: OTPruningConfig, sampled: Mapping[str, Any], rest: Mapping[str, Domain]
+) -> dict[str, Any] | None:
+    """What must be added for fields not to contradict each other: nothing, or a choice of one that is yet to come."""
+    later = [{name: value} for name, domain in rest.items() if isinstance(domain, Choices) for value in domain.values]
+    return next((added for added in ({}, *later) if not _contradiction(base, {**sampled, **added})), None)
+
+
+def contains(space: Mapping[str, Domain], config: OTPruningConfig) -> bool:
+    """Return whether a configuration's own values lie in the space."""
+    for name, domain in space.items():
+        value = getattr(config, name)
+        if name in unread_fields(config):
+            continue
+        if isinstance(domain, Choices) and value not in domain.values:
+            return False
+        if isinstance(domain, Range) and not domain.low <= value <= domain.high:
+            return False
+    return True

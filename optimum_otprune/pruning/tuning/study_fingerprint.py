@@ -1,0 +1,58 @@
+"""Whether a study of an earlier run can go on: what its trials' results depend on."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from optimum_otprune.config.configuration import OTPruningConfig
+from optimum_otprune.errors import StudyError
+from optimum_otprune.pruning.fingerprint import describe_difference, model_digest, tensors_digest
+from optimum_otprune.pruning.tuning.search_space import Domain, Range
+from optimum_otprune.pruning.tuning.trials import plain_value
+
+
+def fingerprint(
+    model: PreTrainedModel, tokens: Tensor, base: OTPruningConfig, space: Mapping[str, Domain], **others: Any
+) -> dict[str, Any]:
+    """Return everything that a trial's result depends on, JSON-ready.
+
+    Args:
+        model: Its weights count, not its name.
+        tokens: Calibration samples.
+        base: The start.
+        space: What is searched over.
+        **others: Plain values by name.
+    """
+    config = {name: value for name, value in base.to_dict().items() if name != "optimum_otprune_version"}
+    return {
+        "model": model_digest(model),
+        "calibration samples": tensors_digest([tokens]),
+        **others,
+        "search space": {
+            name: {"range": list(domain)}
+            if isinstance(domain, Range)
+            else {"choices": [plain_value(value) for value in domain.values]}
+            for name, domain in space.items()
+        },
+        **{f"`{name}` of the configuration": value for name, value in config.items()},
+    }
+
+
+def check_same(known: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise where two fingerprints differ.
+
+    Args:
+        known: Of the study.
+        now: Of what was asked for.
+
+    Raises:
+        StudyError: Names everything that differs.
+    """
+    difference = describe_difference(known, now, ["model", "calibration samples"])
+    if difference is not None:
+        raise StudyError(
+            f"The study was begun with another {difference}. Go on with what it was begun with, or give the name of a "
+            "new file."
+        )

@@ -1,0 +1,145 @@
+"""What a search over configurations is bounded by, what it tried, and what came of it."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from optimum_otprune.config.checks import check_count, check_option
+from optimum_otprune.config.configuration import OTPruningConfig
+from optimum_otprune.config.options import OPTIONS_BY_NAME
+from optimum_otprune.config.quantities import real_number
+from optimum_otprune.errors import ConfigurationError
+
+
+class TuningSettings(NamedTuple):
+    """What a search is bounded by.
+
+    Attributes:
+        num_trials: Finished trials in all, those of earlier runs of the study included.
+        timeout: No trial starts after so many seconds, the first one excepted; None for no limit.
+        search_space: By field; None for the default.
+        study: File of the study; None keeps it in memory.
+        target_latency: Seconds of a forward pass, in place of the configuration's ratio.
+        latency_shape: `(batch_size, seqlen)` of that forward pass; None for one calibration sample.
+        validation_share: Share of the samples that the objective is measured on.
+        seed: Of the split and of the sampler.
+        batch_size: Samples per forward pass.
+        progress: Whether to show a progress bar.
+    """
+
+    num_trials: int
+    timeout: float | None
+    search_space: Mapping[str, Any] | None
+    study: Path | None
+    target_latency: float | None
+    latency_shape: tuple[int, int] | None
+    validation_share: float
+    seed: int
+    batch_size: int
+    progress: bool
+
+    def checked(self) -> "TuningSettings":
+        """The same with plain numbers.
+
+        Raises:
+            ConfigurationError: Names what is of the wrong kind or out of range.
+        """
+        return self._replace(
+            num_trials=check_count("num_trials", self.num_trials),
+            batch_size=check_count("batch_size", self.batch_size),
+            timeout=_between("timeout", self.timeout),
+            target_latency=_between("target_latency", self.target_latency),
+            validation_share=_between("validation_share", self.validation_share, 1),
+            seed=check_option(OPTIONS_BY_NAME["seed"], self.seed),
+            latency_shape=self._checked_shape(),
+        )
+
+    def _checked_shape(self) -> tuple[int, int] | None:
+        shape: Any = self.latency_shape
+        if shape is None:
+            return None
+        if self.target_latency is None:
+            raise ConfigurationError("`latency_shape` would be ignored without `target_latency`.")
+        if not isinstance(shape, (tuple, list)) or len(shape) != 2:
+            raise ConfigurationError(f"`latency_shape` is {shape!r}; want two integers: batch size and seqlen.")
+        return check_count("latency_shape[0]", shape[0]), check_count("latency_shape[1]", shape[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One configuration that was tried.
+
+    Attributes:
+        number: In the study; numbers of interrupted trials are missing.
+        config: What was tried.
+        perplexity: On the held-out samples; None if it failed.
+        error: Why it failed, or None.
+        seconds: That it took.
+    """
+
+    number: int
+    config: OTPruningConfig
+    perplexity: float | None
+    error: str | None
+    seconds: float
+
+    def changes(self, base: OTPruningConfig) -> dict[str, Any]:
+        """Fields that differ from those of another configuration."""
+        values, others = self.config.to_dict(), base.to_dict()
+        return {name: value for name, value in values.items() if value != others[name]}
+
+    def describe(self, base: OTPruningConfig) -> str:
+        """One line."""
+        changes = ", ".join(f"{name}={_shown(value)}" for name, value in self.changes(base).items())
+        outcome = f"failed: {self.error}" if self.perplexity is None else f"perplexity {self.perplexity:.3f}"
+        return f"Trial {self.number}: {outcome} ({changes or 'the given configuration'}; {self.seconds:.1f} s)"
+
+
+@dataclasses.dataclass(frozen=True)
+class TuningResult:
+    """What a search has found so far.
+
+    Attributes:
+        base: The configuration that it started from, with the ratio that a target latency led to.
+        trials: Finished ones, oldest first.
+    """
+
+    base: OTPruningConfig
+    trials: tuple[Trial, ...]
+
+    @property
+    def best(self) -> Trial:
+        """The trial with the least perplexity; of equal ones the first."""
+        return min(self.trials, key=lambda trial: math.inf if trial.perplexity is None else trial.perplexity)
+
+    @property
+    def base_perplexity(self) -> float:
+        """Of the given configuration, which is the first trial, on the held-out samples."""
+        assert self.trials[0].perplexity is not None
+        return self.trials[0].perplexity
+
+    @property
+    def best_perplexity(self) -> float:
+        """Of the best configuration, on the held-out samples; at most that of the given one."""
+        assert self.best.perplexity is not None
+        return self.best.perplexity
+
+
+def plain_value(value: Any) -> Any:
+    """Return a value of a field as a string or number; the names in a list joined."""
+    return "+".join(value) or "none" if isinstance(value, (tuple, list)) else value
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(plain_value(value))
+
+
+def _between(name: str, value: Any, maximum: float = math.inf) -> Any:
+    """A number above 0 and below the maximum as a float; None stays None."""
+    number = real_number(value)
+    if value is not None and (number is None or not 0 < number < maximum):
+        below = "" if math.isinf(maximum) else f" and < {maximum:g}"
+        raise ConfigurationError(f"`{name}` is {value!r}; want a number > 0{below}.")
+    return number

@@ -1,0 +1,136 @@
+"""How many channels each layer keeps: the same number, what was asked of a layer, or what its removal costs allow."""
+
+import warnings
+from collections.abc import Sequence
+
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from optimum_otprune.config.configuration import OTPruningConfig
+from optimum_otprune.config.options import OPTIONS_BY_NAME
+from optimum_otprune.errors import ConfigurationError
+from optimum_otprune.functional.allocation import allocate_widths
+from optimum_otprune.functional.error_metric import metric_root
+from optimum_otprune.functional.selection import kept_width, obs_elimination, sensible_multiple
+from optimum_otprune.models.ffn_block import FFNBlock, dense_width
+from optimum_otprune.models.forward_stream import CalibrationStream
+from optimum_otprune.pruning.calibration.layer_statistics import LayerData
+
+
+def given_widths(blocks: list[FFNBlock], config: OTPruningConfig) -> dict[int, int]:
+    """Return the widths that `skip_layers` and `layer_ratios` decide, by layer.
+
+    Raises:
+        ConfigurationError: If there is no such layer.
+        UnsupportedModelError: If the layers differ in width now.
+    """
+    width = dense_width(blocks)
+    for name in ("skip_layers", "layer_ratios"):
+        missing = [layer for layer in getattr(config, name) if layer >= len(blocks)]
+        if missing:
+            raise ConfigurationError(
+                f"`{name}` names layer {missing[0]}, but the model has {len(blocks)} layers, 0 to {len(blocks) - 1}."
+            )
+    multiple = sensible_multiple(width, config.multiple_of)
+    return {
+        **dict.fromkeys(config.skip_layers, width),
+        **{layer: kept_width(width, ratio, multiple) for layer, ratio in config.layer_ratios.items()},
+    }
+
+
+def plan_widths(blocks: list[FFNBlock], config: OTPruningConfig) -> list[int]:
+    """Return the width that each layer will have; with `allocation="adaptive"`, what the others share is their mean.
+
+    Raises:
+        UnsupportedModelError: If the layers differ in width now.
+        ConfigurationError: If no width is a multiple of what was asked for, a layer does not exist, or none is left
+            for the ratio.
+    """
+    width = dense_width(blocks)
+    given = given_widths(blocks, config)
+    if config.allocation == "adaptive" and len(blocks) - len(given) < 2:
+        raise ConfigurationError(
+            f"`allocation='adaptive'` has nothing to share out: `skip_layers` and `layer_ratios` decide "
+            f"{len(given)} of {len(blocks)} layers. Use allocation='uniform'."
+        )
+    assert config.pruning_ratio is not None
+    if len(given) == len(blocks) and config.pruning_ratio not in (0, OPTIONS_BY_NAME["pruning_ratio"].default):
+        raise ConfigurationError(
+            f"`pruning_ratio={config.pruning_ratio!r}` would be ignored: `skip_layers` and `layer_ratios` decide the "
+            "width of every layer. Leave one of them out."
+        )
+    _check_multiple(width, config)
+    free = kept_width(width, config.pruning_ratio, sensible_multiple(width, config.multiple_of))
+    widths = [given.get(block.layer, free) for block in blocks]
+    _warn_of_nothing(width, widths, config)
+    return widths
+
+
+def _check_multiple(width: int, config: OTPruningConfig) -> None:
+    """Raise where the multiple that was asked for cannot be met, and warn where it is lowered."""
+    ratios = [config.pruning_ratio, *config.layer_ratios.values()]
+    multiple = config.multiple_of
+    if not any(ratios):
+        return
+    if multiple > width and multiple != OPTIONS_BY_NAME["multiple_of"].default:
+        kept_width(width, 0.5, multiple)  # raises, and says why
+    sensible = sensible_multiple(width, multiple)
+    if sensible != multiple:
+        warnings.warn(
+            f"`multiple_of` is lowered from {multiple} to {sensible}: the layers have only {width} channels, and "
+            "rounding to more would miss the pruning ratio by far.",
+            stacklevel=5,
+        )
+
+
+def _warn_of_nothing(width: int, widths: list[int], config: OTPruningConfig) -> None:
+    if any((config.pruning_ratio, *config.layer_ratios.values())) and all(kept == width for kept in widths):
+        warnings.warn(
+            f"Nothing is pruned: {config.pruning_ratio} of {width} channels is less than half of `multiple_of` = "
+            f"{sensible_multiple(width, config.multiple_of)}.",
+            stacklevel=5,
+        )
+
+
+def adaptive_widths(
+    blocks: list[FFNBlock],
+    widths: list[int],
+    config: OTPruningConfig,
+    stream: CalibrationStream,
+    is_heldout: Tensor,
+    moments: Sequence[Tensor],
+    progress: bool = True,
+) -> list[int]:
+    """Share the channels of the layers that nothing else was said of by what removing them costs the loss.
+
+    The cost of a removal is that of greedy elimination (OBS) with a refit of the others, on the dense model's hidden
+    states: `tr(E[g gᵀ] E[e eᵀ])` with the output's error e, tokens weighted as everywhere, and the gradient g of the
+    loss by the output. That is twice the empirical Fisher's estimate of what the loss gains, were g and e independent.
+
+    Args:
+        blocks: All FFN blocks of the dense model.
+        widths: From `plan_widths`.
+        config: What is done.
+        stream: Of the calibration samples, before the first block.
+        is_heldout: BoolTensor over all their tokens.
+        moments: From `gradient_moments`.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        Widths by layer, in sum at most that of `widths`.
+    """
+    given = given_widths(blocks, config)
+    free = [block for block in blocks if block.layer not in given]
+    budget = sum(widths[block.layer] for block in free)
+    costs = []
+    for block in tqdm(blocks, desc="Removal costs", unit="layer", disable=not progress):
+        if block.layer in given:
+            stream.advance(block)
+            continue
+        dense = block.read()
+        data = LayerData.of(block, dense, stream, is_heldout, config, advance=True)
+        weighed = metric_root(moments[block.layer]).to(block.device) @ data.dense.down
+        costs.append(obs_elimination(data.statistics.total.gram, weighed, dense.intermediate_size).costs)
+    multiple = sensible_multiple(blocks[0].intermediate_size, config.multiple_of)
+    shared = iter(allocate_widths([part.cpu() for part in costs], budget, multiple))
+    return [given[block.layer] if block.layer in given else next(shared) for block in blocks]

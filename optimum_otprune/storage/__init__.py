@@ -1,0 +1,1 @@
+"""Files, folders and the Hub: complete or not there."""

@@ -1,0 +1,348 @@
+"""Files and folders that appear complete or not at all, in one step, and that replace nothing but what is ours."""
+
+import ctypes
+import errno
+import os
+import re
+import secrets
+import stat
+import sys
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from optimum_otprune.errors import IntegrityError, OutputError
+from optimum_otprune.storage.manifest import MANIFEST_FILE, verify_folder
+from optimum_otprune.storage.outputs import (
+    UNFINISHED_MODE,
+    check_output_file,
+    check_output_folder,
+    check_place,
+    own_files,
+    resolved_output,
+)
+
+if sys.platform != "win32":
+    import fcntl
+
+_EXCHANGE = 2  # RENAME_EXCHANGE of Linux
+_HERE = -100  # AT_FDCWD: paths are as they are
+_UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)  # by system, file system or sandbox
+_TOKEN = "[0-9a-f]{16}"
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_file(file: Path, content: bytes, temporary: Path) -> None:
+    """Write a temporary, flush it to the disk, give it the file's name.
+
+    The temporary is made anew: one of its name, which a killed process left or somebody planted as a link to a file of
+    the user's, is removed and never written through; a file of the wanted name that is a link is replaced itself.
+
+    Args:
+        file: Where.
+        content: What.
+        temporary: In the same folder.
+
+    Raises:
+        OSError: If that fails; no temporary stays.
+    """
+    try:
+        temporary.unlink(missing_ok=True)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def save_text(output: Path, text: str, overwrite: bool, own_keys: Sequence[str] = ()) -> None:
+    """Write a file that is complete or not there.
+
+    Args:
+        output: Where.
+        text: What.
+        overwrite: Whether a file is replaced.
+        own_keys: See `check_output_file`.
+
+    Raises:
+        OutputError: See `check_output_file`; or if writing fails.
+    """
+    check_output_file(output, overwrite, own_keys=own_keys)
+    file = resolved_output(output)
+    try:
+        replace_file(file, text.encode(), file.with_name(f".{file.name}.partial-{os.getpid()}"))
+    except OSError as error:
+        raise OutputError(f"The output file {file.name!r} could not be written: {error.strerror}.") from error
+
+
+@contextmanager
+def writing_folder(
+    output: Path, overwrite: bool, needed_bytes: int, places: Mapping[str, Path] | None = None
+) -> Iterator[Path]:
+    """A hidden folder beside the wanted one that takes its name when everything is written, and is gone otherwise.
+
+    Nobody sees the output half-written, and where there was one before, it is exchanged for the new one in one step.
+    The folder is locked as long as this process writes it, so that no other removes it.
+
+    Args:
+        output: The wanted folder.
+        overwrite: Whether one that is not empty, and holds nothing but what is ours, is replaced.
+        needed_bytes: Expected size.
+        places: See `optimum_otprune.storage.outputs.check_place`.
+
+    Raises:
+        OutputError: See `check_output_folder`; if another process has written the output meanwhile; or if writing
+            fails. Nothing new stays then.
+    """
+    check_place(output, places or {})
+    recover(output)
+    check_output_folder(output, overwrite, needed_bytes, places)
+    target = resolved_output(output)
+    with _explained(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial, lock = _new_partial(target)
+    made = partial.lstat()
+    try:
+        with _explained(target):
+            yield partial
+            _make_durable(partial)
+            _put_in_place(partial, target, overwrite)
+    finally:
+        if os.path.lexists(partial) and os.path.samestat(partial.lstat(), made):  # else it has become the output
+            _remove(partial, _all_files(partial))
+        if lock is not None:
+            os.close(lock)
+
+
+def recover(output: Path) -> None:
+    """Put right what a killed process left beside an output: nobody's hidden folders, of which only ours is removed.
+
+    Where it died between two renames, so that there is no folder of the output's name, the complete new one takes its
+    place, or else the old one.
+
+    Args:
+        output: As for `writing_folder`.
+
+    Raises:
+        OutputError: If it cannot be put right.
+    """
+    target = resolved_output(output)
+    if not target.parent.is_dir():
+        return
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.(?:partial|old)-({_TOKEN})")
+    with _explained(target):
+        found = (pattern.fullmatch(name) for name in os.listdir(target.parent))
+        tokens = sorted({match[1] for match in found if match is not None})
+    for token in tokens:
+        with _explained(target):
+            _recover_pair(target, *(target.with_name(f".{target.name}.{kind}-{token}") for kind in ("partial", "old")))
+
+
+def _recover_pair(target: Path, partial: Path, old: Path) -> None:
+    try:
+        lock = _lock(partial)
+    except BlockingIOError:
+        return  # its process is alive
+    if lock is None and os.path.lexists(partial):
+        return  # the file system cannot say
+    try:
+        if old.is_dir() and not os.path.lexists(target):
+            os.rename(partial if _is_complete(partial) else old, target)
+            sync(target.parent)
+        for folder in (partial, old):
+            if folder.is_dir() and not folder.is_symlink():
+                _remove(folder, own_files(folder, is_unfinished=True)[0])
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        verify_folder(folder)
+    except IntegrityError:
+        return False
+    return True
+
+
+def _new_partial(target: Path) -> tuple[Path, int | None]:
+    while True:
+        partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(8)}")
+        partial.mkdir(mode=UNFINISHED_MODE)
+        try:
+            lock = _lock(partial)
+        except BlockingIOError:
+            continue  # another process took it for abandoned before it was locked, and removes it
+        if lock is not None or partial.is_dir():
+            return partial, lock  # without a lock, the file system knows none, and nobody takes it for abandoned
+
+
+def _lock(folder: Path) -> int | None:
+    """A descriptor that keeps a folder this process's until it is closed or the process ends; None if there is none.
+
+    Raises:
+        BlockingIOError: If another process has it.
+    """
+    if sys.platform == "win32":
+        return None
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:  # there is none, or it is a link
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.lexists(folder):
+            return descriptor
+    except BlockingIOError:
+        os.close(descriptor)
+        raise
+    except OSError:  # the file system knows no locks
+        pass
+    os.close(descriptor)
+    return None
+
+
+def _put_in_place(partial: Path, target: Path, overwrite: bool) -> None:
+    """Give a complete folder the output's name; undone where the names cannot be flushed to the disk."""
+    if overwrite and target.is_dir() and any(target.iterdir()):
+        names, foreign = own_files(target)
+        if foreign is not None:
+            raise OutputError(
+                f"The output folder {target.name!r} got {foreign!r} meanwhile, which is not ours, and stays as it is. "
+                "Save again elsewhere; the model in memory is unharmed."
+            )
+        old = _replace(partial, target)
+        try:
+            sync(target.parent)
+        except BaseException:
+            if old == partial:
+                _exchange(partial, target)
+            else:
+                _rename_both(old, target, partial)
+            raise
+        _remove(old, names)
+        return
+    if sys.platform == "win32" and target.is_dir():
+        target.rmdir()
+    try:
+        os.rename(partial, target)  # takes the place of an empty folder, and of no other
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        raise OutputError(
+            f"The output folder {target.name!r} was written by somebody else meanwhile, and stays as it is. Save "
+            "again elsewhere; the model in memory is unharmed."
+        ) from error
+    try:
+        sync(target.parent)
+    except BaseException:
+        os.rename(target, partial)
+        raise
+
+
+def _replace(partial: Path, target: Path) -> Path:
+    """Exchange two folders, in one step where that can be; returns where the old one is."""
+    if _exchange(partial, target):
+        return partial
+    old = partial.with_name(partial.name.replace(".partial-", ".old-"))
+    _rename_both(partial, target, old)
+    return old
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two folders change names in one step; False where the system or the file system cannot."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
+    if rename is None:
+        return False
+    if rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _UNSUPPORTED:
+        return False
+    raise OSError(code, os.strerror(code))
+
+
+def _rename_both(new: Path, target: Path, old: Path) -> None:
+    """In two steps; `recover` knows what a process leaves that is killed between them."""
+    os.rename(target, old)
+    try:
+        os.rename(new, target)
+    except BaseException:
+        if not os.path.lexists(target):
+            os.rename(old, target)
+        raise
+
+
+def _all_files(folder: Path) -> list[str]:
+    """What is in a folder that this process made."""
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or path.is_file()]
+
+
+def _remove(folder: Path, names: Collection[str]) -> None:
+    """Remove these files, the manifest last, and the folders that are empty then; what else is there stays."""
+    try:
+        for name in sorted(names, key=lambda name: (name == MANIFEST_FILE, name)):
+            (folder / name).unlink(missing_ok=True)
+        for path in sorted(folder.rglob("*"), reverse=True):
+            if path.is_dir() and not path.is_symlink() and not any(path.iterdir()):
+                path.rmdir()
+        left = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+        if not left:
+            folder.rmdir()
+    except FileNotFoundError:
+        return  # another process removes it, too
+    except OSError as error:
+        warnings.warn(f"The folder {folder.name!r} could not be removed: {error.strerror}.", stacklevel=2)
+        return
+    if left:
+        warnings.warn(f"{folder.name!r} was not removed, since {left[0]!r} in it is not ours.", stacklevel=2)
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OutputError:
+        raise
+    except OSError as error:
+        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or type(error).__name__
+        raise OutputError(
+            f"The output folder {folder.name!r} could not be written: {reason}. Nothing was left there; the model in "
+            "memory is unharmed, so save it again elsewhere."
+        ) from error
+
+
+def _make_durable(folder: Path) -> None:
+    """Flush files to the disk, with the permissions that new ones have (safetensors writes 0600)."""
+    file_mode, folder_mode = _usual_modes(folder)
+    for file in folder.rglob("*"):
+        if stat.S_ISREG(file.lstat().st_mode):
+            file.chmod(file_mode)
+            sync(file)
+    folder.chmod(folder_mode)
+    sync(folder)
+
+
+def _usual_modes(folder: Path) -> tuple[int, int]:
+    """Permissions of a file and a folder that are made here; to ask for the umask is to change it for all threads."""
+    file, inner = folder / f".{secrets.token_hex(8)}", folder / f".{secrets.token_hex(8)}"
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    os.close(descriptor)
+    inner.mkdir()
+    modes = stat.S_IMODE(file.lstat().st_mode), stat.S_IMODE(inner.lstat().st_mode)
+    file.unlink()
+    inner.rmdir()
+    return modes

@@ -1,0 +1,1 @@
+"""The Hub: pushing, reading, checking before the work."""

@@ -1,0 +1,96 @@
+"""The pre-flight of a push: what would let it fail is asked before hours of work."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from optimum_otprune.errors import HubPermissionError, HubRejectedError
+from optimum_otprune.storage.hub.client import HubClient
+from optimum_otprune.storage.hub.retries import Deadline
+
+
+def check_hub_access(
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    deadline: float = 120.0,
+) -> str:
+    """Check what would let a push fail, before hours of work; changes nothing on the Hub.
+
+    Args:
+        repo_id: `user/name`, or a name alone for the token's own user.
+        private: As for the push.
+        token: Hub token; None and True are the saved one.
+        revision: As for the push.
+        create_pr: Whether the push will be a pull request, which needs no right to write.
+        deadline: In seconds.
+
+    Returns:
+        `user/name`.
+
+    Raises:
+        HubError: If the name is not valid, the token is missing, expired or may only read, the repository cannot be
+            written or created, or the Hub cannot be reached.
+    """
+    client = HubClient(repo_id, token, Deadline(deadline))
+
+    def check() -> str:
+        user = client.user()
+        if "/" not in client.repo_id:
+            client.repo_id = f"{user['name']}/{client.repo_id}"
+        _check_role(user, client.repo_id)
+        info = client.repository()
+        if info is None:
+            _check_namespace(user, client.repo_id)
+        else:
+            check_visibility(client.repo_id, private, info.private)
+            client.probe_upload(revision if client.head(revision) is not None else None, create_pr)
+        return client.repo_id
+
+    return client.deadline.run(check)
+
+
+def check_visibility(repo_id: str, private: bool | None, is_private: bool | None) -> None:
+    """Refuse to publish what was to be private.
+
+    Raises:
+        HubRejectedError: If the repository is public.
+    """
+    if private and is_private is False:
+        raise HubRejectedError(
+            f"The repository {repo_id!r} exists and is public, but `private` was asked for. Make it private on its "
+            "settings page, or give another name. Nothing local is lost."
+        )
+
+
+def _check_role(user: Mapping[str, Any], repo_id: str) -> None:
+    """Refuse a token that may only read."""
+    token = user.get("auth", {}).get("accessToken", {})
+    role = token.get("role")
+    allowed = role != "read"
+    if role == "fineGrained" and "fineGrained" in token:
+        names = {repo_id.lower(), repo_id.split("/")[0].lower()}
+        allowed = any(
+            "repo.write" in scope.get("permissions", ())
+            and str(scope.get("entity", {}).get("name", "")).lower() in names
+            for scope in token["fineGrained"].get("scoped", ())
+        )
+    if not allowed:
+        raise HubPermissionError(
+            f"The Hub token may only read, but {repo_id!r} shall be written. Make one with the role 'write' on the "
+            "Hub's settings page for tokens, and run it again with that one."
+        )
+
+
+def _check_namespace(user: Mapping[str, Any], repo_id: str) -> None:
+    """A repository that does not exist can be made under one's own name and that of an organization."""
+    writable = {str(user["name"]).lower()} | {
+        str(each.get("name", "")).lower() for each in user.get("orgs", ()) if each.get("roleInOrg") != "read"
+    }
+    if repo_id.split("/")[0].lower() not in writable:
+        raise HubPermissionError(
+            f"The repository {repo_id!r} does not exist, and the token may not make it under that name. Give a name "
+            "of your own or of an organization that you may write to."
+        )

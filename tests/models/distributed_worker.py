@@ -1,0 +1,26 @@
+"""What the tests run in several processes: each recipe on this process's part of the samples, then saved."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from optimum_otprune import OTPruner, OTPruningConfig
+from optimum_otprune.models.distributed import num_processes
+
+
+def main(folder: Path, output: Path, expected_processes: int) -> None:
+    assert num_processes() == expected_processes
+    tokens = torch.load(folder / "tokens.pt")
+    for name, options in json.loads((folder / "recipes.json").read_text()).items():
+        pruner = OTPruner.from_pretrained(folder / "dense", OTPruningConfig(**options))
+        pruner.evaluate(tokens, batch_size=5, progress=False)
+        pruner.prune(tokens, batch_size=3, progress=False)
+        pruner.evaluate(tokens, batch_size=5, progress=False)
+        pruner.save_pretrained(output / name)
+        assert (output / name / "config.json").is_file()  # in every process, whichever wrote it
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
