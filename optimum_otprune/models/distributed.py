@@ -122,7 +122,7 @@ def summed(value: Value) -> Value:
     """Return the sum over all processes of a tensor, or of a named tuple of tensors and numbers, entry by entry."""
     if num_processes() == 1:
         return value
-    return mapped(value, _summed)
+    return mapped(value, _summed, leaves=(Tensor, int, float))
 
 
 def _summed(value: Any) -> Any:
