@@ -15,11 +15,12 @@ class SparsePlan(NamedTuple):
     """A plan that the network simplex found, entry by entry, and the potentials that prove it.
 
     Attributes:
-        rows: LongTensor `(k,)`.
-        columns: LongTensor `(k,)`.
-        masses: `(k,)`.
-        source_potential: `(n,)`.
-        target_potential: `(m,)`; with the source potential nowhere above the cost of an arc that was given.
+        rows: The source of each entry, LongTensor `(k,)`.
+        columns: The target of each entry, LongTensor `(k,)`.
+        masses: The mass that each entry moves, `(k,)`.
+        source_potential: The potential of each source, `(n,)`.
+        target_potential: The potential of each target, `(m,)`; plus the source's, it is nowhere above the cost of an
+            arc that was given.
     """
 
     rows: Tensor
@@ -33,7 +34,7 @@ def network_simplex(cost_matrix: Tensor, source_marginal: Tensor, target_margina
     """Return the cheapest plan `(n, m)`; all arguments float64 on the CPU.
 
     Raises:
-        TransportError: If it gives up.
+        TransportError: If the network simplex gives up.
     """
     plan, _ = _emd(source_marginal.numpy(), target_marginal.numpy(), cost_matrix.contiguous().numpy(), iterations)
     return torch.from_numpy(plan)
@@ -50,15 +51,15 @@ def sparse_network_simplex(
     """Return the cheapest plan that uses only some arcs.
 
     Args:
-        rows: LongTensor `(k,)`, of each arc; sorted by row, then column, no arc twice.
-        columns: LongTensor `(k,)`.
-        costs: `(k,)`.
-        source_marginal: `(n,)`, positive.
-        target_marginal: `(m,)`, positive.
-        iterations: At most so many pivots.
+        rows: The source of each arc, LongTensor `(k,)`; arcs are sorted by row, then column, and none is given twice.
+        columns: The target of each arc, LongTensor `(k,)`.
+        costs: The cost of each arc, `(k,)`.
+        source_marginal: The mass of each source, `(n,)`, positive.
+        target_marginal: The mass of each target, `(m,)`, positive.
+        iterations: The largest number of pivots.
 
     Raises:
-        TransportError: If it gives up, or the arcs cannot carry the mass.
+        TransportError: If the network simplex gives up, or the arcs cannot carry the mass.
     """
     shape = (len(source_marginal), len(target_marginal))
     arcs = torch.sparse_coo_tensor(
