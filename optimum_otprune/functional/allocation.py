@@ -52,7 +52,7 @@ def allocate_widths(removal_costs: Sequence[Tensor], kept_total: int, multiple_o
 
 
 def _next_step(total: Tensor, layer: int, width: int, multiple_of: int) -> tuple[float, int, int] | None:
-    """Cost per channel of cutting a layer to the next lower multiple, the layer, and that width."""
+    """Return the cost per channel of cutting a layer to the next lower multiple, the layer, and that width."""
     narrower = (width - 1) // multiple_of * multiple_of
     if narrower < multiple_of:
         return None

@@ -32,12 +32,12 @@ class FFNWeights(NamedTuple):
 
     @property
     def intermediate_size(self) -> int:
-        """Number of channels."""
+        """The number of channels."""
         return self.up.shape[0]
 
     @property
     def hidden_size(self) -> int:
-        """Width of inputs and outputs."""
+        """The width of inputs and outputs."""
         return self.down.shape[0]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "FFNWeights":

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from optimum_otprune.storage.untrusted import read_json
 
@@ -44,7 +43,7 @@ _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cl
 _THREE_FIELDS = ("type", "short_factor", "long_factor")  # all that Phi-3 allowed
 
 
-def with_older_names(config: Mapping[str, Any]) -> dict[str, Any]:
+def with_older_names(config: Mapping[str, object]) -> dict[str, object]:
     """Return a model's configuration that also describes its rotary embedding by the names of transformers 4.
 
     Versions before 5 do not read `rope_parameters` and silently assume a base of 10,000. Newer ones read both, and do
@@ -72,12 +71,12 @@ def with_older_names(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**_of_one(rope, model_type, config), **whole}
 
 
-def has_older_names(config: Mapping[str, Any]) -> bool:
+def has_older_names(config: Mapping[str, object]) -> bool:
     """Return whether a saved configuration tells older versions all that it tells newer ones."""
     return with_older_names(config) == config
 
 
-def _of_one(rope: Mapping[str, Any], model_type: str, config: Mapping[str, Any]) -> dict[str, Any]:
+def _of_one(rope: Mapping[str, object], model_type: str, config: Mapping[str, object]) -> dict[str, object]:
     """Return the older names and values of a rotary embedding that all layers share."""
     names = _OWN_NAMES.get(model_type, ("rope_theta", "partial_rotary_factor"))
     older = {
@@ -88,14 +87,19 @@ def _of_one(rope: Mapping[str, Any], model_type: str, config: Mapping[str, Any])
     return older | _scaling(rope, model_type, config)
 
 
-def _of_two(rope: Mapping[str, Any], full_name: str, sliding_name: str) -> dict[str, Any]:
+def _of_two(rope: Mapping[str, object], full_name: str, sliding_name: str) -> dict[str, object]:
     """Return the older names and values where full and sliding attention differ; only the full one can be scaled."""
-    full, sliding = (rope.get(kind) or {} for kind in ("full_attention", "sliding_attention"))
+    full, sliding = _part(rope, "full_attention"), _part(rope, "sliding_attention")
     bases = {sliding_name: sliding.get("rope_theta"), full_name: full.get("rope_theta")}
     return {name: base for name, base in bases.items() if base is not None} | _scaling(full, "", {})
 
 
-def _scaling(rope: Mapping[str, Any], model_type: str, config: Mapping[str, Any]) -> dict[str, Any]:
+def _part(rope: Mapping[str, object], kind: str) -> Mapping[str, object]:
+    part = rope.get(kind)
+    return part if isinstance(part, Mapping) else {}
+
+
+def _scaling(rope: Mapping[str, object], model_type: str, config: Mapping[str, object]) -> dict[str, object]:
     """Return `rope_scaling` in the form that the architecture had."""
     kind = rope.get("rope_type", "default")
     if kind == "default":
@@ -112,8 +116,8 @@ def _scaling(rope: Mapping[str, Any], model_type: str, config: Mapping[str, Any]
 
 
 def with_older_tokenizer(
-    config: Mapping[str, Any], added: Mapping[str, bool], own_class: str | None = None
-) -> dict[str, Any]:
+    config: Mapping[str, object], added: Mapping[str, bool], own_class: str | None = None
+) -> dict[str, object]:
     """Return a tokenizer's configuration with a class and with fields that transformers 4 has, too.
 
     Args:
@@ -146,7 +150,7 @@ def reads_in_older_versions(folder: Path) -> bool:
     return isinstance(config, dict) and has_older_names(config)
 
 
-def usable_class(name: Any, config: Mapping[str, Any]) -> str | None:
+def usable_class(name: object, config: Mapping[str, object]) -> str | None:
     """Return the name of a tokenizer's class if transformers 4 reads tokenizer.json with it as newer versions do.
 
     Args:

@@ -216,7 +216,8 @@ def check_loadable(model: PreTrainedModel) -> None:
         f"{path}.{name}" for path, part in model.named_modules() if part in uneven for name in ("weight", "bias")
     }
     for name in (*held, *built):
-        if name in held and name in built and (held[name] == built[name] or name in ignored):
+        is_there = name in held and name in built
+        if is_there and (held[name] == built[name] or name in ignored):
             continue
         found = f"of shape {held[name]}" if name in held else "not there"
         wanted = f"of shape {built[name]}" if name in built else "not known"

@@ -23,13 +23,13 @@ from optimum_otprune.models.distributed import gathered, own_samples
 _LOGIT_BYTES = 2**28  # of one forward pass, as far as whole windows allow
 _CHUNK_BYTES = 2**25  # of log-probabilities at a time
 _FLOAT32_BYTES = 4
-_LARGEST_EXPONENT = 700  # `math.exp` overflows from 710 on
+_LARGEST_EXPONENT = 700  # nats; `math.exp` overflows from 710 on
 
 PROTOCOL = "non-overlapping windows, tail dropped, every token but a window's first, log-softmax in float32"
 
 
 class TokenPerplexity(evaluate.Metric):
-    """Corpus perplexity of windows: `exp(Σ nll / Σ tokens)`.
+    """The perplexity of windows as one corpus: `exp(Σ nll / Σ tokens)`.
 
     Predictions are summed negative log-likelihoods (nats) of windows, references their numbers of predicted tokens.
 

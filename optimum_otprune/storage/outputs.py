@@ -218,7 +218,8 @@ def own_files(folder: Path, is_unfinished: bool = False) -> tuple[list[str], str
             is_own = bool(_MODEL_FILE.fullmatch(name) or (is_unfinished and _OWN_FILE.fullmatch(known)))
         (own if is_own and is_plain else foreign).append(name)
     is_model = "config.json" in own and any(name.endswith((".safetensors", ".bin")) for name in own)
-    if own and not (listed or is_unfinished or is_model):
+    are_known = bool(listed) or is_unfinished or is_model
+    if own and not are_known:
         return [], own[0]
     return own, foreign[0] if foreign else None
 

@@ -1,14 +1,18 @@
 """The only door to POT: its network simplex on dense and sparse costs, partial and unbalanced transport."""
 
 import warnings
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import ot
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from optimum_otprune.errors import TransportError
+
+_Array = TypeVar("_Array", NDArray[np.float64], Tensor)
 
 
 class SparsePlan(NamedTuple):
@@ -70,7 +74,10 @@ def sparse_network_simplex(
     return SparsePlan(plan.indices()[0], plan.indices()[1], plan.values(), log["u"], log["v"])
 
 
-def _emd(source_marginal, target_marginal, cost_matrix, iterations: int):  # type: ignore[no-untyped-def]
+def _emd(
+    source_marginal: _Array, target_marginal: _Array, cost_matrix: _Array, iterations: int
+) -> tuple[_Array, Mapping[str, _Array]]:
+    """Return the plan, sparse if the cost is, and a log with the potentials `u` and `v`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the result code below says the same
         plan, log = ot.emd(source_marginal, target_marginal, cost_matrix, numItermax=iterations, log=True)
