@@ -16,6 +16,7 @@ from optimum_otprune.functional.ridge_search import RidgeChoice, RidgeSearch, ch
 
 _INTERCEPT_GAIN = 0.02  # share of the held-out error that an intercept must save; `refit_down` says why
 _DECOMPOSED = 1024  # kept channels up to which an eigendecomposition for the whole grid is cheaper than a search
+# From next to nothing to 100, where hardly anything but the prior is left, in steps of √10; and the prior itself.
 RIDGE_GRID = (*(10.0**exponent for exponent in [x / 2 for x in range(-14, 5)]), math.inf)
 
 

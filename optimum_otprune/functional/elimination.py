@@ -18,8 +18,8 @@ from optimum_otprune.functional.linalg.damped import damped_inverse
 from optimum_otprune.functional.linalg.symmetric import add_product, compact, row
 
 _DAMPING = 1e-3  # of the mean diagonal of the Gram matrix
-_BLOCK = 128  # channels removed between two updates; more make thicker products, but each row catches up with more
-_MOST_DEAD = 1 / 16  # share of rows of removed channels from which the copy that compacts both matrices pays
+_BLOCK = 128  # channels removed between two updates; times with 32 to 256 are within 5 %, at 1,536 channels
+_MOST_DEAD = 1 / 16  # share of rows of removed channels from which both matrices are compacted; hardly matters there
 
 
 class Elimination(NamedTuple):

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -55,7 +55,6 @@ def forward_flops(
                 ffn += module.weight.numel()
             else:
                 others += module.weight.numel()
-    head = model.get_output_embeddings()
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -65,5 +64,12 @@ def forward_flops(
         ffn=2 * tokens * ffn,
         projections=2 * tokens * others,
         scores=4 * pairs * heads * head_size * len(blocks),
-        head=0 if head is None else 2 * batch_size * num_logits * head.get_parameter("weight").numel(),
+        head=2 * batch_size * num_logits * _entries(model.get_output_embeddings()),
     )
+
+
+def _entries(head: nn.Module | None) -> int:
+    if head is None:
+        return 0
+    assert isinstance(head.weight, Tensor)
+    return head.weight.numel()

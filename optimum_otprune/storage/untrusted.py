@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 _LARGEST = 1 << 27  # bytes: a report of 126 layers that keep 53,248 channels each has 100 MB
-_MOST_CONTAINERS = 100_000  # objects and lists: hundreds of bytes of memory for two of the file; reports have hundreds
+_MOST_CONTAINERS = 100_000  # objects and lists, each of which takes far more memory than the two bytes of its brackets
 _DEEPEST = 32  # levels of nesting; files of ours have fewer than ten
 
 

@@ -6,9 +6,9 @@ Entries below the diagonal are not kept up to date until `mirror` is called.
 import torch
 from torch import Tensor
 
-_BLOCK_ROWS = 8  # of a matrix: they save 44 % of the work; more save little (50 % at most) and make thin products
+_BLOCK_ROWS = 8  # of a matrix: they save 44 % of the work. With 2 an inversion takes 14 % longer, with 16 as long
 _LEAST_ROWS = 128  # of a block row; thinner products are not faster than one over the whole matrix
-_PIVOTS = 128  # eliminated together in an inversion: the thickness of the products that it consists of
+_PIVOTS = 128  # eliminated together in an inversion: thicker products against more work on the pivots themselves
 
 
 def block_rows(size: int) -> list[tuple[int, int]]:
