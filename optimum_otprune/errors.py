@@ -6,12 +6,12 @@ import re
 from collections.abc import Iterable
 from urllib.parse import unquote
 
-_USER = re.compile(r"(?<=://)[^/\s'\"]*@")  # of an address
-_SHORTEST = 3  # characters of what is looked for outside addresses
+_USER = re.compile(r"(?<=://)[^/\s'\"]*@")  # the user part of an address
+_SHORTEST = 3  # characters of a credential that is removed outside addresses, too; shorter ones occur in any text
 
 
 def without_credentials(text: str) -> str:
-    """Return a text without user names and passwords of addresses, those of `HF_ENDPOINT` wherever they stand.
+    """Return a text without the user names and passwords of addresses; those of `HF_ENDPOINT` go everywhere.
 
     Example:
         >>> without_credentials("No answer from https://me:secret@hub.example/api.")
@@ -93,7 +93,7 @@ class MissingExtraError(OTPruneError, ImportError):
 
 
 class ProcessError(OTPruneError, RuntimeError):
-    """Of several processes that prune together, another one stopped."""
+    """Another one of the processes that prune together stopped."""
 
 
 class StudyError(OTPruneError, ValueError):
@@ -117,7 +117,7 @@ class HubAuthenticationError(HubError, PermissionError):
 
 
 class HubPermissionError(HubError, PermissionError):
-    """The token may not write there."""
+    """The token does not have the right to write to the repository."""
 
 
 class HubNotFoundError(HubError, FileNotFoundError):
@@ -125,7 +125,7 @@ class HubNotFoundError(HubError, FileNotFoundError):
 
 
 class HubConflictError(HubError):
-    """Somebody else changed the repository meanwhile."""
+    """Somebody else changed the repository in the meantime."""
 
 
 class HubRejectedError(HubError, ValueError):
@@ -137,11 +137,11 @@ class HubUnavailableError(HubError, ConnectionError):
 
 
 class HubTimeoutError(HubError, TimeoutError):
-    """The deadline passed."""
+    """The Hub did not finish before the deadline."""
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
-    """The message for a name that is not in a list, with the nearest one that is."""
+    """Return the message for a name that is not in a list, with the nearest name that is."""
     known = list(known)
     near = difflib.get_close_matches(str(name), known, n=1)
     suggestion = f" Did you mean {near[0]!r}?" if near else ""

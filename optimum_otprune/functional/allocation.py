@@ -16,13 +16,13 @@ def allocate_widths(removal_costs: Sequence[Tensor], kept_total: int, multiple_o
     the same layer counts as that one: the curves are taken as convex, for which greedy removal is exact.
 
     Args:
-        removal_costs: By layer, what removing the first, second, … channel adds to the loss, `(intermediate_size,)`
-            each; layers may differ in width.
-        kept_total: Channels that all layers may keep together.
-        multiple_of: What every width that is changed is a multiple of; at least one multiple stays.
+        removal_costs: One tensor `(intermediate_size,)` for each layer: what removing the first, second, … channel
+            adds to the loss. Layers may differ in width.
+        kept_total: Number of channels that all layers may keep together.
+        multiple_of: Every width that is changed becomes a multiple of this number; at least one multiple stays.
 
     Returns:
-        Kept channels by layer; their sum is at most the budget, and less than one multiple below it.
+        The number of kept channels of each layer; the sum is at most the budget, and less than one multiple below it.
 
     Raises:
         ConfigurationError: If the budget is less than one multiple a layer.
@@ -52,7 +52,7 @@ def allocate_widths(removal_costs: Sequence[Tensor], kept_total: int, multiple_o
 
 
 def _next_step(total: Tensor, layer: int, width: int, multiple_of: int) -> tuple[float, int, int] | None:
-    """Cost per channel of cutting a layer to the next lower multiple, the layer, and that width."""
+    """Return the cost per channel of cutting a layer to the next lower multiple, the layer, and that width."""
     narrower = (width - 1) // multiple_of * multiple_of
     if narrower < multiple_of:
         return None

@@ -1,4 +1,4 @@
-"""Refit of the down projection after channels went: ridge towards a prior, λ on held-out tokens, intercept.
+"""Refit of the down projection after channels were removed: ridge towards a prior, λ on held-out tokens, intercept.
 
 `W' = (C_K + P Λ)(G_KK + Λ)⁻¹` with `C = Σ y hᵀ`, `G = Σ h hᵀ`, prior P and `Λ = λ · diag(G_KK)`: λ = 0 is the linear
 conditional expectation of the targets given the kept channels, λ → ∞ is the prior.
@@ -14,8 +14,9 @@ from optimum_otprune.errors import ShapeError
 from optimum_otprune.functional.gram import GramStatistics
 from optimum_otprune.functional.ridge_search import RidgeChoice, RidgeSearch, channel_scale, ridge_factor, times
 
-_INTERCEPT_GAIN = 0.02
+_INTERCEPT_GAIN = 0.02  # share of the held-out error that an intercept must save; `refit_down` says why
 _DECOMPOSED = 1024  # kept channels up to which an eigendecomposition for the whole grid is cheaper than a search
+# From next to nothing to 100, where hardly anything but the prior is left, in steps of √10; and the prior itself.
 RIDGE_GRID = (*(10.0**exponent for exponent in [x / 2 for x in range(-14, 5)]), math.inf)
 
 
@@ -23,9 +24,9 @@ class Refit(NamedTuple):
     """A refitted down projection and how it was chosen.
 
     Attributes:
-        down: `(hidden_size, kept_size)`.
-        bias: `(hidden_size,)` to add to the layer's output, or None.
-        ridge: λ, chosen on held-out tokens; infinity means that the prior was best.
+        down: The refitted down projection, `(hidden_size, kept_size)`.
+        bias: A vector `(hidden_size,)` to add to the layer's output, or None.
+        ridge: The λ chosen on held-out tokens; infinity means that the prior was best.
         heldout_error: Σ ‖y − ŷ‖² on the held-out tokens of the fit to the others.
     """
 
@@ -39,12 +40,12 @@ def ridge_refit(statistics: GramStatistics, prior: Tensor, ridge: float) -> Tens
     """Fit the targets by the channels, shrinking towards a prior; the fit's own error is never above the prior's.
 
     Args:
-        statistics: Of the kept channels only.
-        prior: `(hidden_size, kept_size)`.
-        ridge: λ ≥ 0; infinity returns the prior.
+        statistics: Second moments of the kept channels only.
+        prior: The down projection to shrink towards, `(hidden_size, kept_size)`.
+        ridge: The weight λ ≥ 0 of the prior; infinity returns the prior.
 
     Returns:
-        `(hidden_size, kept_size)`, float64.
+        The fitted down projection, `(hidden_size, kept_size)` float64.
 
     Raises:
         ShapeError: If `prior` does not fit the statistics.
@@ -76,8 +77,8 @@ def choose_ridge(
     Args:
         fit: Statistics of the tokens that are fitted, kept channels only.
         heldout: Statistics of the other tokens, kept channels only.
-        prior: `(hidden_size, kept_size)`.
-        grid: Values of λ to try.
+        prior: The down projection to shrink towards, `(hidden_size, kept_size)`.
+        grid: The values of λ to try.
 
     Raises:
         NumericalError: If a Gram matrix cannot be factored.
@@ -118,14 +119,15 @@ def _decompose(fit: GramStatistics, heldout: GramStatistics, prior: Tensor, grid
 def refit_down(
     fit: GramStatistics, heldout: GramStatistics, prior: Tensor, intercept: str = "never"
 ) -> tuple[Refit, Refit]:
-    """Choose λ, and whether an intercept pays, on held-out tokens; refit to all tokens, and to the others alone.
+    """Choose λ, and whether an intercept pays, on held-out tokens; refit to all tokens, and without the held-out ones.
 
     Args:
         fit: Statistics of the tokens that λ is not judged on, kept channels only.
         heldout: Statistics of the held-out tokens, kept channels only.
-        prior: `(hidden_size, kept_size)` to shrink towards.
-        intercept: `"never"`, `"always"`, or `"auto"`: where it lowers the held-out error by at least 2 %. Less is not
-            worth biases in every layer, and did not lower the perplexity of the models that it was tried on.
+        prior: The down projection to shrink towards, `(hidden_size, kept_size)`.
+        intercept: `"never"`, `"always"`, or `"auto"`, which adds one where it lowers the held-out error by at least
+            2 %. A smaller gain is not worth a bias in every layer, and did not lower the perplexity of the models
+            that it was tried on.
 
     Returns:
         The refit to all tokens, and the refit without the held-out ones, which can be judged on them; both float64.
@@ -161,8 +163,8 @@ def constant_bias(statistics: GramStatistics, down: Tensor) -> Tensor:
     """Return the mean output that a down projection misses, `(hidden_size,)`: FLAP's bias compensation.
 
     Args:
-        statistics: Of the kept channels, with the dense layer's outputs as targets.
-        down: `(hidden_size, kept_size)`.
+        statistics: Second moments of the kept channels, with the dense layer's outputs as targets.
+        down: The compressed layer's down projection, `(hidden_size, kept_size)`.
 
     Source: An et al., "Fluctuation-based Adaptive Structured Pruning for Large Language Models", AAAI 2024, section 3.
     """

@@ -7,17 +7,17 @@ count by `M = E[g gᵀ]`, the empirical Fisher information.
 import torch
 from torch import Tensor
 
-_FLOOR = 0.1  # of the mean eigenvalue
+_FLOOR = 0.1  # share of the mean eigenvalue that every direction gets
 
 
 def metric_root(gradient_moment: Tensor) -> Tensor:
     """Return the symmetric root of a second moment, so that `‖R e‖² = eᵀ M e`.
 
     Args:
-        gradient_moment: Σ g gᵀ `(hidden_size, hidden_size)`.
+        gradient_moment: The sum Σ g gᵀ over gradients g of the loss, `(hidden_size, hidden_size)`.
 
     Returns:
-        `(hidden_size, hidden_size)`, float32.
+        The symmetric root R, `(hidden_size, hidden_size)` float32.
 
     Example:
         >>> metric_root(torch.tensor([[4.0, 0.0], [0.0, 9.0]]))
@@ -29,14 +29,14 @@ def metric_root(gradient_moment: Tensor) -> Tensor:
 
 
 def error_metric(gradient_moment: Tensor) -> Tensor:
-    """Return the root of a second moment of which a tenth is spread evenly, so that no direction is free.
+    """Return the root of a second moment, a tenth of which is spread evenly so that no direction is free.
 
     Args:
-        gradient_moment: Σ g gᵀ `(hidden_size, hidden_size)`.
+        gradient_moment: The sum Σ g gᵀ over gradients g of the loss, `(hidden_size, hidden_size)`.
 
     Returns:
-        Symmetric, of mean squared eigenvalue 1, `(hidden_size, hidden_size)`, float32; the identity if all gradients
-        are zero.
+        A symmetric matrix with a mean squared eigenvalue of 1, `(hidden_size, hidden_size)` float32; the identity if
+        all gradients are zero.
     """
     values, vectors = torch.linalg.eigh(gradient_moment.double())
     values = values.clamp_min(0)

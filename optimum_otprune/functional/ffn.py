@@ -15,12 +15,12 @@ class FFNWeights(NamedTuple):
     """The weights of one FFN; a channel is row j of `gate` and `up` and column j of `down`.
 
     Attributes:
-        up: `(intermediate_size, hidden_size)`.
-        down: `(hidden_size, intermediate_size)`.
-        gate: `(intermediate_size, hidden_size)`, or None for an FFN that is not gated.
-        up_bias: `(intermediate_size,)` or None.
-        gate_bias: `(intermediate_size,)` or None.
-        down_bias: `(hidden_size,)` or None.
+        up: The up projection, `(intermediate_size, hidden_size)`.
+        down: The down projection, `(hidden_size, intermediate_size)`.
+        gate: The gate projection, `(intermediate_size, hidden_size)`, or None for an FFN that is not gated.
+        up_bias: The bias of the up projection, `(intermediate_size,)`, or None.
+        gate_bias: The bias of the gate projection, `(intermediate_size,)`, or None.
+        down_bias: The bias of the down projection, `(hidden_size,)`, or None.
     """
 
     up: Tensor
@@ -32,24 +32,34 @@ class FFNWeights(NamedTuple):
 
     @property
     def intermediate_size(self) -> int:
-        """Number of channels."""
+        """The number of channels."""
         return self.up.shape[0]
 
     @property
     def hidden_size(self) -> int:
-        """Width of inputs and outputs."""
+        """The width of inputs and outputs."""
         return self.down.shape[0]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "FFNWeights":
-        """Apply a function to every tensor that is there."""
-        mapped = {name: None if tensor is None else function(tensor) for name, tensor in self._asdict().items()}
-        return FFNWeights(**mapped)  # type: ignore[arg-type]
+        """Return the FFN with a function applied to every tensor that it has."""
+
+        def mapped(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else function(tensor)
+
+        return FFNWeights(
+            up=function(self.up),
+            down=function(self.down),
+            gate=mapped(self.gate),
+            up_bias=mapped(self.up_bias),
+            gate_bias=mapped(self.gate_bias),
+            down_bias=mapped(self.down_bias),
+        )
 
     def select(self, channels: Tensor) -> "FFNWeights":
-        """Keep some channels, in the given order.
+        """Return the FFN with some channels only, in the given order.
 
         Args:
-            channels: LongTensor `(kept_size,)`.
+            channels: The channels to keep, LongTensor `(kept_size,)`.
         """
         return FFNWeights(
             up=self.up[channels],
@@ -65,16 +75,16 @@ def check_weights(weights: FFNWeights, where: str = "the FFN") -> None:
     """Raise when shapes disagree or a value is not finite.
 
     Args:
-        weights: What to check.
-        where: Named in the message, such as `"layer 3"`.
+        weights: The weights of one FFN, channel-first.
+        where: What the message calls the FFN, such as `"layer 3"`.
 
     Raises:
         ShapeError: If the tensors do not belong to one FFN.
         NumericalError: If a tensor holds NaN or infinity.
     """
     n, d = weights.up.shape
-    expected = FFNWeights((n, d), (d, n), (n, d), (n,), (n,), (d,))  # type: ignore[arg-type]
-    for name, tensor, shape in zip(FFNWeights._fields, weights, expected):
+    shapes: tuple[tuple[int, ...], ...] = ((n, d), (d, n), (n, d), (n,), (n,), (d,))
+    for name, tensor, shape in zip(FFNWeights._fields, weights, shapes):
         if tensor is None:
             continue
         if tuple(tensor.shape) != shape:
@@ -98,19 +108,21 @@ def empty_channels(weights: FFNWeights) -> int:
         1
     """
     used = weights.up.any(dim=1) | weights.down.any(dim=0)
-    return int((~(used if weights.gate is None else used | weights.gate.any(dim=1))).sum())
+    if weights.gate is not None:
+        used = used | weights.gate.any(dim=1)
+    return int((~used).sum())
 
 
 def channel_activations(weights: FFNWeights, inputs: Tensor, activation: Activation) -> Tensor:
     """Return what every channel hands to the down projection: `act(W_g x) * (W_u x)`, or `act(W_u x)` without a gate.
 
     Args:
-        weights: The FFN.
-        inputs: `(num_tokens, hidden_size)`.
-        activation: Elementwise function.
+        weights: The weights of one FFN, channel-first.
+        inputs: The inputs of the FFN, `(num_tokens, hidden_size)`.
+        activation: The FFN's elementwise activation function.
 
     Returns:
-        `(num_tokens, intermediate_size)`.
+        The channel activations, `(num_tokens, intermediate_size)`.
     """
     up = torch.nn.functional.linear(inputs, weights.up, weights.up_bias)
     if weights.gate is None:
@@ -119,16 +131,16 @@ def channel_activations(weights: FFNWeights, inputs: Tensor, activation: Activat
 
 
 def ffn_forward(weights: FFNWeights, inputs: Tensor, activation: Activation) -> Tensor:
-    """Return the output of the FFN, `(num_tokens, hidden_size)`, of inputs of that shape."""
+    """Return the FFN's outputs `(num_tokens, hidden_size)` for inputs of the same shape."""
     hidden = channel_activations(weights, inputs, activation)
     return torch.nn.functional.linear(hidden, weights.down, weights.down_bias)
 
 
 def first_channels(weights: FFNWeights, kept: int) -> FFNWeights:
-    """Return an FFN of a smaller width, for speed only: its channels are just cut off.
+    """Return an FFN of a smaller width, to measure speed with: it keeps the first channels, whatever they are worth.
 
     Args:
-        weights: The FFN.
-        kept: Channels of the result.
+        weights: The weights of one FFN, channel-first.
+        kept: Number of channels of the result.
     """
     return weights.select(torch.arange(kept, device=weights.up.device))

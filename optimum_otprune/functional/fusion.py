@@ -14,8 +14,8 @@ class FusionMaps(NamedTuple):
     """Two maps from all channels to the kept ones, `(kept_size, intermediate_size)` float64 each.
 
     Attributes:
-        inward: For gate and up: `W_fused = inward @ W`; None where they are not fused.
-        outward: For down: `W_fused = W @ outward.T`.
+        inward: The map for gate and up, `W_fused = inward @ W`; None where they are not fused.
+        outward: The map for down, `W_fused = W @ outward.T`.
     """
 
     inward: Tensor | None
@@ -26,10 +26,10 @@ def barycentric_projection(transport_plan: Tensor) -> Tensor:
     """Return the map whose incoming weights sum to 1 for each kept channel: an average, right for gate and up.
 
     Args:
-        transport_plan: `(intermediate_size, kept_size)`, non-negative.
+        transport_plan: A plan over all channels, `(intermediate_size, kept_size)`, non-negative.
 
     Returns:
-        `(kept_size, intermediate_size)`, rows sum to 1.
+        The fusion map `(kept_size, intermediate_size)`, in which every row sums to 1.
 
     Raises:
         TransportError: If a kept channel receives no mass.
@@ -43,7 +43,7 @@ def barycentric_projection(transport_plan: Tensor) -> Tensor:
 
 
 def _received(transport_plan: Tensor) -> Tensor:
-    """Mass of each kept channel, `(kept_size,)`; of none of them 0."""
+    """Return the mass that each kept channel receives, `(kept_size,)`; raise where one receives none."""
     received = transport_plan.sum(dim=0)
     if (received <= 0).any():
         empty = torch.nonzero(received <= 0).flatten().tolist()
@@ -59,12 +59,12 @@ def mass_projection(transport_plan: Tensor, source_marginal: Tensor | None = Non
     """Return the map that hands on each channel in full: columns sum to 1, right for down.
 
     Args:
-        transport_plan: `(intermediate_size, kept_size)`, non-negative.
-        source_marginal: `(intermediate_size,)` mass that each channel had. With it, what a partial or unbalanced plan
-            left behind stays behind; without it every channel counts as handed on in full.
+        transport_plan: A plan over all channels, `(intermediate_size, kept_size)`, non-negative.
+        source_marginal: The mass that each channel had, `(intermediate_size,)`. With it, what a partial or unbalanced
+            plan left behind stays behind; without it every channel counts as handed on in full.
 
     Returns:
-        `(kept_size, intermediate_size)`.
+        The fusion map `(kept_size, intermediate_size)`.
 
     Raises:
         TransportError: If a channel sends no mass and no marginal is given.
@@ -94,13 +94,13 @@ def with_identity(
     """Return a plan over all channels in which kept channels keep their own mass.
 
     Args:
-        transport_plan: `(pruned_size, kept_size)` of the pruned channels, total mass at most 1.
-        kept_channels: LongTensor `(kept_size,)`.
-        pruned_channels: LongTensor `(pruned_size,)`.
-        shares: Mass of all kept and of all pruned channels together.
+        transport_plan: A plan for the pruned channels only, `(pruned_size, kept_size)`, of a total mass of at most 1.
+        kept_channels: The channels that stay, LongTensor `(kept_size,)`.
+        pruned_channels: The channels that are removed, LongTensor `(pruned_size,)`.
+        shares: The mass of all kept channels together, and that of all pruned ones.
 
     Returns:
-        `(intermediate_size, kept_size)`.
+        The plan over all channels, `(intermediate_size, kept_size)`.
     """
     kept_share, pruned_share = shares
     m = len(kept_channels)
@@ -124,11 +124,11 @@ def fusion_maps(
     sums, not averages, of about n/m channels, and the layer's output is far too large.
 
     Args:
-        transport_plan: `(intermediate_size, kept_size)`.
+        transport_plan: A plan over all channels, `(intermediate_size, kept_size)`.
         normalization: `"identity"` or `"corrected"` (barycentric and mass-preserving), or `"source"`.
-        gain: What each channel is multiplied by outwards, `(intermediate_size, kept_size)`, or None for 1.
-        source_marginal: Mass of each channel, `(intermediate_size,)`; see `mass_projection`.
-        inward: Whether the inward map is asked for; each map takes as much memory as the plan.
+        gain: Factors for the entries of the outward map, `(intermediate_size, kept_size)`, or None for 1.
+        source_marginal: The mass that each channel had, `(intermediate_size,)`; see `mass_projection`.
+        inward: Whether to make the inward map, too; each map takes as much memory as the plan.
 
     Raises:
         TransportError: If a channel that is to be divided by receives, or sends, no mass.
@@ -145,8 +145,8 @@ def selection_map(kept_channels: Tensor, intermediate_size: int) -> Tensor:
     """Return the map that only selects, `(kept_size, intermediate_size)` float64: plain dropping.
 
     Args:
-        kept_channels: LongTensor `(kept_size,)`.
-        intermediate_size: Channels before.
+        kept_channels: The channels to select, LongTensor `(kept_size,)`.
+        intermediate_size: Number of channels before selection.
     """
     selected = torch.zeros(len(kept_channels), intermediate_size, dtype=torch.float64)
     return selected.scatter_(1, kept_channels.cpu()[:, None], 1.0)
@@ -156,13 +156,13 @@ def fuse(weights: FFNWeights, maps: FusionMaps, kept_channels: Tensor, projectio
     """Apply the maps to some projections, and select the kept channels of the others.
 
     Args:
-        weights: The FFN before.
-        maps: From `fusion_maps`.
-        kept_channels: LongTensor `(kept_size,)`.
-        projections: Of `"gate"`, `"up"` and `"down"`.
+        weights: The weights of the dense FFN, channel-first.
+        maps: The two maps that `fusion_maps` returns.
+        kept_channels: The channels that stay, LongTensor `(kept_size,)`.
+        projections: The names of the projections to fuse, out of `"gate"`, `"up"` and `"down"`.
 
     Returns:
-        The FFN of the kept width, in the dtype and on the device of `weights`; `down_bias` is unchanged.
+        The weights of the fused FFN, in the dtype and on the device of `weights`; `down_bias` is unchanged.
 
     Raises:
         ShapeError: If a map does not fit the weights.

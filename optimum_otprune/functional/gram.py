@@ -1,5 +1,6 @@
 """Second moments of one FFN's channels and targets: all that selection, transport and refit need of the data."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -12,12 +13,12 @@ class GramStatistics(NamedTuple):
     """Sums over tokens of products of channel activations h and targets y.
 
     Attributes:
-        gram: Σ h hᵀ, `(intermediate_size, intermediate_size)`.
-        cross: Σ y hᵀ, `(hidden_size, intermediate_size)`.
-        hidden_sum: Σ h, `(intermediate_size,)`.
-        target_sum: Σ y, `(hidden_size,)`.
-        target_energy: Σ ‖y‖², a scalar tensor.
-        num_tokens: How many tokens were summed.
+        gram: The Gram matrix Σ h hᵀ, `(intermediate_size, intermediate_size)`.
+        cross: The cross moment Σ y hᵀ, `(hidden_size, intermediate_size)`.
+        hidden_sum: The sum Σ h, `(intermediate_size,)`.
+        target_sum: The sum Σ y, `(hidden_size,)`.
+        target_energy: The sum Σ ‖y‖², a scalar tensor.
+        num_tokens: Number of tokens that were summed.
     """
 
     gram: Tensor
@@ -27,15 +28,34 @@ class GramStatistics(NamedTuple):
     target_energy: Tensor
     num_tokens: int
 
-    def __add__(self, other: "GramStatistics") -> "GramStatistics":  # type: ignore[override]
-        """Statistics of both sets of tokens together."""
-        return GramStatistics(*(mine + theirs for mine, theirs in zip(self, other)))  # type: ignore[operator]
+    def __add__(self, other: tuple[object, ...]) -> "GramStatistics":
+        """Return the statistics of both sets of tokens together."""
+        assert isinstance(other, GramStatistics)
+        return GramStatistics(
+            gram=self.gram + other.gram,
+            cross=self.cross + other.cross,
+            hidden_sum=self.hidden_sum + other.hidden_sum,
+            target_sum=self.target_sum + other.target_sum,
+            target_energy=self.target_energy + other.target_energy,
+            num_tokens=self.num_tokens + other.num_tokens,
+        )
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "GramStatistics":
+        """Return the statistics with a function applied to every sum; the number of tokens stays."""
+        return GramStatistics(
+            gram=function(self.gram),
+            cross=function(self.cross),
+            hidden_sum=function(self.hidden_sum),
+            target_sum=function(self.target_sum),
+            target_energy=function(self.target_energy),
+            num_tokens=self.num_tokens,
+        )
 
     def select(self, channels: Tensor) -> "GramStatistics":
-        """Keep some channels.
+        """Return the statistics of some channels only.
 
         Args:
-            channels: LongTensor `(kept_size,)`.
+            channels: The channels to keep, LongTensor `(kept_size,)`.
         """
         gram = gather(self.gram, channels, self.gram.dtype)
         mirror(gram)
@@ -46,17 +66,18 @@ class GramStatistics(NamedTuple):
         )
 
     def double(self) -> "GramStatistics":
-        """The same in float64."""
-        return GramStatistics(*(part.double() for part in self[:-1]), self.num_tokens)  # type: ignore
+        """Return the same statistics in float64."""
+        return self._map(Tensor.double)
 
     def scaled(self, factor: float) -> "GramStatistics":
-        """The same with every sum multiplied, as if each token's weight had been; the number of tokens stays."""
-        return GramStatistics(*(part * factor for part in self[:-1]), self.num_tokens)  # type: ignore
+        """Return all sums times a factor, as if each token weighed so much more; the number of tokens stays."""
+        return self._map(lambda part: part * factor)
 
     def shifted(self, hidden_shift: Tensor, target_shift: Tensor) -> "GramStatistics":
-        """Statistics of `h − hidden_shift` and `y − target_shift`: centred ones, if the shifts are the means.
+        """Return the statistics of `h − hidden_shift` and `y − target_shift`: centered if the shifts are the means.
 
-        In the dtype of the shifts, if that is the more precise one; one matrix beside the result is all that it takes.
+        They have the dtype of the shifts if that is the more precise one. Beside the result, this takes the memory of
+        one more matrix.
         """
         count, h, y = self.num_tokens, hidden_shift, target_shift
         outer = torch.outer(self.hidden_sum - count / 2 * h, h)
@@ -73,10 +94,10 @@ class GramStatistics(NamedTuple):
         )
 
     def error(self, down: Tensor) -> Tensor:
-        """Σ ‖y − down h‖² over the tokens, a scalar tensor.
+        """Return the squared error Σ ‖y − down h‖² over the tokens, a scalar tensor.
 
         Args:
-            down: `(hidden_size, intermediate_size)`.
+            down: A down projection, `(hidden_size, intermediate_size)`.
         """
         return self.target_energy - 2 * (down * self.cross).sum() + ((down @ self.gram) * down).sum()
 
@@ -104,10 +125,10 @@ class GramAccumulator:
         """Start from nothing.
 
         Args:
-            intermediate_size: Channels.
-            hidden_size: Size of a target.
-            dtype: Of the sums, and of the batches.
-            device: Of the sums, and of the batches.
+            intermediate_size: Number of channels.
+            hidden_size: Number of entries of a target.
+            dtype: The dtype of the sums, and of every batch.
+            device: The device of the sums, and of every batch.
         """
         self._gram = torch.zeros(intermediate_size, intermediate_size, dtype=dtype, device=device)
         self._cross = torch.zeros(hidden_size, intermediate_size, dtype=dtype, device=device)
@@ -120,9 +141,10 @@ class GramAccumulator:
         """Add one batch of tokens.
 
         Args:
-            hidden: Channel activations `(num_tokens, intermediate_size)`.
-            targets: `(num_tokens, hidden_size)`.
-            token_weights: `(num_tokens,)`, of mean 1 over all batches together; None counts every token the same.
+            hidden: The channel activations h, `(num_tokens, intermediate_size)`.
+            targets: The targets y, `(num_tokens, hidden_size)`.
+            token_weights: What each token counts, `(num_tokens,)`, with mean 1 over all batches together; None counts
+                every token the same.
         """
         weighted_hidden, weighted_targets = hidden, targets
         if token_weights is not None:
@@ -135,22 +157,19 @@ class GramAccumulator:
         self.num_tokens += len(hidden)
 
     def statistics(self) -> GramStatistics:
-        """The sums so far; the tensors are the accumulator's own, and what is added later shows in them."""
+        """Return the sums so far; the tensors are the accumulator's own, so that later batches change them."""
         mirror(self._gram)
         sums = (self._gram, self._cross, self._hidden_sum, self._target_sum, self._target_energy)
         return GramStatistics(*sums, self.num_tokens)
 
 
 def gram_statistics(hidden: Tensor, targets: Tensor, token_weights: Tensor | None = None) -> GramStatistics:
-    """Sum over one batch of tokens.
+    """Return the second moments of one batch of tokens, in the dtype of `hidden`.
 
     Args:
-        hidden: See `GramAccumulator.add`.
-        targets: See `GramAccumulator.add`.
-        token_weights: See `GramAccumulator.add`.
-
-    Returns:
-        Statistics in the dtype of `hidden`.
+        hidden: The channel activations h, `(num_tokens, intermediate_size)`.
+        targets: The targets y, `(num_tokens, hidden_size)`.
+        token_weights: What each token counts, `(num_tokens,)`, with mean 1; None counts every token the same.
     """
     sums = GramAccumulator(hidden.shape[1], targets.shape[1], hidden.dtype, hidden.device)
     sums.add(hidden, targets, token_weights)

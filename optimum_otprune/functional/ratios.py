@@ -4,24 +4,26 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-LIMITED, GOOD = 0.2, 0.5  # rescue ratios up to, and from, which the verdict is so
+# A ratio up to a fifth is little and one above a half is much: words for readers of a card, not laws.
+LIMITED, GOOD = 0.2, 0.5
+_OUTLYING_MEDIANS, _OUTLYING_LEAST = 5, 0.25  # median distances from the median, and the least that counts as far
 
-_NOTHING = 1e-12  # of the layer's output energy
+_NOTHING = 1e-12  # of the layer's output energy; below it a contribution is rounding
 _ROUNDING = 1e-5  # float32 sums; plain dropping shall read 0, not −0.0000003
 
 
 class RescueEnergies(NamedTuple):
     """Sums over held-out calibration tokens, from which both ratios follow; they add up over layers.
 
-    A token counts as where its layer is fitted: by 1 / the squared norm of the hidden state behind the layer, so that
-    energies are shares of what the layer adds to, or all tokens alike.
+    A token counts as much as in the layer's fit: either 1 / the squared norm of the hidden state behind the layer, so
+    that energies are shares of what the layer adds to, or 1.
 
     Attributes:
-        output: Σ ‖y‖² of the dense layer.
-        pruned: Σ ‖W_S h_S‖², what the pruned channels contributed.
-        error: Σ ‖y − ŷ‖² of the compressed layer.
-        kept: Σ_k ‖w_k‖² Σ h_k² over kept channels.
-        shift: Σ_k ‖w_k‖² Σ (h'_k − h_k)², how far the kept channels' own activations moved.
+        output: The energy of the dense layer's outputs, Σ ‖y‖².
+        pruned: The energy of what the pruned channels contributed, Σ ‖W_S h_S‖².
+        error: The squared error of the compressed layer's outputs, Σ ‖y − ŷ‖².
+        kept: The energy of the kept channels' contributions one by one, Σ_k ‖w_k‖² Σ h_k².
+        shift: How far the kept channels' own activations moved, Σ_k ‖w_k‖² Σ (h'_k − h_k)².
     """
 
     output: float
@@ -30,17 +32,18 @@ class RescueEnergies(NamedTuple):
     kept: float
     shift: float
 
-    def __add__(self, other: "RescueEnergies") -> "RescueEnergies":  # type: ignore[override]
-        """Energies of both together."""
+    def __add__(self, other: tuple[object, ...]) -> "RescueEnergies":
+        """Return the energies of both together."""
+        assert isinstance(other, RescueEnergies)
         return RescueEnergies(*(mine + theirs for mine, theirs in zip(self, other)))
 
     def scaled(self, factor: float) -> "RescueEnergies":
-        """Energies of tokens that count `factor` times as much."""
+        """Return the energies if every token counted `factor` times as much."""
         return RescueEnergies(*(factor * mine for mine in self))
 
 
 def rescue_ratio(energies: RescueEnergies) -> float:
-    """Share of the pruned channels' output energy that the compressed layer still delivers.
+    """Return the share of the pruned channels' output energy that the compressed layer still delivers.
 
     `1 − Σ ‖y − ŷ‖² / Σ ‖W_S h_S‖²`: plain dropping scores 0, a perfect layer 1, a harmful fusion is negative. Where
     the pruned channels contributed nothing, there was nothing to lose: 1 if the output is intact, else 0.
@@ -57,9 +60,9 @@ def rescue_ratio(energies: RescueEnergies) -> float:
 
 
 def dilution_ratio(energies: RescueEnergies) -> float:
-    """Share of the kept channels' own contribution that was given up: 0 when gate and up are untouched.
+    """Return the share of the kept channels' own contribution that was given up: 0 when gate and up are untouched.
 
-    `Σ_k ‖w_k‖² E(h'_k − h_k)² / Σ_k ‖w_k‖² E h_k²`.
+    The formula is `Σ_k ‖w_k‖² E(h'_k − h_k)² / Σ_k ‖w_k‖² E h_k²`.
 
     Example:
         >>> dilution_ratio(RescueEnergies(output=10.0, pruned=4.0, error=1.0, kept=9.0, shift=4.5))
@@ -69,7 +72,9 @@ def dilution_ratio(energies: RescueEnergies) -> float:
 
 
 def relative_error(energies: RescueEnergies) -> float:
-    """Output error as a share of the dense layer's output energy, `Σ ‖y − ŷ‖² / Σ ‖y‖²`; 0 for a layer without output.
+    """Return the output error as a share of the dense layer's output energy; 0 for a layer without output.
+
+    The formula is `Σ ‖y − ŷ‖² / Σ ‖y‖²`.
 
     Example:
         >>> relative_error(RescueEnergies(output=10.0, pruned=4.0, error=1.0, kept=9.0, shift=0.0))
@@ -79,12 +84,12 @@ def relative_error(energies: RescueEnergies) -> float:
 
 
 def pooled(energies: Iterable[RescueEnergies]) -> RescueEnergies:
-    """Energies of several layers together, so that a layer counts by what it contributes."""
+    """Return the energies of several layers together, so that a layer counts by what it contributes."""
     return sum(energies, RescueEnergies(0.0, 0.0, 0.0, 0.0, 0.0))
 
 
 def rescued_share(ratio: float) -> str:
-    """A rescue ratio as a share, or as a word where a share would say nothing any more.
+    """Return a rescue ratio as a percentage, or as a word where a percentage would say nothing any more.
 
     Example:
         >>> rescued_share(0.234), rescued_share(-211.794)
@@ -94,7 +99,7 @@ def rescued_share(ratio: float) -> str:
 
 
 def diluted_share(ratio: float) -> str:
-    """A dilution ratio in the same way.
+    """Return a dilution ratio as a percentage, or as a word where a percentage would say nothing any more.
 
     Example:
         >>> diluted_share(0.156), diluted_share(25.0)
@@ -104,21 +109,25 @@ def diluted_share(ratio: float) -> str:
 
 
 def rescue_verdict(ratio: float) -> str:
-    """How good a rescue ratio is, such as "good (> 50 %)"."""
+    """Return in words how good a rescue ratio is, such as "good (> 50 %)"."""
     if ratio < 0:
         return "harmful (< 0 %): the compressed layers are further from the dense ones than plain dropping"
-    return "good (> 50 %)" if ratio > GOOD else "moderate (> 20 %)" if ratio > LIMITED else "limited (<= 20 %)"
+    if ratio > GOOD:
+        return "good (> 50 %)"
+    return "moderate (> 20 %)" if ratio > LIMITED else "limited (<= 20 %)"
 
 
 def dilution_verdict(ratio: float) -> str:
-    """How much a dilution ratio is, such as "low (< 20 %)"."""
-    return "low (< 20 %)" if ratio < 0.2 else "moderate (< 50 %)" if ratio < 0.5 else "high (>= 50 %)"
+    """Return in words how large a dilution ratio is, such as "low (< 20 %)"."""
+    if ratio < LIMITED:
+        return "low (< 20 %)"
+    return "moderate (< 50 %)" if ratio < GOOD else "high (>= 50 %)"
 
 
 def outliers(ratios: Sequence[float]) -> list[int]:
-    """Indices of ratios far from the others: negative where the median is positive, or a long way from the median.
+    """Return the indices of ratios far from the others: negative with a positive median, or far from the median.
 
-    A long way is more than five times the median distance from the median, and more than 0.25.
+    Far is more than five times the median distance from the median, and more than 0.25.
 
     Example:
         >>> outliers([0.6, -80.2, 0.7, 0.5])
@@ -127,5 +136,6 @@ def outliers(ratios: Sequence[float]) -> list[int]:
     if not ratios:
         return []
     middle = statistics.median(ratios)
-    far = max(0.25, 5 * statistics.median(abs(ratio - middle) for ratio in ratios))
+    typical = statistics.median(abs(ratio - middle) for ratio in ratios)
+    far = max(_OUTLYING_LEAST, _OUTLYING_MEDIANS * typical)
     return [index for index, ratio in enumerate(ratios) if ratio < 0 < middle or abs(ratio - middle) > far]

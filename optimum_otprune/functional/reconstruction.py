@@ -15,17 +15,19 @@ from torch.optim.lr_scheduler import OneCycleLR
 from optimum_otprune.errors import NumericalError
 from optimum_otprune.functional.ffn import FFNWeights, ffn_forward
 
-_CHECKS = 20  # held-out evaluations over the whole schedule
-_WARM_UP = 0.05  # of the steps
-_BLOCK = 4096  # tokens of an evaluation at a time
+_CHECKS = 20  # held-out evaluations over the whole schedule: more find a better stop and cost as many forward passes
+_WARM_UP = 0.05  # share of the steps in which the learning rate rises
+_BETAS = (0.9, 0.95)  # of Adam, as large language models are trained with: a schedule of some hundred steps is too
+# short for a longer memory of squared gradients
+_BLOCK = 4096  # tokens of an evaluation at a time; bounds its memory
 
 
 class TokenSet(NamedTuple):
     """Inputs of an FFN and what it should put out, on any device: they are moved to the FFN's a few at a time.
 
     Attributes:
-        inputs: `(num_tokens, hidden_size)`.
-        targets: `(num_tokens, hidden_size)`.
+        inputs: The FFN's inputs, `(num_tokens, hidden_size)`.
+        targets: The outputs that it should have, `(num_tokens, hidden_size)`.
         weights: What each token's error counts, `(num_tokens,)`.
     """
 
@@ -35,14 +37,14 @@ class TokenSet(NamedTuple):
 
 
 class ReconstructionSettings(NamedTuple):
-    """How long and how fast.
+    """How long and how fast an FFN is trained.
 
     Attributes:
-        steps: Adam steps.
-        learning_rate: At its peak, in units of the root mean square of each weight matrix.
-        batch_tokens: Tokens of a minibatch.
+        steps: Number of Adam steps.
+        learning_rate: The peak of the learning rate, in units of the root mean square of each weight matrix.
+        batch_tokens: Number of tokens of a minibatch.
         mixed_precision: Whether steps multiply in bfloat16; weights, their updates and errors stay float32, and so
-            does the choice of what is kept. None: on a GPU.
+            does the choice of what is kept. With None they do on a GPU only.
     """
 
     steps: int
@@ -55,9 +57,9 @@ class Share(NamedTuple):
     """Which of the tokens are here, where several processes train the same FFN together.
 
     Attributes:
-        start: Number of the first of the fitted tokens that is here.
-        total: Fitted tokens of all processes.
-        summed: Sums a tensor over all processes.
+        start: Index of the first token of this process among the fitted tokens of all processes.
+        total: Number of fitted tokens of all processes.
+        summed: A function that returns the sum of a tensor over all processes.
     """
 
     start: int
@@ -66,13 +68,13 @@ class Share(NamedTuple):
 
 
 class Reconstruction(NamedTuple):
-    """What came of it.
+    """The result of a reconstruction.
 
     Attributes:
-        weights: The best on the held-out tokens.
-        heldout_error_before: Mean squared output error per token before.
-        heldout_error_after: The same of `weights`.
-        best_step: At which it was found; 0 is the start.
+        weights: The weights that were best on the held-out tokens.
+        heldout_error_before: The mean squared output error per held-out token, before training.
+        heldout_error_after: The same error with `weights`.
+        best_step: The step after which the best weights were found; 0 is the start.
     """
 
     weights: FFNWeights
@@ -89,23 +91,24 @@ def output_error(
     metric: Tensor | None = None,
     summed: Callable[[Tensor], Tensor] | None = None,
 ) -> float:
-    """Weighted mean of the tokens' squared output errors, summed in float64 over blocks of tokens.
+    """Return the weighted mean of the tokens' squared output errors, summed in float64 over blocks of tokens.
 
     Args:
-        weights: The FFN.
-        tokens: Inputs, targets and weights.
-        activation: Elementwise.
-        metric: Applied to the errors before they are squared, `(hidden_size, hidden_size)`; None is the identity.
-        summed: See `Share`.
+        weights: The weights of one FFN, channel-first.
+        tokens: The inputs, targets and weights of the tokens.
+        activation: The FFN's elementwise activation function.
+        metric: A matrix `(hidden_size, hidden_size)` that errors are multiplied by before they are squared; None is
+            the identity.
+        summed: A function that returns the sum of a tensor over all processes; None if there is one process.
     """
     total = 0.0
-    for block in zip(*(part.split(_BLOCK) for part in tokens)):
+    for block in zip(*(torch.split(part, _BLOCK) for part in tokens)):
         inputs, targets, counts = (part.to(weights.up.device) for part in block)
         errors = _squared_errors(ffn_forward(weights, inputs, activation), targets, metric)
         total += float((errors * counts).double().sum())
     sums = torch.tensor([total, float(tokens.weights.double().sum())], dtype=torch.float64)
-    error, count = (sums if summed is None else summed(sums)).tolist()
-    return error / count
+    sums = sums if summed is None else summed(sums)
+    return float(sums[0]) / float(sums[1])
 
 
 def _squared_errors(outputs: Tensor, targets: Tensor, metric: Tensor | None) -> Tensor:
@@ -129,20 +132,20 @@ def reconstruct(
     matrix, so that scaling a layer changes nothing.
 
     Args:
-        weights: Where to start, float32.
-        fit: Tokens to train on.
-        heldout: Tokens that decide which weights are kept.
-        activation: Elementwise, differentiable.
-        settings: How long and how fast.
-        generator: Of the minibatches, on the CPU.
-        metric: See `output_error`.
-        share: Of the tokens, where other processes have more of them; all of them take the same steps.
+        weights: The weights to start from, float32.
+        fit: The tokens to train on.
+        heldout: The tokens that decide which weights are kept.
+        activation: The FFN's elementwise activation function, which must be differentiable.
+        settings: How long and how fast the FFN is trained.
+        generator: The random generator that draws minibatches, on the CPU.
+        metric: A matrix that errors are multiplied by, as in `output_error`.
+        share: Which of the tokens this process has, if others have more of them; all processes take the same steps.
 
     Returns:
         The best weights on the held-out tokens, and their error.
 
     Raises:
-        NumericalError: If the error of the start is not finite.
+        NumericalError: If the held-out error of the start is not finite.
     """
     share = share or Share(0, len(fit.inputs), lambda tensor: tensor)
     before = output_error(weights, heldout, activation, metric, share.summed)
@@ -151,19 +154,19 @@ def reconstruct(
         raise NumericalError("the FFN's held-out error is NaN or infinite before reconstruction.")
     scaled = _ScaledWeights(weights)
     rate = settings.learning_rate
-    optimizer = torch.optim.Adam(scaled.parameters, lr=rate, betas=(0.9, 0.95))
+    optimizer = torch.optim.Adam(scaled.parameters, lr=rate, betas=_BETAS)
     schedule = OneCycleLR(optimizer, rate, settings.steps + 1, pct_start=_WARM_UP, cycle_momentum=False)
     energy = share.summed((fit.targets.square().sum(dim=1) * fit.weights).sum()) / share.total
     every, device = max(1, settings.steps // _CHECKS), weights.up.device
     energy = energy.clamp_min(torch.finfo(energy.dtype).tiny).to(device)
-    is_mixed = settings.mixed_precision if settings.mixed_precision is not None else device.type == "cuda"
+    is_mixed = device.type == "cuda" if settings.mixed_precision is None else settings.mixed_precision
     for step in range(1, settings.steps + 1):
         inputs, targets, counts = _minibatch(fit, share, settings.batch_tokens, generator, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=is_mixed):
             outputs = ffn_forward(scaled.weights(), inputs, activation).float()
         error = (_squared_errors(outputs, targets, metric) * counts).sum() / settings.batch_tokens
         optimizer.zero_grad()
-        (error / energy).backward()
+        torch.autograd.backward(error / energy)
         scaled.sum_gradients(share.summed)
         optimizer.step()
         schedule.step()
@@ -178,7 +181,7 @@ def reconstruct(
 def _minibatch(
     fit: TokenSet, share: Share, size: int, generator: torch.Generator | None, device: torch.device
 ) -> TokenSet:
-    """Those of `size` tokens, drawn from the tokens of all processes, that are here."""
+    """Draw `size` tokens from those of all processes, and return the ones that this process has."""
     chosen = torch.randint(share.total, (size,), generator=generator) - share.start
     chosen = chosen[(chosen >= 0) & (chosen < len(fit.inputs))]
     return TokenSet(*(part[chosen.to(part.device)].to(device) for part in fit))
@@ -195,7 +198,7 @@ class _ScaledWeights:
             if part is not None
         }
         for name in self._scales:
-            if name.endswith("_bias"):  # may start at zero: it takes the scale of the matrix that it goes with
+            if name.endswith("_bias"):  # may start at zero: it takes at least the scale of the matrix beside it
                 self._scales[name] = torch.maximum(self._scales[name], self._scales[name.removesuffix("_bias")])
         self._trained = {
             name: (getattr(weights, name) / scale).detach().requires_grad_() for name, scale in self._scales.items()
@@ -203,15 +206,15 @@ class _ScaledWeights:
 
     @property
     def parameters(self) -> list[Tensor]:
-        """What the optimizer changes."""
+        """The tensors that the optimizer changes."""
         return list(self._trained.values())
 
     def sum_gradients(self, summed: Callable[[Tensor], Tensor]) -> None:
-        """Put the gradients' sums in their place."""
+        """Replace each gradient by its sum over all processes."""
         for parameter in self.parameters:
             assert parameter.grad is not None
             parameter.grad = summed(parameter.grad)
 
     def weights(self) -> FFNWeights:
-        """The FFN as it is now, differentiable."""
+        """Return the current weights of the FFN, differentiable by `parameters`."""
         return self._start._replace(**{name: part * self._scales[name] for name, part in self._trained.items()})

@@ -10,12 +10,12 @@ class Reference(NamedTuple):
     """A publication.
 
     Attributes:
-        key: Of the BibTeX entry.
-        authors: As BibTeX wants them.
-        title: As published.
-        year: As published.
-        url: Of the paper; empty where there is none to be sure of.
-        venue: Journal or conference; empty for a preprint.
+        key: The key of the BibTeX entry.
+        authors: The authors, separated by "and" as in BibTeX.
+        title: The title as published.
+        year: The year of publication.
+        url: The address of the paper; empty where none is known for sure.
+        venue: The journal or conference; empty for a preprint.
     """
 
     key: str
@@ -27,7 +27,7 @@ class Reference(NamedTuple):
 
     @property
     def short(self) -> str:
-        """Such as "An et al., 2024"."""
+        """The authors' surnames and the year, such as "An et al., 2024"."""
         surnames = [author.split(",")[0] for author in self.authors.split(" and ")]
         if len(surnames) > 2 or surnames[-1] == "others":
             return f"{surnames[0]} et al., {self.year}"
@@ -35,7 +35,7 @@ class Reference(NamedTuple):
         return f"{names}, {self.year}"
 
     def bibtex(self) -> str:
-        """The entry."""
+        """Return the BibTeX entry."""
         fields = {"author": self.authors, "title": f"{{{self.title}}}", "year": self.year}
         fields |= {"howpublished": self.venue} if self.venue else {}
         fields |= {"url": self.url} if self.url else {}

@@ -16,22 +16,22 @@ def rescue_energies(
     kept_channels: Tensor,
     token_weights: Tensor,
 ) -> list[RescueEnergies]:
-    """Measure one batch of held-out tokens of one layer, each token weighed as it is where the layer is fitted.
+    """Measure one batch of held-out tokens of one layer, each token with the weight that it has in the layer's fit.
 
-    What is measured otherwise than it is fitted misleads: a few tokens with massive activations, which the fit hardly
-    heeds, would decide the sums.
+    Other weights would mislead: a few tokens with massive activations, which hardly count in the fit, would decide the
+    sums.
 
     Args:
-        outputs: Dense outputs `(num_tokens, hidden_size)`.
-        hidden: Dense channel activations `(num_tokens, intermediate_size)`.
-        compressed: Of each compressed layer the outputs `(num_tokens, hidden_size)`, and its channel activations
-            `(num_tokens, kept_size)`, or None where they are those of the kept channels.
-        down: Dense down projection `(hidden_size, intermediate_size)`.
-        kept_channels: LongTensor `(kept_size,)`.
+        outputs: The dense layer's outputs, `(num_tokens, hidden_size)`.
+        hidden: The dense layer's channel activations, `(num_tokens, intermediate_size)`.
+        compressed: For each compressed layer its outputs `(num_tokens, hidden_size)` and its channel activations
+            `(num_tokens, kept_size)`, or None where these are the kept channels' dense activations.
+        down: The dense down projection, `(hidden_size, intermediate_size)`.
+        kept_channels: The channels that stay, LongTensor `(kept_size,)`.
         token_weights: What each token counts, `(num_tokens,)`.
 
     Returns:
-        One entry for each of `compressed`.
+        The energies of each compressed layer, in the order of `compressed`.
     """
     is_pruned = torch.ones(down.shape[1], dtype=torch.bool, device=down.device)
     is_pruned[kept_channels] = False
@@ -59,23 +59,23 @@ def rescue_energies(
 
 
 def transported_mass(transport_plan: Tensor, source_marginal: Tensor, pruned_channels: Tensor) -> float:
-    """Share of the pruned channels' mass that the plan moved.
+    """Return the share of the pruned channels' mass that the plan moved; 1 if no channel was pruned.
 
     Args:
-        transport_plan: `(intermediate_size, kept_size)` over all channels.
-        source_marginal: `(intermediate_size,)`.
-        pruned_channels: LongTensor `(pruned_size,)`; of none, the share is 1.
+        transport_plan: A plan over all channels, `(intermediate_size, kept_size)`.
+        source_marginal: The mass of each channel, `(intermediate_size,)`.
+        pruned_channels: The removed channels, LongTensor `(pruned_size,)`.
     """
     mass = float(source_marginal[pruned_channels].sum())
     return float(transport_plan[pruned_channels].sum()) / mass if mass > 0 else 1.0
 
 
 def self_share(fusion_map: Tensor, kept_channels: Tensor) -> float:
-    """Mean share of a kept channel's incoming weight that comes from itself: 1 when kept channels are untouched.
+    """Return the mean share of a kept channel's incoming weight that comes from itself: 1 if none is fused.
 
     Args:
-        fusion_map: The inward map `(kept_size, intermediate_size)`.
-        kept_channels: LongTensor `(kept_size,)`.
+        fusion_map: The inward map, `(kept_size, intermediate_size)`.
+        kept_channels: The channels that stay, LongTensor `(kept_size,)`.
     """
     own = fusion_map[torch.arange(len(kept_channels)), kept_channels].abs()
     total = fusion_map.abs().sum(dim=1)

@@ -1,4 +1,4 @@
-"""What a registered function, or one of a user's own, returned: checked before anything is done with it."""
+"""Checks of what a registered function, or one of the user's own, returned."""
 
 import torch
 from torch import Tensor
@@ -10,13 +10,13 @@ def returned_tensor(value: object, shape: tuple[int, ...], what: str, want: str 
     """Return the value, without its history of gradients, if it is a dense tensor of real numbers of a shape.
 
     Args:
-        value: What a function returned.
-        shape: What it should have.
-        what: Whose it is, for messages, such as `"The cost 'mine'"`.
-        want: What it should be; default: the shape.
+        value: The value that the function returned.
+        shape: The shape that it should have.
+        what: What the message calls the function, such as `"The cost 'mine'"`.
+        want: What the message says should have been returned; default: the shape.
 
     Raises:
-        ShapeError: If it is something else.
+        ShapeError: If the value is no such tensor.
     """
     got = f"a {type(value).__name__}"
     if isinstance(value, Tensor):
@@ -29,10 +29,10 @@ def returned_tensor(value: object, shape: tuple[int, ...], what: str, want: str 
 
 
 def check_finite(value: Tensor, what: str, hint: str) -> None:
-    """Raise where a vector has entries that are no numbers.
+    """Raise if a vector has entries that are NaN or infinite.
 
     Raises:
-        NumericalError: Says how many.
+        NumericalError: If there are such entries; the message says how many.
     """
     bad = int((~torch.isfinite(value)).sum())
     if bad:

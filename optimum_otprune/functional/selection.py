@@ -14,9 +14,9 @@ def kept_width(intermediate_size: int, pruning_ratio: float, multiple_of: int = 
     rounded up.
 
     Args:
-        intermediate_size: Channels before.
-        pruning_ratio: Share to remove, in [0, 1).
-        multiple_of: What the result is a multiple of.
+        intermediate_size: Number of channels before pruning.
+        pruning_ratio: Share of the channels to remove, in [0, 1).
+        multiple_of: The result is a multiple of this number.
 
     Raises:
         ConfigurationError: If the layer has fewer channels than one multiple.
@@ -30,7 +30,7 @@ def kept_width(intermediate_size: int, pruning_ratio: float, multiple_of: int = 
     if multiple_of > intermediate_size:
         raise ConfigurationError(
             f"`multiple_of` is {multiple_of}, but the layer has only {intermediate_size} channels, so no multiple of "
-            f"it can be kept. Choose a divisor of the width you want, such as {max(1, intermediate_size // 16)}."
+            f"it can be kept. Choose a divisor of the width you want, such as {_largest_multiple(intermediate_size)}."
         )
     wanted = (1 - pruning_ratio) * intermediate_size / multiple_of
     return min(intermediate_size // multiple_of, max(1, int(wanted + 0.5))) * multiple_of
@@ -43,20 +43,25 @@ def sensible_multiple(intermediate_size: int, multiple_of: int) -> int:
         >>> sensible_multiple(8192, 128), sensible_multiple(576, 128), sensible_multiple(48, 128)
         (128, 32, 2)
     """
-    while multiple_of > max(1, intermediate_size // 16):
+    while multiple_of > _largest_multiple(intermediate_size):
         multiple_of //= 2
     return multiple_of
 
 
+def _largest_multiple(intermediate_size: int) -> int:
+    """Return a sixteenth of the layer: rounding to the nearest multiple moves a width by at most half of it."""
+    return max(1, intermediate_size // 16)
+
+
 def top_channels(importance: Tensor, kept_size: int) -> Tensor:
-    """Return the channels with the highest importance; of equal ones, the first.
+    """Return the channels with the highest importance; of equally important ones, the first.
 
     Args:
-        importance: `(intermediate_size,)`.
-        kept_size: How many to keep.
+        importance: The importance of each channel, `(intermediate_size,)`.
+        kept_size: Number of channels to keep.
 
     Returns:
-        LongTensor `(kept_size,)`, sorted.
+        The kept channels, LongTensor `(kept_size,)`, sorted.
 
     Raises:
         NumericalError: If an importance is NaN or infinite.
@@ -79,14 +84,16 @@ def obs_elimination(gram: Tensor, down: Tensor, num_removed: int, importance: Te
 
     With `G` the Gram matrix of the channels that are left, removing j and refitting the others costs
     `‖w_j‖² / [G⁻¹]_jj`; `G⁻¹` and the down projection are downdated after each removal (Hassibi and Stork, "Optimal
-    Brain Surgeon", 1993, applied to whole columns). The updates wait until 128 channels went (`elimination`), which
-    changes nothing but rounding: the order is that of one removal at a time, at every width.
+    Brain Surgeon", 1993, applied to whole columns). The updates wait until 128 channels are removed (`elimination`),
+    which changes nothing but rounding: the order is that of one removal at a time, at every width.
 
     Args:
-        gram: `(intermediate_size, intermediate_size)` second moment of the channel activations.
-        down: `(hidden_size, intermediate_size)`; multiplied from the left by a root of a metric, errors count by it.
-        num_removed: How many to remove, at most all.
-        importance: `(intermediate_size,)`, breaks ties: of equal costs the least important goes first.
+        gram: The second moment of the channel activations, `(intermediate_size, intermediate_size)`.
+        down: The down projection, `(hidden_size, intermediate_size)`, or the root of a metric times it, so that errors
+            are measured by that metric.
+        num_removed: Number of channels to remove, at most all.
+        importance: The importance of each channel, `(intermediate_size,)`, which breaks ties: of channels that cost
+            the same, the least important is removed first.
 
     Raises:
         ShapeError: If the Gram matrix does not fit the down projection.
@@ -103,13 +110,13 @@ def obs_channels(gram: Tensor, down: Tensor, kept_size: int, importance: Tensor 
     """Return the channels that greedy elimination leaves.
 
     Args:
-        gram: See `obs_elimination`.
-        down: See `obs_elimination`.
-        kept_size: How many to keep.
-        importance: See `obs_elimination`.
+        gram: The second moment of the channel activations, `(intermediate_size, intermediate_size)`.
+        down: The down projection, `(hidden_size, intermediate_size)`.
+        kept_size: Number of channels to keep.
+        importance: The importance of each channel, which breaks ties, as in `obs_elimination`.
 
     Returns:
-        LongTensor `(kept_size,)`, sorted.
+        The kept channels, LongTensor `(kept_size,)`, sorted.
 
     Raises:
         NumericalError: If the Gram matrix is not finite.

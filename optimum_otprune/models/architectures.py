@@ -43,14 +43,14 @@ ARCHITECTURES: dict[str, FFNSpec] = {}
 
 
 def register_architecture(name: str, spec: FFNSpec) -> None:
-    """Make an architecture known; of several that fit a model, the one registered last is taken.
+    """Register an architecture; of several that fit a model, the one registered last is taken.
 
     Args:
-        name: For messages and reports.
-        spec: Where its FFN is.
+        name: The name of the architecture in messages and reports.
+        spec: Where the FFN is in a model of this architecture.
 
     Raises:
-        RegistryError: If the name is taken.
+        RegistryError: If the name is taken already.
     """
     if name in ARCHITECTURES:
         raise RegistryError(f"The architecture {name!r} is registered already. Choose another name.")
@@ -58,7 +58,7 @@ def register_architecture(name: str, spec: FFNSpec) -> None:
 
 
 def find_spec(model: PreTrainedModel) -> tuple[str, FFNSpec]:
-    """Return name and spec of the architecture that fits a model.
+    """Return the name and the spec of the architecture that fits a model.
 
     Raises:
         UnsupportedModelError: If none fits every block.
@@ -75,19 +75,21 @@ def find_spec(model: PreTrainedModel) -> tuple[str, FFNSpec]:
 
 def find_blocks(model: PreTrainedModel, spec: FFNSpec) -> list[nn.Module]:
     """Return the blocks of a model, in order."""
-    return list(submodule(model.base_model, spec.layers))  # type: ignore[call-overload]
+    layers = submodule(model.base_model, spec.layers)
+    assert isinstance(layers, nn.ModuleList)
+    return list(layers)
 
 
 def submodule(module: nn.Module, path: str) -> nn.Module | None:
-    """Return what a dotted path names, or None."""
-    current: object = module
+    """Return the module or function that a dotted path leads to, or None if there is none."""
+    current: nn.Module | None = module
     for part in path.split("."):
         current = getattr(current, part, None)
-    return current  # type: ignore[return-value]
+    return current
 
 
 def _has_size(config: PreTrainedConfig, key: str) -> bool:
-    """Whether a configuration holds a width, for all layers or one by one (then reading it raises)."""
+    """Return whether a configuration holds a width, for all layers or one by one (then reading it raises)."""
     return key in (getattr(config, "per_layer_attributes", None) or ()) or hasattr(config, key)
 
 
@@ -98,13 +100,16 @@ def _fits(model: PreTrainedModel, spec: FFNSpec) -> bool:
     if any(submodule(block, path) is None for block in layers for path in spec.requires):
         return False
     paths = [path for path in (spec.gate, spec.up, spec.down) if path is not None]
-    return all(
-        isinstance(getattr(submodule(block, path), "weight", None), nn.Parameter)
-        and submodule(block, path).weight.ndim == 2  # type: ignore[union-attr, operator]
-        and (not spec.transposed or hasattr(submodule(block, path), "nf"))  # as Conv1D has, and no linear module
-        for block in layers
-        for path in paths
-    ) and all(callable(submodule(block, spec.activation)) for block in layers)
+    if not all(_is_projection(submodule(block, path), spec) for block in layers for path in paths):
+        return False
+    return all(callable(submodule(block, spec.activation)) for block in layers)
+
+
+def _is_projection(module: nn.Module | None, spec: FFNSpec) -> bool:
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, nn.Parameter) or weight.ndim != 2:
+        return False
+    return not spec.transposed or hasattr(module, "nf")  # as Conv1D has, and no linear module
 
 
 # Llama, Mistral, Qwen 2 and 3, SmolLM, Gemma, …: gated, with a norm before the FFN only.

@@ -1,8 +1,7 @@
-"""What older transformers read in the files of a model: names that newer ones do not write any more."""
+"""What older versions of transformers read in the files of a model: names that newer ones no longer write."""
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from optimum_otprune.storage.untrusted import read_json
 
@@ -44,14 +43,14 @@ _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cl
 _THREE_FIELDS = ("type", "short_factor", "long_factor")  # all that Phi-3 allowed
 
 
-def with_older_names(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a model's configuration with its rotary embedding also as transformers 4 named it.
+def with_older_names(config: Mapping[str, object]) -> dict[str, object]:
+    """Return a model's configuration that also describes its rotary embedding by the names of transformers 4.
 
-    Versions before 5 do not read `rope_parameters` and take a base of 10,000 without a word. Newer ones read both, and
-    do not always find the same values: see `optimum_otprune.checkpoints.model_files`.
+    Versions before 5 do not read `rope_parameters` and silently assume a base of 10,000. Newer ones read both, and do
+    not always find the same values: see `optimum_otprune.checkpoints.model_files`.
 
     Args:
-        config: Of config.json, with configurations of parts, such as `text_config`, in it.
+        config: The content of config.json, with the configurations of parts, such as `text_config`, in it.
 
     Example:
         >>> new = {"rope_parameters": {"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0}}
@@ -72,13 +71,13 @@ def with_older_names(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**_of_one(rope, model_type, config), **whole}
 
 
-def has_older_names(config: Mapping[str, Any]) -> bool:
-    """Whether a saved configuration says to older versions all that it says to newer ones."""
+def has_older_names(config: Mapping[str, object]) -> bool:
+    """Return whether a saved configuration tells older versions all that it tells newer ones."""
     return with_older_names(config) == config
 
 
-def _of_one(rope: Mapping[str, Any], model_type: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Older names of one rotary embedding for all layers."""
+def _of_one(rope: Mapping[str, object], model_type: str, config: Mapping[str, object]) -> dict[str, object]:
+    """Return the older names and values of a rotary embedding that all layers share."""
     names = _OWN_NAMES.get(model_type, ("rope_theta", "partial_rotary_factor"))
     older = {
         name: rope[own]
@@ -88,15 +87,20 @@ def _of_one(rope: Mapping[str, Any], model_type: str, config: Mapping[str, Any])
     return older | _scaling(rope, model_type, config)
 
 
-def _of_two(rope: Mapping[str, Any], full_name: str, sliding_name: str) -> dict[str, Any]:
-    """Older names where full and sliding attention differ; only the full one was ever scaled."""
-    full, sliding = (rope.get(kind) or {} for kind in ("full_attention", "sliding_attention"))
+def _of_two(rope: Mapping[str, object], full_name: str, sliding_name: str) -> dict[str, object]:
+    """Return the older names and values where full and sliding attention differ; only the full one can be scaled."""
+    full, sliding = _part(rope, "full_attention"), _part(rope, "sliding_attention")
     bases = {sliding_name: sliding.get("rope_theta"), full_name: full.get("rope_theta")}
     return {name: base for name, base in bases.items() if base is not None} | _scaling(full, "", {})
 
 
-def _scaling(rope: Mapping[str, Any], model_type: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """`rope_scaling` as the architecture had it."""
+def _part(rope: Mapping[str, object], kind: str) -> Mapping[str, object]:
+    part = rope.get(kind)
+    return part if isinstance(part, Mapping) else {}
+
+
+def _scaling(rope: Mapping[str, object], model_type: str, config: Mapping[str, object]) -> dict[str, object]:
+    """Return `rope_scaling` in the form that the architecture had."""
     kind = rope.get("rope_type", "default")
     if kind == "default":
         return {"rope_scaling": None}  # some architectures scaled where it was left out
@@ -112,15 +116,16 @@ def _scaling(rope: Mapping[str, Any], model_type: str, config: Mapping[str, Any]
 
 
 def with_older_tokenizer(
-    config: Mapping[str, Any], added: Mapping[str, bool], own_class: str | None = None
-) -> dict[str, Any]:
+    config: Mapping[str, object], added: Mapping[str, bool], own_class: str | None = None
+) -> dict[str, object]:
     """Return a tokenizer's configuration with a class and with fields that transformers 4 has, too.
 
     Args:
-        config: Of tokenizer_config.json.
-        added: Whether a beginning and an end are put around a text: some older classes do as these fields say, or by
-            default, and not as tokenizer.json does; newer ones read them in that file.
-        own_class: What stands where newer versions wrote the name of their own in its place; default: of no model.
+        config: The content of tokenizer_config.json.
+        added: The fields that say whether a token is added at the beginning and at the end of a text. Some older
+            classes follow these fields, or a default, where newer ones follow tokenizer.json.
+        own_class: The name that replaces that of the class which only newer versions have; default: a class that
+            belongs to no model.
     """
     older = dict(config)
     if older.get("tokenizer_class") == _NEW_CLASS:
@@ -135,7 +140,7 @@ def with_older_tokenizer(
 
 
 def reads_in_older_versions(folder: Path) -> bool:
-    """Whether older transformers read a saved configuration in full; True where there is none."""
+    """Return whether older versions of transformers read a saved configuration in full; True if there is none."""
     if not (folder / _CONFIG_FILE).is_file():
         return True
     try:
@@ -145,12 +150,12 @@ def reads_in_older_versions(folder: Path) -> bool:
     return isinstance(config, dict) and has_older_names(config)
 
 
-def usable_class(name: Any, config: Mapping[str, Any]) -> str | None:
+def usable_class(name: object, config: Mapping[str, object]) -> str | None:
     """Return the name of a tokenizer's class if transformers 4 reads tokenizer.json with it as newer versions do.
 
     Args:
-        name: Where the tokenizer came from.
-        config: Of tokenizer_config.json, as newer versions wrote it.
+        name: The name of the tokenizer's class in the folder that it was loaded from.
+        config: The content of tokenizer_config.json, as newer versions wrote it.
     """
     if config.get("tokenizer_class") != _NEW_CLASS or not isinstance(name, str):
         return None
@@ -163,10 +168,10 @@ def tested_versions(model_type: str | None, per_layer: bool, saved_with: str | N
     """Return a sentence on which versions of transformers load a folder.
 
     Args:
-        model_type: Of the model's configuration.
-        per_layer: Whether its layers differ in width, as `per_layer_config` has it.
-        saved_with: Version of transformers that wrote it, as the report has it.
-        older_names: Whether its configuration has the names that older versions read.
+        model_type: The `model_type` of the model's configuration.
+        per_layer: Whether layers differ in width, so that the configuration has a `per_layer_config`.
+        saved_with: The version of transformers that wrote the folder, according to the report.
+        older_names: Whether the configuration has the names that older versions read.
     """
     if per_layer:
         return f"It needs transformers {PER_LAYER_VERSION} or newer."

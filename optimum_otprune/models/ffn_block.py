@@ -22,16 +22,16 @@ class FFNBlock:
     """One block of a model, and the FFN in it.
 
     Attributes:
-        layer: Index of the block.
-        module: The block.
-        spec: Where its FFN is.
+        layer: The index of the block, from 0.
+        module: The module of the whole block.
+        spec: Where the FFN is in the block.
     """
 
     def __init__(self, module: nn.Module, spec: FFNSpec, layer: int):
         self.module, self.spec, self.layer = module, spec, layer
 
     def projection(self, name: str) -> nn.Module | None:
-        """The module of `"gate"`, `"up"` or `"down"`; None for the gate of an FFN without one."""
+        """Return the module of `"gate"`, `"up"` or `"down"`; None for the gate of an FFN without one."""
         path = getattr(self.spec, name)
         return None if path is None else submodule(self.module, path)
 
@@ -44,34 +44,51 @@ class FFNBlock:
 
     @property
     def device(self) -> torch.device:
-        """Where the FFN computes."""
+        """The device that the FFN computes on."""
         return execution_device(self.up)
 
     @property
     def intermediate_size(self) -> int:
-        """Channels now."""
-        shape = self.up.weight.shape
-        return int(shape[1] if self.spec.transposed else shape[0])  # type: ignore[index, arg-type]
+        """The number of channels that the FFN has now."""
+        return self.up_weight.shape[1 if self.spec.transposed else 0]
+
+    @property
+    def up_weight(self) -> Tensor:
+        """The stored weight of the up projection, `(out, in)`, or `(in, out)` where the architecture transposes it."""
+        weight = self.up.weight
+        assert isinstance(weight, Tensor)
+        return weight
 
     def activation(self, inputs: Tensor) -> Tensor:
-        """The elementwise activation function."""
-        return submodule(self.module, self.spec.activation)(inputs)  # type: ignore[misc]
+        """Apply the FFN's elementwise activation function."""
+        function = submodule(self.module, self.spec.activation)
+        assert function is not None
+        return function(inputs)
 
     def read(self) -> FFNWeights:
-        """Copies of the weights, channel-first, on the device that the FFN computes on."""
-        tensors: dict[str, Tensor | None] = {}
-        for name in ("gate", "up", "down"):
-            module = self.projection(name)
-            weight = None if module is None else read_parameter(module, "weight")
-            tensors[name] = weight.T if weight is not None and self.spec.transposed else weight
-            tensors[f"{name}_bias"] = None if module is None else read_parameter(module, "bias")
-        return FFNWeights(**tensors)  # type: ignore[arg-type]
+        """Return copies of the weights, channel-first, on the device that the FFN computes on."""
+        gate, gate_bias = self._read("gate")
+        up, up_bias = self._read("up")
+        down, down_bias = self._read("down")
+        assert up is not None
+        assert down is not None
+        return FFNWeights(up, down, gate, up_bias, gate_bias, down_bias)
+
+    def _read(self, name: str) -> tuple[Tensor | None, Tensor | None]:
+        """Return copies of a projection's weight, `(out, in)`, and bias; None for each that it does not have."""
+        module = self.projection(name)
+        if module is None:
+            return None, None
+        weight = read_parameter(module, "weight")
+        if weight is not None and self.spec.transposed:
+            weight = weight.T
+        return weight, read_parameter(module, "bias")
 
     def install(self, weights: FFNWeights) -> None:
         """Put weights, of any width, into the model; dtype and device stay the model's.
 
         Args:
-            weights: Channel-first; a bias that is None where the model has one stays as it is.
+            weights: The weights to install, channel-first; where a bias is None, the model's own stays as it is.
         """
         for name in ("gate", "up", "down"):
             module, weight, bias = self.projection(name), getattr(weights, name), getattr(weights, f"{name}_bias")
@@ -88,7 +105,7 @@ class FFNBlock:
                 setattr(owner, attribute, weights.intermediate_size)
 
     def keep(self) -> Callable[[], None]:
-        """Return a function that makes the FFN's parameters what they are now, bit for bit, wherever they are."""
+        """Return a function that restores the FFN's present parameters bit for bit, on whatever device they are."""
         names = ("gate", "up", "down")
         put_back = [keep_parameters(module) for name in names if (module := self.projection(name)) is not None]
 
@@ -101,7 +118,7 @@ class FFNBlock:
 
 @contextmanager
 def named(block: FFNBlock) -> Iterator[None]:
-    """A block of code in whose errors it says in which layer they happened."""
+    """Name the layer in the messages of errors that are raised inside the block of code."""
     try:
         yield
     except OTPruneError as error:
@@ -109,7 +126,7 @@ def named(block: FFNBlock) -> Iterator[None]:
 
 
 def _set_features(module: nn.Module, in_features: int, out_features: int) -> None:
-    """Keep a linear module's own record of its shape true (`nn.Linear`, transformers' `Conv1D`)."""
+    """Correct a linear module's own record of its shape (`nn.Linear`, transformers' `Conv1D`)."""
     for attribute, value in zip(_FEATURES, (in_features, out_features) * 2):
         if hasattr(module, attribute):
             setattr(module, attribute, value)
@@ -135,9 +152,9 @@ def ffn_blocks(model: PreTrainedModel) -> list[FFNBlock]:
             "have weights of their own."
         )
     for block in blocks:
-        if not block.up.weight.is_floating_point():  # type: ignore[union-attr, operator]
+        if not block.up_weight.is_floating_point():
             raise UnsupportedModelError(
-                f"The FFN weights of layer {block.layer} are {block.up.weight.dtype}. Prune the model before it is "
+                f"The FFN weights of layer {block.layer} are {block.up_weight.dtype}. Prune the model before it is "
                 "quantized."
             )
         _check_alone(block)
@@ -148,7 +165,7 @@ def dense_width(blocks: list[FFNBlock]) -> int:
     """Return the width that all FFNs have now.
 
     Raises:
-        UnsupportedModelError: If they differ.
+        UnsupportedModelError: If the FFNs differ in width.
     """
     widths = {block.intermediate_size for block in blocks}
     if len(widths) > 1:
@@ -163,7 +180,7 @@ def loadable_blocks(model: PreTrainedModel) -> list[FFNBlock]:
     """Return the FFN blocks of a model that can be loaded again once it is saved.
 
     Raises:
-        UnsupportedModelError: See `ffn_blocks`, `dense_width` and `check_loadable`.
+        UnsupportedModelError: If `ffn_blocks`, `dense_width` or `check_loadable` raises it.
     """
     blocks = ffn_blocks(model)
     dense_width(blocks)
@@ -172,13 +189,13 @@ def loadable_blocks(model: PreTrainedModel) -> list[FFNBlock]:
 
 
 def check_loadable(model: PreTrainedModel) -> None:
-    """Raise where a saved model could not be loaded: its class does not build the weights that it holds.
+    """Raise if a saved model could not be loaded, because its class does not build the weights that it holds.
 
-    Its class is built from a copy of its configuration, on the meta device; a class whose constructor wants more than
-    a configuration is not known to transformers' loading either, and is left to its maker.
+    A model is built from a copy of the configuration on the meta device, and its weights are compared. A class whose
+    constructor wants more than a configuration is not checked: transformers could not load it either.
 
     Raises:
-        UnsupportedModelError: Names the first weight that is not built, not there, or of another shape.
+        UnsupportedModelError: If a weight is missing, unknown or of another shape; the message names the first one.
     """
     try:
         inspect.signature(type(model)).bind(model.config)
@@ -199,7 +216,8 @@ def check_loadable(model: PreTrainedModel) -> None:
         f"{path}.{name}" for path, part in model.named_modules() if part in uneven for name in ("weight", "bias")
     }
     for name in (*held, *built):
-        if name in held and name in built and (held[name] == built[name] or name in ignored):
+        is_there = name in held and name in built
+        if is_there and (held[name] == built[name] or name in ignored):
             continue
         found = f"of shape {held[name]}" if name in held else "not there"
         wanted = f"of shape {built[name]}" if name in built else "not known"
@@ -215,16 +233,16 @@ def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
 
 
 def _check_alone(block: FFNBlock) -> None:
-    """Raise where a block has experts, or other FFNs, beside the one that is known: only that would be cut.
+    """Raise if a block has experts, or other FFNs, beside the known one, since only that would be pruned.
 
     Experts are stacked in one tensor of three dimensions, or are a list of modules with FFN-like weights each.
     """
-    hidden_size = int(block.up.weight.shape[0 if block.spec.transposed else 1])  # type: ignore[index, arg-type]
+    hidden_size = block.up_weight.shape[0 if block.spec.transposed else 1]
     for name, module in block.module.named_modules():
-        stacked = not isinstance(module, nn.modules.conv._ConvNd) and any(
-            part is not None and part.ndim == 3 and min(part.shape) > 1 and hidden_size in part.shape[1:]
-            for part in module._parameters.values()
-        )
+        is_convolution = isinstance(module, nn.modules.conv._ConvNd)
+        parts = [part for part in module._parameters.values() if part is not None and part.ndim == 3]
+        matching = any(min(part.shape) > 1 and hidden_size in part.shape[1:] for part in parts)
+        stacked = matching and not is_convolution
         listed = isinstance(module, nn.ModuleList) and sum(_is_ffn(part, hidden_size) for part in module) > 1
         if stacked or listed:
             raise UnsupportedModelError(
@@ -234,7 +252,7 @@ def _check_alone(block: FFNBlock) -> None:
 
 
 def _is_ffn(module: nn.Module, hidden_size: int) -> bool:
-    """Whether a module has matrices from the hidden size to another, and back."""
+    """Return whether a module has matrices from the hidden size to another size, and back."""
     shapes = [part.shape for part in module.parameters() if part.ndim == 2 and part.shape[0] != part.shape[1]]
     return any(shape[1] == hidden_size for shape in shapes) and any(shape[0] == hidden_size for shape in shapes)
 
@@ -242,7 +260,7 @@ def _is_ffn(module: nn.Module, hidden_size: int) -> bool:
 def native_intercept(model: PreTrainedModel, spec: FFNSpec) -> bool:
     """Return whether the architecture can hold a bias on the down projection, so that plain loading finds it.
 
-    Found out by building the model from its configuration, with biases switched on, on the meta device.
+    To find out, the model is built from its configuration, with biases switched on, on the meta device.
     """
     down = FFNBlock(find_blocks(model, spec)[0], spec, 0).projection("down")
     if getattr(down, "bias", None) is not None:

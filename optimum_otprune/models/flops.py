@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -13,10 +13,11 @@ class ForwardFlops(NamedTuple):
     """Multiplications and additions of the matrix products of a forward pass; everything else is not counted.
 
     Attributes:
-        ffn: Of the FFNs' projections.
-        projections: Of all other linear layers but the head, which are attention's.
-        scores: Of queries by keys and of scores by values, for the pairs that a causal model attends to.
-        head: From hidden states to logits.
+        ffn: The operations of the FFNs' projections.
+        projections: The operations of all other linear layers but the head, which belong to attention.
+        scores: The operations of queries times keys and of scores times values, for the pairs of tokens that a causal
+            model attends to.
+        head: The operations of the head, from hidden states to logits.
     """
 
     ffn: int
@@ -26,7 +27,7 @@ class ForwardFlops(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Sum of all parts."""
+        """The sum of all parts."""
         return sum(self)
 
 
@@ -40,10 +41,10 @@ def forward_flops(
 
     Args:
         model: The model; its weights are not read.
-        blocks: All its FFN blocks.
-        batch_size: Sequences.
-        seqlen: Tokens of each.
-        num_logits: Positions of each sequence that the head is applied to.
+        blocks: All FFN blocks of the model.
+        batch_size: Number of sequences.
+        seqlen: Number of tokens of each sequence.
+        num_logits: Number of positions of each sequence that the head is applied to.
     """
     parts = [block.projection(name) for block in blocks for name in ("gate", "up", "down")]
     ffn_modules = {module for module in parts if module is not None}
@@ -54,7 +55,6 @@ def forward_flops(
                 ffn += module.weight.numel()
             else:
                 others += module.weight.numel()
-    head = model.get_output_embeddings()
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -64,5 +64,12 @@ def forward_flops(
         ffn=2 * tokens * ffn,
         projections=2 * tokens * others,
         scores=4 * pairs * heads * head_size * len(blocks),
-        head=0 if head is None else 2 * batch_size * num_logits * head.weight.numel(),  # type: ignore[operator, union-attr]
+        head=2 * batch_size * num_logits * _entries(model.get_output_embeddings()),
     )
+
+
+def _entries(head: nn.Module | None) -> int:
+    if head is None:
+        return 0
+    assert isinstance(head.weight, Tensor)
+    return head.weight.numel()

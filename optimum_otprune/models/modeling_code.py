@@ -15,11 +15,11 @@ _AUTO_CLASS = "AutoModelForCausalLM"
 
 
 class ModelingCode(NamedTuple):
-    """What makes a folder load with `trust_remote_code=True`.
+    """What a folder needs to be loaded with `trust_remote_code=True`.
 
     Attributes:
-        text: Of the modeling file.
-        auto_map: For the model's configuration.
+        text: The text of the modeling file.
+        auto_map: The entry `auto_map` of the model's configuration.
     """
 
     text: str
@@ -27,14 +27,15 @@ class ModelingCode(NamedTuple):
 
 
 def modeling_code(model: PreTrainedModel, spec: FFNSpec) -> ModelingCode:
-    """Write the modeling file of a model, from names of transformers and of this package alone.
+    """Return the modeling file of a model, made from names of transformers and of this package alone.
 
     Args:
         model: An instance of a class of transformers.
-        spec: Where its FFN is; one that the package brings.
+        spec: The spec of the model's architecture, which must be one of this package's own.
 
     Raises:
-        UnsupportedModelError: If the model or its architecture is of somebody's own, or transformers is too old.
+        UnsupportedModelError: If the model's class is not one of transformers, its architecture was registered by a
+            user, or transformers is too old.
     """
     name = _library_class(model)
     if not hasattr(PreTrainedConfig, "per_layer_config"):
@@ -56,7 +57,7 @@ def modeling_code(model: PreTrainedModel, spec: FFNSpec) -> ModelingCode:
 
 
 def _library_class(model: PreTrainedModel) -> str | None:
-    """Name of the model's class, or of the class of transformers that a modeling file made it of."""
+    """Return the name of the model's class, or of the class of transformers that a modeling file derives it from."""
     for kind in type(model).__mro__:
         if kind.__module__.startswith("transformers.models.") and getattr(transformers, kind.__name__, None) is kind:
             return kind.__name__

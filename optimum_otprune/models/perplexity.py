@@ -22,12 +22,14 @@ from optimum_otprune.models.distributed import gathered, own_samples
 
 _LOGIT_BYTES = 2**28  # of one forward pass, as far as whole windows allow
 _CHUNK_BYTES = 2**25  # of log-probabilities at a time
+_FLOAT32_BYTES = 4
+_LARGEST_EXPONENT = 700  # nats; `math.exp` overflows from 710 on
 
 PROTOCOL = "non-overlapping windows, tail dropped, every token but a window's first, log-softmax in float32"
 
 
 class TokenPerplexity(evaluate.Metric):
-    """Corpus perplexity of windows: `exp(Σ nll / Σ tokens)`.
+    """The perplexity of windows as one corpus: `exp(Σ nll / Σ tokens)`.
 
     Predictions are summed negative log-likelihoods (nats) of windows, references their numbers of predicted tokens.
 
@@ -51,7 +53,8 @@ class TokenPerplexity(evaluate.Metric):
     def _compute(self, predictions: Iterable[float], references: Iterable[int]) -> dict[str, float | int]:
         num_tokens = sum(references)
         nll = math.fsum(predictions) / num_tokens
-        return {"perplexity": math.exp(nll) if nll < 700 else math.inf, "nll": nll, "num_tokens": num_tokens}
+        perplexity = math.exp(nll) if nll < _LARGEST_EXPONENT else math.inf
+        return {"perplexity": perplexity, "nll": nll, "num_tokens": num_tokens}
 
 
 @torch.no_grad()
@@ -61,16 +64,15 @@ def evaluate_perplexity(
     """Measure a model on windows of tokens.
 
     Args:
-        model: Put into evaluation mode.
-        tokens: LongTensor `(num_windows, seqlen)`.
-        batch_size: Windows per forward pass, fewer where the vocabulary is large (see `windows_together`); changes
-            nothing but speed and rounding.
+        model: The model, which is put into evaluation mode.
+        tokens: The windows' token ids, LongTensor `(num_windows, seqlen)`.
+        batch_size: Number of windows per forward pass, fewer if the vocabulary is large (see `windows_together`); it
+            changes nothing but speed and rounding.
         progress: Whether to show a progress bar.
 
     Returns:
-        `perplexity`, `nll` (nats per token), `num_tokens` (predicted), and the protocol: `num_windows`, `seqlen`,
-        `stride`,
-        `dtype`, `protocol`.
+        A mapping with `perplexity`, `nll` (nats per token), `num_tokens` (predicted), and the protocol: `num_windows`,
+        `seqlen`, `stride`, `dtype`, `protocol`.
 
     Raises:
         NumericalError: If a log-likelihood is NaN.
@@ -105,10 +107,10 @@ def windows_together(batch_size: int, seqlen: int, vocab_size: int, element_size
     """Return how many windows go through the model at once: their logits are at most 268 MB, or those of one window.
 
     Args:
-        batch_size: The most.
-        seqlen: Tokens of a window.
-        vocab_size: Logits of a token.
-        element_size: Bytes of a logit.
+        batch_size: The largest number of windows.
+        seqlen: Number of tokens of a window.
+        vocab_size: Number of logits of a token.
+        element_size: Number of bytes of a logit.
 
     Example:
         >>> windows_together(8, 2048, 49152, 4), windows_together(8, 512, 49152, 4), windows_together(8, 256, 2048, 4)
@@ -118,13 +120,13 @@ def windows_together(batch_size: int, seqlen: int, vocab_size: int, element_size
 
 
 def evaluation_bytes(batch_size: int, seqlen: int, vocab_size: int, element_size: int) -> int:
-    """Return what the logits of one forward pass take, and what is made of them.
+    """Return the bytes that the logits of one forward pass and their log-probabilities take.
 
     Args:
-        batch_size: See `windows_together`.
-        seqlen: See `windows_together`.
-        vocab_size: See `windows_together`.
-        element_size: See `windows_together`.
+        batch_size: The largest number of windows per forward pass.
+        seqlen: Number of tokens of a window.
+        vocab_size: Number of logits of a token.
+        element_size: Number of bytes of a logit.
     """
     windows = windows_together(batch_size, seqlen, vocab_size, element_size)
     return windows * seqlen * vocab_size * element_size + 2 * _CHUNK_BYTES
@@ -135,16 +137,17 @@ def _vocabulary(model: PreTrainedModel) -> int:
 
 
 def _summed_nll(logits: Tensor, batch: Tensor) -> Tensor:
-    """Negative log-likelihoods of all tokens but the first of each window, `(windows,)` float64.
+    """Return the summed negative log-likelihood of each window's tokens but the first, `(windows,)` float64.
 
-    Log-probabilities of a large vocabulary are many times the model's hidden states, hence a few positions at a time.
+    Log-probabilities of a large vocabulary take many times the memory of the hidden states, hence a few positions are
+    computed at a time.
 
     Args:
-        logits: `(windows, seqlen, vocab_size)`.
-        batch: The windows' tokens.
+        logits: The model's logits, `(windows, seqlen, vocab_size)`.
+        batch: The windows' token ids, LongTensor `(windows, seqlen)`.
     """
     targets = batch[:, 1:].to(logits.device)
-    positions = max(1, _CHUNK_BYTES // (4 * logits.shape[-1]))
+    positions = max(1, _CHUNK_BYTES // (_FLOAT32_BYTES * logits.shape[-1]))
     return torch.stack([_window_nll(rows[:-1], ids, positions) for rows, ids in zip(logits, targets)])
 
 

@@ -1,4 +1,4 @@
-"""How long a forward pass takes, and the widest FFNs with which it takes no longer than asked."""
+"""How long a forward pass takes, and how fast a device multiplies matrices."""
 
 import statistics
 import time
@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 
 from optimum_otprune.models.block_runner import input_device
 
-_WARM_UP = 2
-_REPEATS = 9
+_WARM_UP = 2  # passes that are not counted: the first ones choose kernels and allocate memory
+_REPEATS = 9  # an odd number, of which the median leaves out disturbed passes
 
 
 @torch.no_grad()
@@ -18,8 +18,8 @@ def forward_seconds(model: PreTrainedModel, shape: tuple[int, int]) -> float:
     """Return the median time of a forward pass on the model's device, in seconds.
 
     Args:
-        model: Put into evaluation mode.
-        shape: `(batch_size, seqlen)` of the token ids; which ids does not matter.
+        model: The model, which is put into evaluation mode.
+        shape: The shape `(batch_size, seqlen)` of the token ids; which ids does not matter.
     """
     model.eval()
     ids = torch.zeros(shape, dtype=torch.long, device=input_device(model))
@@ -36,13 +36,13 @@ def forward_seconds(model: PreTrainedModel, shape: tuple[int, int]) -> float:
 
 @torch.no_grad()
 def matmul_rate(device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int], seconds: float) -> float:
-    """Return how many floating-point operations a second a matrix product reaches, at best.
+    """Return how many floating-point operations per second a matrix product reaches at best.
 
     Args:
-        device: To measure on.
-        dtype: Of the matrices.
-        shape: `(rows, inner, columns)`: a `(rows, inner)` by an `(inner, columns)` matrix.
-        seconds: To measure for.
+        device: The device to measure on.
+        dtype: The dtype of both matrices.
+        shape: The sizes `(rows, inner, columns)` of a product of a `(rows, inner)` and an `(inner, columns)` matrix.
+        seconds: How long to measure, in seconds.
     """
     rows, inner, columns = shape
     left = torch.ones(rows, inner, device=device, dtype=dtype)
@@ -63,10 +63,10 @@ def devices_of(model: PreTrainedModel) -> set[torch.device]:
 
 
 def wait_for_devices(devices: Iterable[torch.device]) -> None:
-    """Return when accelerators have finished what was asked of them: they work on while Python goes on.
+    """Return when accelerators have finished their work, which they do while Python goes on.
 
     Args:
-        devices: Others than accelerators are done already.
+        devices: The devices to wait for; those that are no accelerators have nothing left to do.
     """
     for device in devices:
         if device.type not in ("cpu", "meta"):

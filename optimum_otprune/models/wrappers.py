@@ -1,4 +1,4 @@
-"""What people put around a model or into it: taken off where nothing is lost by it, else told."""
+"""Wrappers around a model and adapters in it: they are removed where nothing is lost, and refused otherwise."""
 
 import os
 
@@ -15,11 +15,11 @@ def unwrapped(model: object) -> PreTrainedModel:
     """Return the model that a compiled or data-parallel one is made of, or the model itself.
 
     Args:
-        model: A model in memory; the wrapper goes on to work around the same model.
+        model: A model in memory; its wrapper still works around the same model afterwards.
 
     Raises:
-        UnsupportedModelError: If it is a model of peft, or no model of transformers.
-        ConfigurationError: If it is no model at all.
+        UnsupportedModelError: If the object is a model of peft, or a module that is no model of transformers.
+        ConfigurationError: If the object is no module at all.
     """
     inner = model
     while isinstance(inner, nn.Module) and not isinstance(inner, PreTrainedModel):
@@ -46,10 +46,10 @@ def unwrapped(model: object) -> PreTrainedModel:
 
 
 def checked_tokenizer(tokenizer: object) -> PreTrainedTokenizerBase | None:
-    """Return the tokenizer, or None where there is none.
+    """Return the tokenizer, or None if there is none.
 
     Raises:
-        ConfigurationError: If it is no tokenizer of transformers, such as the name of one.
+        ConfigurationError: If the object is no tokenizer of transformers, such as the name of one.
     """
     if tokenizer is None or isinstance(tokenizer, PreTrainedTokenizerBase):
         return tokenizer
@@ -63,17 +63,18 @@ def model_in_memory(model: object) -> PreTrainedModel | None:
     """Return the model, unwrapped, or None for a name or path of one.
 
     Raises:
-        UnsupportedModelError: See `unwrapped`.
-        ConfigurationError: See `unwrapped`.
+        UnsupportedModelError: If `unwrapped` raises it.
+        ConfigurationError: If `unwrapped` raises it.
     """
     return None if isinstance(model, (str, os.PathLike)) else unwrapped(model)
 
 
 def check_plain(model: PreTrainedModel) -> None:
-    """Raise where adapters or code belong to a model that would be left out of what is saved, or it is compiled.
+    """Raise if a model is compiled, or has adapters or code that would not be saved with it.
 
     Raises:
-        UnsupportedModelError: Names the first adapted or compiled module, or the class whose code would not be saved.
+        UnsupportedModelError: If it is such a model; the message names the first adapted or compiled module, or the
+            class whose code would not be saved.
     """
     for name, module in model.named_modules():
         parts = dict(module.named_children())
@@ -99,5 +100,5 @@ def check_plain(model: PreTrainedModel) -> None:
 
 
 def has_own_code(made: object) -> bool:
-    """Whether the code of an object's class is saved beside it, as transformers does for what auto classes loaded."""
+    """Return whether transformers saves the code of an object's class beside it, as it does for auto classes."""
     return getattr(type(made), "_auto_class", None) is not None

@@ -42,18 +42,19 @@ def sync(path: Path) -> None:
 
 
 def replace_file(file: Path, content: bytes, temporary: Path) -> None:
-    """Write a temporary, flush it to the disk, give it the file's name.
+    """Write a temporary file, flush it to the disk, and give it the file's name.
 
-    The temporary is made anew: one of its name, which a killed process left or somebody planted as a link to a file of
-    the user's, is removed and never written through; a file of the wanted name that is a link is replaced itself.
+    The temporary file is always a new one: a file of its name, which a killed process left or somebody planted as a
+    link to a file of the user's, is removed and never written through. If the file to replace is a link, the link is
+    replaced, not what it leads to.
 
     Args:
-        file: Where.
-        content: What.
-        temporary: In the same folder.
+        file: The file to write or replace.
+        content: The bytes that it shall hold.
+        temporary: The temporary file, in the same folder.
 
     Raises:
-        OSError: If that fails; no temporary stays.
+        OSError: If the file cannot be written; no temporary file stays.
     """
     try:
         temporary.unlink(missing_ok=True)
@@ -69,16 +70,16 @@ def replace_file(file: Path, content: bytes, temporary: Path) -> None:
 
 
 def save_text(output: Path, text: str, overwrite: bool, own_keys: Sequence[str] = ()) -> None:
-    """Write a file that is complete or not there.
+    """Write a text file that is complete or not there.
 
     Args:
-        output: Where.
-        text: What.
-        overwrite: Whether a file is replaced.
-        own_keys: See `check_output_file`.
+        output: The file to write.
+        text: The text that it shall hold.
+        overwrite: Whether a file that exists is replaced.
+        own_keys: The keys that a file must hold to be replaced, as in `check_output_file`.
 
     Raises:
-        OutputError: See `check_output_file`; or if writing fails.
+        OutputError: If `check_output_file` refuses the output, or writing fails.
     """
     check_output_file(output, overwrite, own_keys=own_keys)
     file = resolved_output(output)
@@ -99,12 +100,12 @@ def writing_folder(
 
     Args:
         output: The wanted folder.
-        overwrite: Whether one that is not empty, and holds nothing but what is ours, is replaced.
-        needed_bytes: Expected size.
-        places: See `optimum_otprune.storage.outputs.check_place`.
+        overwrite: Whether a folder that holds nothing but files of ours is replaced.
+        needed_bytes: The expected size of the folder in bytes.
+        places: The places that must not be replaced, as in `check_place`.
 
     Raises:
-        OutputError: See `check_output_folder`; if another process has written the output meanwhile; or if writing
+        OutputError: If `check_output_folder` refuses the output, another process has written it meanwhile, or writing
             fails. Nothing new stays then.
     """
     check_place(output, places or {})
@@ -128,16 +129,16 @@ def writing_folder(
 
 
 def recover(output: Path) -> None:
-    """Put right what a killed process left beside an output: nobody's hidden folders, of which only ours is removed.
+    """Clean up the hidden folders that a killed process left beside an output; only files of ours are removed.
 
-    Where it died between two renames, so that there is no folder of the output's name, the complete new one takes its
-    place, or else the old one.
+    If the process died between two renames, so that there is no folder of the output's name, the new folder takes its
+    place if it is complete, and the old one otherwise.
 
     Args:
-        output: As for `writing_folder`.
+        output: The folder that the process was to write.
 
     Raises:
-        OutputError: If it cannot be put right.
+        OutputError: If the folders cannot be renamed or removed.
     """
     target = resolved_output(output)
     if not target.parent.is_dir():
@@ -191,10 +192,10 @@ def _new_partial(target: Path) -> tuple[Path, int | None]:
 
 
 def _lock(folder: Path) -> int | None:
-    """A descriptor that keeps a folder this process's until it is closed or the process ends; None if there is none.
+    """Lock a folder until the returned descriptor is closed or the process ends; None if it cannot be locked.
 
     Raises:
-        BlockingIOError: If another process has it.
+        BlockingIOError: If another process has locked it.
     """
     if sys.platform == "win32":
         return None
@@ -216,7 +217,7 @@ def _lock(folder: Path) -> int | None:
 
 
 def _put_in_place(partial: Path, target: Path, overwrite: bool) -> None:
-    """Give a complete folder the output's name; undone where the names cannot be flushed to the disk."""
+    """Give a complete folder the output's name, and take it back if the names cannot be flushed to the disk."""
     if overwrite and target.is_dir() and any(target.iterdir()):
         names, foreign = own_files(target)
         if foreign is not None:
@@ -254,7 +255,7 @@ def _put_in_place(partial: Path, target: Path, overwrite: bool) -> None:
 
 
 def _replace(partial: Path, target: Path) -> Path:
-    """Exchange two folders, in one step where that can be; returns where the old one is."""
+    """Exchange two folders, in one step if the system can; return the path where the old one is now."""
     if _exchange(partial, target):
         return partial
     old = partial.with_name(partial.name.replace(".partial-", ".old-"))
@@ -263,7 +264,7 @@ def _replace(partial: Path, target: Path) -> Path:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Let two folders change names in one step; False where the system or the file system cannot."""
+    """Exchange the names of two folders in one step; return False if the system or the file system cannot."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
     if rename is None:
         return False
@@ -276,7 +277,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _rename_both(new: Path, target: Path, old: Path) -> None:
-    """In two steps; `recover` knows what a process leaves that is killed between them."""
+    """Exchange two folders in two steps; `recover` cleans up after a process that is killed between them."""
     os.rename(target, old)
     try:
         os.rename(new, target)
@@ -287,12 +288,12 @@ def _rename_both(new: Path, target: Path, old: Path) -> None:
 
 
 def _all_files(folder: Path) -> list[str]:
-    """What is in a folder that this process made."""
+    """Return the names of all files in a folder that this process made."""
     return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or path.is_file()]
 
 
 def _remove(folder: Path, names: Collection[str]) -> None:
-    """Remove these files, the manifest last, and the folders that are empty then; what else is there stays."""
+    """Remove these files, the manifest last, and the folders that are empty then; everything else stays."""
     try:
         for name in sorted(names, key=lambda name: (name == MANIFEST_FILE, name)):
             (folder / name).unlink(missing_ok=True)
@@ -326,7 +327,7 @@ def _explained(folder: Path) -> Iterator[None]:
 
 
 def _make_durable(folder: Path) -> None:
-    """Flush files to the disk, with the permissions that new ones have (safetensors writes 0600)."""
+    """Flush a folder to the disk, its files with the permissions of new ones (safetensors writes 0600)."""
     file_mode, folder_mode = _usual_modes(folder)
     for file in folder.rglob("*"):
         if stat.S_ISREG(file.lstat().st_mode):
@@ -337,7 +338,7 @@ def _make_durable(folder: Path) -> None:
 
 
 def _usual_modes(folder: Path) -> tuple[int, int]:
-    """Permissions of a file and a folder that are made here; to ask for the umask is to change it for all threads."""
+    """Return the permissions of a new file and a new folder; asking for the umask would change it in all threads."""
     file, inner = folder / f".{secrets.token_hex(8)}", folder / f".{secrets.token_hex(8)}"
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     os.close(descriptor)

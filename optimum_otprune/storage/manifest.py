@@ -1,4 +1,4 @@
-"""`otprune_manifest.json`: size and SHA-256 of every file of a saved folder, so that damage is told, not loaded."""
+"""`otprune_manifest.json`: size and SHA-256 of every file of a saved folder, to find damage before it is loaded."""
 
 import hashlib
 import json
@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from optimum_otprune.errors import IntegrityError
 from optimum_otprune.storage.untrusted import read_json
@@ -24,7 +24,9 @@ TOKENIZER_FILES = (
 )
 
 _FORMAT = 1
-_CHUNK = 1 << 20
+_CHUNK = 1 << 20  # bytes that are read at a time
+_LONGEST_NAME = 200  # characters, which fit into the 255 bytes of a file system beside what is added while writing
+_SHOWN = 80  # characters of a name from outside that a message shows
 # The one folder that a tokenizer may write has chat templates in it; everything else lies side by side.
 _NAME = re.compile(r"(additional_chat_templates/)?[A-Za-z0-9_][A-Za-z0-9_.\- ]*")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -47,23 +49,28 @@ class FileEntry(NamedTuple):
     """What the manifest says of one file.
 
     Attributes:
-        size: In bytes.
-        sha256: Hexadecimal.
+        size: The file's size in bytes.
+        sha256: The file's SHA-256 in hexadecimal.
     """
 
     size: int
     sha256: str
 
     @classmethod
-    def parse(cls, entry: Any) -> "FileEntry | None":
-        """Make an entry of what a JSON file holds; None if that is no size in bytes and SHA-256."""
-        size, sha256 = (entry.get("size"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
-        is_right = type(size) is int and size >= 0 and isinstance(sha256, str) and _DIGEST.fullmatch(sha256)
-        return cls(size, sha256) if is_right else None  # type: ignore[arg-type]
+    def parse(cls, entry: object) -> "FileEntry | None":
+        """Return the entry that a JSON value describes, or None if it is not an object with a size and a SHA-256."""
+        if not isinstance(entry, dict):
+            return None
+        size, sha256 = entry.get("size"), entry.get("sha256")
+        if type(size) is not int or size < 0:
+            return None
+        if not isinstance(sha256, str) or _DIGEST.fullmatch(sha256) is None:
+            return None
+        return cls(size, sha256)
 
 
 def digest(file: Path) -> FileEntry:
-    """Size and SHA-256 of a file."""
+    """Return the size and SHA-256 of a file."""
     hashed, size = hashlib.sha256(), 0
     with file.open("rb") as stream:
         while chunk := stream.read(_CHUNK):
@@ -73,7 +80,7 @@ def digest(file: Path) -> FileEntry:
 
 
 def manifest_text(entries: Mapping[str, FileEntry]) -> str:
-    """The file's text, the same for the same entries."""
+    """Return the manifest's text, which is the same for the same entries."""
     content = {
         "format": _FORMAT,
         "optimum_otprune_version": version("optimum_otprune"),
@@ -86,10 +93,10 @@ def write_manifest(folder: Path) -> Path:
     """List every file of a folder but the manifest itself.
 
     Args:
-        folder: Complete but for the manifest.
+        folder: A folder that is complete but for the manifest.
 
     Returns:
-        The manifest.
+        The path of the manifest.
 
     Raises:
         IntegrityError: If a file's name could not be listed.
@@ -108,7 +115,7 @@ def read_manifest(folder: Path) -> dict[str, FileEntry]:
         folder: A saved folder.
 
     Returns:
-        Entries by file name.
+        The entries by file name.
 
     Raises:
         IntegrityError: If there is no manifest, or it is damaged.
@@ -156,7 +163,7 @@ def verify_folder(folder: Path) -> dict[str, FileEntry]:
 
 
 def find_problems(folder: Path, entries: Mapping[str, FileEntry]) -> dict[str, list[str]]:
-    """File names by what is wrong with them: `changed`, `missing`, `extra`, `not listed`; empty if all is well."""
+    """Return file names by what is wrong with them: `changed`, `missing`, `extra`, `not listed`; empty if nothing."""
     missing = [name for name in sorted(entries) if not (folder / name).is_file()]
     changed = [
         name
@@ -173,14 +180,14 @@ def find_problems(folder: Path, entries: Mapping[str, FileEntry]) -> dict[str, l
 
 
 def _weights_not_listed(folder: Path, entries: Mapping[str, FileEntry]) -> list[str]:
-    """Weights that a loader needs, and that nothing would be known of, whatever other weights are listed."""
+    """Return the names of weights that a loader needs and that the manifest does not list."""
     wanted: dict[str, set[str]] = {}
     for index in (name for name in entries if is_weights_file(name) and name.endswith(".json")):
         if entries[index].size > _LARGEST_INDEX:
             continue
         try:
             shards = json.loads((folder / index).read_bytes())["weight_map"].values()
-            wanted[index] = {str(shard)[:80] for shard in shards}
+            wanted[index] = {str(shard)[:_SHOWN] for shard in shards}
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise IntegrityError(
                 f"{index} is damaged: want an object with a `weight_map` from tensors to files. Get the folder again."
@@ -195,10 +202,10 @@ def check_plain(folder: Path, names: Iterable[str]) -> None:
 
     Args:
         folder: A saved folder.
-        names: Of files in it.
+        names: The names of files in the folder.
 
     Raises:
-        IntegrityError: Names the first one.
+        IntegrityError: If a file is a link or no plain file; the message names the first one.
     """
     for name in sorted(names):
         file = folder / name
@@ -209,8 +216,8 @@ def check_plain(folder: Path, names: Iterable[str]) -> None:
             )
 
 
-def unlisted(names: Any, entries: Mapping[str, FileEntry]) -> list[str]:
-    """Of the names of files beside the manifest, those that a loader could read though they are not listed."""
+def unlisted(names: Iterable[str], entries: Mapping[str, FileEntry]) -> list[str]:
+    """Return the names of files that a loader could read although the manifest does not list them."""
     return sorted(name for name in names if name not in entries and name != MANIFEST_FILE and _is_loadable(name))
 
 
@@ -228,7 +235,7 @@ def _is_loadable(name: str) -> bool:
 
 
 def describe_problems(problems: Mapping[str, list[str]]) -> str:
-    """One sentence on what is wrong and one on what to do."""
+    """Return one sentence on what is wrong and one on what to do."""
     parts = [
         f"{kind}: {', '.join(repr(name) for name in names[:5])}{' …' if len(names) > 5 else ''}"
         for kind, names in problems.items()
@@ -249,16 +256,16 @@ def is_weights_file(name: str) -> bool:
     return "/" not in name and _WEIGHTS.fullmatch(name) is not None
 
 
-def _checked_name(name: Any) -> str:
-    if not isinstance(name, str) or _NAME.fullmatch(name) is None or len(name) > 200:
+def _checked_name(name: object) -> str:
+    if not isinstance(name, str) or _NAME.fullmatch(name) is None or len(name) > _LONGEST_NAME:
         raise IntegrityError(
-            f"{MANIFEST_FILE} cannot list {str(name)[:80]!r}: want the plain name of a file, without a path. Get the "
-            "folder again from somebody you trust."
+            f"{MANIFEST_FILE} cannot list {str(name)[:_SHOWN]!r}: want the plain name of a file, without a path. Get "
+            "the folder again from somebody you trust."
         )
     return name
 
 
-def _checked_entry(name: str, entry: Any) -> FileEntry:
+def _checked_entry(name: str, entry: object) -> FileEntry:
     parsed = FileEntry.parse(entry)
     if parsed is None:
         raise IntegrityError(

@@ -1,4 +1,4 @@
-"""Where a result may be written; what would harm a user's files, or cannot be written, is refused before any work."""
+"""Checks, before any work, of where a result may be written without harm to a user's files."""
 
 import json
 import os
@@ -7,7 +7,6 @@ import shutil
 import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from optimum_otprune.errors import IntegrityError, OutputError
 from optimum_otprune.storage.manifest import MANIFEST_FILE, read_manifest
@@ -20,7 +19,7 @@ _MAY_BE_NAMES = (
     "evaluation_data",
 )  # of the Hub, if no such path exists
 _CLOSED = ("source_model", "state", "offload_folder")  # a result inside would be mixed, or removed, with them
-_SPACE_MARGIN = 1.1
+_SPACE_MARGIN = 1.1  # times the expected size, for what is not counted: tokenizer, card, blocks of the file system
 _LARGEST_JSON = 1 << 26  # bytes
 _AROUND = len(".") + len(".partial-") + 16  # bytes that a hidden name beside the output has more than the output's
 _INSIDE = 160  # bytes of the longest name in a saved folder, such as that of a chat template
@@ -42,13 +41,13 @@ _PARTIAL_FILE = re.compile(r"\.(.+)\.partial-\d+")
 
 
 def output_path(given: str | os.PathLike) -> Path:
-    """Return the path that a user gave for a result, `~` expanded.
+    """Return the path that a user gave for a result, with `~` expanded.
 
     Args:
-        given: By the user.
+        given: The path as the user gave it.
 
     Raises:
-        OutputError: If it is no path, is empty, or is no text that every system can write.
+        OutputError: If it is no path, is empty, or holds characters that no file name can have.
     """
     text = os.fspath(given) if isinstance(given, os.PathLike) else given
     if not isinstance(text, str) or not text.strip():
@@ -72,11 +71,11 @@ def resolved_output(output: Path) -> Path:
 def check_place(output: Path, places: Mapping[str, Path]) -> None:
     """Raise where a result could replace, or would be mixed with, what is not a result.
 
-    The working folder, the home folder and the root of a file system are places that are always looked at.
+    The working folder, the home folder and the root of a file system are always among the places.
 
     Args:
-        output: File or folder of the result.
-        places: Of `noted_places`.
+        output: The file or folder of the result.
+        places: The places that must not be replaced, as `noted_places` returns them.
 
     Raises:
         OutputError: If the output is or contains one of them, lies inside one that nothing may be added to, or has a
@@ -101,15 +100,16 @@ def check_place(output: Path, places: Mapping[str, Path]) -> None:
             )
 
 
-def noted_places(**given: Any) -> dict[str, Path]:
+def noted_places(**given: object) -> dict[str, Path]:
     """Return the paths among what a user gave, absolute, so that they hold when the working folder changes.
 
     Args:
-        **given: `source_model`, `tokenizer`, `calibration_data`, `evaluation_data`, `state`, `spill_folder` or
-            `offload_folder`; what is no path, such as the name of a dataset on the Hub or a tensor, is left out.
+        **given: What the user gave as `source_model`, `tokenizer`, `calibration_data`, `evaluation_data`, `state`,
+            `spill_folder` or `offload_folder`; what is no path, such as a tensor or the name of a dataset on the Hub,
+            is left out.
 
     Raises:
-        OutputError: If one that can be a file or folder only has a name that none can have.
+        OutputError: If a name that must be a path cannot be the name of a file or folder.
     """
     found = {}
     for what, value in given.items():
@@ -131,10 +131,10 @@ def check_outside_results(output: Path) -> None:
     """Raise where an output lies in a saved model, which then could be neither verified nor replaced as a whole.
 
     Args:
-        output: File or folder of the result.
+        output: The file or folder of the result.
 
     Raises:
-        OutputError: Names the saved model.
+        OutputError: If it lies in a saved model; the message names that.
     """
     for above in resolved_output(output).parents:
         is_model = os.path.isfile(above / "config.json") and any(os.path.isfile(above / name) for name in _WEIGHTS)
@@ -146,14 +146,14 @@ def check_outside_results(output: Path) -> None:
 
 
 def _is_same(one: Path, other: Path) -> bool:
-    """By identity where both exist: another spelling can name the same folder where case does not count."""
+    """Return whether two paths lead to the same place, also if they are spelled differently."""
     if one == other:
         return True
     return os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other)
 
 
 def _check_name(target: Path) -> None:
-    """In bytes, as the system counts: the hidden name beside the output, and the longest name in it, must fit."""
+    """Raise if the output's hidden name, or the longest path in it, has more bytes than the file system allows."""
     existing = _lowest_existing(target)
     if existing == target:
         existing = target.parent
@@ -194,11 +194,11 @@ def own_files(folder: Path, is_unfinished: bool = False) -> tuple[list[str], str
     name.
 
     Args:
-        folder: One that exists.
+        folder: The path of a folder that exists.
         is_unfinished: Whether its name is that of a folder being written, which may have no manifest yet.
 
     Returns:
-        Names of our files, and the first name of something else, or None.
+        The names of our files, and the first name of something else, or None.
     """
     try:
         listed = {*read_manifest(folder), MANIFEST_FILE}
@@ -218,13 +218,14 @@ def own_files(folder: Path, is_unfinished: bool = False) -> tuple[list[str], str
             is_own = bool(_MODEL_FILE.fullmatch(name) or (is_unfinished and _OWN_FILE.fullmatch(known)))
         (own if is_own and is_plain else foreign).append(name)
     is_model = "config.json" in own and any(name.endswith((".safetensors", ".bin")) for name in own)
-    if own and not (listed or is_unfinished or is_model):
+    are_known = bool(listed) or is_unfinished or is_model
+    if own and not are_known:
         return [], own[0]
     return own, foreign[0] if foreign else None
 
 
 def _names(folder: Path) -> list[tuple[str, bool]]:
-    """What is in a folder, and whether it is a plain file; of the folder of chat templates, what is in that."""
+    """Return each name in a folder and in its folder of chat templates, and whether it is that of a plain file."""
     found = []
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -239,17 +240,17 @@ def _names(folder: Path) -> list[tuple[str, bool]]:
 def check_output_folder(
     output: Path, overwrite: bool, needed_bytes: int = 0, places: Mapping[str, Path] | None = None
 ) -> None:
-    """Raise when a folder could not be saved there; called before hours of work, too.
+    """Raise if a folder could not be saved at a path; called before hours of work, too.
 
     Args:
-        output: Where the result shall be.
+        output: The folder of the result.
         overwrite: Whether a folder that is not empty is replaced.
-        needed_bytes: Expected size.
-        places: See `check_place`.
+        needed_bytes: The expected size of the folder in bytes.
+        places: The places that must not be replaced, as in `check_place`.
 
     Raises:
-        OutputError: See `check_place` and `check_outside_results`; or if the folder is a file, a link, not empty, not
-            writable, or on a disk without room.
+        OutputError: If `check_place` or `check_outside_results` refuses the output; or if it is a file, a link, not
+            empty, not writable, or on a disk without room.
     """
     check_place(output, places or {})
     check_outside_results(output)
@@ -291,17 +292,17 @@ def check_output_folder(
 def check_output_file(
     output: Path, overwrite: bool, places: Mapping[str, Path] | None = None, own_keys: Sequence[str] = ()
 ) -> None:
-    """Raise when a file could not be saved there.
+    """Raise if a file could not be saved at a path.
 
     Args:
-        output: Where the result shall be.
-        overwrite: Whether a file is replaced.
-        places: See `check_place`.
-        own_keys: Of the JSON object that a file which may be replaced holds; an empty file may be, too.
+        output: The file of the result.
+        overwrite: Whether a file that exists is replaced.
+        places: The places that must not be replaced, as in `check_place`.
+        own_keys: The keys of a JSON object that a file must hold to be replaced; an empty file is replaced, too.
 
     Raises:
-        OutputError: See `check_place`; or if it is a folder or a link, exists already, holds something else than may
-            be replaced, or its folder is missing or not writable.
+        OutputError: If `check_place` refuses the output; or if it is a folder or a link, exists already, holds
+            something else than may be replaced, or its folder is missing or not writable.
     """
     if os.path.isdir(output):
         raise OutputError(f"The output {resolved_output(output).name!r} is a folder. Give the name of a file.")
@@ -323,7 +324,7 @@ def check_output_file(
 
 
 def _holds_keys(file: Path, keys: Sequence[str]) -> bool:
-    """Whether a file is empty, or a JSON object with these keys."""
+    """Return whether a file is empty, or holds a JSON object with these keys."""
     if file.stat().st_size == 0:
         return True
     if file.stat().st_size > _LARGEST_JSON:

@@ -34,7 +34,7 @@ _LARGEST_JSON = 1 << 26
 
 
 def default_state_folder(output: Path) -> Path:
-    """A hidden folder beside the output.
+    """Return the path of a hidden folder beside the output.
 
     Example:
         >>> default_state_folder(Path("models/llama-half")).as_posix()
@@ -45,10 +45,10 @@ def default_state_folder(output: Path) -> Path:
 
 
 def state_path(given: str | os.PathLike | None) -> Path | None:
-    """Return the folder of a state that a user gave, `~` expanded, or None where there shall be none.
+    """Return the folder that a user gave for the state of a run, with `~` expanded, or None if none was given.
 
     Raises:
-        StateError: If it is no name.
+        StateError: If it is no path, or is empty.
     """
     if given is None:
         return None
@@ -58,7 +58,7 @@ def state_path(given: str | os.PathLike | None) -> Path | None:
 
 
 def has_state(folder: Path) -> bool:
-    """Whether a run has begun there."""
+    """Return whether a folder holds the state of a run."""
     return os.path.isfile(folder / STATE_FILE)
 
 
@@ -66,11 +66,11 @@ def strict_json(blob: bytes, name: str) -> Any:
     """Parse JSON of a state.
 
     Args:
-        blob: The file's bytes.
-        name: For the message.
+        blob: The bytes of the file.
+        name: The name of the file, for the message.
 
     Raises:
-        StateError: If it is none that `parse_json` takes.
+        StateError: If the bytes are not what `parse_json` takes.
     """
     try:
         return parse_json(blob)
@@ -82,9 +82,9 @@ class StateFolder:
     """Files by name, and a fingerprint of the run that they belong to; made by `opened`.
 
     Attributes:
-        folder: Where it is.
-        fingerprint: Of the run, or None before `begin`.
-        is_saved: Whether the run's result was saved, so that nothing here is needed any more.
+        folder: The path of the folder.
+        fingerprint: What identifies the run, or None before `begin`.
+        is_saved: Whether the run's result was saved, so that nothing in the folder is needed any more.
     """
 
     def __init__(self, folder: Path):
@@ -122,11 +122,11 @@ class StateFolder:
 
     @property
     def names(self) -> frozenset[str]:
-        """Of the files that were written."""
+        """The names of the files that were written."""
         return frozenset(self._entries)
 
     def begin(self, fingerprint: Mapping[str, Any]) -> None:
-        """Write down what the files to come belong to; files of a run whose result was saved go."""
+        """Write down the run that later files belong to; files of an earlier run are removed."""
         self._remove_files()
         self.fingerprint = dict(fingerprint)
         self._write_index()
@@ -150,7 +150,7 @@ class StateFolder:
         """Write files, then note all of them at once: after a crash in between, none counts.
 
         Raises:
-            OutputError: If the disk is full or the folder not writable; files of before stay.
+            OutputError: If the disk is full or the folder not writable; earlier files stay.
         """
         for name, blob in files.items():
             assert _NAME.fullmatch(name), name
@@ -160,7 +160,7 @@ class StateFolder:
         self._write_index()
 
     def discard(self) -> None:
-        """Remove the run's files, and the folder unless there are others in it."""
+        """Remove the run's files; `opened` removes the folder if nothing else is in it."""
         self.is_saved = True
         self._write_index()  # what a crash leaves from here on is known to be of no use
         self._remove_files()
@@ -194,7 +194,7 @@ class StateFolder:
             raise StateError(f"{STATE_FILE!r} is no plain file of a reasonable size.")
         return blob
 
-    def _parse(self, content: Any) -> None:
+    def _parse(self, content: object) -> None:
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
             raise StateError(f"{STATE_FILE!r} is damaged, or of another format than {_FORMAT}.")
         fingerprint, files, is_saved = (content.get(name) for name in ("fingerprint", "files", "saved"))
@@ -243,7 +243,7 @@ def _writing(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """The kernel lets go of the lock when its process ends, however that ends."""
+    """Hold the folder's lock; the kernel releases it when the process ends, however that ends."""
     if sys.platform == "win32":
         raise StateError("Interrupted runs can be resumed on POSIX systems only. Prune without `resume_from`.")
     descriptor = _lock(folder)
@@ -288,7 +288,7 @@ def _is_still_named(descriptor: int, path: Path) -> bool:
 
 
 def _read_plain_file(path: Path, size: int) -> bytes | None:
-    """At most one byte more than expected; None if it is missing, a link, a pipe or the like."""
+    """Read at most one byte more than expected; None if the file is missing, a link, a pipe or the like."""
     try:
         if not stat.S_ISREG(path.lstat().st_mode):
             return None
@@ -316,7 +316,7 @@ def _checked_name(name: str) -> str:
     return name
 
 
-def _checked_entry(name: str, entry: Any) -> FileEntry:
+def _checked_entry(name: str, entry: object) -> FileEntry:
     parsed = FileEntry.parse(entry)
     if parsed is None:
         raise StateError(f"{STATE_FILE!r} is damaged at {name!r}: want a size in bytes and a SHA-256 in hexadecimal.")

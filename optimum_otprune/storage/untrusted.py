@@ -7,20 +7,20 @@ from pathlib import Path
 from typing import Any
 
 _LARGEST = 1 << 27  # bytes: a report of 126 layers that keep 53,248 channels each has 100 MB
-_MOST_CONTAINERS = 100_000
-_DEEPEST = 32
+_MOST_CONTAINERS = 100_000  # objects and lists, each of which takes far more memory than the two bytes of its brackets
+_DEEPEST = 32  # levels of nesting; files of ours have fewer than ten
 
 
 def read_json(file: Path, largest: int = _LARGEST) -> Any:
     """Return what a JSON file holds.
 
     Args:
-        file: A plain file.
-        largest: In bytes.
+        file: The path of a plain file.
+        largest: The largest size that is read, in bytes.
 
     Raises:
-        ValueError: If it is larger, cannot be read, or is not what `parse_json` takes; the text, without the file's
-            name, can follow a colon.
+        ValueError: If the file is larger, cannot be read, or is not what `parse_json` takes. The message does not name
+            the file, and is written to follow a colon.
     """
     try:
         with file.open("rb") as stream:
@@ -36,10 +36,10 @@ def parse_json(blob: bytes) -> Any:
     """Parse JSON that means the same to every reader: no NaN or infinity, no name twice in an object.
 
     Args:
-        blob: UTF-8.
+        blob: The bytes of the text, in UTF-8.
 
     Raises:
-        ValueError: If it is not that, is nested more than 32 levels deep, or holds over 100,000 objects and lists.
+        ValueError: If it is no such JSON, is nested more than 32 levels deep, or holds over 100,000 objects and lists.
     """
     if blob.count(b"{") + blob.count(b"[") > _MOST_CONTAINERS:  # before anything is made of them
         raise ValueError(f"it holds more than {_MOST_CONTAINERS:,} objects and lists")
@@ -51,7 +51,7 @@ def parse_json(blob: bytes) -> Any:
         raise ValueError("it is nested too deeply") from error
     except ValueError as error:
         raise ValueError(f"it is not valid JSON ({error})") from error
-    level, depth = [value], 0
+    level, depth = _inner([value]), 0
     while level := [inner for outer in level for inner in _inner(outer)]:
         depth += 1
         if depth > _DEEPEST:
@@ -60,11 +60,11 @@ def parse_json(blob: bytes) -> Any:
 
 
 def visible(text: str, max_length: int = 200) -> str:
-    r"""Text in which every character that cannot be seen, such as a control character, is written as its escape.
+    r"""Return a text as one line in which characters that cannot be seen, such as control characters, are escaped.
 
     Args:
-        text: Of any origin; made one line.
-        max_length: Of the text before escaping; what is longer ends with "…".
+        text: A text from anywhere.
+        max_length: The largest number of characters before escaping; a longer text ends with "…".
 
     Example:
         >>> print(visible("a\x1b[31m\u202eb"))
@@ -78,7 +78,7 @@ def why_no_name(text: str) -> str | None:
     r"""Say why no file or folder can have this name, or None where one could.
 
     Args:
-        text: Name or path, `~` expanded.
+        text: A name or path, with `~` expanded.
 
     Example:
         >>> why_no_name("models/new"), why_no_name(" "), why_no_name("a\0b")
@@ -108,13 +108,13 @@ def _finite(text: str) -> float:
     return value
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     values = dict(pairs)
     if len(values) < len(pairs):
         raise ValueError("an object has a name twice")
     return values
 
 
-def _inner(value: Any) -> list[Any]:
-    values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+def _inner(value: dict | list) -> list[dict | list]:
+    values = value.values() if isinstance(value, dict) else value
     return [inner for inner in values if isinstance(inner, (dict, list))]

@@ -1,4 +1,4 @@
-"""What a model card says about license and language, as plain checked strings; the only door to `yaml`."""
+"""License and language from a model card, as plain checked strings; the only door to `yaml`."""
 
 import logging
 import re
@@ -24,7 +24,7 @@ _LICENSES = """
 """
 LICENSES = frozenset(_LICENSES.split())
 _FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
-_MAX_CHARACTERS = 100_000
+_MAX_CHARACTERS = 100_000  # of a card that are searched for front matter, far more than any has
 _MAX_LANGUAGES = 100
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._+-]{0,99}")
 _LINK = re.compile(r"https://[A-Za-z0-9._~:/?#@!$&*+,;=%-]{1,300}|[A-Za-z0-9._-]{1,100}")
@@ -32,15 +32,15 @@ _LANGUAGE = re.compile(r"[a-z]{2,20}(-[A-Za-z0-9]{1,8})*")
 
 
 def read_base_card(text: str) -> dict[str, Any]:
-    r"""Return what the front matter of a model card says of license and language.
+    r"""Return what the front matter of a model card says about license and language.
 
-    A card without front matter, or with one that is no YAML, says nothing; the latter is logged.
+    From a card without front matter, or with one that is no YAML, nothing is returned; the latter is logged.
 
     Args:
-        text: Of a README.md.
+        text: The text of a README.md.
 
     Returns:
-        As `checked_base_card`.
+        The checked entries, as `checked_base_card` returns them.
 
     Example:
         >>> read_base_card("---\nlicense: llama3.2\nlanguage: [en, de]\ntags: [x]\n---\n# Model")
@@ -50,9 +50,8 @@ def read_base_card(text: str) -> dict[str, Any]:
     if found is None:
         return {}
     try:
-        values = yaml.load(
-            found[1], Loader=yaml.BaseLoader
-        )  # strings only: `no` is Norwegian, and nothing is executed
+        # The base loader makes strings only: `no` is Norwegian, and nothing is executed.
+        values = yaml.load(found[1], Loader=yaml.BaseLoader)
     except (yaml.YAMLError, RecursionError) as error:
         logger.warning(
             "The base model's card has no readable metadata (%s); no license is copied.", type(error).__name__
@@ -61,15 +60,15 @@ def read_base_card(text: str) -> dict[str, Any]:
     return checked_base_card(values) if isinstance(values, dict) else {}
 
 
-def checked_base_card(values: Mapping[str, Any]) -> dict[str, Any]:
+def checked_base_card(values: Mapping[str, object]) -> dict[str, Any]:
     """Return the entries that are what they should be: `license`, `license_name`, `license_link`, `language`.
 
     Args:
-        values: Of a card's metadata or a report.
+        values: The metadata of a card, or the copy of it in a report.
 
     Returns:
-        Strings, and a list of strings for `language`; what is missing or malformed is left out. A license that the Hub
-        does not list becomes `other` with its identifier as `license_name`.
+        A mapping of strings, with a list of strings for `language`; what is missing or malformed is left out. A
+        license that the Hub does not list becomes `other` with its identifier as `license_name`.
     """
     checked: dict[str, Any] = {}
     license_id = _only(values.get("license"))
@@ -83,13 +82,15 @@ def checked_base_card(values: Mapping[str, Any]) -> dict[str, Any]:
             if isinstance(value, str) and pattern.fullmatch(value):
                 checked[name] = value
     languages = values.get("language")
-    given = [languages] if isinstance(languages, str) else languages if isinstance(languages, list) else []
+    if isinstance(languages, str):
+        languages = [languages]
+    given = languages if isinstance(languages, list) else []
     valid = [entry for entry in given[:_MAX_LANGUAGES] if isinstance(entry, str) and _LANGUAGE.fullmatch(entry)]
     return checked | ({"language": valid} if valid else {})
 
 
-def _only(value: Any) -> str | None:
-    """A string, or the only one of a list; of several licenses none is chosen."""
+def _only(value: object) -> str | None:
+    """Return a string, or the only one of a list; None if a list has several, since none can be chosen."""
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
     return value if isinstance(value, str) else None

@@ -1,4 +1,4 @@
-"""Which published methods a pruned model is made with, and their BibTeX."""
+"""The publications behind the methods that a model was pruned with, and their BibTeX entries."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -11,10 +11,10 @@ class Citation(NamedTuple):
     """One step of a method and where it comes from.
 
     Attributes:
-        step: In words.
-        used: Value of the configuration.
-        reference: The publication; None for one that is known by its address only.
-        url: Of the publication, or empty.
+        step: The name of the step in words.
+        used: The method that the configuration chooses for it.
+        reference: The publication; None for one of which only the address is known.
+        url: The address of the publication, or empty.
     """
 
     step: str
@@ -36,12 +36,12 @@ _STEPS = {
 def citations(
     options: PruningOptions, references: Mapping[str, Mapping[str, str]], names: Mapping[str, str]
 ) -> list[Citation]:
-    """Return the published parts of what was done, in order of the steps.
+    """Return the published methods that a model was pruned with, in order of the steps.
 
     Args:
-        options: What was done.
-        references: What functions were registered with, by field, as `PruningReport.references`.
-        names: Functions that took the place of registered ones, by field.
+        options: The options that the model was pruned with.
+        references: The references that functions were registered with, by field, as in `PruningReport.references`.
+        names: The names of functions that replaced registered ones, by field.
     """
     found = []
     if options.selection == "obs":
@@ -68,6 +68,6 @@ def _publication(reference: Mapping[str, str]) -> Reference | None:
 
 
 def bibliography(found: list[Citation]) -> str:
-    """Return the BibTeX entries of citations, each once."""
+    """Return the BibTeX entries of citations, each one once."""
     references = {citation.reference.key: citation.reference for citation in found if citation.reference is not None}
     return "\n\n".join(reference.bibtex() for reference in references.values())

@@ -1,4 +1,4 @@
-"""The card of a saved folder, made again from the configuration and report in it."""
+"""The card of a saved folder, rendered from the configuration and report in it."""
 
 import os
 from pathlib import Path
@@ -24,9 +24,9 @@ def folder_card(folder: Path, name: str | None = None, has_tokenizer: bool | Non
     """Render the card of a folder that `OTPruner.save_pretrained` wrote.
 
     Args:
-        folder: With `otprune_config.json`; without a report, the model was not pruned yet.
-        name: Of the model; default: the folder's.
-        has_tokenizer: Whether one belongs to the model; default: whether its files are in the folder.
+        folder: A folder with `otprune_config.json`; without a report, the model was not pruned yet.
+        name: The name of the model; default: the folder's.
+        has_tokenizer: Whether a tokenizer belongs to the model; default: whether the folder has files of one.
 
     Raises:
         ReportError: If there is no configuration, or the report is damaged.
@@ -48,17 +48,17 @@ def folder_card(folder: Path, name: str | None = None, has_tokenizer: bool | Non
 
 
 def replace_card(folder: Path, text: str) -> bool:
-    """Write a card into a folder: the whole one or none.
+    """Write a card into a saved folder, completely or not at all.
 
     Args:
-        folder: As for `folder_card`.
-        text: From it.
+        folder: The folder that the card belongs to.
+        text: The text of the card, as `folder_card` returns it.
 
     Returns:
         Whether another text was there, such as one edited by hand.
 
     Raises:
-        OutputError: If it cannot be written.
+        OutputError: If the card cannot be written.
     """
     file, manifest = folder / CARD_FILE, folder / MANIFEST_FILE
     differs = file.is_file() and file.read_bytes() != text.encode()
@@ -69,7 +69,7 @@ def replace_card(folder: Path, text: str) -> bool:
 
 
 def repository_card(folder: Path, repo_id: str) -> str | None:
-    """The card of a saved folder, naming the repository that it is pushed to; None where it was edited by hand."""
+    """Return a saved folder's card with the name of the repository to push to; None if it was edited by hand."""
     file = folder / CARD_FILE
     if not all((folder / name).is_file() for name in (CONFIG_FILE, CARD_FILE, MANIFEST_FILE)):
         return None

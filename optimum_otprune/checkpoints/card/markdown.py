@@ -1,41 +1,43 @@
-"""Text from outside in Markdown: names, data sets and strings of users become text, never structure."""
+"""Text from outside in Markdown: names of models and data sets, and strings of users, never become structure."""
 
 import re
 import unicodedata
 from urllib.parse import quote
 
-MAX_LENGTH = 200
+MAX_LENGTH = 200  # characters of a name or string that a card shows
+_LOOKED_AT = 8  # times the wanted length: that much of a text is read, since white space and hidden characters go
+_LEAST_FENCE = 3  # backticks of a code block in Markdown
 
 _HTML = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "@": "&#64;"}
 _ESCAPED = re.compile(r"[\\`*_{}\[\]()#!|~$^]")
 
 
 def plain_text(text: str, max_length: int = MAX_LENGTH) -> str:
-    r"""One line of visible characters: white space becomes one blank, and what cannot be seen is removed.
+    r"""Return a text as one line of visible characters: white space becomes one blank, and what cannot be seen goes.
 
     Removed are control, format (bidirectional overrides, zero-width), private, unassigned and lone surrogate
     characters.
 
     Args:
-        text: Of any origin.
-        max_length: Of the result; what is longer ends with "…".
+        text: A text from anywhere.
+        max_length: The largest number of characters of the result; a longer text ends with "…".
 
     Example:
         >>> plain_text("a\n\tb\u202e\x00c")
         'a bc'
     """
-    start = text[: 8 * max_length]  # no longer prefix can matter, and 10 MB are not looked through
+    start = text[: _LOOKED_AT * max_length]  # so that 10 MB are not searched for a line
     line = " ".join(start.split())
     line = "".join(c for c in line if c == " " or unicodedata.category(c)[0] not in "CZ").strip()
     return line if len(line) <= max_length else line[: max_length - 1].rstrip() + "…"
 
 
 def escape(text: str, max_length: int = MAX_LENGTH) -> str:
-    r"""Text that Markdown shows as it is: no HTML, link, image, emphasis, code, table cell, mention or line break.
+    r"""Return a text so that Markdown shows it as it is: no HTML, link, image, emphasis, code, mention or line break.
 
     Args:
-        text: Of any origin.
-        max_length: Of the text before escaping.
+        text: A text from anywhere.
+        max_length: The largest number of characters before escaping; a longer text ends with "…".
 
     Example:
         >>> print(escape("<b>a|b</b> [x](y)"))
@@ -50,7 +52,7 @@ def escape(text: str, max_length: int = MAX_LENGTH) -> str:
 
 
 def link(text: str, url: str) -> str:
-    r"""A link whose text is escaped; the address is percent-encoded where it could end the link.
+    r"""Return a link whose text is escaped; the address is percent-encoded where it could end the link.
 
     Example:
         >>> print(link("a_b", "https://huggingface.co/u/a_b"))
@@ -60,11 +62,11 @@ def link(text: str, url: str) -> str:
 
 
 def fenced(text: str, language: str) -> str:
-    """A code block that the text cannot end: its fence is longer than any run of backticks in it.
+    """Return a code block that the text cannot end: its fence is longer than any run of backticks in the text.
 
     Args:
-        text: Shown as it is.
-        language: For highlighting, such as `json`.
+        text: The text of the block, which is shown as it is.
+        language: The language to highlight, such as `json`.
 
     Example:
         >>> print(fenced("a = 1", "python"))
@@ -73,5 +75,5 @@ def fenced(text: str, language: str) -> str:
         ```
     """
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
+    fence = "`" * max(_LEAST_FENCE, longest + 1)
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"

@@ -25,13 +25,13 @@ _HUB = "https://huggingface.co"
 def card_metadata(config: PruningOptions, report: PruningReport | None, name: str) -> ModelCardData:
     """Return the metadata of a pruned model's card.
 
-    Names that are none of the Hub's are left out, as are numbers that are not finite; the license is that of the base
-    model, or none.
+    Names that cannot be the Hub's are left out, and so are numbers that are not finite; the license is that of the
+    base model, or none.
 
     Args:
-        config: What was done.
-        report: What came of it; None for a model that was not pruned yet.
-        name: Of the model.
+        config: The options that the model was pruned with.
+        report: The report of the run; None for a model that was not pruned yet.
+        name: The name of the model.
     """
     common: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     extra: dict[str, Any] = {"method": config.method}
@@ -58,7 +58,7 @@ def card_metadata(config: PruningOptions, report: PruningReport | None, name: st
 
 
 def copied_metadata(report: PruningReport) -> dict[str, Any]:
-    """Return license and language of the base model's card, a link into its repository made absolute."""
+    """Return license and language of the base model's card; a link into its repository becomes an absolute one."""
     copied = checked_base_card(report.base_card)
     address = copied.pop("license_link", None)
     base = hub_name(report.base_model)

@@ -3,31 +3,36 @@
 import importlib.util
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from optimum_otprune.errors import MissingExtraError
 from optimum_otprune.pruning.report import PruningReport
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 PLOT_FILE = "rescue.png"
 
 _FLOOR, _CEILING = -1.0, 1.0
 _RESCUED, _HARMED, _DILUTED, _WIDTHS = "#2a78b5", "#c0392b", "#e08e0b", "#8a8f98"
-_MAX_LABELS = 40
+_MAX_LABELS = 40  # layers up to which the numbers beside bars that are cut off do not overlap
+_BAR = 0.4  # width of a bar; a layer has two, side by side
 
 
 def can_plot() -> bool:
-    """Whether matplotlib is installed."""
+    """Return whether matplotlib is installed."""
     return importlib.util.find_spec("matplotlib") is not None
 
 
 def save_rescue_plot(report: PruningReport, path: Path) -> None:
-    """Draw rescue and dilution ratios by layer, and the kept widths where they differ, into a PNG file.
+    """Draw the rescue and dilution ratio of each layer, and the kept widths if they differ, into a PNG file.
 
-    Ratios beyond [−1, 1] are cut off there, and written beside their bar.
+    Bars of ratios beyond [−1, 1] are cut off there, with the number beside them.
 
     Args:
-        report: With at least one layer.
-        path: Of the file to write.
+        report: A report of at least one layer.
+        path: The path of the file to write.
 
     Raises:
         MissingExtraError: If matplotlib is not installed.
@@ -49,7 +54,7 @@ def save_rescue_plot(report: PruningReport, path: Path) -> None:
     _draw_ratios(panels[0], report)
     _draw_legend(figure, is_harmed=any(layer.rescue_ratio < 0 for layer in report.layers))
     if len(panels) > 1:
-        panels[1].bar(layers, widths, width=0.8, color=_WIDTHS)
+        panels[1].bar(layers, widths, width=2 * _BAR, color=_WIDTHS)
         panels[1].set_ylabel("channels kept")
     panels[-1].set_xlabel("layer")
     panels[-1].set_xlim(min(layers) - 0.7, max(layers) + 0.7)
@@ -61,15 +66,15 @@ def save_rescue_plot(report: PruningReport, path: Path) -> None:
     figure.savefig(path, format="png", metadata={"Software": None})
 
 
-def _draw_ratios(axes: Any, report: PruningReport) -> None:
+def _draw_ratios(axes: "Axes", report: PruningReport) -> None:
     cut = 0
-    for name, offset, color in (("rescue_ratio", -0.2, _RESCUED), ("dilution_ratio", 0.2, _DILUTED)):
+    for name, offset, color in (("rescue_ratio", -_BAR / 2, _RESCUED), ("dilution_ratio", _BAR / 2, _DILUTED)):
         for layer in report.layers:
             value = getattr(layer, name)
             if not math.isfinite(value):
                 continue
             height = min(max(value, _FLOOR), _CEILING)
-            axes.bar(layer.layer + offset, height, width=0.4, color=_HARMED if value < 0 else color)
+            axes.bar(layer.layer + offset, height, width=_BAR, color=_HARMED if value < 0 else color)
             if value != height:
                 cut += 1
                 if len(report.layers) <= _MAX_LABELS:
@@ -80,13 +85,20 @@ def _draw_ratios(axes: Any, report: PruningReport) -> None:
     axes.set_ylabel("ratio, cut off at ±1" if cut else "ratio")
 
 
-def _label(axes: Any, x: float, height: float, text: str) -> None:
+def _label(axes: "Axes", x: float, height: float, text: str) -> None:
     below = height < 0
-    where = {"ha": "center", "va": "top" if below else "bottom", "xytext": (0, -2 if below else 2)}
-    axes.annotate(text.replace("-", "−"), (x, height), textcoords="offset points", fontsize=7, **where)
+    axes.annotate(
+        text.replace("-", "−"),
+        (x, height),
+        xytext=(0, -2 if below else 2),
+        textcoords="offset points",
+        fontsize=7,
+        ha="center",
+        va="top" if below else "bottom",
+    )
 
 
-def _draw_legend(figure: Any, is_harmed: bool) -> None:
+def _draw_legend(figure: "Figure", is_harmed: bool) -> None:
     from matplotlib.patches import Patch
 
     entries = [("rescued (higher is better)", _RESCUED), ("diluted (lower is better)", _DILUTED)]

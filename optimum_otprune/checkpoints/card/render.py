@@ -3,11 +3,10 @@
 import math
 from functools import cache
 from importlib.resources import files
-from typing import Any
 
 from jinja2 import Environment, StrictUndefined, Template
 
-from optimum_otprune.checkpoints.card.citations import bibliography, citations
+from optimum_otprune.checkpoints.card.citations import Citation, bibliography, citations
 from optimum_otprune.checkpoints.card.markdown import escape, fenced, link, plain_text
 from optimum_otprune.checkpoints.card.metadata import card_metadata, copied_metadata
 from optimum_otprune.checkpoints.card.plots import PLOT_FILE
@@ -24,7 +23,7 @@ from optimum_otprune.pruning.comparison import Comparison
 from optimum_otprune.pruning.report import PruningReport
 
 _HUB = "https://huggingface.co"
-_MANY_LAYERS = 16
+_MANY_LAYERS = 16  # more layers than this are listed in a part of the card that is folded
 _BASE_PLACEHOLDER = "BASE_MODEL"
 _CALIBRATION_PLACEHOLDER = "CALIBRATION_DATA"
 _EVALUATION_PLACEHOLDER = "EVALUATION_DATA"
@@ -41,20 +40,20 @@ def model_card(
     """Render the README.md of a pruned model.
 
     Args:
-        config: What was done.
-        report: What came of it; None for a model that was not pruned yet.
-        name: Of the folder or repository.
+        config: The options that the model was pruned with.
+        report: The report of the run; None for a model that was not pruned yet.
+        name: The name of the folder or repository.
         has_tokenizer: Whether a tokenizer is saved beside the model.
-        has_plot: Whether `rescue.png` is.
+        has_plot: Whether `rescue.png` is saved beside the model.
         older_names: Whether config.json has the names that older versions of transformers read.
 
     Returns:
-        Markdown with YAML front matter of plain values. Strings from outside are escaped.
+        The card in Markdown, with YAML front matter of plain values. Strings from outside are escaped.
 
     Raises:
-        ReportError: If the report, say of an edited file, lacks what the card says.
+        ReportError: If the report lacks a number that the card shows, as one from an edited file may.
     """
-    values: dict[str, Any] = {} if report is None else _facts(config, report, name, older_names)
+    values = {} if report is None else _facts(config, report, name, older_names)
     return _template().render(
         metadata=card_metadata(config, report, name).to_yaml().strip(),
         title=escape(name.rsplit("/", 1)[-1], max_length=96) or "Pruned model",
@@ -69,7 +68,7 @@ def model_card(
 
 
 def needs_remote_code(config: PruningOptions, report: PruningReport | None) -> bool:
-    """Whether plain transformers cannot load the model without code from its repository."""
+    """Return whether transformers can load the model only with code from its repository."""
     return report is not None and config.non_uniform_format == "per_layer_config" and len(set(report.widths)) > 1
 
 
@@ -90,8 +89,8 @@ def _template() -> Template:
     return environment.from_string(text)
 
 
-def _facts(config: PruningOptions, report: PruningReport, name: str, older_names: bool) -> dict[str, Any]:
-    """Everything that the template shows of a pruned model, strings escaped."""
+def _facts(config: PruningOptions, report: PruningReport, name: str, older_names: bool) -> dict[str, object]:
+    """Return everything that the template shows of a pruned model, with strings escaped."""
     report.check(is_finite=False)
     pairs = report.comparisons
     cited = citations(config, report.references, report.custom_functions)
@@ -125,19 +124,20 @@ def _facts(config: PruningOptions, report: PruningReport, name: str, older_names
             for key, value in copied_metadata(report).items()
             if key.startswith("license")
         },
-        "citations": [
-            {
-                "step": citation.step,
-                "used": escape(citation.used),
-                "source": link(citation.reference.short if citation.reference else citation.url, citation.url)
-                if citation.url
-                else escape(citation.reference.short if citation.reference else ""),
-                "title": escape(citation.reference.title) if citation.reference else "",
-            }
-            for citation in cited
-        ],
+        "citations": [_citation(citation) for citation in cited],
         "bibliography_block": fenced(bibliography(cited), "bibtex"),
         **_reproduction(config, report, name),
+    }
+
+
+def _citation(citation: Citation) -> dict[str, str]:
+    reference = citation.reference
+    source = citation.url if reference is None else reference.short
+    return {
+        "step": citation.step,
+        "used": escape(citation.used),
+        "source": link(source, citation.url) if citation.url else escape(source),
+        "title": "" if reference is None else escape(reference.title),
     }
 
 
@@ -145,7 +145,7 @@ def _nameless(report: PruningReport) -> str:
     return f"A local model of type {escape(report.model_type)}" if report.model_type else "A local model"
 
 
-def _reproduction(config: PruningOptions, report: PruningReport, name: str) -> dict[str, Any]:
+def _reproduction(config: PruningOptions, report: PruningReport, name: str) -> dict[str, object]:
     stages = {evaluation["stage"] for evaluation in report.evaluations}
     run = Run(
         model=hub_name(report.base_model) or _BASE_PLACEHOLDER,
@@ -171,15 +171,15 @@ def _reproduction(config: PruningOptions, report: PruningReport, name: str) -> d
     }
 
 
-def _options(config: PruningOptions, report: PruningReport) -> dict[str, Any] | None:
-    """The fewest options that make the configuration; None where the report does not say, or is of another one."""
+def _options(config: PruningOptions, report: PruningReport) -> dict[str, object] | None:
+    """Return the fewest options that make the configuration; None if the report lacks them, or has another one."""
     if report.options is None or not set(report.options) <= set(OPTIONS_BY_NAME) or report.config != config.to_dict():
         return None
     return {name: getattr(config, name) for name in report.options}
 
 
 def _argument(config: PruningOptions, data: str, placeholder: str) -> str | None:
-    """What the command line takes for data: nothing for the configuration's own, else a name or a placeholder."""
+    """Return the data's name on the command line, or a placeholder; None for the configuration's own data."""
     return None if data == config.dataset else hub_name(data) or placeholder
 
 
@@ -199,7 +199,7 @@ def _loading(config: PruningOptions, report: PruningReport | None, name: str, ha
 
 
 def _data(config: PruningOptions, data: str, split: str) -> str:
-    """A data set in words, with a link where it is one of the Hub."""
+    """Return a data set in words, with a link if it is one of the Hub's."""
     dataset = hub_name(data)
     if dataset is None:
         return UNNAMED_DATA.get(data) or f"data named “{escape(data)}”"
@@ -209,7 +209,7 @@ def _data(config: PruningOptions, data: str, split: str) -> str:
     return link(dataset, f"{_HUB}/datasets/{dataset}") + suffix
 
 
-def _evaluation(config: PruningOptions, report: PruningReport, pair: Comparison) -> dict[str, Any]:
+def _evaluation(config: PruningOptions, report: PruningReport, pair: Comparison) -> dict[str, object]:
     one = pair.one
     return {
         "data": _data(config, pair.data, config.evaluation_split),
@@ -234,12 +234,12 @@ def _range(widths: list[int]) -> str:
 
 
 def _ratio(value: float) -> str:
-    """Three decimals, with the minus sign of typography."""
+    """Return a ratio with three decimals and a typographic minus sign."""
     return f"{value:.3f}".replace("-", "−") if math.isfinite(value) else "not finite"
 
 
 def _rescue(value: float) -> str:
-    """A ratio, and a word where it is so far below zero that the number says little."""
+    """Return a ratio, with a word if it is so far below zero that the number says little."""
     return f"{_ratio(value)} (harmful)" if value < -1 else _ratio(value)
 
 
@@ -248,7 +248,7 @@ def _share(value: float) -> str:
 
 
 def _change(after: float, before: float) -> str:
-    """By how much, as a signed share."""
+    """Return the relative change as a signed percentage."""
     if not before or not math.isfinite(after / before):
         return "–"
     return f"{after / before - 1:+.1%}".replace("%", " %").replace("-", "−")
@@ -261,7 +261,7 @@ def _perplexity(value: float | None) -> str:
 
 
 def _size(num_bytes: int) -> str:
-    """In decimal units, as files are shown on the Hub."""
+    """Return a size in decimal units, as the Hub shows those of files."""
     value, units = float(num_bytes), iter(("B", "kB", "MB", "GB"))
     unit = next(units)
     for larger in units:

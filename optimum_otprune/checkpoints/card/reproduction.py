@@ -1,24 +1,25 @@
-"""The command and the lines of Python that do once more what a configuration says."""
+"""The command and the lines of Python that repeat a pruning run."""
 
 import shlex
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from optimum_otprune.config.options_file import CONFIG_FILE
 
-_WIDTH = 100
+_WIDTH = 100  # characters of a line, which code blocks of the Hub's pages show without scrolling
+_LONGEST_VALUE = 200  # characters of an option that a person would type; longer ones are read from a file
 
 
 class Run(NamedTuple):
-    """A pruning run but for its configuration.
+    """A pruning run without its configuration.
 
     Attributes:
-        model: Hub id, or a placeholder.
-        output: Name of the folder to write.
-        calibration_data: Hub data set or a placeholder; None for the configuration's.
+        model: The Hub id of the dense model, or a placeholder.
+        output: The name of the folder to write.
+        calibration_data: A data set of the Hub or a placeholder; None for the configuration's own.
         evaluated: Whether perplexity is measured before and after.
-        evaluation_data: As `calibration_data`.
-        max_windows: What the evaluation was limited to, or None.
+        evaluation_data: A data set of the Hub or a placeholder; None for the configuration's own.
+        max_windows: The number of windows that the evaluation was limited to, or None.
     """
 
     model: str
@@ -29,8 +30,8 @@ class Run(NamedTuple):
     max_windows: int | None = None
 
 
-def command(options: Mapping[str, Any] | None, run: Run) -> str:
-    """Return the command line of a run, over several lines where it is long.
+def command(options: Mapping[str, object] | None, run: Run) -> str:
+    """Return the command line of a run, over several lines if it is long.
 
     Where the options are not known, or one cannot be written on a command line (None in place of a default, characters
     that cannot be seen), the configuration's file is given instead.
@@ -50,8 +51,8 @@ def command(options: Mapping[str, Any] | None, run: Run) -> str:
     return _wrapped([["otprune", "prune", run.model], ["-o", run.output], *words])
 
 
-def python_lines(options: Mapping[str, Any] | None, run: Run) -> str:
-    """Return the same in five lines of Python."""
+def python_lines(options: Mapping[str, object] | None, run: Run) -> str:
+    """Return five lines of Python that do what `command` does."""
     if options is not None and _can_be_typed(options):
         made = _call("OTPruningConfig", [f"{name}={literal(value)}" for name, value in options.items()])
     else:
@@ -66,8 +67,8 @@ def python_lines(options: Mapping[str, Any] | None, run: Run) -> str:
     )
 
 
-def literal(value: Any) -> str:
-    """A Python literal of ASCII characters, strings in double quotes where that needs no escape.
+def literal(value: object) -> str:
+    """Return a value as a Python literal of ASCII characters, strings in double quotes where that needs no escape.
 
     Example:
         >>> print(literal("user/name"), literal(("up", "down")), literal(None))
@@ -76,17 +77,19 @@ def literal(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         entries = [literal(entry) for entry in value]
         return f"({', '.join(entries)}{',' if len(entries) == 1 else ''})"
-    if isinstance(value, str):
-        text = ascii(value)
-        return f'"{text[1:-1]}"' if text[0] == "'" and '"' not in text and "\\'" not in text else text
-    return ascii(value)
+    text = ascii(value)
+    has_quotes = '"' in text or "\\'" in text
+    if isinstance(value, str) and text[0] == "'" and not has_quotes:
+        return f'"{text[1:-1]}"'
+    return text
 
 
-def _can_be_typed(options: Mapping[str, Any]) -> bool:
-    return all(not isinstance(value, str) or (value.isprintable() and len(value) <= 200) for value in options.values())
+def _can_be_typed(options: Mapping[str, object]) -> bool:
+    texts = [value for value in options.values() if isinstance(value, str)]
+    return all(text.isprintable() and len(text) <= _LONGEST_VALUE for text in texts)
 
 
-def _option_words(name: str, value: Any) -> list[str]:
+def _option_words(name: str, value: object) -> list[str]:
     flag = f"--{name.replace('_', '-')}"
     if isinstance(value, (tuple, list)):
         return [flag, *map(str, value)]
@@ -97,7 +100,7 @@ def _option_words(name: str, value: Any) -> list[str]:
 
 
 def _call(function: str, arguments: list[str]) -> str:
-    """A call on one line, or with as many arguments a line as fit."""
+    """Return a call on one line, or over several with as many arguments each as fit."""
     whole = f"{function}({', '.join(arguments)})"
     if len(whole) <= _WIDTH:
         return whole

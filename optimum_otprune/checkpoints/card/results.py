@@ -1,4 +1,4 @@
-"""What a report means for somebody who wants to use the model: results side by side, data in words, limitations."""
+"""A report in the words of a model card: where data come from, and limitations of the model."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ from optimum_otprune.pruning.comparison import Comparison
 from optimum_otprune.pruning.report import ADDED_BIASES, PruningReport, named_layers
 from optimum_otprune.storage.hub.client import is_hub_id
 
-# How `calibration` names data that have no public name.
+# What data without a public name are called in a report's `calibration`, and in the card.
 UNNAMED_DATA: Mapping[str, str] = {
     "token ids": "token ids that were passed in",
     "texts": "a list of texts that was passed in",
@@ -15,17 +15,18 @@ UNNAMED_DATA: Mapping[str, str] = {
     "local folder": "a local folder",
     "a datasets.Dataset": "a data set in memory",
 }
-_FEW_EVALUATED = 20_000
-_HIGH_RATIO = 0.5
+_FEW_EVALUATED = 20_000  # tokens up to which chance moves a perplexity by some percent
+_HIGH_RATIO = 0.5  # pruning ratio from which the card advises to fine-tune
+_WELL_CALIBRATED = 2  # calibration tokens per channel that a fit of the layers takes at least
 
 
 def hub_name(name: object) -> str | None:
-    """Return a name if it could be one of the Hub's, and is not what data without a name are called."""
+    """Return a name if it could be one of the Hub's; None also for what data without a name are called."""
     return name if isinstance(name, str) and name not in UNNAMED_DATA and is_hub_id(name) else None
 
 
 def evaluated_on_calibration_data(report: PruningReport, pair: Comparison) -> bool | None:
-    """Return whether a model was evaluated on what it was calibrated on; None where the report cannot tell."""
+    """Return whether a model was evaluated on its calibration data; None if the report cannot tell."""
     seen = (pair.pruned or {}).get("seen_windows")
     if seen:
         return True
@@ -38,7 +39,7 @@ def evaluated_on_calibration_data(report: PruningReport, pair: Comparison) -> bo
 
 
 def seen_before(report: PruningReport, evaluation: Mapping[str, Any]) -> str | None:
-    """Return a sentence where an evaluation of the pruned model is on text that the model was calibrated on."""
+    """Return a sentence if the pruned model was evaluated on text that it was calibrated on, else None."""
     if not evaluated_on_calibration_data(report, Comparison(evaluation["data"], None, evaluation)):
         return None
     seen = evaluation.get("seen_windows")
@@ -47,7 +48,7 @@ def seen_before(report: PruningReport, evaluation: Mapping[str, Any]) -> str | N
 
 
 def limitations(report: PruningReport) -> list[str]:
-    """Return sentences in plain text on what the model should not be trusted with, the gravest first."""
+    """Return sentences in plain text on what not to trust the model with, the gravest first."""
     found = []
     pairs = report.comparisons
     if report.rescue_ratio < 0:
@@ -83,7 +84,7 @@ def limitations(report: PruningReport) -> list[str]:
     if pairs and pairs[0].one["num_tokens"] < _FEW_EVALUATED:
         found.append(f"It was evaluated on only {pairs[0].one['num_tokens']:,} tokens, so its perplexity is rough.")
     width = max((layer.intermediate_size_before for layer in report.layers), default=0)
-    if report.calibration["num_tokens"] < 2 * width:
+    if report.calibration["num_tokens"] < _WELL_CALIBRATED * width:
         found.append(
             f"It was calibrated on {report.calibration['num_tokens']:,} tokens, fewer than twice the FFN width of "
             f"{width:,}: too few to fit the layers well."

@@ -6,21 +6,23 @@ import torch
 from torch import Tensor
 
 from optimum_otprune.errors import NumericalError
-from optimum_otprune.functional.linalg.symmetric import gather, invert
+from optimum_otprune.functional.linalg.symmetric import gather, invert, lower_factor
 
-_MAX_DAMPING = 1e-2  # of the mean diagonal; beyond it the matrix is not a Gram matrix
+_MAX_DAMPING = 1e-2  # of the mean diagonal; a matrix that needs more is not a Gram matrix
+_SECOND_DAMPING = 1e-12  # of the mean diagonal; tried where none was not enough, and far above float64's rounding
 
 
 def damped_cholesky(matrix: Tensor, damping: float, what: str = "the Gram matrix") -> Tensor:
     """Factor a positive semidefinite matrix, adding to its diagonal as little as it takes.
 
     Args:
-        matrix: `(n, n)` float64.
-        damping: First try, in units of the mean diagonal; grows tenfold until the factorization succeeds.
-        what: Named in the error.
+        matrix: A symmetric matrix, `(n, n)` float64.
+        damping: What is added to the diagonal at first, in units of the mean diagonal; it grows tenfold until the
+            factorization succeeds.
+        what: What the error message calls the matrix.
 
     Returns:
-        Lower triangular factor `(n, n)`.
+        The lower triangular factor, `(n, n)` float64.
 
     Raises:
         NumericalError: If `matrix` is not finite, or not positive definite even with a hundredth of its mean diagonal
@@ -28,25 +30,25 @@ def damped_cholesky(matrix: Tensor, damping: float, what: str = "the Gram matrix
     """
     _check_finite(matrix, what)
     scale = _mean_diagonal(matrix)
-    for share in _dampings(damping, what):
+    for share in _dampings(damping):
         damped = matrix
         if share > 0:
             damped = matrix.clone()
             damped.diagonal().add_(share * scale)
-        factor, info = torch.linalg.cholesky_ex(damped)
-        if info == 0:
-            break
-    return factor
+        factor = lower_factor(damped)
+        if factor is not None:
+            return factor
+    raise _not_semidefinite(what)
 
 
 def damped_inverse(matrix: Tensor, channels: Tensor, damping: float, what: str) -> Tensor:
-    """Invert `matrix[channels][:, channels]` with its diagonal damped; takes one float64 matrix and hardly more.
+    """Invert `matrix[channels][:, channels]` with its diagonal damped, in the memory of one float64 matrix.
 
     Args:
-        matrix: `(n, n)`, positive semidefinite.
-        channels: LongTensor `(count,)`.
-        damping: See `damped_cholesky`.
-        what: Named in the error.
+        matrix: A positive semidefinite matrix, `(n, n)`.
+        channels: The rows and columns to take, LongTensor `(count,)`.
+        damping: What is added to the diagonal at first, as in `damped_cholesky`.
+        what: What the error message calls the matrix.
 
     Returns:
         The upper triangle of the inverse, float64 `(count, count)`.
@@ -55,12 +57,12 @@ def damped_inverse(matrix: Tensor, channels: Tensor, damping: float, what: str) 
         NumericalError: See `damped_cholesky`.
     """
     _check_finite(matrix, what)
-    for share in _dampings(damping, what):
+    for share in _dampings(damping):
         inverse = gather(matrix, channels, torch.float64)
         inverse.diagonal().add_(share * _mean_diagonal(inverse))
         if invert(inverse):
-            break
-    return inverse
+            return inverse
+    raise _not_semidefinite(what)
 
 
 def _check_finite(matrix: Tensor, what: str) -> None:
@@ -69,18 +71,21 @@ def _check_finite(matrix: Tensor, what: str) -> None:
 
 
 def _mean_diagonal(matrix: Tensor) -> Tensor:
-    """The unit of damping; 1 for a matrix of zeros."""
+    """Return the unit of damping, a scalar tensor: the mean of the diagonal, or 1 for a matrix of zeros."""
     mean = matrix.diagonal().mean()
     return torch.where(mean > 0, mean, 1.0)
 
 
-def _dampings(first: float, what: str) -> Iterator[float]:
-    """What to try one after the other, in units of the mean diagonal."""
+def _dampings(first: float) -> Iterator[float]:
+    """Yield the dampings to try one after the other, in units of the mean diagonal."""
     damping = first
     while damping <= max(first, _MAX_DAMPING):
         yield damping
-        damping = max(10 * damping, 1e-12)
-    raise NumericalError(
+        damping = max(10 * damping, _SECOND_DAMPING)
+
+
+def _not_semidefinite(what: str) -> NumericalError:
+    return NumericalError(
         f"{what} is not positive semidefinite: its Cholesky factorization fails even with {_MAX_DAMPING} of "
         "the mean diagonal added. Use more calibration tokens, or load the model in float32."
     )

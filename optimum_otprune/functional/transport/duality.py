@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-BLOCK = 2**19  # entries of a block, so that what is computed of it stays small
+BLOCK = 2**19  # entries of a block: 4 MB in float64, about what a processor's cache holds
 
 
 def row_blocks(rows: int, columns: int) -> Iterator[slice]:
@@ -32,15 +32,15 @@ def c_transform(cost_matrix: Tensor, target_potential: Tensor) -> Tensor:
 
 
 def lower_bound(cost_matrix: Tensor, source_marginal: Tensor, target_marginal: Tensor, potential: Tensor) -> float:
-    """Return what no plan between the marginals can cost less than: the dual value of a target potential.
+    """Return a lower bound on the cost of every plan between the marginals: the dual value of a target potential.
 
-    `Σ a_j min_k (C_jk − v_k) + Σ b_k v_k`, which is the least cost itself for the best potential `v`.
+    The bound is `Σ a_j min_k (C_jk − v_k) + Σ b_k v_k`; for the best potential `v` it is the least cost itself.
 
     Args:
-        cost_matrix: `(n, m)`.
-        source_marginal: `(n,)`.
-        target_marginal: `(m,)`.
-        potential: `(m,)`, any; float64 for a bound that can be trusted to the last digits.
+        cost_matrix: The cost of each source and target, `(n, m)`.
+        source_marginal: The mass of each source, `(n,)`.
+        target_marginal: The mass of each target, `(m,)`.
+        potential: Any target potential, `(m,)`; float64 for a bound that can be trusted to the last digits.
 
     Example:
         >>> cost = torch.tensor([[0.0, 1.0], [0.0, 3.0]], dtype=torch.float64)

@@ -8,18 +8,18 @@ from torch import Tensor
 from optimum_otprune.errors import TransportError
 from optimum_otprune.functional.transport.duality import row_blocks
 
-_MARGINAL_TOLERANCE = 1e-6  # of the total mass
-_SMALL = 2**22  # entries of a cost of which a copy is nothing
+_MARGINAL_TOLERANCE = 1e-6  # of the total mass: what summing many float32 masses may lose
+_SMALL = 2**22  # entries of a cost up to which a float64 copy (32 MB) does not matter
 
 
 class SolverSettings(NamedTuple):
-    """Numbers that some solvers read; in units of the median cost, so that scaling a layer changes nothing.
+    """Numbers that some solvers read, in units of the median cost, so that scaling a layer changes nothing.
 
     Attributes:
-        epsilon: Entropic regularization. On costs of pruning a plan costs 2–6 % more than the exact one at 0.05, and
-            at most 0.1 % more at 0.0005.
-        mass_share: Share of the mass that `partial` moves.
-        marginal_penalty: What `unbalanced` pays for a marginal that is not met.
+        epsilon: The entropic regularization. On costs of pruning a plan costs 2–6 % more than the exact one at 0.05,
+            and at most 0.1 % more at 0.0005.
+        mass_share: The share of the mass that the solver `partial` moves.
+        marginal_penalty: The price that the solver `unbalanced` pays for mass that misses a marginal.
     """
 
     epsilon: float = 0.05
@@ -31,11 +31,11 @@ class TransportPlan(NamedTuple):
     """A transport plan and whether to trust it.
 
     Attributes:
-        matrix: `(intermediate_size, kept_size)` float64, non-negative; entry (j, k) is the mass that channel j sends
-            to kept channel k.
-        cost: Σ plan · cost.
+        matrix: The plan, `(intermediate_size, kept_size)` float64, non-negative; entry (j, k) is the mass that channel
+            j sends to kept channel k.
+        cost: The plan's cost, Σ plan · cost.
         converged: Whether the solver reached its own stopping criterion.
-        marginal_error: Largest difference to a marginal that the solver had to meet, as a share of the mass.
+        marginal_error: The largest difference to a marginal that the solver had to meet, as a share of the mass.
     """
 
     matrix: Tensor
@@ -48,8 +48,8 @@ class Solved(NamedTuple):
     """What a solver returns when it can stop early.
 
     Attributes:
-        matrix: `(n, m)`.
-        converged: Whether its stopping criterion was reached.
+        matrix: The plan, `(n, m)`.
+        converged: Whether the solver's stopping criterion was reached.
     """
 
     matrix: Tensor
@@ -74,11 +74,8 @@ def check_marginal(marginal: Tensor, side: str) -> Tensor:
     Raises:
         TransportError: If it is negative, not finite, or does not sum to 1 within 1e-6.
     """
-    if (
-        not torch.isfinite(marginal).all()
-        or (marginal < 0).any()
-        or abs(float(marginal.sum()) - 1) > _MARGINAL_TOLERANCE
-    ):
+    are_masses = torch.isfinite(marginal).all() and (marginal >= 0).all()
+    if not are_masses or abs(float(marginal.sum()) - 1) > _MARGINAL_TOLERANCE:
         raise TransportError(
             f"The {side} marginal is no probability vector: sum {float(marginal.sum()):.6g}, least entry "
             f"{float(marginal.min()):.3g}. Masses must be finite, non-negative and sum to 1."
@@ -92,11 +89,11 @@ def checked_plan(
     """Return the plan, dense, if it can be used.
 
     Args:
-        solved: A plan `(n, m)`, dense or sparse.
-        cost: `(n, m)`.
-        marginals: `(n,)` and `(m,)`.
-        name: Of the solver.
-        meets: Which of the two marginals it had to meet.
+        solved: What the solver returned, with a plan `(n, m)` that is dense or sparse.
+        cost: The cost matrix, `(n, m)`.
+        marginals: The source marginal `(n,)` and the target marginal `(m,)`.
+        name: The solver's name, for messages.
+        meets: For either marginal, whether the solver had to meet it.
 
     Raises:
         TransportError: If the plan is negative, not finite, moves nothing, or misses a marginal that it had to meet.

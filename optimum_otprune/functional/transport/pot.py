@@ -1,25 +1,30 @@
 """The only door to POT: its network simplex on dense and sparse costs, partial and unbalanced transport."""
 
 import warnings
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import ot
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from optimum_otprune.errors import TransportError
+
+_Array = TypeVar("_Array", NDArray[np.float64], Tensor)
 
 
 class SparsePlan(NamedTuple):
     """A plan that the network simplex found, entry by entry, and the potentials that prove it.
 
     Attributes:
-        rows: LongTensor `(k,)`.
-        columns: LongTensor `(k,)`.
-        masses: `(k,)`.
-        source_potential: `(n,)`.
-        target_potential: `(m,)`; with the source potential nowhere above the cost of an arc that was given.
+        rows: The source of each entry, LongTensor `(k,)`.
+        columns: The target of each entry, LongTensor `(k,)`.
+        masses: The mass that each entry moves, `(k,)`.
+        source_potential: The potential of each source, `(n,)`.
+        target_potential: The potential of each target, `(m,)`; plus the source's, it is nowhere above the cost of an
+            arc that was given.
     """
 
     rows: Tensor
@@ -33,7 +38,7 @@ def network_simplex(cost_matrix: Tensor, source_marginal: Tensor, target_margina
     """Return the cheapest plan `(n, m)`; all arguments float64 on the CPU.
 
     Raises:
-        TransportError: If it gives up.
+        TransportError: If the network simplex gives up.
     """
     plan, _ = _emd(source_marginal.numpy(), target_marginal.numpy(), cost_matrix.contiguous().numpy(), iterations)
     return torch.from_numpy(plan)
@@ -50,15 +55,15 @@ def sparse_network_simplex(
     """Return the cheapest plan that uses only some arcs.
 
     Args:
-        rows: LongTensor `(k,)`, of each arc; sorted by row, then column, no arc twice.
-        columns: LongTensor `(k,)`.
-        costs: `(k,)`.
-        source_marginal: `(n,)`, positive.
-        target_marginal: `(m,)`, positive.
-        iterations: At most so many pivots.
+        rows: The source of each arc, LongTensor `(k,)`; arcs are sorted by row, then column, and none is given twice.
+        columns: The target of each arc, LongTensor `(k,)`.
+        costs: The cost of each arc, `(k,)`.
+        source_marginal: The mass of each source, `(n,)`, positive.
+        target_marginal: The mass of each target, `(m,)`, positive.
+        iterations: The largest number of pivots.
 
     Raises:
-        TransportError: If it gives up, or the arcs cannot carry the mass.
+        TransportError: If the network simplex gives up, or the arcs cannot carry the mass.
     """
     shape = (len(source_marginal), len(target_marginal))
     arcs = torch.sparse_coo_tensor(
@@ -69,7 +74,10 @@ def sparse_network_simplex(
     return SparsePlan(plan.indices()[0], plan.indices()[1], plan.values(), log["u"], log["v"])
 
 
-def _emd(source_marginal, target_marginal, cost_matrix, iterations: int):  # type: ignore[no-untyped-def]
+def _emd(
+    source_marginal: _Array, target_marginal: _Array, cost_matrix: _Array, iterations: int
+) -> tuple[_Array, Mapping[str, _Array]]:
+    """Return the plan, sparse if the cost is, and a log with the potentials `u` and `v`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the result code below says the same
         plan, log = ot.emd(source_marginal, target_marginal, cost_matrix, numItermax=iterations, log=True)

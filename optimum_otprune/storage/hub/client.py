@@ -6,9 +6,9 @@ import weakref
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelInfo
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
@@ -31,11 +31,20 @@ def is_hub_id(name: object) -> bool:
         >>> is_hub_id("user/name"), is_hub_id("gpt2"), is_hub_id("./name"), is_hub_id("a/b/c"), is_hub_id(None)
         (True, True, False, False, False)
     """
+    if not isinstance(name, str):
+        return False
     try:
-        validate_repo_id(name)  # type: ignore[arg-type]
+        validate_repo_id(name)
     except HFValidationError:
         return False
-    return isinstance(name, str) and name.isascii() and not name.startswith(".")
+    return name.isascii() and not name.startswith(".")
+
+
+class Downloading(TypedDict, total=False):
+    """Where downloads are kept, and whether only earlier ones are used."""
+
+    cache_dir: str | None
+    local_files_only: bool
 
 
 class _WithoutSignatures(logging.Filter):
@@ -62,7 +71,7 @@ def without_secrets_in_warnings() -> Iterator[None]:
 
 
 class _Api(HfApi):
-    """The client, which stops between upload and commit when nobody waits for it any more."""
+    """The Hub's client, which stops between upload and commit when nobody waits for it any more."""
 
     def __init__(self, token: str | bool | None, deadline: Deadline):
         super().__init__(token=token, library_name="optimum_otprune")
@@ -75,12 +84,12 @@ class _Api(HfApi):
 
 
 class HubClient:
-    """What is asked of one repository; every question but `commit` is retried.
+    """The requests to one repository; all but `commit` are retried.
 
     Args:
-        repo_id: `user/name`, or a name alone until `create` or the caller knows the user.
-        token: Hub token; None and True are the saved one.
-        deadline: Of everything together.
+        repo_id: The repository as `user/name`, or a name alone until `create` or the caller knows the user.
+        token: The Hub token; None and True stand for the saved one.
+        deadline: The time limit of all requests together.
     """
 
     def __init__(self, repo_id: str, token: str | bool | None, deadline: Deadline):
@@ -93,16 +102,16 @@ class HubClient:
 
     @property
     def what(self) -> str:
-        """The repository, in messages."""
+        """How messages name the repository."""
         return f"The repository {visible(self.repo_id)!r}"
 
     @property
     def url(self) -> str:
-        """The repository's page."""
+        """The address of the repository's page."""
         return without_credentials(f"{self._api.endpoint}/{self.repo_id}")
 
     def user(self) -> dict[str, Any]:
-        """Whose token it is, after the repository's name was found valid."""
+        """Return what the Hub says of the token's user, after checking the repository's name."""
 
         def ask() -> dict[str, Any]:
             if not is_hub_id(self.repo_id):
@@ -119,7 +128,7 @@ class HubClient:
         self.repo_id = made.repo_id
 
     def repository(self) -> ModelInfo | None:
-        """What the Hub says of it, or None if it does not exist or is hidden."""
+        """Return what the Hub says of the repository, or None if it does not exist or is hidden."""
 
         def ask() -> ModelInfo | None:
             try:
@@ -132,7 +141,7 @@ class HubClient:
         return with_retries(ask, self.what, self.deadline)
 
     def head(self, revision: str | None) -> str | None:
-        """The commit a revision points to, or None if there is no such revision."""
+        """Return the commit that a revision points to, or None if there is no such revision."""
 
         def ask() -> str | None:
             try:
@@ -143,13 +152,13 @@ class HubClient:
         return with_retries(ask, self.what, self.deadline)
 
     def create_branch(self, branch: str) -> None:
-        """Make a branch at the main one's head."""
+        """Create a branch at the head of the main one if it does not exist."""
         with_retries(
             lambda: self._api.create_branch(self.repo_id, branch=branch, exist_ok=True), self.what, self.deadline
         )
 
     def tree(self, commit: str) -> dict[str, RepoFile]:
-        """The files of a commit by name."""
+        """Return the files of a commit by name."""
 
         def ask() -> dict[str, RepoFile]:
             items = self._api.list_repo_tree(self.repo_id, recursive=True, revision=commit)
@@ -158,7 +167,7 @@ class HubClient:
         return with_retries(ask, self.what, self.deadline)
 
     def pull_requests(self) -> set[str]:
-        """References of all pull requests, open or not."""
+        """Return the references of all pull requests, open or not."""
         refs = with_retries(
             lambda: self._api.list_repo_refs(self.repo_id, include_pull_requests=True), self.what, self.deadline
         )
@@ -174,9 +183,14 @@ class HubClient:
         with_retries(ask, self.what, self.deadline)
 
     def commit(
-        self, operations: Sequence[Any], message: str, revision: str | None, create_pr: bool, parent: str
+        self,
+        operations: Sequence[CommitOperationAdd | CommitOperationDelete],
+        message: str,
+        revision: str | None,
+        create_pr: bool,
+        parent: str,
     ) -> CommitInfo:
-        """Upload and commit once; who calls it looks whether it landed before calling it again."""
+        """Upload and commit once; before calling again, the caller checks whether the commit arrived."""
         return self._api.create_commit(
             self.repo_id,
             operations,
@@ -186,8 +200,8 @@ class HubClient:
             parent_commit=parent,
         )
 
-    def fetch(self, file: str, revision: str | None, **where: Any) -> Path | None:
-        """Download one file; None if the revision has none of that name."""
+    def fetch(self, file: str, revision: str | None, **where: Unpack[Downloading]) -> Path | None:
+        """Download one file and return its path; None if the revision has no file of that name."""
 
         def ask() -> Path | None:
             try:
@@ -197,8 +211,8 @@ class HubClient:
 
         return with_retries(ask, self.what, self.deadline)
 
-    def fetch_all(self, files: Collection[str], commit: str, **where: Any) -> None:
-        """Download files of a commit."""
+    def fetch_all(self, files: Collection[str], commit: str, **where: Unpack[Downloading]) -> None:
+        """Download some files of a commit."""
         with_retries(
             lambda: self._api.snapshot_download(self.repo_id, revision=commit, allow_patterns=list(files), **where),
             self.what,

@@ -1,4 +1,4 @@
-"""The pre-flight of a push: what would let it fail is asked before hours of work."""
+"""The pre-flight of a push: checks before hours of work whether it would fail."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,18 +17,18 @@ def check_hub_access(
     create_pr: bool = False,
     deadline: float = 120.0,
 ) -> str:
-    """Check what would let a push fail, before hours of work; changes nothing on the Hub.
+    """Check before hours of work whether a push would fail; nothing on the Hub is changed.
 
     Args:
-        repo_id: `user/name`, or a name alone for the token's own user.
-        private: As for the push.
-        token: Hub token; None and True are the saved one.
-        revision: As for the push.
+        repo_id: The repository as `user/name`, or a name alone for the token's own user.
+        private: Whether a new repository will be private; None is the account's default.
+        token: The Hub token; None and True stand for the saved one.
+        revision: The branch to push to, made if it does not exist; default: the main one.
         create_pr: Whether the push will be a pull request, which needs no right to write.
-        deadline: In seconds.
+        deadline: The time limit of the check, in seconds.
 
     Returns:
-        `user/name`.
+        The full name of the repository, `user/name`.
 
     Raises:
         HubError: If the name is not valid, the token is missing, expired or may only read, the repository cannot be
@@ -85,7 +85,7 @@ def _check_role(user: Mapping[str, Any], repo_id: str) -> None:
 
 
 def _check_namespace(user: Mapping[str, Any], repo_id: str) -> None:
-    """A repository that does not exist can be made under one's own name and that of an organization."""
+    """Refuse a new repository under a name that is neither the user's own nor that of a writable organization."""
     writable = {str(user["name"]).lower()} | {
         str(each.get("name", "")).lower() for each in user.get("orgs", ()) if each.get("roleInOrg") != "read"
     }

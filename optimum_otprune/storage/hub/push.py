@@ -4,7 +4,7 @@ import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, Unpack
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, constants
 from huggingface_hub.errors import HfHubHTTPError
@@ -17,7 +17,7 @@ from optimum_otprune.errors import (
     IntegrityError,
     without_credentials,
 )
-from optimum_otprune.storage.hub.client import HubClient, is_hub_id
+from optimum_otprune.storage.hub.client import Downloading, HubClient, is_hub_id
 from optimum_otprune.storage.hub.preflight import check_visibility
 from optimum_otprune.storage.hub.retries import Deadline, with_retries
 from optimum_otprune.storage.manifest import (
@@ -35,19 +35,19 @@ from optimum_otprune.storage.manifest import (
     verify_folder,
 )
 
-_DEADLINE = 3600.0
-_LONGEST_DOWNLOAD = 7 * 86400.0
-_SLOWEST = 2e6  # bytes per second that a push of a large folder is given time for
+_DEADLINE = 3600.0  # seconds that a push has by default
+_LONGEST_DOWNLOAD = 7 * 86400.0  # seconds after which a download is given up that only seems to go on
+_SLOWEST = 2e6  # bytes per second: a large folder gets as much time as it takes at this rate, that of a slow line
 _MESSAGE = "Upload a model pruned with optimum_otprune"
 
 
 class PushResult(NamedTuple):
-    """What a push came to.
+    """The result of a push.
 
     Attributes:
-        repo_id: `user/name`.
-        commit: Of the files; the head, where nothing had changed.
-        url: Of the repository, or of the pull request.
+        repo_id: The full name of the repository, `user/name`.
+        commit: The commit that holds the files; the head of the branch if nothing had changed.
+        url: The address of the repository, or of the pull request.
         changed: Whether there was anything to commit.
     """
 
@@ -57,18 +57,25 @@ class PushResult(NamedTuple):
     changed: bool
 
 
+class Verifying(Downloading, total=False):
+    """The options of `verify_repository`."""
+
+    revision: str | None
+    token: str | bool | None
+
+
 class _Push(NamedTuple):
     """What shall be in a repository afterwards.
 
     Attributes:
-        repo_id: `user/name`.
-        files: Contents by name: a file, or bytes.
-        entries: Sizes and digests by name.
+        repo_id: The repository as `user/name`, or a name alone for the token's own user.
+        files: The content of each file, as a path or as bytes, by name.
+        entries: The size and digest of each file, by name.
         replaces_weights: Whether weights that are not among the files are deleted.
-        revision: Branch, or None for the main one.
+        revision: The branch to push to, or None for the main one.
         create_pr: Whether to open a pull request.
-        message: Of the commit.
-        former: Files that an earlier push sent.
+        message: The first line of the commit.
+        former: The names of the files that an earlier push sent.
     """
 
     repo_id: str
@@ -81,24 +88,23 @@ class _Push(NamedTuple):
     former: frozenset[str] = frozenset()
 
     def holds(self, tree: Mapping[str, RepoFile]) -> bool:
-        """Whether a tree is what this push wants."""
+        """Return whether a tree holds all files of this push, and none that it would delete."""
         return not self.stale(tree) and all(name in tree and self._same(name, tree[name]) for name in self.files)
 
     def stale(self, tree: Mapping[str, RepoFile]) -> list[str]:
-        """Weights, and files of an earlier push, that are not among the files: a loader would mix them with these."""
-        return sorted(
-            name
-            for name in tree
-            if self.replaces_weights and (is_weights_file(name) or name in self.former) and name not in self.files
-        )
+        """Return weights, and files of an earlier push, that are not in this one: a loader would mix them with it."""
+        if not self.replaces_weights:
+            return []
+        others = [name for name in tree if name not in self.files]
+        return sorted(name for name in others if is_weights_file(name) or name in self.former)
 
-    def operations(self, tree: Mapping[str, RepoFile]) -> list[Any]:
-        """What makes a tree hold this; the client uses operations up, so every attempt needs new ones."""
-        deletions: list[Any] = [CommitOperationDelete(name) for name in self.stale(tree)]
-        return deletions + [
+    def operations(self, tree: Mapping[str, RepoFile]) -> list[CommitOperationAdd | CommitOperationDelete]:
+        """Return the operations that make a tree hold this push; the client uses them up in one attempt."""
+        additions = (
             CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
             for name, content in self.files.items()
-        ]
+        )
+        return [*(CommitOperationDelete(name) for name in self.stale(tree)), *additions]
 
     def _same(self, name: str, there: RepoFile) -> bool:
         if there.size != self.entries[name].size:
@@ -131,17 +137,17 @@ def push_folder(
 
     Args:
         folder: A folder that `save_pretrained` wrote.
-        repo_id: `user/name`, or a name alone for the token's own user; made if it does not exist.
-        private: Of a new repository; None is the account's default.
-        token: Hub token; None and True are the saved one.
-        revision: Branch, made if it does not exist; default: the main one.
-        create_pr: Open a pull request instead.
-        commit_message: First line of the commit.
-        deadline: In seconds; default: one hour, and more for a folder that needs more at 2 MB/s.
-        card: Sent in place of the folder's README.md.
+        repo_id: The repository as `user/name`, or a name alone for the token's own user; made if it does not exist.
+        private: Whether a new repository is private; None is the account's default.
+        token: The Hub token; None and True stand for the saved one.
+        revision: The branch to push to, made if it does not exist; default: the main one.
+        create_pr: Whether to open a pull request instead.
+        commit_message: The first line of the commit.
+        deadline: The time limit in seconds; default: one hour, and more for a folder that needs more at 2 MB/s.
+        card: A text that is sent in place of the folder's README.md.
 
     Returns:
-        Where it is.
+        The repository and the commit that hold the files now.
 
     Raises:
         IntegrityError: If the folder is not as it was saved, or holds links; nothing was sent.
@@ -167,7 +173,7 @@ def push_folder(
 
 
 def _checked_content(folder: Path, name: str, entry: FileEntry) -> Path | bytes:
-    """Of all but weights, the bytes that were checked: whatever is put in the file's place meanwhile is not sent."""
+    """Return the path of weights, or the checked bytes of another file, so that no later change to it is sent."""
     if is_weights_file(name):
         return folder / name
     descriptor = os.open(folder / name, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
@@ -211,11 +217,11 @@ def verify_repository(
     """Download what a repository's manifest lists and compare it with the manifest.
 
     Args:
-        repo_id: `user/name`.
-        revision: Branch, tag or commit.
-        token: Hub token.
-        cache_dir: Of downloads.
-        local_files_only: Never ask the Hub.
+        repo_id: The full name of the repository, `user/name`.
+        revision: A branch, tag or commit; default: the main branch.
+        token: The Hub token; None and True stand for the saved one.
+        cache_dir: The folder that keeps downloads; default: that of the Hub's client.
+        local_files_only: Whether only earlier downloads are used, and the Hub is never asked.
 
     Returns:
         The commit that was verified.
@@ -225,7 +231,7 @@ def verify_repository(
         HubError: If the repository cannot be read.
     """
     client = HubClient(repo_id, token, Deadline(_LONGEST_DOWNLOAD))
-    where: dict[str, Any] = {"cache_dir": cache_dir, "local_files_only": local_files_only}
+    where: Downloading = {"cache_dir": cache_dir, "local_files_only": local_files_only}
     manifest = client.fetch(MANIFEST_FILE, revision, **where)
     if manifest is None:
         raise IntegrityError(
@@ -248,12 +254,12 @@ def _raise_problems(problems: Mapping[str, list[str]], hint: str = "") -> None:
         raise IntegrityError(describe_problems(problems) + hint)
 
 
-def verify_saved(name: str, **where: Any) -> str | None:
+def verify_saved(name: str, **where: Unpack[Verifying]) -> str | None:
     """Check a folder, or a repository if there is no folder of that name.
 
     Args:
-        name: Folder or `user/name`.
-        **where: As for `verify_repository`.
+        name: The path of a folder, or the name of a repository, `user/name`.
+        **where: The options of `verify_repository`.
 
     Returns:
         The commit that was verified, or None for a folder.
@@ -283,7 +289,7 @@ def _start(push: _Push, private: bool | None, token: str | bool | None, deadline
 
 
 def _send(client: HubClient, push: _Push, private: bool | None) -> PushResult:
-    """Repository, branch, and then one commit on top of a known one, unless all is there."""
+    """Create repository and branch where they are missing, and commit once on top of a known commit."""
     client.create(private)
     info = client.repository()
     if info is not None:
@@ -316,7 +322,7 @@ def _send(client: HubClient, push: _Push, private: bool | None) -> PushResult:
 
 
 def _former_files(client: HubClient, parent: str) -> frozenset[str]:
-    """What the manifest of an earlier push lists."""
+    """Return the names of the files that the manifest of an earlier push lists."""
     manifest = client.fetch(MANIFEST_FILE, parent)
     try:
         return frozenset() if manifest is None else frozenset(read_manifest(manifest.parent))
@@ -325,7 +331,7 @@ def _former_files(client: HubClient, parent: str) -> frozenset[str]:
 
 
 def _landed(client: HubClient, push: _Push, parent: str, pulls: set[str]) -> PushResult | None:
-    """The commit whose answer was lost, if there is one.
+    """Return the result of a commit whose answer was lost, or None if no such commit arrived.
 
     Raises:
         HubConflictError: If the branch moved to something else than what was sent.

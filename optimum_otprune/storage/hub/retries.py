@@ -1,4 +1,4 @@
-"""Bounded retries against the Hub: what is worth another attempt, how long to wait, and what is said in the end."""
+"""Bounded retries against the Hub: which errors to retry, how long to wait, and which error is raised in the end."""
 
 import importlib
 import json
@@ -35,8 +35,8 @@ from optimum_otprune.errors import (
     HubUnavailableError,
 )
 
-ATTEMPTS = 6
-LONGEST_WAIT = 300.0
+ATTEMPTS = 6  # waiting 1, 2, 4, 8 and 16 seconds between them outlasts half a minute of trouble
+LONGEST_WAIT = 300.0  # seconds: the Hub counts requests in windows of five minutes, so no longer wait is needed
 
 _TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 _AGAIN = "Nothing local is lost; run it again"
@@ -53,13 +53,13 @@ T = TypeVar("T")
 
 
 class Deadline:
-    """Time that is left, and the wish to stop.
+    """A time limit, and the flag that tells a thread to stop.
 
     Args:
-        seconds: From now; infinity waits for ever.
+        seconds: The time limit in seconds from now; infinity waits forever.
 
     Raises:
-        ConfigurationError: If it is no number of seconds.
+        ConfigurationError: If `seconds` is not a number, or is below 0.
     """
 
     def __init__(self, seconds: float):
@@ -71,14 +71,14 @@ class Deadline:
 
     @property
     def left(self) -> float:
-        """Seconds, not below zero."""
+        """The seconds that are left, not below 0."""
         return max(0.0, self._end - time.monotonic())
 
     def run(self, work: Callable[[], T]) -> T:
         """Do the work in a thread that is left behind at the deadline: an upload can hang without ever saying so.
 
         Args:
-            work: Must look at `abandoned` before it changes anything that cannot be undone.
+            work: The function to run; it must check `abandoned` before it changes anything that cannot be undone.
 
         Raises:
             HubTimeoutError: If the deadline passed.
@@ -109,12 +109,12 @@ def with_retries(call: Callable[[], T], what: str, deadline: Deadline) -> T:
     """Call until it works, waiting 1, 2, 4, … seconds or what the server asks for.
 
     Args:
-        call: Safe to repeat.
-        what: For messages, such as `"The repository 'user/name'"`.
-        deadline: No attempt starts after it.
+        call: A function that is safe to repeat.
+        what: What messages name the repository, such as `"The repository 'user/name'"`.
+        deadline: The time limit, after which no attempt starts.
 
     Raises:
-        HubError: Of the fitting kind, when a retry would not help or did not.
+        HubError: If a retry would not help, or did not; the subclass says why.
     """
     for attempt in range(ATTEMPTS):
         if deadline.abandoned.is_set():
@@ -134,7 +134,7 @@ def with_retries(call: Callable[[], T], what: str, deadline: Deadline) -> T:
 
 
 def status_of(error: BaseException) -> int | None:
-    """HTTP status of an error, or of one that caused it."""
+    """Return the HTTP status of an error, or of one that caused it; None if there is none."""
     statuses = [each.response.status_code for each in _chain(error) if isinstance(each, HfHubHTTPError)]
     return statuses[0] if statuses else None
 
@@ -161,7 +161,7 @@ def _chain(error: BaseException) -> list[BaseException]:
 
 
 def waiting_time(error: BaseException, attempt: int) -> float:
-    """Seconds before the next attempt: what the server asks for, else doubling from one."""
+    """Return the seconds before the next attempt: what the server asks for, or else doubling from one."""
     asked = _asked_for(error)
     return min(LONGEST_WAIT, 2.0**attempt if asked is None else asked)
 
@@ -178,7 +178,7 @@ def _asked_for(error: BaseException) -> float | None:
 
 
 def explained(error: BaseException, what: str) -> HubError:
-    """The error as one of ours: what was wrong and what to do, without token, path or the client's pages of advice."""
+    """Return the error as one of ours: what was wrong and what to do, without token, path or the client's advice."""
     if any(isinstance(each, OfflineModeIsEnabled) for each in _chain(error)):
         return HubUnavailableError(f"The Hub was not asked: offline mode is on. {_AGAIN} with HF_HUB_OFFLINE unset.")
     if isinstance(error, LocalTokenNotFoundError):
@@ -237,7 +237,7 @@ def _timed_out() -> HubError:
 
 
 def _reason(error: BaseException, status: int | None) -> str:
-    """What the server says of metadata in one short line; other texts of the client carry paths and advice."""
+    """Return in a short line what the server says of metadata; other texts of the client hold paths and advice."""
     if isinstance(error, ValueError) and str(error).startswith("Invalid metadata in README.md"):
         return " ".join(str(error).split())[:300]
     return f"status {status}" if status is not None else type(error).__name__
