@@ -17,7 +17,8 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if "_optimum_register" not
 FLOORS = (
     ("errors",),
     ("functional", "storage"),
-    ("models", "config"),
+    ("models",),
+    ("config",),
     ("pruning",),
     ("checkpoints",),
     ("pruner",),

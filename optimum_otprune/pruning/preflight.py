@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.errors import ConfigurationError
 from optimum_otprune.models.ffn_block import FFNBlock, native_intercept
-from optimum_otprune.models.modeling_code import modeling_code
+from optimum_otprune.models.modeling_code import check_can_save
 from optimum_otprune.pruning.calibration.self_calibration import check_can_write
 
 
@@ -33,8 +33,8 @@ def check_feasible(model: PreTrainedModel, blocks: list[FFNBlock], config: OTPru
     if config.self_calibration:
         check_can_write(model, config.self_calibration)
     may_differ = config.allocation == "adaptive" or len(set(widths)) > 1
-    if may_differ and config.non_uniform_format == "per_layer_config":
-        modeling_code(model, blocks[0].spec)
+    if may_differ:
+        check_can_save(model, blocks[0].spec, config.non_uniform_format)
     return can_hold_intercept
 
 

@@ -20,6 +20,7 @@ from optimum_otprune.checkpoints.card.results import (
 )
 from optimum_otprune.config.options import OPTIONS_BY_NAME, PruningOptions
 from optimum_otprune.models.compatibility import tested_versions
+from optimum_otprune.models.save_formats import SaveFormat, save_format, saved_widths
 from optimum_otprune.pruning.comparison import Comparison
 from optimum_otprune.pruning.report import PruningReport
 
@@ -70,7 +71,14 @@ def model_card(
 
 def needs_remote_code(config: PruningOptions, report: PruningReport | None) -> bool:
     """Whether plain transformers cannot load the model without code from its repository."""
-    return report is not None and config.non_uniform_format == "per_layer_config" and len(set(report.widths)) > 1
+    uneven = None if report is None else _uneven_format(config, report)
+    return uneven is not None and uneven.needs_remote_code
+
+
+def _uneven_format(config: PruningOptions, report: PruningReport) -> SaveFormat | None:
+    """The save format of a model that was saved with layers of different widths."""
+    name = config.non_uniform_format
+    return save_format(name) if len(set(saved_widths(name, report.widths))) > 1 else None
 
 
 @cache
@@ -95,7 +103,7 @@ def _facts(config: PruningOptions, report: PruningReport, name: str, older_names
     report.check(is_finite=False)
     pairs = report.comparisons
     cited = citations(config, report.references, report.custom_functions)
-    base = hub_name(report.base_model)
+    base, uneven = hub_name(report.base_model), _uneven_format(config, report)
     before = [layer.intermediate_size_before for layer in report.layers]
     after = [layer.intermediate_size_after for layer in report.layers]
     return {
@@ -110,7 +118,7 @@ def _facts(config: PruningOptions, report: PruningReport, name: str, older_names
         "limitations": limitations(report),
         "versions_that_load": tested_versions(
             report.model_type,
-            needs_remote_code(config, report),
+            None if uneven is None else uneven.needs_transformers,
             escape(report.versions.get("transformers", "")),
             older_names,
         ),
