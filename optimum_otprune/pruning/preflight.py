@@ -1,11 +1,9 @@
 """What can be told to be impossible from a configuration and a model's architecture, before any work."""
 
-import warnings
-
 from transformers import PreTrainedModel
 
 from optimum_otprune.config.configuration import OTPruningConfig
-from optimum_otprune.errors import ConfigurationError
+from optimum_otprune.errors import ConfigurationError, warn_user
 from optimum_otprune.models.ffn_block import FFNBlock, native_intercept
 from optimum_otprune.models.modeling_code import check_can_save
 from optimum_otprune.pruning.calibration.self_calibration import check_can_write
@@ -46,8 +44,7 @@ def warn_of_empty(empty: int, channels: int) -> None:
         channels: All channels.
     """
     if empty:
-        warnings.warn(
+        warn_user(
             f"{empty:,} of {channels:,} FFN channels hold nothing but zeros, yet the ratio counts them. If the model "
-            "was pruned before and filled up with zeros, prune the dense model instead.",
-            stacklevel=5,
+            "was pruned before and filled up with zeros, prune the dense model instead."
         )

@@ -7,12 +7,11 @@ import re
 import secrets
 import stat
 import sys
-import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from optimum_otprune.errors import IntegrityError, OutputError
+from optimum_otprune.errors import IntegrityError, OutputError, warn_user
 from optimum_otprune.storage.manifest import MANIFEST_FILE, verify_folder
 from optimum_otprune.storage.outputs import (
     UNFINISHED_MODE,
@@ -305,10 +304,10 @@ def _remove(folder: Path, names: Collection[str]) -> None:
     except FileNotFoundError:
         return  # another process removes it, too
     except OSError as error:
-        warnings.warn(f"The folder {folder.name!r} could not be removed: {error.strerror}.", stacklevel=2)
+        warn_user(f"The folder {folder.name!r} could not be removed: {error.strerror}.")
         return
     if left:
-        warnings.warn(f"{folder.name!r} was not removed, since {left[0]!r} in it is not ours.", stacklevel=2)
+        warn_user(f"{folder.name!r} was not removed, since {left[0]!r} in it is not ours.")
 
 
 @contextmanager
