@@ -2,12 +2,11 @@
 
 import functools
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any, NoReturn, ParamSpec
 
 from optimum.configuration_utils import BaseConfig
 
@@ -18,7 +17,6 @@ from optimum_otprune.config.presets import METHOD_FIELDS, QUALITY_FIELDS
 from optimum_otprune.config.resolve import NUMBER_FIELDS, resolve
 from optimum_otprune.errors import ConfigurationError, OutputError, unknown_name, warn_user
 from optimum_otprune.storage.files import replace_file
-from optimum_otprune.storage.hub.push import PushResult, push_file
 from optimum_otprune.storage.outputs import output_path
 from optimum_otprune.storage.untrusted import visible, why_no_name
 
@@ -221,45 +219,39 @@ class OTPruningConfig(PruningOptions, BaseConfig):
         return read_options_file(Path(json_file))
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Write `otprune_config.json` into a folder, and upload it if asked.
+        """Write `otprune_config.json` into a folder.
 
         Args:
             save_directory: Made if it does not exist.
-            push_to_hub: Also upload the file to the repository `repo_id` (default: the folder's name).
-            **kwargs: For `push_to_hub`.
+            push_to_hub: Not supported, as is any further option; see `push_to_hub`.
+            **kwargs: Options of transformers for uploading.
 
         Raises:
             OutputError: If the folder or the file in it cannot be written.
-            HubError: See `push_to_hub`.
+            ConfigurationError: If it is to be uploaded.
         """
+        if push_to_hub or kwargs:
+            self.push_to_hub()
         folder = output_path(save_directory)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            content = self.to_json_string().encode()
-            replace_file(folder / CONFIG_FILE, content, folder / f".{CONFIG_FILE}.partial-{os.getpid()}")
+            replace_file(folder / CONFIG_FILE, self.to_json_string().encode())
         except OSError as error:
             raise OutputError(
                 f"{CONFIG_FILE!r} could not be written into {folder.name!r}: {error.strerror}. Give a folder "
                 "that can be written."
             ) from error
-        if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.path.abspath(folder))), **kwargs)
 
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> PushResult:  # type: ignore[override]
-        """Put `otprune_config.json` into a repository, whose other files stay.
-
-        Args:
-            repo_id: `user/name`, or a name alone for the token's own user; made if it does not exist.
-            **kwargs: `private`, `token`, `revision`, `create_pr`, `commit_message`, `deadline`, as for
-                `OTPruner.push_to_hub`.
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse to upload a configuration alone: it is pushed with the model that it pruned.
 
         Raises:
-            HubError: Of the fitting kind.
+            ConfigurationError: Always.
         """
-        kwargs.setdefault("commit_message", "Upload a pruning configuration")
-        with tempfile.TemporaryDirectory(prefix="otprune-push-") as folder:
-            self.save_pretrained(folder)
-            return push_file(Path(folder) / CONFIG_FILE, repo_id, **kwargs)
+        raise ConfigurationError(
+            "A configuration is not pushed alone. Push the pruned model, which has it beside it, by "
+            "`OTPruner.push_to_hub`; or save it, and upload the file by `hf upload`."
+        )
 
 
 def _absent_budgets(given: Mapping[str, Any]) -> set[str]:

@@ -267,8 +267,7 @@ class PruningReport:
     def save(self, path: str | os.PathLike) -> None:
         """Write the report as JSON."""
         text = json.dumps(self.to_dict(), indent=2, sort_keys=True, allow_nan=False)
-        file = Path(os.path.expanduser(path))
-        replace_file(file, (text + "\n").encode(), file.with_name(f".{file.name}.partial-{os.getpid()}"))
+        replace_file(Path(os.path.expanduser(path)), (text + "\n").encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "PruningReport":

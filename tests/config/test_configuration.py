@@ -42,6 +42,20 @@ def test_every_preset_survives_dictionary_file_pickle_and_copy(method, tmp_path)
     assert set(json.loads((tmp_path / CONFIG_FILE).read_text())) == {*OPTIONS_BY_NAME, "optimum_otprune_version"}
 
 
+@pytest.mark.parametrize(
+    "push",
+    [
+        lambda config, folder: config.push_to_hub("me/x", private=True),
+        lambda config, folder: config.save_pretrained(folder, push_to_hub=True),
+        lambda config, folder: config.save_pretrained(folder, repo_id="me/x"),
+    ],
+)
+def test_a_configuration_is_not_pushed_without_its_model(push, tmp_path):
+    with pytest.raises(ConfigurationError, match="is not pushed alone. Push the pruned model.* or save it"):
+        push(OTPruningConfig(), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 BAD_RATIOS = (-0.1, 1, 1.0, 1.5, float("nan"), float("inf"), "half", "0.5", True, None, [0.5], 1 + 0j)
 
 

@@ -13,6 +13,7 @@ from optimum_otprune.checkpoints.card.metadata import card_metadata, copied_meta
 from optimum_otprune.checkpoints.card.plots import PLOT_FILE
 from optimum_otprune.checkpoints.card.reproduction import Run, command, literal, python_lines
 from optimum_otprune.checkpoints.card.results import (
+    HUB,
     UNNAMED_DATA,
     evaluated_on_calibration_data,
     hub_name,
@@ -24,7 +25,6 @@ from optimum_otprune.models.save_formats import SaveFormat, save_format, saved_w
 from optimum_otprune.pruning.comparison import Comparison
 from optimum_otprune.pruning.report import PruningReport
 
-_HUB = "https://huggingface.co"
 _MANY_LAYERS = 16
 _BASE_PLACEHOLDER = "BASE_MODEL"
 _CALIBRATION_PLACEHOLDER = "CALIBRATION_DATA"
@@ -107,7 +107,7 @@ def _facts(config: PruningOptions, report: PruningReport, name: str, older_names
     before = [layer.intermediate_size_before for layer in report.layers]
     after = [layer.intermediate_size_after for layer in report.layers]
     return {
-        "base": _nameless(report) if base is None else link(base, f"{_HUB}/{base}"),
+        "base": _nameless(report) if base is None else link(base, f"{HUB}/{base}"),
         "method": config.method,
         "widths_before": _range(before),
         "widths_after": _range(after),
@@ -214,7 +214,7 @@ def _data(config: PruningOptions, data: str, split: str) -> str:
     details = [config.dataset_config] if dataset == config.dataset and config.dataset_config else []
     details += [f"split {split}"] if split else []
     suffix = f" ({escape(', '.join(details))})" if details else ""
-    return link(dataset, f"{_HUB}/datasets/{dataset}") + suffix
+    return link(dataset, f"{HUB}/datasets/{dataset}") + suffix
 
 
 def _evaluation(config: PruningOptions, report: PruningReport, pair: Comparison) -> dict[str, Any]:

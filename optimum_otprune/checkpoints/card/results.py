@@ -8,6 +8,7 @@ from optimum_otprune.pruning.report import ADDED_BIASES, PruningReport, named_la
 from optimum_otprune.storage.hub.client import is_hub_id
 
 # How `calibration` names data that have no public name.
+HUB = "https://huggingface.co"
 UNNAMED_DATA: Mapping[str, str] = {
     "token ids": "token ids that were passed in",
     "texts": "a list of texts that was passed in",

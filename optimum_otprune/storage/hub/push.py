@@ -64,7 +64,6 @@ class _Push(NamedTuple):
         repo_id: `user/name`.
         files: Contents by name: a file, or bytes.
         entries: Sizes and digests by name.
-        replaces_weights: Whether weights that are not among the files are deleted.
         revision: Branch, or None for the main one.
         create_pr: Whether to open a pull request.
         message: Of the commit.
@@ -74,7 +73,6 @@ class _Push(NamedTuple):
     repo_id: str
     files: Mapping[str, Path | bytes]
     entries: Mapping[str, FileEntry]
-    replaces_weights: bool
     revision: str | None
     create_pr: bool
     message: str
@@ -87,9 +85,7 @@ class _Push(NamedTuple):
     def stale(self, tree: Mapping[str, RepoFile]) -> list[str]:
         """Weights, and files of an earlier push, that are not among the files: a loader would mix them with these."""
         return sorted(
-            name
-            for name in tree
-            if self.replaces_weights and (is_weights_file(name) or name in self.former) and name not in self.files
+            name for name in tree if (is_weights_file(name) or name in self.former) and name not in self.files
         )
 
     def operations(self, tree: Mapping[str, RepoFile]) -> list[Any]:
@@ -162,7 +158,7 @@ def push_folder(
         MANIFEST_FILE: manifest,
     }
     entries[MANIFEST_FILE] = _entry(manifest)
-    push = _Push(repo_id, files, entries, True, revision, create_pr, commit_message or _MESSAGE)
+    push = _Push(repo_id, files, entries, revision, create_pr, commit_message or _MESSAGE)
     return _start(push, private, token, deadline)
 
 
@@ -180,24 +176,6 @@ def _checked_content(folder: Path, name: str, entry: FileEntry) -> Path | bytes:
 
 def _entry(content: bytes) -> FileEntry:
     return FileEntry(len(content), hashlib.sha256(content).hexdigest())
-
-
-def push_file(
-    file: Path,
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    token: str | bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    commit_message: str | None = None,
-    deadline: float | None = None,
-) -> PushResult:
-    """Put one file into a repository, whose other files stay; arguments and errors are those of `push_folder`."""
-    push = _Push(
-        repo_id, {file.name: file}, {file.name: digest(file)}, False, revision, create_pr, commit_message or _MESSAGE
-    )
-    return _start(push, private, token, deadline)
 
 
 def verify_repository(
@@ -292,7 +270,7 @@ def _send(client: HubClient, push: _Push, private: bool | None) -> PushResult:
     tree = client.tree(parent)
     if push.holds(tree):
         return PushResult(client.repo_id, parent, client.url, changed=False)
-    if push.replaces_weights and MANIFEST_FILE in tree:
+    if MANIFEST_FILE in tree:
         push = push._replace(former=_former_files(client, parent))
     pulls = client.pull_requests() if push.create_pr else set()
     attempted = False

@@ -116,15 +116,6 @@ def test_options_of_pushing_without_pushing_are_refused(llama, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_configuration_is_pushed_alone_and_read_again(hub, worker, tmp_path):
-    text = OTPruningConfig(pruning_ratio=0.25).to_json_string()
-    for repo_id, folder in (("me/one", None), ("me/two", str(tmp_path / "two"))):
-        answer = worker("push_config", repo_id=repo_id, folder=folder)
-        assert answer.errors == [], answer.message
-        assert answer.result == text
-        assert hub.state.files(repo_id) == {"otprune_config.json": text.encode()}
-
-
 def test_only_listed_files_are_sent_and_only_stale_weights_are_deleted(hub, worker, saved):
     (saved / "notes.md").write_text("private")
     (saved / ".env").write_text("secret")

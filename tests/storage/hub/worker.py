@@ -21,17 +21,6 @@ def push(folder: str, repo_id: str, **options: Any) -> dict[str, Any]:
     return push_folder(Path(folder), repo_id, **options)._asdict()
 
 
-def push_config(repo_id: str, folder: str | None = None, **options: Any) -> str:
-    from optimum_otprune.config.configuration import OTPruningConfig
-
-    config = OTPruningConfig(pruning_ratio=0.25)
-    if folder is None:
-        config.push_to_hub(repo_id, **options)
-    else:
-        config.save_pretrained(folder, push_to_hub=True, repo_id=repo_id, **options)
-    return OTPruningConfig.from_pretrained(repo_id).to_json_string()
-
-
 def save(folder: str, **options: Any) -> str:
     from optimum_otprune.pruner import OTPruner
     from tests.conftest import make_llama
@@ -67,7 +56,6 @@ JOBS = {
     "command": command,
     "load": load,
     "push": push,
-    "push_config": push_config,
     "push_model": push_model,
     "save": save,
     "verify": verify_repository,
