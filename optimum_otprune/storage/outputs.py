@@ -34,9 +34,8 @@ _CLOSED = ("source_model", "state", "offload_folder")  # a result inside would b
 _SPACE_MARGIN = 1.1
 _LARGEST_JSON = 1 << 26  # bytes
 TOKEN_BYTES = 8  # of the random part of a hidden folder's name
-_AROUND = len(
-    partial_name("", "0" * 2 * TOKEN_BYTES)
-)  # bytes that a hidden name beside the output has more than the output's
+# Bytes that a hidden name beside the output has more than the output's own.
+_AROUND = len(partial_name("", "0" * 2 * TOKEN_BYTES))
 _INSIDE = 160  # bytes of the longest name in a saved folder, such as that of a chat template
 # Mode of a hidden folder as long as it is being written. A folder that is finished has lost the sticky bit, so that an
 # earlier output which took a hidden name when the new one took its place is never taken for one.

@@ -51,7 +51,7 @@ def parse_json(blob: bytes) -> Any:
         raise ValueError("it is nested too deeply") from error
     except ValueError as error:
         raise ValueError(f"it is not valid JSON ({error})") from error
-    level, depth = [value], 0
+    level, depth = _inner([value]), 0
     while level := [inner for outer in level for inner in _inner(outer)]:
         depth += 1
         if depth > _DEEPEST:
@@ -116,5 +116,5 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _inner(value: Any) -> list[Any]:
-    values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    values = value.values() if isinstance(value, dict) else value
     return [inner for inner in values if isinstance(inner, (dict, list))]

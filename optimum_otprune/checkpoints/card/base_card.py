@@ -83,7 +83,7 @@ def checked_base_card(values: Mapping[str, Any]) -> dict[str, Any]:
             if isinstance(value, str) and pattern.fullmatch(value):
                 checked[name] = value
     languages = values.get("language")
-    given = [languages] if isinstance(languages, str) else languages if isinstance(languages, list) else []
+    given = languages if isinstance(languages, list) else [languages]
     valid = [entry for entry in given[:_MAX_LANGUAGES] if isinstance(entry, str) and _LANGUAGE.fullmatch(entry)]
     return checked | ({"language": valid} if valid else {})
 

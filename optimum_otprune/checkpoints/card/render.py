@@ -7,7 +7,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined, Template
 
-from optimum_otprune.checkpoints.card.citations import bibliography, citations
+from optimum_otprune.checkpoints.card.citations import Citation, bibliography, citations
 from optimum_otprune.checkpoints.card.markdown import escape, fenced, link, plain_text
 from optimum_otprune.checkpoints.card.metadata import card_metadata, copied_metadata
 from optimum_otprune.checkpoints.card.plots import PLOT_FILE
@@ -133,19 +133,21 @@ def _facts(config: PruningOptions, report: PruningReport, name: str, older_names
             for key, value in copied_metadata(report).items()
             if key.startswith("license")
         },
-        "citations": [
-            {
-                "step": citation.step,
-                "used": escape(citation.used),
-                "source": link(citation.reference.short if citation.reference else citation.url, citation.url)
-                if citation.url
-                else escape(citation.reference.short if citation.reference else ""),
-                "title": escape(citation.reference.title) if citation.reference else "",
-            }
-            for citation in cited
-        ],
+        "citations": [_cited(citation) for citation in cited],
         "bibliography_block": fenced(bibliography(cited), "bibtex"),
         **_reproduction(config, report, name),
+    }
+
+
+def _cited(citation: Citation) -> dict[str, str]:
+    """What the template shows of a citation."""
+    reference = citation.reference
+    shown = reference.short if reference else citation.url
+    return {
+        "step": citation.step,
+        "used": escape(citation.used),
+        "source": link(shown, citation.url) if citation.url else escape(shown),
+        "title": escape(reference.title) if reference else "",
     }
 
 
