@@ -1,12 +1,15 @@
-"""Every error of this package: `OTPruneError` and the fitting builtin, so both can be caught."""
+"""How the package says what is wrong: errors, each an `OTPruneError` and the fitting builtin, and warnings."""
 
 import difflib
 import os
 import re
+import sys
+import warnings
 from collections.abc import Iterable
 from urllib.parse import unquote
 
 _USER = re.compile(r"(?<=://)[^/\s'\"]*@")  # the user part of an address
+_PACKAGE = __name__.partition(".")[0]
 _SHORTEST = 3  # characters of a credential that is removed outside addresses, too; shorter ones occur in any text
 
 
@@ -146,3 +149,19 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(name), known, n=1)
     suggestion = f" Did you mean {near[0]!r}?" if near else ""
     return f"Unknown {kind} {name!r}.{suggestion} Known: {', '.join(known)}."
+
+
+def warn_user(message: str) -> None:
+    """Warn with a `UserWarning` that points to the line by which this package was called.
+
+    It is looked for from the outermost call on, since library code such as a context manager may stand in between.
+
+    Args:
+        message: What is wrong, and what to do.
+    """
+    frame, depth, called = sys._getframe(), 1, 1
+    while frame.f_back is not None:
+        if str(frame.f_globals.get("__name__")).partition(".")[0] == _PACKAGE:
+            called = depth + 1
+        frame, depth = frame.f_back, depth + 1
+    warnings.warn(message, stacklevel=called)

@@ -17,7 +17,8 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if "_optimum_register" not
 FLOORS = (
     ("errors",),
     ("functional", "storage"),
-    ("models", "config"),
+    ("models",),
+    ("config",),
     ("pruning",),
     ("checkpoints",),
     ("pruner",),
@@ -138,6 +139,10 @@ def test_the_hub_is_spoken_to_in_one_place_and_never_by_a_push_of_transformers()
     assert {name for name, text in texts.items() if "HfApi" in text} == {"storage/hub/client.py"}
     for word in ("upload_folder", "super().push_to_hub", "model.push_to_hub"):
         assert not [name for name, text in texts.items() if word in text]
+
+
+def test_warnings_name_the_users_line_since_they_are_given_in_one_place():
+    assert {name_of(path) for path in FILES if "warnings.warn(" in path.read_text(encoding="utf-8")} == {"errors.py"}
 
 
 def test_what_a_hub_id_is_is_said_in_one_place():

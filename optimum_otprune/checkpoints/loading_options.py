@@ -37,8 +37,9 @@ def check_loading_options(given: Mapping[str, Any]) -> dict[str, Any]:
     options = {**LOADING_DEFAULTS, **given}
     _check_dtype(options["dtype"])
     places, memory = options["device_map"], options["max_memory"]
-    for place in places.values() if isinstance(places, Mapping) else () if places is None else (places,):
-        _check_place(place, places)
+    if places is not None:
+        for place in places.values() if isinstance(places, Mapping) else (places,):
+            _check_place(place, places)
     if memory is not None and not isinstance(memory, Mapping):
         raise ConfigurationError(f"`max_memory` is {memory!r}; want a dictionary, such as {{'cpu': '4GB', 0: '8GB'}}.")
     for device, size in (memory or {}).items():

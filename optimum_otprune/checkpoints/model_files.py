@@ -17,9 +17,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from optimum_otprune.models.architectures import find_spec
 from optimum_otprune.models.compatibility import usable_class, with_older_names, with_older_tokenizer
-from optimum_otprune.models.modeling_code import MODELING_FILE, modeling_code
+from optimum_otprune.models.modeling_code import MODELING_FILE, needed_modeling_code
 from optimum_otprune.models.wrappers import has_own_code
 from optimum_otprune.storage.untrusted import read_json
 
@@ -122,11 +121,11 @@ def _added(tokenizer: PreTrainedTokenizerBase | None) -> dict[str, bool]:
 
 
 def _save_model(model: PreTrainedModel, folder: Path, max_shard_size: int | str) -> None:
-    """The model, with a modeling file if its layers differ in width."""
-    if not getattr(model.config, "is_heterogeneous", False):
+    """The model, with a modeling file if its save format needs one."""
+    code = needed_modeling_code(model)
+    if code is None:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         return
-    code = modeling_code(model, find_spec(model)[1])
     model.config.auto_map = code.auto_map
     # Tensors named as the modeling file has them: transformers converts older names for its own classes only.
     model.save_pretrained(folder, max_shard_size=max_shard_size, save_original_format=False)

@@ -11,6 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers.models.auto import modeling_auto
 
 from optimum_otprune.errors import ModelLoadError
+from optimum_otprune.storage.manifest import INDEX_FILE, WEIGHTS_FILE
 from optimum_otprune.storage.untrusted import visible
 
 _CAUSAL = "AutoModelForCausalLM"
@@ -31,7 +32,6 @@ _AUTO_CLASSES: Mapping[str, Mapping[str, Any]] = {
     "AutoModel": modeling_auto.MODEL_MAPPING_NAMES,
 }
 ADAPTER_FILE = "adapter_config.json"
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _POINTER = b"version https://git-lfs"
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -66,8 +66,11 @@ _OTHER_WEIGHTS: tuple[tuple[str, str], ...] = (
     ("*.gguf", f"has its weights in a GGUF file: {_DEQUANTIZE}"),
     ("tf_model*.h5", "has weights of TensorFlow only. Convert them with transformers 4 (`from_tf=True`)"),
     ("flax_model*.msgpack", "has weights of Flax only. Convert them with transformers 4 (`from_flax=True`)"),
-    ("model-*-of-*.safetensors", f"has shards of weights, but no {_INDEX} that says what is where. Download it again"),
-    ("model.*.safetensors", f"has weights of a variant only. Rename them to {_WEIGHTS}"),
+    (
+        "model-*-of-*.safetensors",
+        f"has shards of weights, but no {INDEX_FILE} that says what is where. Download it again",
+    ),
+    ("model.*.safetensors", f"has weights of a variant only. Rename them to {WEIGHTS_FILE}"),
     ("adapter_model.safetensors", "has weights of an adapter only. Merge them into the base model first"),
     ("*.pt*", f"has its weights in files of torch, which could run code when loaded. {_CONVERT}"),
 )
@@ -90,9 +93,9 @@ def check_folder(folder: Path, needs_weights: bool = True) -> None:
     check_config(f"The folder {folder.name!r}", config, (folder / ADAPTER_FILE).is_file())
     if not needs_weights:
         return
-    if (folder / _INDEX).is_file():
+    if (folder / INDEX_FILE).is_file():
         _check_shards(folder)
-    elif not (folder / _WEIGHTS).is_file():
+    elif not (folder / WEIGHTS_FILE).is_file():
         found = _first(folder, _OTHER_WEIGHTS) or "has no weights in it. Download it again"
         raise ModelLoadError(f"The folder {folder.name!r} {found}.")
 
@@ -293,23 +296,23 @@ def _check_pointers(folder: Path) -> None:
 
 def _check_shards(folder: Path) -> None:
     """Shards are there, and lie in the folder: the loader would follow a name such as `../other` out of it."""
-    weight_map = _json(folder / _INDEX).get("weight_map")
+    weight_map = _json(folder / INDEX_FILE).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise ModelLoadError(
-            f"{_INDEX} in {folder.name!r} is damaged: want an object with a `weight_map` from tensors to files. "
+            f"{INDEX_FILE} in {folder.name!r} is damaged: want an object with a `weight_map` from tensors to files. "
             "Download it again."
         )
     shards = sorted(set(weight_map.values()))
     strange = [shard for shard in shards if Path(shard).name != shard or "\\" in shard]
     if strange:
         raise ModelLoadError(
-            f"{_INDEX} in {folder.name!r} names a file outside the folder: {strange[0][:60]!r}. Get the model from "
-            "somebody you trust."
+            f"{INDEX_FILE} in {folder.name!r} names a file outside the folder: {strange[0][:60]!r}. Get the model "
+            "from somebody you trust."
         )
     missing = [shard for shard in shards if not (folder / shard).is_file()]
     if missing:
         raise ModelLoadError(
-            f"The folder {folder.name!r} lacks {len(missing)} of the {len(shards)} files of weights that {_INDEX} "
+            f"The folder {folder.name!r} lacks {len(missing)} of the {len(shards)} files of weights that {INDEX_FILE} "
             f"lists, such as {missing[0][:60]!r}. Download it again."
         )
 

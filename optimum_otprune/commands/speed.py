@@ -21,6 +21,7 @@ from optimum_otprune.errors import UsageError
 from optimum_otprune.functional.ffn import first_channels
 from optimum_otprune.functional.selection import kept_width
 from optimum_otprune.models.block_runner import input_device
+from optimum_otprune.models.devices import weight_bytes
 from optimum_otprune.models.ffn_block import FFNBlock, dense_width, ffn_blocks
 from optimum_otprune.models.flops import forward_flops
 from optimum_otprune.models.timing import devices_of, wait_for_devices
@@ -292,7 +293,7 @@ def _generate(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> _Run:
             f"A {type(model).__name__} keeps no KV cache, so it cannot generate text step by step. Give "
             "`new_tokens=0` to measure its prefill alone."
         )
-    peak = None if before is None else torch.cuda.max_memory_allocated(device) - before + _weight_bytes(model)
+    peak = None if before is None else torch.cuda.max_memory_allocated(device) - before + weight_bytes(model)
     return _Run(times[0] - start, end - times[0], peak, _cache_bytes(cache))
 
 
@@ -329,10 +330,6 @@ def _keeps_logits(model: PreTrainedModel) -> bool:
 def _cache_argument(model: PreTrainedModel) -> str:
     """What the model calls its cache: `cache` from transformers 5.24 on, before that `past_key_values`."""
     return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
-
-
-def _weight_bytes(model: PreTrainedModel) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 def _cache_bytes(cache: DynamicCache) -> int:

@@ -16,7 +16,7 @@ from optimum_otprune.config.options import BUDGET_FIELDS, OPTIONS, OPTIONS_BY_NA
 from optimum_otprune.config.options_file import CONFIG_FILE, FOREIGN_KEYS, known_options, read_options_file
 from optimum_otprune.config.presets import METHOD_FIELDS, QUALITY_FIELDS
 from optimum_otprune.config.resolve import NUMBER_FIELDS, resolve
-from optimum_otprune.errors import ConfigurationError, OutputError, unknown_name
+from optimum_otprune.errors import ConfigurationError, OutputError, unknown_name, warn_user
 from optimum_otprune.storage.files import replace_file
 from optimum_otprune.storage.hub.push import PushResult, push_file
 from optimum_otprune.storage.outputs import output_path
@@ -182,10 +182,9 @@ class OTPruningConfig(PruningOptions, BaseConfig):
         given = {name: values[name] for name in NUMBER_FIELDS if values.get(name) is not None}
         unread = [f"`{name}={value!r}`" for name, value in given.items() if value != getattr(config, name)]
         if unread:
-            warnings.warn(
+            warn_user(
                 f"This configuration sets {', '.join(unread)}, which nothing reads with its other options. It is left "
-                "out.",
-                stacklevel=3,
+                "out."
             )
         return config
 
@@ -236,8 +235,7 @@ class OTPruningConfig(PruningOptions, BaseConfig):
         folder = output_path(save_directory)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            content = self.to_json_string().encode()
-            replace_file(folder / CONFIG_FILE, content, folder / f".{CONFIG_FILE}.partial-{os.getpid()}")
+            replace_file(folder / CONFIG_FILE, self.to_json_string().encode())
         except OSError as error:
             raise OutputError(
                 f"{CONFIG_FILE!r} could not be written into {folder.name!r}: {error.strerror}. Give a folder "

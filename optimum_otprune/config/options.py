@@ -7,12 +7,13 @@ import copy
 import dataclasses
 import json
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from optimum_otprune.config.presets import METHODS, QUALITIES
 from optimum_otprune.config.quantities import COUNT_UNITS, LARGEST_COUNT, LARGEST_SEED, SIZE_UNITS
+from optimum_otprune.models.save_formats import save_formats
 
 # Alternatives: a configuration has exactly one of them.
 BUDGET_FIELDS = ("pruning_ratio", "target_parameters", "target_size")
@@ -28,7 +29,7 @@ class Rules(NamedTuple):
         maximum: The largest number.
         below: Numbers are smaller than it.
         above: Numbers are larger than it.
-        choices: Names that are allowed, where the type does not say.
+        choices: Names that are allowed, where the type does not say, or a function that lists those registered now.
         units: Of numbers that may be given as strings, or as shares of what the dense model has.
     """
 
@@ -37,7 +38,7 @@ class Rules(NamedTuple):
     maximum: float | None = None
     below: float | None = None
     above: float | None = None
-    choices: tuple[str, ...] | None = None
+    choices: tuple[str, ...] | Callable[[], Sequence[str]] | None = None
     units: Mapping[str, int] | None = None
 
 
@@ -53,8 +54,13 @@ class Option(NamedTuple):
     kind: type
     default: Any
     rules: Rules
-    choices: tuple[str, ...] | None
+    names: tuple[str, ...] | Callable[[], Sequence[str]] | None
     optional: bool
+
+    @property
+    def choices(self) -> tuple[str, ...] | None:
+        """The names that are allowed now, or None where any is."""
+        return tuple(self.names()) if callable(self.names) else self.names
 
     @property
     def help(self) -> str:
@@ -107,10 +113,11 @@ class PruningOptions:
         (), "layers that are not pruned, by index; the ratio is that of the others", minimum=0
     )
     layer_ratios: Mapping[int, float] = _field({}, "pruning ratios of single layers, by index", minimum=0.0, below=1.0)
-    non_uniform_format: Literal["pad", "per_layer_config"] = _field(
+    non_uniform_format: str = _field(
         "pad",
         "how layers of different widths are saved: filled up with zeros to the widest (pad: loads everywhere), or as "
         "they are with a modeling file beside them (per_layer_config: loads with trust_remote_code)",
+        choices=save_formats.names,
     )
     method: str = _field("otprune", "preset of the fields below that are left unset", choices=tuple(METHODS))
     multiple_of: int = _field(
@@ -232,18 +239,18 @@ class PruningOptions:
 def _option(field: dataclasses.Field, annotation: Any) -> Option:
     rules: Rules = field.metadata["rules"]
     members = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
-    kind, choices = members[0], rules.choices
+    kind, names = members[0], rules.choices
     origin = get_origin(kind)
     if origin is Sequence:
         (entry,) = get_args(kind)
-        kind, choices = tuple, get_args(entry) or None
+        kind, names = tuple, get_args(entry) or None
     elif origin is Mapping:
         kind = dict
     elif origin is Literal:
-        kind, choices = str, get_args(kind)
+        kind, names = str, get_args(kind)
     default = {} if field.default is dataclasses.MISSING else field.default
     optional = type(None) in members and field.name != "pruning_ratio"  # None there only beside a target
-    return Option(field.name, kind, default, rules, choices, optional)
+    return Option(field.name, kind, default, rules, names, optional)
 
 
 _ANNOTATIONS = get_type_hints(PruningOptions)

@@ -1,7 +1,6 @@
 """`otprune_config.json`: read without torch, so that a card is rendered fast."""
 
 import re
-import warnings
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 from optimum_otprune.config.checks import check_option
 from optimum_otprune.config.options import OPTIONS, OPTIONS_BY_NAME, VERSION_KEY, PruningOptions
-from optimum_otprune.errors import ConfigurationError, unknown_name
+from optimum_otprune.errors import ConfigurationError, unknown_name, warn_user
 from optimum_otprune.storage.untrusted import read_json, visible
 
 CONFIG_FILE = "otprune_config.json"
@@ -73,10 +72,9 @@ def known_options(values: Mapping[str, Any]) -> dict[str, Any]:
     if unknown and not _is_newer(written_by):
         raise ConfigurationError(unknown_name("option", unknown[0], OPTIONS_BY_NAME))
     if unknown:
-        warnings.warn(
+        warn_user(
             f"This configuration was written by optimum_otprune {visible(written_by, 40)}, this is {_version()}. "
-            f"Unknown options are left out: {visible(', '.join(unknown))}. Upgrade optimum_otprune to use them.",
-            stacklevel=3,
+            f"Unknown options are left out: {visible(', '.join(unknown))}. Upgrade optimum_otprune to use them."
         )
     return known
 

@@ -1,6 +1,5 @@
 """How the method, the strategy and the quality fill in the options that are left unset, and what contradicts what."""
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +12,7 @@ from optimum_otprune.config.presets import (
     RIDGE_FIELDS,
     TRANSPORT_FIELDS,
 )
-from optimum_otprune.errors import ConfigurationError, unknown_name
+from optimum_otprune.errors import ConfigurationError, unknown_name, warn_user
 from optimum_otprune.functional.costs import costs
 from optimum_otprune.functional.importance import importances
 from optimum_otprune.functional.marginals import distributions, mixtures, strategies
@@ -81,10 +80,9 @@ def resolve(values: dict[str, Any], explicit: set[str], asked: set[str]) -> dict
     if chosen["compensation"] == "bias" and "intercept" not in explicit:
         chosen["intercept"] = "always"
     if "importance" in explicit and "selection" not in explicit and chosen["selection"] == "obs":
-        warnings.warn(
+        warn_user(
             f"With selection='obs' the importance {chosen['importance']!r} only breaks ties; set selection='top' to "
-            "select by it, or selection='obs' to silence this.",
-            stacklevel=4,
+            "select by it, or selection='obs' to silence this."
         )
     unused = unused_fields(chosen)
     for name, reason in unused.items():

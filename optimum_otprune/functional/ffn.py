@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from optimum_otprune.errors import NumericalError, ShapeError
 
@@ -67,6 +68,30 @@ class FFNWeights(NamedTuple):
             gate=None if self.gate is None else self.gate[channels],
             up_bias=None if self.up_bias is None else self.up_bias[channels],
             gate_bias=None if self.gate_bias is None else self.gate_bias[channels],
+            down_bias=self.down_bias,
+        )
+
+    def padded(self, width: int) -> "FFNWeights":
+        """Add channels of zeros up to a width; the outputs of the FFN stay as they are.
+
+        Args:
+            width: The number of channels of the result, at least as many as now.
+
+        Example:
+            >>> FFNWeights(up=torch.ones(2, 3), down=torch.ones(3, 2)).padded(4).down[0]
+            tensor([1., 1., 0., 0.])
+        """
+        missing = width - self.intermediate_size
+
+        def longer(bias: Tensor | None) -> Tensor | None:
+            return None if bias is None else pad(bias, (0, missing))
+
+        return FFNWeights(
+            up=pad(self.up, (0, 0, 0, missing)),
+            down=pad(self.down, (0, missing)),
+            gate=None if self.gate is None else pad(self.gate, (0, 0, 0, missing)),
+            up_bias=longer(self.up_bias),
+            gate_bias=longer(self.gate_bias),
             down_bias=self.down_bias,
         )
 

@@ -7,7 +7,6 @@ from optimum_otprune.storage.untrusted import read_json
 
 # Versions between which logits and token ids of saved folders were compared (benchmarks/compatibility.py).
 OLDER_VERSION, NEWER_VERSION = "4.57", "5.23"
-PER_LAYER_VERSION = "5.15"  # the first one with `per_layer_config`
 
 # `model_type` of the models that were compared.
 # fmt: off
@@ -164,17 +163,17 @@ def usable_class(name: object, config: Mapping[str, object]) -> str | None:
     return name if kind in _READ_AS_IT_IS and not remakes else None
 
 
-def tested_versions(model_type: str | None, per_layer: bool, saved_with: str | None, older_names: bool) -> str:
+def tested_versions(model_type: str | None, needed: str | None, saved_with: str | None, older_names: bool) -> str:
     """Return a sentence on which versions of transformers load a folder.
 
     Args:
         model_type: The `model_type` of the model's configuration.
-        per_layer: Whether layers differ in width, so that the configuration has a `per_layer_config`.
+        needed: The oldest version that the save format of its layers can do with, where that sets a limit.
         saved_with: The version of transformers that wrote the folder, according to the report.
         older_names: Whether the configuration has the names that older versions read.
     """
-    if per_layer:
-        return f"It needs transformers {PER_LAYER_VERSION} or newer."
+    if needed is not None:
+        return f"It needs transformers {needed} or newer."
     if model_type in COMPARED and older_names:
         return (
             f"It loads with transformers {OLDER_VERSION} and newer: models of this type gave equal logits in "

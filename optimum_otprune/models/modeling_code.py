@@ -1,14 +1,15 @@
 """The modeling file beside a model whose layers differ in width; it needs nothing but transformers."""
 
-from importlib.resources import files
 from string import Template
 from typing import NamedTuple
 
 import transformers
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
+from transformers.utils.versions import require_version
 
 from optimum_otprune.errors import UnsupportedModelError
-from optimum_otprune.models.architectures import ARCHITECTURES, BUILT_IN, FFNSpec
+from optimum_otprune.models.architectures import ARCHITECTURES, BUILT_IN, FFNSpec, find_spec
+from optimum_otprune.models.save_formats import save_format, save_formats
 
 MODELING_FILE = "modeling_otprune.py"
 _AUTO_CLASS = "AutoModelForCausalLM"
@@ -26,39 +27,74 @@ class ModelingCode(NamedTuple):
     auto_map: dict[str, str]
 
 
-def modeling_code(model: PreTrainedModel, spec: FFNSpec) -> ModelingCode:
-    """Return the modeling file of a model, made from names of transformers and of this package alone.
+def check_can_save(model: PreTrainedModel, spec: FFNSpec, non_uniform_format: str) -> None:
+    """Raise where layers of different widths could not be saved as asked for.
+
+    Args:
+        model: The dense model; its weights are not read.
+        spec: Where its FFN is.
+        non_uniform_format: The registered name of the save format.
+
+    Raises:
+        UnsupportedModelError: If transformers is too old, or modeling code is needed that cannot be written.
+    """
+    chosen = save_format(non_uniform_format)
+    if chosen.needs_transformers is not None:
+        try:
+            require_version(f"transformers>={chosen.needs_transformers}")
+        except ImportError as error:
+            raise UnsupportedModelError(
+                f"`non_uniform_format={non_uniform_format!r}` needs transformers {chosen.needs_transformers} or "
+                f"newer; this is {transformers.__version__}. Upgrade it, or use non_uniform_format='pad'."
+            ) from error
+    if chosen.needs_remote_code:
+        _library_class(model, spec)
+    chosen.check(model)
+
+
+def needed_modeling_code(model: PreTrainedModel) -> ModelingCode | None:
+    """Write the modeling file that a finished model needs beside it; None where it loads without one.
+
+    Args:
+        model: As it is saved.
+
+    Raises:
+        UnsupportedModelError: As for `modeling_code`.
+    """
+    for name in save_formats.names():
+        template = save_format(name).modeling_template(model.config)
+        if template is not None:
+            return modeling_code(model, find_spec(model)[1], template)
+    return None
+
+
+def modeling_code(model: PreTrainedModel, spec: FFNSpec, template: str) -> ModelingCode:
+    """Fill in the modeling file of a model with names of transformers and of this package alone.
 
     Args:
         model: An instance of a class of transformers.
-        spec: The spec of the model's architecture, which must be one of this package's own.
+        spec: Where its FFN is; one that the package brings.
+        template: The file's text with placeholders, from `SaveFormat.modeling_template`.
 
     Raises:
-        UnsupportedModelError: If the model's class is not one of transformers, its architecture was registered by a
-            user, or transformers is too old.
+        UnsupportedModelError: If the model or its architecture is of somebody's own.
     """
-    name = _library_class(model)
-    if not hasattr(PreTrainedConfig, "per_layer_config"):
-        raise UnsupportedModelError(
-            f"transformers {transformers.__version__} knows no `per_layer_config`. Upgrade it to 5.15 or newer, or "
-            "use non_uniform_format='pad'."
-        )
-    if name is None or spec not in (ARCHITECTURES[known] for known in BUILT_IN):
-        raise UnsupportedModelError(
-            f"`non_uniform_format='per_layer_config'` writes modeling code for classes of transformers and the "
-            f"layouts that this package knows; {type(model).__name__} is not one. Use non_uniform_format='pad'."
-        )
+    name = _library_class(model, spec)
     projections = tuple(path for path in (spec.gate, spec.up, spec.down) if path is not None)
-    template = files("optimum_otprune.models").joinpath("modeling_otprune.py.txt").read_text(encoding="utf-8")
     text = Template(template).substitute(
         base=name, name=f"OTPruned{name}", layers=spec.layers, projections=repr(projections), size_key=spec.size_key
     )
     return ModelingCode(text, {_AUTO_CLASS: f"{MODELING_FILE.removesuffix('.py')}.OTPruned{name}"})
 
 
-def _library_class(model: PreTrainedModel) -> str | None:
-    """Return the name of the model's class, or of the class of transformers that a modeling file derives it from."""
-    for kind in type(model).__mro__:
-        if kind.__module__.startswith("transformers.models.") and getattr(transformers, kind.__name__, None) is kind:
-            return kind.__name__
-    return None
+def _library_class(model: PreTrainedModel, spec: FFNSpec) -> str:
+    """Name of the model's class, or of the class of transformers that a modeling file made it of."""
+    if spec in (ARCHITECTURES[known] for known in BUILT_IN):
+        for kind in type(model).__mro__:
+            is_listed = getattr(transformers, kind.__name__, None) is kind
+            if is_listed and kind.__module__.startswith("transformers.models."):
+                return kind.__name__
+    raise UnsupportedModelError(
+        "Modeling code for layers of different widths is written for classes of transformers and the layouts that "
+        f"this package knows; {type(model).__name__} is not one. Use non_uniform_format='pad'."
+    )

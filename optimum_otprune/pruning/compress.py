@@ -1,6 +1,5 @@
 """Compress one FFN: select, transport, fuse, refit. Tensors and a configuration in, a smaller FFN out."""
 
-import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor
 
 from optimum_otprune.config.configuration import OTPruningConfig
+from optimum_otprune.errors import warn_user
 from optimum_otprune.functional.compensation import Refit, constant_bias, refit_down
 from optimum_otprune.functional.costs import CostInputs, centroid_cost, transport_cost
 from optimum_otprune.functional.ffn import FFNWeights
@@ -158,10 +158,9 @@ def _transport(
     solved = solve_transport(recipe.functions["solver"], matrix, source, target, settings)
     del matrix
     if not solved.converged:
-        warnings.warn(
+        warn_user(
             f"The solver {recipe.functions['solver'].name!r} stopped before it converged; its plan is feasible, but "
-            "not the best. Raise `epsilon` (sinkhorn), lower `marginal_penalty` (unbalanced), or use solver='emd'.",
-            stacklevel=2,
+            "not the best. Raise `epsilon` (sinkhorn), lower `marginal_penalty` (unbalanced), or use solver='emd'."
         )
     plan = solved.matrix
     del solved

@@ -2,11 +2,10 @@
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from optimum_otprune.errors import ReportError
+from optimum_otprune.errors import ReportError, warn_user
 from optimum_otprune.functional.ratios import (
     RescueEnergies,
     diluted_share,
@@ -168,10 +167,9 @@ def known_entries(values: Any, names: Collection[str], where: str, unknown: list
 def warn_of_unknown(unknown: Sequence[str]) -> None:
     """Say that entries of a report, written by a later version, are left out."""
     if unknown:
-        warnings.warn(
+        warn_user(
             f"The report has entries that this version of optimum_otprune does not know, {len(unknown)} in all, such "
-            f"as `{visible(unknown[0], 80)}`. They are left out; upgrade to read them.",
-            stacklevel=3,
+            f"as `{visible(unknown[0], 80)}`. They are left out; upgrade to read them."
         )
 
 

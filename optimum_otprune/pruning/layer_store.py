@@ -1,7 +1,6 @@
 """Finished layers: kept nowhere, or in a state folder from which an interrupted run goes on."""
 
 import json
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -10,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from optimum_otprune.errors import ReportError, StateError
+from optimum_otprune.errors import ReportError, StateError, warn_user
 from optimum_otprune.functional.ffn import FFNWeights
 from optimum_otprune.pruning.preparation import Expected, Prepared, from_tensors, to_tensors
 from optimum_otprune.pruning.report import LayerReport
@@ -115,7 +114,7 @@ def layer_files(layer: int) -> tuple[str, str]:
 
 
 def _warn(what: str, error: StateError) -> None:
-    warnings.warn(f"{what}: {error}", stacklevel=4)
+    warn_user(f"{what}: {error}")
 
 
 def _blob(tensors: Mapping[str, Tensor]) -> bytes:

@@ -1,7 +1,6 @@
 """Prune every layer of a model, in order: the steps of one `prune()` call."""
 
 import logging
-import warnings
 from collections.abc import Sequence
 from functools import partial
 
@@ -10,6 +9,7 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PreTrainedModel
 
+from optimum_otprune.errors import warn_user
 from optimum_otprune.functional.ffn import check_weights
 from optimum_otprune.models.block_runner import unchunked
 from optimum_otprune.models.changes import mark_half_pruned
@@ -140,8 +140,7 @@ def _prune_layers(
 
 def _warn_of_padding(reports: list[LayerReport], padding: int) -> None:
     if padding and any(report.pruned_channels == 0 for report in reports):
-        warnings.warn(
+        warn_user(
             f"The saved model is as large as the dense one: {padding:,} zeros fill up all layers to the width of one "
-            "that kept every channel. Use non_uniform_format='per_layer_config' to save memory.",
-            stacklevel=4,
+            "that kept every channel. Use non_uniform_format='per_layer_config' to save memory."
         )

@@ -1,13 +1,11 @@
 """What can be told to be impossible from a configuration and a model's architecture, before any work."""
 
-import warnings
-
 from transformers import PreTrainedModel
 
 from optimum_otprune.config.configuration import OTPruningConfig
-from optimum_otprune.errors import ConfigurationError
+from optimum_otprune.errors import ConfigurationError, warn_user
 from optimum_otprune.models.ffn_block import FFNBlock, native_intercept
-from optimum_otprune.models.modeling_code import modeling_code
+from optimum_otprune.models.modeling_code import check_can_save
 from optimum_otprune.pruning.calibration.self_calibration import check_can_write
 
 
@@ -33,8 +31,8 @@ def check_feasible(model: PreTrainedModel, blocks: list[FFNBlock], config: OTPru
     if config.self_calibration:
         check_can_write(model, config.self_calibration)
     may_differ = config.allocation == "adaptive" or len(set(widths)) > 1
-    if may_differ and config.non_uniform_format == "per_layer_config":
-        modeling_code(model, blocks[0].spec)
+    if may_differ:
+        check_can_save(model, blocks[0].spec, config.non_uniform_format)
     return can_hold_intercept
 
 
@@ -46,8 +44,7 @@ def warn_of_empty(empty: int, channels: int) -> None:
         channels: All channels.
     """
     if empty:
-        warnings.warn(
+        warn_user(
             f"{empty:,} of {channels:,} FFN channels hold nothing but zeros, yet the ratio counts them. If the model "
-            "was pruned before and filled up with zeros, prune the dense model instead.",
-            stacklevel=5,
+            "was pruned before and filled up with zeros, prune the dense model instead."
         )

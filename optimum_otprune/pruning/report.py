@@ -267,8 +267,7 @@ class PruningReport:
     def save(self, path: str | os.PathLike) -> None:
         """Write the report as JSON."""
         text = json.dumps(self.to_dict(), indent=2, sort_keys=True, allow_nan=False)
-        file = Path(os.path.expanduser(path))
-        replace_file(file, (text + "\n").encode(), file.with_name(f".{file.name}.partial-{os.getpid()}"))
+        replace_file(Path(os.path.expanduser(path)), (text + "\n").encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "PruningReport":
@@ -296,13 +295,14 @@ def versions() -> dict[str, str]:
 
 
 def _check_parameters(report: PruningReport) -> None:
-    """Pruning takes away and adds fewer biases than there are weights; zeros fill up to the widest layer."""
+    """Pruning takes away and adds fewer biases than there are weights; zeros fill up layers of different widths."""
     before, after, padding = report.parameters_before, report.parameters_after, report.padding_parameters
     has_biases = report.added_biases or any(layer.intercept for layer in report.layers)
     if after > before * (2 if has_biases else 1):
         raise ReportError(f"The report has {after:,} parameters after and {before:,} before. Get the folder again.")
     widths = report.widths
-    missing = max(widths, default=0) * len(widths) - sum(widths)
+    pruned = sum(layer.pruned_channels for layer in report.layers)
+    missing = pruned if len(set(widths)) > 1 else 0  # no save format makes layers wider than they were
     if padding * sum(widths) > after * missing:
         raise ReportError(
             f"`padding_parameters` of the report is {padding:,}, more than fill up its layers. Get the folder again."

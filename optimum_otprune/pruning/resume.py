@@ -2,13 +2,12 @@
 
 import json
 import logging
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from optimum_otprune.errors import OutputError, StateError
+from optimum_otprune.errors import OutputError, StateError, warn_user
 from optimum_otprune.pruning.fingerprint import describe_difference
 from optimum_otprune.pruning.layer_store import FolderStore, LayerStore, NoStore, layer_files
 from optimum_otprune.pruning.report import PruningReport
@@ -61,7 +60,7 @@ def forget(folder: Path, fingerprint: Mapping[str, Any]) -> None:
             if state.fingerprint == fingerprint:
                 state.discard()
     except (StateError, OutputError) as error:
-        warnings.warn(f"The model is saved, but the state of the run was not removed. {error}", stacklevel=3)
+        warn_user(f"The model is saved, but the state of the run was not removed. {error}")
 
 
 def forget_if_saved(folder: Path, report: PruningReport) -> bool:

@@ -14,6 +14,7 @@ from optimum_otprune.config.quantities import COUNT_UNITS, SIZE_UNITS, parse_qua
 from optimum_otprune.errors import ConfigurationError
 from optimum_otprune.functional.selection import sensible_multiple
 from optimum_otprune.models.ffn_block import FFNBlock, dense_width, native_intercept
+from optimum_otprune.models.save_formats import save_format
 from optimum_otprune.pruning.widths import given_widths
 
 _LARGE_OFFSET = 10**15  # no weights file is longer
@@ -115,7 +116,7 @@ def target_count(config: OTPruningConfig, model: PreTrainedModel) -> int:
 
 def _check_format(config: OTPruningConfig, name: str, decided: Mapping[int, int]) -> None:
     """Filling up with zeros would miss the target; what a layer is filled up to is known only in the end."""
-    if (config.allocation == "adaptive" or decided) and config.non_uniform_format == "pad":
+    if (config.allocation == "adaptive" or decided) and save_format(config.non_uniform_format).fills_up:
         raise ConfigurationError(
             f"`{name}` cannot be met by layers of different widths that are filled up to the widest. Use "
             "non_uniform_format='per_layer_config', allocation='uniform' without `skip_layers` and `layer_ratios`, or "

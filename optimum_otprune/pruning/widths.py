@@ -1,6 +1,5 @@
 """How many channels each layer keeps: the same number, what was asked of a layer, or what its removal costs allow."""
 
-import warnings
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -8,7 +7,7 @@ from tqdm.auto import tqdm
 
 from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.config.options import OPTIONS_BY_NAME
-from optimum_otprune.errors import ConfigurationError
+from optimum_otprune.errors import ConfigurationError, warn_user
 from optimum_otprune.functional.allocation import allocate_widths
 from optimum_otprune.functional.error_metric import metric_root
 from optimum_otprune.functional.selection import kept_width, obs_elimination, sensible_multiple
@@ -76,19 +75,17 @@ def _check_multiple(width: int, config: OTPruningConfig) -> None:
         kept_width(width, 0.5, multiple)  # raises, and says why
     sensible = sensible_multiple(width, multiple)
     if sensible != multiple:
-        warnings.warn(
+        warn_user(
             f"`multiple_of` is lowered from {multiple} to {sensible}: the layers have only {width} channels, and "
-            "rounding to more would miss the pruning ratio by far.",
-            stacklevel=5,
+            "rounding to more would miss the pruning ratio by far."
         )
 
 
 def _warn_of_nothing(width: int, widths: list[int], config: OTPruningConfig) -> None:
     if any((config.pruning_ratio, *config.layer_ratios.values())) and all(kept == width for kept in widths):
-        warnings.warn(
+        warn_user(
             f"Nothing is pruned: {config.pruning_ratio} of {width} channels is less than half of `multiple_of` = "
-            f"{sensible_multiple(width, config.multiple_of)}.",
-            stacklevel=5,
+            f"{sensible_multiple(width, config.multiple_of)}."
         )
 
 

@@ -7,19 +7,20 @@ import re
 import secrets
 import stat
 import sys
-import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from optimum_otprune.errors import IntegrityError, OutputError
+from optimum_otprune.errors import IntegrityError, OutputError, warn_user
 from optimum_otprune.storage.manifest import MANIFEST_FILE, verify_folder
 from optimum_otprune.storage.outputs import (
+    TOKEN_BYTES,
     UNFINISHED_MODE,
     check_output_file,
     check_output_folder,
     check_place,
     own_files,
+    partial_name,
     resolved_output,
 )
 
@@ -29,7 +30,12 @@ if sys.platform != "win32":
 _EXCHANGE = 2  # RENAME_EXCHANGE of Linux
 _HERE = -100  # AT_FDCWD: paths are as they are
 _UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)  # by system, file system or sandbox
-_TOKEN = "[0-9a-f]{16}"
+_TOKEN = f"[0-9a-f]{{{2 * TOKEN_BYTES}}}"
+
+
+def why_not_written(error: OSError) -> str:
+    """Return the reason of a failed write in a few words."""
+    return "the disk is full" if error.errno == errno.ENOSPC else error.strerror or type(error).__name__
 
 
 def sync(path: Path) -> None:
@@ -41,7 +47,7 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def replace_file(file: Path, content: bytes, temporary: Path) -> None:
+def replace_file(file: Path, content: bytes, temporary: Path | None = None) -> None:
     """Write a temporary file, flush it to the disk, and give it the file's name.
 
     The temporary file is always a new one: a file of its name, which a killed process left or somebody planted as a
@@ -51,11 +57,12 @@ def replace_file(file: Path, content: bytes, temporary: Path) -> None:
     Args:
         file: The file to write or replace.
         content: The bytes that it shall hold.
-        temporary: The temporary file, in the same folder.
+        temporary: The temporary file, in the same folder; by default a hidden file of this process.
 
     Raises:
         OSError: If the file cannot be written; no temporary file stays.
     """
+    temporary = temporary or file.with_name(partial_name(file.name, str(os.getpid())))
     try:
         temporary.unlink(missing_ok=True)
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666)
@@ -84,7 +91,7 @@ def save_text(output: Path, text: str, overwrite: bool, own_keys: Sequence[str] 
     check_output_file(output, overwrite, own_keys=own_keys)
     file = resolved_output(output)
     try:
-        replace_file(file, text.encode(), file.with_name(f".{file.name}.partial-{os.getpid()}"))
+        replace_file(file, text.encode())
     except OSError as error:
         raise OutputError(f"The output file {file.name!r} could not be written: {error.strerror}.") from error
 
@@ -181,7 +188,7 @@ def _is_complete(folder: Path) -> bool:
 
 def _new_partial(target: Path) -> tuple[Path, int | None]:
     while True:
-        partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(8)}")
+        partial = target.with_name(partial_name(target.name, secrets.token_hex(TOKEN_BYTES)))
         partial.mkdir(mode=UNFINISHED_MODE)
         try:
             lock = _lock(partial)
@@ -306,10 +313,10 @@ def _remove(folder: Path, names: Collection[str]) -> None:
     except FileNotFoundError:
         return  # another process removes it, too
     except OSError as error:
-        warnings.warn(f"The folder {folder.name!r} could not be removed: {error.strerror}.", stacklevel=2)
+        warn_user(f"The folder {folder.name!r} could not be removed: {error.strerror}.")
         return
     if left:
-        warnings.warn(f"{folder.name!r} was not removed, since {left[0]!r} in it is not ours.", stacklevel=2)
+        warn_user(f"{folder.name!r} was not removed, since {left[0]!r} in it is not ours.")
 
 
 @contextmanager
@@ -319,10 +326,9 @@ def _explained(folder: Path) -> Iterator[None]:
     except OutputError:
         raise
     except OSError as error:
-        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or type(error).__name__
         raise OutputError(
-            f"The output folder {folder.name!r} could not be written: {reason}. Nothing was left there; the model in "
-            "memory is unharmed, so save it again elsewhere."
+            f"The output folder {folder.name!r} could not be written: {why_not_written(error)}. Nothing was left "
+            "there; the model in memory is unharmed, so save it again elsewhere."
         ) from error
 
 

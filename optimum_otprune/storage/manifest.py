@@ -39,8 +39,8 @@ _WEIGHT_FORMATS = frozenset(
 _SETTINGS = frozenset({".json", ".jinja", ".model", ".tiktoken"})
 _SETTINGS_NAMES = frozenset({"vocab.txt", "merges.txt"})
 _NESTED_SETTINGS = re.compile(r".*(config|index|tokenizer|vocab)[^/]*\.json", re.DOTALL)
-_WEIGHTS_FILE = "model.safetensors"
-_INDEX_FILE = "model.safetensors.index.json"
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
 _LARGEST_INDEX = 1 << 28  # bytes
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|h5|msgpack)(\.index\.json)?")
 
@@ -192,8 +192,8 @@ def _weights_not_listed(folder: Path, entries: Mapping[str, FileEntry]) -> list[
             raise IntegrityError(
                 f"{index} is damaged: want an object with a `weight_map` from tensors to files. Get the folder again."
             ) from error
-    if not wanted.get(_INDEX_FILE):
-        wanted[_INDEX_FILE] = {_WEIGHTS_FILE}
+    if not wanted.get(INDEX_FILE):
+        wanted[INDEX_FILE] = {WEIGHTS_FILE}
     return sorted(set().union(*wanted.values()) - set(entries))
 
 

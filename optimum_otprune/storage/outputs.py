@@ -9,8 +9,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from optimum_otprune.errors import IntegrityError, OutputError
-from optimum_otprune.storage.manifest import MANIFEST_FILE, read_manifest
+from optimum_otprune.storage.manifest import INDEX_FILE, MANIFEST_FILE, WEIGHTS_FILE, read_manifest
 from optimum_otprune.storage.untrusted import visible, why_no_name
+
+
+def partial_name(name: str, token: str) -> str:
+    """Return the hidden name that a file or folder has beside its place while it is being written.
+
+    Args:
+        name: The wanted name.
+        token: What tells writers apart.
+    """
+    return f".{name}.partial-{token}"
+
 
 _MAY_BE_NAMES = (
     "source_model",
@@ -21,7 +32,9 @@ _MAY_BE_NAMES = (
 _CLOSED = ("source_model", "state", "offload_folder")  # a result inside would be mixed, or removed, with them
 _SPACE_MARGIN = 1.1  # times the expected size, for what is not counted: tokenizer, card, blocks of the file system
 _LARGEST_JSON = 1 << 26  # bytes
-_AROUND = len(".") + len(".partial-") + 16  # bytes that a hidden name beside the output has more than the output's
+TOKEN_BYTES = 8  # of the random part of a hidden folder's name
+# Bytes that a hidden name beside the output has more than the output's own.
+_AROUND = len(partial_name("", "0" * 2 * TOKEN_BYTES))
 _INSIDE = 160  # bytes of the longest name in a saved folder, such as that of a chat template
 # Mode of a hidden folder as long as it is being written. A folder that is finished has lost the sticky bit, so that an
 # earlier output which took a hidden name when the new one took its place is never taken for one.
@@ -35,9 +48,9 @@ _MODEL_FILE = re.compile(
     r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|"
     r"pytorch_model(-\d{5}-of-\d{5})?\.bin|pytorch_model\.bin\.index\.json"
 )
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_WEIGHTS = (WEIGHTS_FILE, INDEX_FILE, "pytorch_model.bin", "pytorch_model.bin.index.json")
 _OWN_FILE = re.compile(r"otprune_\w+\.json|modeling_otprune\w*\.py|rescue\.png|README\.md")
-_PARTIAL_FILE = re.compile(r"\.(.+)\.partial-\d+")
+_PARTIAL_FILE = re.compile(r"\.(.+)\.partial-\d+")  # see `partial_name`
 
 
 def output_path(given: str | os.PathLike) -> Path:

@@ -4,7 +4,6 @@ What is in it is input like any other: names are checked, JSON is read strictly,
 plain one. One process at a time has it.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from optimum_otprune.errors import OutputError, StateError
-from optimum_otprune.storage.files import replace_file, sync
+from optimum_otprune.storage.files import replace_file, sync, why_not_written
 from optimum_otprune.storage.manifest import FileEntry
 from optimum_otprune.storage.untrusted import parse_json
 
@@ -234,10 +233,9 @@ def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
         raise OutputError(
-            f"The state in {folder.name!r} could not be written: {reason}. Finished layers are kept; put that right "
-            "and run again, or give another folder."
+            f"The state in {folder.name!r} could not be written: {why_not_written(error)}. Finished layers are kept; "
+            "put that right and run again, or give another folder."
         ) from error
 
 

@@ -171,12 +171,6 @@ def test_every_variant_is_a_valid_configuration():
     assert all(OTPruningConfig(**_cells.ABLATION[name]).selection == "obs" for name in _cells.ABLATION)
 
 
-def test_calibration_tokens_are_cut_into_at_least_eight_samples():
-    assert short_calibration.shape(256, seqlen=256) == (8, 32)
-    assert short_calibration.shape(2048, seqlen=256) == (8, 256)
-    assert short_calibration.shape(32_768, seqlen=256) == (128, 256)
-
-
 def test_short_calibration_measures_each_size_and_says_which_were_too_large(data, tmp_path):
     output = tmp_path / "calibration.json"
     plan = ["--multiples", "0.5", "2", "64", "--seeds", "0", "1", "--max-windows", "2"]
@@ -201,33 +195,6 @@ def test_both_benchmarks_draw_a_plot_that_their_page_shows(small, data, tmp_path
         assert f"]({name}.png)" in (tmp_path / "out" / f"{name}.md").read_text()
 
 
-@needs_matplotlib
-def test_a_line_that_leaves_the_frame_is_named_where_it_leaves(tmp_path):
-    import _plots
-
-    def rising(*excesses):
-        return {
-            str(ratio): {"mean": 10 * 2.718281828**excess, "std": 0.1, "excess": excess, "ffn_share_removed": ratio}
-            for ratio, excess in zip((0.2, 0.5), excesses)
-        }
-
-    found = {"flap": rising(0.1, 0.4), "otprune": rising(0.05, 0.2), "random": rising(1.0, float("inf"))}
-    _plots.quality_plot(found, 10.0, {"name": "m", "parameters": 2, "ffn_parameters": 1}, tmp_path / "plot.png")
-    lines = [_plots.Line("random", [0.0, 0.5], [10.0, float("inf")], [0.0, 0.0])]
-    assert _plots._note(lines, 18.2) == "bands: standard deviation over seeds; the frame ends at 18, outside: random"
-    assert (tmp_path / "plot.png").exists()
-
-
-@needs_matplotlib
-def test_labels_move_apart_until_none_overlaps():
-    import _plots
-
-    spread = _plots._spread([0.1, 0.11, 0.12, 0.5, 0.9, 0.91])
-    assert all(high - low >= _plots._LABEL_GAP - 1e-12 for low, high in zip(spread, spread[1:]))
-    assert spread[3] == 0.5
-    assert sum(spread[:3]) == pytest.approx(0.33)
-
-
 def test_a_wider_model_is_another_subject(llama_folder, small, measured):
     quality.main(small)
     make_llama(intermediate_size=56).save_pretrained(llama_folder)
@@ -243,9 +210,3 @@ def test_the_cost_of_elimination_is_told_beside_its_targets(tmp_path, capsys):
     excesses = [figure for figure in figures if "greedy excess" in figure["name"]]
     assert [(figure["target"], figure["ok"]) for figure in excesses] == [("≤ 1%", True)] * 2
     assert all(abs(figure["value"]) < 1e-3 for figure in excesses)
-
-
-def test_a_budget_that_is_missed_is_said_to_be():
-    assert str(elimination._judged("n = 576: all", 4.5, "passes", 4.0, True)).endswith("≤ 4      MISSED")
-    assert str(elimination._judged("n = 576: all", 3.5, "passes", 4.0, True)).endswith("ok")
-    assert elimination._judged("n = 64: all", 4.5, "passes", 4.0, False).ok is None

@@ -1,7 +1,6 @@
 """The benchmark of scale in small: its figures, its targets, what it writes and how it ends."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,7 +8,6 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import memory
-import passes
 import scale
 from _rows import Row, at_most, told
 
@@ -42,27 +40,6 @@ def test_peak_memory_is_measured_in_processes_of_their_own():
     assert rows["growth of the peak, 2 to 8 layers"].ok
 
 
-def test_without_gnu_time_the_kernel_is_asked_by_a_small_parent(tmp_path):
-    command = [sys.executable, "-S", "-c", "block = bytearray(b'x') * 200_000_000"]
-    subprocess.run([sys.executable, "-I", "-S", "-c", memory._SMALL_PARENT, str(tmp_path / "peak"), *command])
-    assert 200e6 < int((tmp_path / "peak").read_text()) < 250e6
-
-
-def test_gnu_time_tells_kilobytes():
-    text = '\tCommand being timed: "true"\n\tMaximum resident set size (kbytes): 1024\n\tExit status: 0\n'
-    assert memory.gnu_time_peak(text) == 2**20
-    with pytest.raises(SystemExit, match="is it GNU time"):
-        memory.gnu_time_peak("real 0.00")
-
-
-def test_a_process_that_fails_is_an_error_with_what_it_said(tmp_path, monkeypatch):
-    script = tmp_path / "fails.py"
-    script.write_text("raise ValueError('no room')")
-    monkeypatch.setattr(memory, "__file__", str(script))
-    with pytest.raises(SystemExit, match=r"(?s)no room.*The process that was to be measured \(build\) failed"):
-        memory._peak(tmp_path, "build", memory.QUICK)
-
-
 @pytest.mark.parametrize(
     ("few", "many", "fits", "grows"), [(900, 950, True, True), (900, 1000, True, False), (1100, 1201, False, True)]
 )
@@ -72,11 +49,6 @@ def test_memory_may_be_a_share_of_the_weights_and_may_not_grow_with_layers(few, 
     assert rows["peak, 40 layers"].ok is fits
     assert rows["growth of the peak, 10 to 40 layers"].ok is grows
     assert rows["peak, 10 layers"].ok is None
-
-
-def test_hidden_sizes_are_whole_heads():
-    sizes = [passes.Size(width, 1, 1).hidden for width in passes.WIDTHS]
-    assert sizes == [192, 320, 640, 1152, 2368]
 
 
 def test_parts_of_an_earlier_run_stay_and_one_miss_is_exit_code_one(tmp_path, monkeypatch, capsys):

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib.resources import files
 
 import pytest
 import torch
@@ -253,17 +254,18 @@ def test_a_model_that_something_else_pruned_to_different_widths_is_refused(llama
 
 
 def test_modeling_code_holds_nothing_of_a_users_own(llama):
-    code = modeling_code(llama, find_spec(llama)[1])
+    template = files("optimum_otprune.models").joinpath("modeling_otprune.py.txt").read_text()
+    code = modeling_code(llama, find_spec(llama)[1], template)
     assert code.auto_map == {"AutoModelForCausalLM": "modeling_otprune.OTPrunedLlamaForCausalLM"}
     own = FFNSpec(layers="layers", up="mlp.up_proj", down="mlp.down_proj", activation="mlp.act_fn")
     with pytest.raises(UnsupportedModelError, match="non_uniform_format='pad'"):
-        modeling_code(llama, own)
+        modeling_code(llama, own, template)
 
     class Mine(type(llama)):
         pass
 
     mine = Mine(llama.config)
-    assert "Mine" not in modeling_code(mine, find_spec(mine)[1]).text
+    assert "Mine" not in modeling_code(mine, find_spec(mine)[1], template).text
 
 
 def test_an_architecture_of_a_users_own_is_refused_before_any_work(llama, tokens, monkeypatch):

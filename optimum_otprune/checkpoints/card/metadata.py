@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from optimum_otprune.checkpoints.card.base_card import checked_base_card
 from optimum_otprune.checkpoints.card.markdown import plain_text
 from optimum_otprune.checkpoints.card.results import (
+    HUB,
     UNNAMED_DATA,
     evaluated_on_calibration_data,
     hub_name,
@@ -19,7 +20,6 @@ from optimum_otprune.pruning.report import PruningReport
 
 _TAGS = ("optimum-otprune", "pruning", "structured-pruning", "optimal-transport", "compression")
 _UNNAMED_TYPE = "custom"
-_HUB = "https://huggingface.co"
 
 
 def card_metadata(config: PruningOptions, report: PruningReport | None, name: str) -> ModelCardData:
@@ -65,7 +65,7 @@ def copied_metadata(report: PruningReport) -> dict[str, Any]:
     if address is not None and address.startswith("https://"):
         copied["license_link"] = address
     elif address is not None and base is not None:
-        copied["license_link"] = f"{_HUB}/{base}/blob/main/{address}"
+        copied["license_link"] = f"{HUB}/{base}/blob/main/{address}"
     return copied
 
 

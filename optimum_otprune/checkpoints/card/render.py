@@ -12,6 +12,7 @@ from optimum_otprune.checkpoints.card.metadata import card_metadata, copied_meta
 from optimum_otprune.checkpoints.card.plots import PLOT_FILE
 from optimum_otprune.checkpoints.card.reproduction import Run, command, literal, python_lines
 from optimum_otprune.checkpoints.card.results import (
+    HUB,
     UNNAMED_DATA,
     evaluated_on_calibration_data,
     hub_name,
@@ -19,10 +20,10 @@ from optimum_otprune.checkpoints.card.results import (
 )
 from optimum_otprune.config.options import OPTIONS_BY_NAME, PruningOptions
 from optimum_otprune.models.compatibility import tested_versions
+from optimum_otprune.models.save_formats import SaveFormat, save_format, saved_widths
 from optimum_otprune.pruning.comparison import Comparison
 from optimum_otprune.pruning.report import PruningReport
 
-_HUB = "https://huggingface.co"
 _MANY_LAYERS = 16  # more layers than this are listed in a part of the card that is folded
 _BASE_PLACEHOLDER = "BASE_MODEL"
 _CALIBRATION_PLACEHOLDER = "CALIBRATION_DATA"
@@ -68,8 +69,15 @@ def model_card(
 
 
 def needs_remote_code(config: PruningOptions, report: PruningReport | None) -> bool:
-    """Return whether transformers can load the model only with code from its repository."""
-    return report is not None and config.non_uniform_format == "per_layer_config" and len(set(report.widths)) > 1
+    """Whether plain transformers cannot load the model without code from its repository."""
+    uneven = None if report is None else _uneven_format(config, report)
+    return uneven is not None and uneven.needs_remote_code
+
+
+def _uneven_format(config: PruningOptions, report: PruningReport) -> SaveFormat | None:
+    """The save format of a model that was saved with layers of different widths."""
+    name = config.non_uniform_format
+    return save_format(name) if len(set(saved_widths(name, report.widths))) > 1 else None
 
 
 @cache
@@ -94,11 +102,11 @@ def _facts(config: PruningOptions, report: PruningReport, name: str, older_names
     report.check(is_finite=False)
     pairs = report.comparisons
     cited = citations(config, report.references, report.custom_functions)
-    base = hub_name(report.base_model)
+    base, uneven = hub_name(report.base_model), _uneven_format(config, report)
     before = [layer.intermediate_size_before for layer in report.layers]
     after = [layer.intermediate_size_after for layer in report.layers]
     return {
-        "base": _nameless(report) if base is None else link(base, f"{_HUB}/{base}"),
+        "base": _nameless(report) if base is None else link(base, f"{HUB}/{base}"),
         "method": config.method,
         "widths_before": _range(before),
         "widths_after": _range(after),
@@ -109,7 +117,7 @@ def _facts(config: PruningOptions, report: PruningReport, name: str, older_names
         "limitations": limitations(report),
         "versions_that_load": tested_versions(
             report.model_type,
-            needs_remote_code(config, report),
+            None if uneven is None else uneven.needs_transformers,
             escape(report.versions.get("transformers", "")),
             older_names,
         ),
@@ -206,7 +214,7 @@ def _data(config: PruningOptions, data: str, split: str) -> str:
     details = [config.dataset_config] if dataset == config.dataset and config.dataset_config else []
     details += [f"split {split}"] if split else []
     suffix = f" ({escape(', '.join(details))})" if details else ""
-    return link(dataset, f"{_HUB}/datasets/{dataset}") + suffix
+    return link(dataset, f"{HUB}/datasets/{dataset}") + suffix
 
 
 def _evaluation(config: PruningOptions, report: PruningReport, pair: Comparison) -> dict[str, object]:

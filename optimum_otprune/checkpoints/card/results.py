@@ -7,6 +7,7 @@ from optimum_otprune.pruning.comparison import Comparison
 from optimum_otprune.pruning.report import ADDED_BIASES, PruningReport, named_layers
 from optimum_otprune.storage.hub.client import is_hub_id
 
+HUB = "https://huggingface.co"
 # What data without a public name are called in a report's `calibration`, and in the card.
 UNNAMED_DATA: Mapping[str, str] = {
     "token ids": "token ids that were passed in",

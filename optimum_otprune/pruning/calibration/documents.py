@@ -29,6 +29,7 @@ from optimum_otprune.pruning.calibration.text_files import (
 )
 from optimum_otprune.pruning.calibration.token_ids import id_row, is_id_row, local_path
 from optimum_otprune.storage.hub.client import is_hub_id, without_secrets_in_warnings
+from optimum_otprune.storage.manifest import CARD_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -283,7 +284,7 @@ def _folder_files(path: Path) -> tuple[list[Path], list[str]]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in names:
             file = Path(folder, name)
-            if name.startswith(".") or name == "README.md" or not file.is_file():
+            if name.startswith(".") or name == CARD_FILE or not file.is_file():
                 continue
             if data_suffix(file) in DATA_SUFFIXES:
                 found.append(file)

@@ -14,6 +14,7 @@ from optimum_otprune.models.devices import execution_device, planned_weights, we
 from optimum_otprune.models.ffn_block import FFNBlock, ffn_blocks, loadable_blocks
 from optimum_otprune.models.flops import forward_flops
 from optimum_otprune.models.perplexity import evaluation_bytes, windows_together
+from optimum_otprune.models.save_formats import saved_widths
 from optimum_otprune.models.timing import matmul_rate
 from optimum_otprune.pruning.calibration.data import ExpectedSamples, ModelLimits, TokenSource, expected_samples
 from optimum_otprune.pruning.dry_run.cost_model import (
@@ -114,6 +115,7 @@ def _shapes(
 ) -> dict[str, Any]:
     """Fields of the plan that say what the model is, and will be."""
     adaptive = set(range(len(blocks))) - set(given_widths(blocks, config)) if config.allocation == "adaptive" else ()
+    saved = saved_widths(config.non_uniform_format, widths)
     return {
         "config": config.to_dict(),
         "architecture": find_spec(model)[0],
@@ -126,7 +128,7 @@ def _shapes(
         "parameters_before": model.num_parameters(),
         "parameters_after": model.num_parameters() - _removed(blocks, widths, "parameters"),
         "bytes_before": weight_bytes(model),
-        "bytes_after": weight_bytes(model) - _removed(blocks, _saved_widths(widths, config), "bytes"),
+        "bytes_after": weight_bytes(model) - _removed(blocks, saved, "bytes"),
     }
 
 
@@ -163,10 +165,6 @@ def _hidden_size(blocks: list[FFNBlock]) -> int:
 
 def _removed(blocks: list[FFNBlock], widths: list[int], unit: str) -> int:
     return sum((block.intermediate_size - width) * channel_cost(block, unit) for block, width in zip(blocks, widths))
-
-
-def _saved_widths(widths: list[int], config: OTPruningConfig) -> list[int]:
-    return [max(widths)] * len(widths) if config.non_uniform_format == "pad" else widths
 
 
 def _workload(

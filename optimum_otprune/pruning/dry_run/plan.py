@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from optimum_otprune.models.save_formats import save_format, saved_widths
 from optimum_otprune.pruning.calibration.data import ExpectedSamples
 
 _MINUTE, _HOUR = 60, 3600
@@ -113,9 +114,11 @@ class PruningPlan:
         return f"{self.parameters_before:,} -> {self.parameters_after:,} ({share:.1%}){biases}"
 
     def _weights(self) -> str:
-        pads = self.config["non_uniform_format"] == "pad"
-        more = ", more by as much as the widest layer exceeds the average" if self.adaptive_layers and pads else ""
-        filled = " (filled up to the widest layer)" if pads and len(set(self.widths_after)) > 1 else ""
+        name = self.config["non_uniform_format"]
+        is_filled = saved_widths(name, self.widths_after) != list(self.widths_after)
+        may_grow = self.adaptive_layers and save_format(name).fills_up
+        more = ", more by as much as the widest layer exceeds the average" if may_grow else ""
+        filled = " (filled up to the widest layer)" if is_filled else ""
         return f"{size_text(self.bytes_before)} -> {size_text(self.bytes_after)}{filled}{more}"
 
     def _calibration(self) -> str:

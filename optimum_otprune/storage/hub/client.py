@@ -21,6 +21,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from optimum_otprune.errors import HubTimeoutError, without_credentials
 from optimum_otprune.storage.hub.retries import Deadline, with_retries
+from optimum_otprune.storage.manifest import CARD_FILE
 from optimum_otprune.storage.untrusted import visible
 
 
@@ -177,7 +178,7 @@ class HubClient:
         """Ask how one byte would be uploaded, which takes the right to upload but changes nothing."""
 
         def ask() -> None:
-            probe = CommitOperationAdd("README.md", b"x")
+            probe = CommitOperationAdd(CARD_FILE, b"x")
             self._api.preupload_lfs_files(self.repo_id, [probe], revision=revision, create_pr=create_pr)
 
         with_retries(ask, self.what, self.deadline)

@@ -1,0 +1,155 @@
+"""How layers of different widths are saved: all that is to be known of a save format is in its class.
+
+No torch here, so that `otprune --help` is fast and so that a card is rendered fast.
+"""
+
+from collections.abc import Sequence
+from importlib.resources import files
+from typing import TYPE_CHECKING, ClassVar
+
+from optimum_otprune.errors import CustomFunctionError
+from optimum_otprune.functional.registry import Registry
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from optimum_otprune.models.ffn_block import FFNBlock
+
+
+class SaveFormat:
+    """How the layers of a pruned model are saved where their widths differ; register a subclass to add one.
+
+    Layers of one width are saved as they are, whatever the format.
+
+    Attributes:
+        needs_remote_code: Whether plain transformers cannot load the result without code from its folder.
+        needs_transformers: The oldest version of transformers that loads the result, where the format sets a limit.
+    """
+
+    needs_remote_code: ClassVar[bool] = False
+    needs_transformers: ClassVar[str | None] = None
+
+    def check(self, model: "PreTrainedModel") -> None:
+        """Raise where the result could not be saved; called before any work.
+
+        Whether the installed transformers is new enough, and whether modeling code can be written where it is needed,
+        is checked for every format. Nothing more is refused by default.
+
+        Args:
+            model: The dense model; its weights are not read.
+        """
+
+    def saved_widths(self, widths: Sequence[int]) -> list[int]:
+        """Return the width that each layer has in the saved files, which plans and size targets count with.
+
+        Args:
+            widths: The channels that each layer keeps; they are not all the same.
+
+        Returns:
+            One width per layer, none smaller than the one given. By default they are the same.
+        """
+        return list(widths)
+
+    def finish(self, model: "PreTrainedModel", blocks: Sequence["FFNBlock"]) -> int:
+        """Make the pruned model and its configuration what is saved; the outputs of the model stay as they are.
+
+        By default every layer is filled up with channels of zeros to its saved width.
+
+        Args:
+            model: The pruned model, whose configuration already has the largest saved width.
+            blocks: All its FFN blocks, in order.
+
+        Returns:
+            The number of parameters that are zeros which only fill up.
+        """
+        before = model.num_parameters()
+        for block, width in zip(blocks, self.saved_widths([block.intermediate_size for block in blocks]), strict=True):
+            if width > block.intermediate_size:
+                block.install(block.read().padded(width))
+        return model.num_parameters() - before
+
+    def modeling_template(self, config: "PreTrainedConfig") -> str | None:
+        """Return the template of the modeling file that must lie beside a model, or None where it needs none.
+
+        Args:
+            config: The configuration of a model as it is saved; it may be one of another format.
+
+        Returns:
+            The text of a Python module with the placeholders of `modeling_otprune.py.txt`.
+        """
+        del config
+        return None
+
+    @property
+    def fills_up(self) -> bool:
+        """Whether layers are saved wider than they were pruned to."""
+        return self.saved_widths([1, 2]) != [1, 2]
+
+
+save_formats: Registry[type[SaveFormat]] = Registry("save format")
+
+
+@save_formats.register("pad")
+class Pad(SaveFormat):
+    """Every layer is filled up with zeros to the widest one, so that the model loads everywhere."""
+
+    def saved_widths(self, widths: Sequence[int]) -> list[int]:
+        """Return the largest width for each layer."""
+        return [max(widths)] * len(widths)
+
+
+@save_formats.register("per_layer_config")
+class PerLayerConfig(SaveFormat):
+    """Every layer keeps its width, which the configuration holds layer by layer; a modeling file builds it."""
+
+    needs_remote_code = True
+    needs_transformers = "5.15"  # the first version whose configurations have `per_layer_config`
+
+    def finish(self, model: "PreTrainedModel", blocks: Sequence["FFNBlock"]) -> int:
+        """Write the width of each layer into the configuration."""
+        padding = super().finish(model, blocks)
+        widths = [block.intermediate_size for block in blocks]
+        if len(set(widths)) > 1:
+            size_key = blocks[0].spec.size_key
+            model.config.per_layer_config = {layer: {size_key: width} for layer, width in enumerate(widths)}
+        return padding
+
+    def modeling_template(self, config: "PreTrainedConfig") -> str | None:
+        """Return a class that builds each layer with its own width, for configurations that hold such widths."""
+        if not getattr(config, "is_heterogeneous", False):
+            return None
+        return files("optimum_otprune.models").joinpath("modeling_otprune.py.txt").read_text(encoding="utf-8")
+
+
+def save_format(name: str) -> SaveFormat:
+    """Return the save format that is registered under a name.
+
+    Raises:
+        RegistryError: If the name is unknown.
+    """
+    return save_formats[name]()
+
+
+def saved_widths(name: str, widths: Sequence[int]) -> list[int]:
+    """Return the width that each layer has in the saved files: its own where all layers are of one width.
+
+    Args:
+        name: The registered name of a save format.
+        widths: The channels that each layer keeps.
+
+    Raises:
+        CustomFunctionError: If the format gives too few widths, or one that is too small.
+
+    Example:
+        >>> saved_widths("pad", [2, 4]), saved_widths("per_layer_config", [2, 4])
+        ([4, 4], [2, 4])
+    """
+    if len(set(widths)) <= 1:
+        return list(widths)
+    saved = save_format(name).saved_widths(widths)
+    if len(saved) != len(widths) or any(wide < width for wide, width in zip(saved, widths)):
+        raise CustomFunctionError(
+            f"The save format {name!r} gives the widths {list(saved)} to layers that keep {list(widths)} channels; "
+            "want one width per layer, none smaller. Mend its `saved_widths`."
+        )
+    return list(saved)
