@@ -4,28 +4,17 @@ import dataclasses
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_otprune.checkpoints.load import hub_id, load_checkpoint, load_skeleton
-from optimum_otprune.checkpoints.loading_options import (
-    LOADING_DEFAULTS,
-    as_config,
-    check_loading_options,
-    refuse_loading_options,
-)
-from optimum_otprune.checkpoints.push import (
-    HubMixin,
-    check_push,
-    checked_push_options,
-    push_saved,
-    refuse_push_options,
-)
-from optimum_otprune.checkpoints.save import save_checkpoint
+from optimum_otprune.checkpoints.loading_options import as_config, check_loading_options, refuse_loading_options
+from optimum_otprune.checkpoints.push import HubMixin, check_push, push_saved, refuse_push_options
+from optimum_otprune.checkpoints.save import Contents, save_checkpoint
 from optimum_otprune.config.checks import check_count, hidden_memory
 from optimum_otprune.config.configuration import OTPruningConfig
+from optimum_otprune.config.loading_options import LoadingOptions
 from optimum_otprune.models.changes import all_or_nothing, check_dense, check_whole, is_pruned
 from optimum_otprune.models.devices import model_sizes
 from optimum_otprune.models.distributed import check_launch, check_model, check_single, is_main_process, wait_for_all
@@ -52,6 +41,7 @@ from optimum_otprune.pruning.settings import PassSettings
 from optimum_otprune.pruning.size_target import with_pruning_ratio
 from optimum_otprune.pruning.tuning.search import tune_model
 from optimum_otprune.pruning.tuning.trials import TuningResult, TuningSettings
+from optimum_otprune.storage.hub.options import PushOptions
 from optimum_otprune.storage.outputs import noted_places, output_path, resolved_output
 from optimum_otprune.storage.state_folder import state_path
 
@@ -97,16 +87,7 @@ class OTPruner(HubMixin):
         config: OTPruningConfig | Mapping[str, Any] | str | os.PathLike | None = None,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        dtype: str | torch.dtype = "auto",
-        device_map: str | dict | int | torch.device | None = None,
-        max_memory: dict | None = None,
-        offload_folder: str | os.PathLike | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | os.PathLike | None = None,
-        local_files_only: bool = False,
-        trust_remote_code: bool = False,
-        verify: bool = False,
+        **loading: Unpack[LoadingOptions],
     ) -> "OTPruner":
         """Load a model to prune, or a pruned one with its configuration and report.
 
@@ -115,17 +96,8 @@ class OTPruner(HubMixin):
             config: A configuration, a dictionary, or where one is saved; default: the one saved with the model, else
                 all defaults.
             tokenizer: In place of the model's own, which is loaded if it has one.
-            dtype: Of the weights; `"auto"` is the checkpoint's.
-            device_map: Where layers go, as in transformers.
-            max_memory: By device, as in transformers.
-            offload_folder: For layers that are offloaded to disk.
-            revision: Branch, tag or commit.
-            token: Hub token; True uses the saved one.
-            cache_dir: Of downloads.
-            local_files_only: Never ask the Hub.
-            trust_remote_code: Whether to run modeling code from the repository.
-            verify: First compare every file with the SHA-256 in the manifest that `save_pretrained` wrote; a flipped
-                byte or a stale file loads without an error otherwise.
+            **loading: Options of `optimum_otprune.config.loading_options.LoadingOptions`, which says what each means,
+                such as `dtype`, `device_map`, `trust_remote_code` and `verify`.
 
         Raises:
             ModelLoadError: If the model cannot be found, downloaded or read, or its weights are not all there.
@@ -134,9 +106,8 @@ class OTPruner(HubMixin):
             UnsupportedModelError: If it has no known FFN, is quantized, or has an adapter that is not merged.
             ConfigurationError: If `config` is not valid.
         """
-        options = {name: value for name, value in locals().items() if name in LOADING_DEFAULTS}
         check_launch()
-        check_loading_options(options)
+        options = check_loading_options(loading)
         given = None if config is None else as_config(config, options)
         model = model_in_memory(model_name_or_path)
         if model is not None:
@@ -148,7 +119,7 @@ class OTPruner(HubMixin):
         report = loaded.report if given is None or given == loaded.config else None
         base = (loaded.base_model, loaded.base_card)
         pruner = cls(loaded.model, given or loaded.config, tokenizer or loaded.tokenizer, report, *base)
-        pruner._places |= noted_places(offload_folder=offload_folder)
+        pruner._places |= noted_places(offload_folder=options["offload_folder"])
         return pruner
 
     @classmethod
@@ -162,7 +133,7 @@ class OTPruner(HubMixin):
         max_hidden_memory: int | str = DEFAULT_LIMIT,
         evaluate: bool = False,
         evaluation_data: TokenSource | None = None,
-        **loading: Any,
+        **loading: Unpack[LoadingOptions],
     ) -> PruningPlan:
         """Say in seconds what `prune` would do and take: widths, sizes, memory on each device, time.
 
@@ -378,7 +349,7 @@ class OTPruner(HubMixin):
         max_shard_size: int | str | None = None,
         push_to_hub: bool = False,
         repo_id: str | None = None,
-        **push_options: Any,
+        **push_options: Unpack[PushOptions],
     ) -> Path:
         """Save model, tokenizer, configuration, report, card and manifest; the folder appears complete or not at all.
 
@@ -388,8 +359,7 @@ class OTPruner(HubMixin):
             max_shard_size: Of one safetensors file; default: 5 GB, or a twentieth of a model with offloaded weights.
             push_to_hub: Also push the folder; whether that will be allowed is checked before saving.
             repo_id: Where to; default: the folder's name, under the token's own user.
-            **push_options: `private`, `token`, `revision`, `create_pr`, `commit_message`, `deadline`, as for
-                `push_to_hub`.
+            **push_options: As for `push_to_hub`.
 
         Returns:
             The folder.
@@ -405,10 +375,9 @@ class OTPruner(HubMixin):
             refuse_push_options({"repo_id": repo_id, **push_options})
             return self._save_for_good(folder, overwrite, max_shard_size)
         check_single("`push_to_hub=True`", "Save, then push the folder from one.")
-        options = checked_push_options(push_options)
-        name = check_push(repo_id or resolved_output(folder).name, options)
+        name = check_push(repo_id or resolved_output(folder).name, push_options)
         self._save_for_good(folder, overwrite, max_shard_size)
-        push_saved(folder, name, **options)
+        push_saved(folder, name, **push_options)
         return folder
 
     def _save_for_good(self, folder: Path, overwrite: bool, max_shard_size: int | str | None) -> Path:
@@ -421,6 +390,6 @@ class OTPruner(HubMixin):
             self._unsaved_state = None
         return folder
 
-    def _save(self, folder: Path, overwrite: bool, max_shard_size: int | str | None) -> Path:
-        saved = (self.model, self.tokenizer, self.config, self.report)
-        return save_checkpoint(folder, *saved, overwrite, max_shard_size, self._places)
+    def _save(self, folder: Path, overwrite: bool, max_shard_size: int | str | None, name: str | None = None) -> Path:
+        contents = Contents(self.model, self.tokenizer, self.config, self.report)
+        return save_checkpoint(folder, contents, overwrite, max_shard_size, self._places, name)

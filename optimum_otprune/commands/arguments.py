@@ -2,11 +2,14 @@
 
 import argparse
 import os
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from optimum_otprune.config.loading_options import LoadingOptions
 from optimum_otprune.config.options import OPTIONS, OPTIONS_BY_NAME, Option
 from optimum_otprune.errors import UsageError
+from optimum_otprune.storage.hub.options import keywords
 from optimum_otprune.storage.state_folder import default_state_folder
 from optimum_otprune.storage.untrusted import visible, why_no_name
 
@@ -14,6 +17,8 @@ DATA_HELP = (
     "Hub dataset name, file (text, JSON, CSV or Parquet, or token ids as .npy, .safetensors or .pt) or folder; "
     "default: the configuration's dataset"
 )
+
+T = TypeVar("T")
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
@@ -72,18 +77,29 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     """The model and how to load it."""
     parser.add_argument("model", metavar="MODEL", help="Hub id or local folder")
     group = parser.add_argument_group("loading")
-    group.add_argument("--dtype", default="auto", help="of the weights, such as float32 or bfloat16 (default: auto)")
-    group.add_argument("--device-map", help="where layers go, such as auto or cuda:0")
-    group.add_argument("--offload-folder", metavar="DIR", help="for layers that are offloaded to disk")
-    group.add_argument("--revision", help="branch, tag or commit of the repository")
-    _add_hub_options(group)
+    add_options(group, LoadingOptions)
 
 
-def _add_hub_options(group: Any) -> None:
-    group.add_argument("--token", help="Hub token (default: the one that `hf auth login` saved)")
-    group.add_argument("--cache-dir", metavar="DIR", help="of downloads")
-    group.add_argument("--local-files-only", action="store_true", help="never ask the Hub")
-    group.add_argument("--trust-remote-code", action="store_true", help="run modeling code from the repository")
+def add_options(group: Any, options: Callable[..., Any], without: Collection[str] = ()) -> None:
+    """Add the options of loading or pushing.
+
+    Args:
+        group: The parser or group that gets them.
+        options: The `TypedDict` that holds them.
+        without: Names of options that the command does not have.
+    """
+    for name, (kind, about) in keywords(options).items():
+        if not about.is_flag or name in without:
+            continue
+        default = "" if about.default in (None, False) else f" (default: {about.default})"
+        argument: dict[str, Any] = {"default": about.default, "help": about.help + default}
+        argument |= {"action": "store_true"} if kind is bool else {"type": kind, "metavar": about.metavar}
+        group.add_argument(f"--{name.replace('_', '-')}", **argument)
+
+
+def chosen(args: argparse.Namespace, options: Callable[..., T]) -> T:
+    """Return those options of loading or pushing that the command has."""
+    return options(**{name: value for name, value in vars(args).items() if name in keywords(options)})
 
 
 def add_benchmark_options(parser: argparse.ArgumentParser) -> None:
@@ -113,23 +129,8 @@ def add_benchmark_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--quiet", action="store_true", help="no progress bars of loading")
     loading = parser.add_argument_group("loading")
     loading.add_argument("--dtype", default="auto", help="of both models' weights (default: that of DENSE)")
-    _add_hub_options(loading)
+    add_options(loading, LoadingOptions, without=("dtype", "device_map", "offload_folder", "revision"))
     add_debug_option(parser)
-
-
-def loading_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What `OTPruner.from_pretrained` takes of the options above."""
-    names = (
-        "dtype",
-        "device_map",
-        "offload_folder",
-        "revision",
-        "token",
-        "cache_dir",
-        "local_files_only",
-        "trust_remote_code",
-    )
-    return {name: getattr(args, name) for name in names}
 
 
 def add_resume_option(parser: argparse.ArgumentParser) -> None:

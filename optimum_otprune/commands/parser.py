@@ -15,6 +15,7 @@ from optimum_otprune.commands.arguments import (
     add_debug_option,
     add_memory_options,
     add_model_options,
+    add_options,
     add_resume_option,
     add_run_options,
     add_windows_option,
@@ -23,6 +24,7 @@ from optimum_otprune.commands.arguments import (
 from optimum_otprune.commands.signals import Terminated, imports_interrupted, sigterm_interrupts
 from optimum_otprune.commands.speaking import one_line, speaking
 from optimum_otprune.errors import OTPruneError, StateError, UsageError
+from optimum_otprune.storage.hub.options import HubOptions, PushOptions
 from optimum_otprune.storage.state_folder import has_state
 
 _READING = "optimum_otprune.commands.reading"
@@ -220,14 +222,7 @@ class PushCommand(_Command):
         """Options."""
         parser.add_argument("folder", metavar="OUT", help="folder that `otprune prune` wrote")
         parser.add_argument("repo_id", metavar="REPO", help="user/name; made if it does not exist")
-        parser.add_argument("--private", action="store_true", help="make the repository private if it is new")
-        parser.add_argument("--revision", help="branch; made if it does not exist (default: the main one)")
-        parser.add_argument("--create-pr", action="store_true", help="open a pull request instead")
-        parser.add_argument("--commit-message", metavar="TEXT", help="first line of the commit")
-        parser.add_argument("--token", help="Hub token (default: the one that `hf auth login` saved)")
-        parser.add_argument(
-            "--deadline", type=float, metavar="S", help="give up after so many seconds (default: 3600)"
-        )
+        add_options(parser, PushOptions)
         add_debug_option(parser)
 
 
@@ -240,9 +235,7 @@ class VerifyCommand(_Command):
     def parse_args(parser: argparse.ArgumentParser) -> None:
         """Options."""
         parser.add_argument("source", metavar="OUT", help="folder that `otprune prune` wrote, or user/name")
-        parser.add_argument("--revision", help="branch, tag or commit of the repository")
-        parser.add_argument("--token", help="Hub token (default: the one that `hf auth login` saved)")
-        parser.add_argument("--cache-dir", metavar="DIR", help="of downloads")
+        add_options(parser, HubOptions, without=("local_files_only",))
         add_debug_option(parser)
 
 

@@ -3,13 +3,14 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
 from optimum_otprune.errors import IntegrityError
-from optimum_otprune.storage.untrusted import read_json
+from optimum_otprune.storage.untrusted import parse_json, read_bytes
 
 MANIFEST_FILE = "otprune_manifest.json"
 CARD_FILE = "README.md"
@@ -120,16 +121,39 @@ def read_manifest(folder: Path) -> dict[str, FileEntry]:
     Raises:
         IntegrityError: If there is no manifest, or it is damaged.
     """
+    return parse_manifest(manifest_bytes(folder))
+
+
+def manifest_bytes(folder: Path) -> bytes:
+    """Read the manifest of a folder as it is.
+
+    Raises:
+        IntegrityError: If there is none, or it cannot be read.
+    """
     file = folder / MANIFEST_FILE
     if not file.is_file():
         raise IntegrityError(
             f"There is no {MANIFEST_FILE}, so nothing can be checked. Folders that `save_pretrained` of this version "
             "wrote have one; save the model again."
         )
-    try:
-        content = read_json(file)
-    except ValueError as error:
-        raise IntegrityError(f"{MANIFEST_FILE} is damaged: {error}. Get the folder again.") from error
+    with _damage_told():
+        return read_bytes(file)
+
+
+def parse_manifest(manifest: bytes) -> dict[str, FileEntry]:
+    """Return what a manifest lists.
+
+    Args:
+        manifest: What `manifest_bytes` read.
+
+    Returns:
+        Entries by file name.
+
+    Raises:
+        IntegrityError: If it is damaged.
+    """
+    with _damage_told():
+        content = parse_json(manifest)
     files = content.get("files") if isinstance(content, dict) else None
     if not isinstance(files, dict) or not files or content.get("format") != _FORMAT:
         raise IntegrityError(
@@ -137,6 +161,14 @@ def read_manifest(folder: Path) -> dict[str, FileEntry]:
             "version of optimum_otprune that wrote it."
         )
     return {_checked_name(name): _checked_entry(name, entry) for name, entry in files.items()}
+
+
+@contextmanager
+def _damage_told() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise IntegrityError(f"{MANIFEST_FILE} is damaged: {error}. Get the folder again.") from error
 
 
 def verify_folder(folder: Path) -> dict[str, FileEntry]:

@@ -22,6 +22,19 @@ def read_json(file: Path, largest: int = _LARGEST) -> Any:
         ValueError: If the file is larger, cannot be read, or is not what `parse_json` takes. The message does not name
             the file, and is written to follow a colon.
     """
+    return parse_json(read_bytes(file, largest))
+
+
+def read_bytes(file: Path, largest: int = _LARGEST) -> bytes:
+    """Return the content of a file that may be too large to be read.
+
+    Args:
+        file: A plain file.
+        largest: In bytes.
+
+    Raises:
+        ValueError: If it is larger, or cannot be read; the text, without the file's name, can follow a colon.
+    """
     try:
         with file.open("rb") as stream:
             blob = stream.read(largest + 1)
@@ -29,7 +42,7 @@ def read_json(file: Path, largest: int = _LARGEST) -> Any:
         raise ValueError(f"it cannot be read ({error.strerror})") from error
     if len(blob) > largest:
         raise ValueError(f"it is larger than {largest / 1e6:,.1f} MB")
-    return parse_json(blob)
+    return blob
 
 
 def parse_json(blob: bytes) -> Any:

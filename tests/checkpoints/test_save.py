@@ -14,11 +14,13 @@ from transformers import AutoModelForCausalLM
 from optimum_otprune import OTPruner, OTPruningConfig
 from optimum_otprune.checkpoints import save as checkpoint
 from optimum_otprune.checkpoints.card import plots
-from optimum_otprune.checkpoints.card.folder import folder_card, replace_card, repository_card
+from optimum_otprune.checkpoints.card.folder import folder_card, replace_card
+from optimum_otprune.checkpoints.push import push_saved
 from optimum_otprune.errors import IntegrityError, ModelLoadError, OutputError, ReportError
 from optimum_otprune.functional.ratios import RescueEnergies
 from optimum_otprune.pruning.report import LayerReport, PruningReport
 from optimum_otprune.storage import outputs
+from optimum_otprune.storage.hub import push as sharing
 from optimum_otprune.storage.manifest import MANIFEST_FILE, verify_folder
 from tests.conftest import make_llama
 
@@ -219,18 +221,25 @@ def test_a_card_made_again_leaves_the_folder_verified(pruner, tmp_path):
     verify_folder(folder)
 
 
-def test_a_card_for_a_repository_names_it_unless_it_was_edited(pruner, tmp_path):
+@pytest.fixture
+def sent_card(monkeypatch):
+    """What a push of a folder to `user/name` sends as the card."""
+    monkeypatch.setattr(sharing, "_start", lambda push: push.files["README.md"])
+    return lambda folder: push_saved(folder, "user/name")
+
+
+def test_a_card_for_a_repository_names_it_unless_it_was_edited(pruner, sent_card, tmp_path):
     folder = pruner.save_pretrained(tmp_path / "out")
-    assert 'from_pretrained("user/name")' in repository_card(folder, "user/name")
+    assert 'from_pretrained("user/name")' in sent_card(folder).decode()
     (folder / "README.md").write_text("mine")
-    assert repository_card(folder, "user/name") is None
+    assert sent_card(folder) == b"mine"
 
 
-def test_a_folder_that_was_moved_or_whose_card_is_no_text_can_be_pushed(pruner, tmp_path):
+def test_a_folder_that_was_moved_or_whose_card_is_no_text_can_be_pushed(pruner, sent_card, tmp_path):
     folder = pruner.save_pretrained(tmp_path / "out").rename(tmp_path / "moved")
-    assert 'from_pretrained("user/name")' in repository_card(folder, "user/name")
+    assert 'from_pretrained("user/name")' in sent_card(folder).decode()
     (folder / "README.md").write_bytes(b"\xff\xfe")
-    assert repository_card(folder, "user/name") is None
+    assert sent_card(folder) == b"\xff\xfe"
 
 
 def test_an_output_that_is_a_link_is_refused_before_any_work(pruner, tmp_path):

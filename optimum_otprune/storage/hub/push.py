@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple, Unpack
 
@@ -29,7 +29,9 @@ from optimum_otprune.storage.manifest import (
     digest,
     find_problems,
     is_weights_file,
+    manifest_bytes,
     manifest_text,
+    parse_manifest,
     read_manifest,
     unlisted,
     verify_folder,
@@ -82,9 +84,7 @@ class _Push(NamedTuple):
     files: Mapping[str, Path | bytes]
     entries: Mapping[str, FileEntry]
     replaces_weights: bool
-    revision: str | None
-    create_pr: bool
-    message: str
+    options: PushOptions
     former: frozenset[str] = frozenset()
 
     def holds(self, tree: Mapping[str, RepoFile]) -> bool:
@@ -117,16 +117,7 @@ class _Push(NamedTuple):
 
 
 def push_folder(
-    folder: Path,
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    token: str | bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    commit_message: str | None = None,
-    deadline: float | None = None,
-    card: str | None = None,
+    folder: Path, repo_id: str, *, own_card: Callable[[], str] | None = None, **options: Unpack[PushOptions]
 ) -> PushResult:
     """Make a repository hold what a saved folder holds, in one commit; the folder stays as it is.
 
@@ -153,67 +144,53 @@ def push_folder(
         IntegrityError: If the folder is not as it was saved, or holds links; nothing was sent.
         HubError: Of the fitting kind; the repository is as before or complete, and the same call may be repeated.
     """
-    listed = read_manifest(folder)
+    wanted = filled(PushOptions, options, PUSH_OPTION)
+    manifest = manifest_bytes(folder)
+    listed = parse_manifest(manifest)
     check_plain(folder, {*listed, CARD_FILE, MANIFEST_FILE})
-    entries = dict(listed)
-    if (folder / CARD_FILE).is_file():
-        entries[CARD_FILE] = digest(folder / CARD_FILE)
-    _raise_problems(find_problems(folder, entries))
-    replaced: dict[str, bytes] = {} if card is None else {CARD_FILE: card.encode()}
-    entries |= {name: _entry(content) for name, content in replaced.items()}
-    manifest = (folder / MANIFEST_FILE).read_bytes() if entries == listed else manifest_text(entries).encode()
-    files: dict[str, Path | bytes] = {
-        **{name: _checked_content(folder, name, entry) for name, entry in entries.items() if name not in replaced},
-        **replaced,
-        MANIFEST_FILE: manifest,
-    }
-    entries[MANIFEST_FILE] = _entry(manifest)
-    push = _Push(repo_id, files, entries, True, revision, create_pr, commit_message or _MESSAGE)
-    return _start(push, private, token, deadline)
+    card = _plain_content(folder / CARD_FILE) if (folder / CARD_FILE).is_file() else None
+    others = {name: entry for name, entry in listed.items() if card is None or name != CARD_FILE}
+    _raise_problems(find_problems(folder, others))
+    files: dict[str, Path | bytes] = {name: _checked_content(folder, name, entry) for name, entry in others.items()}
+    entries = dict(others)
+    if card is not None:
+        if own_card is not None and _entry(card) == listed.get(CARD_FILE):
+            card = own_card().encode()
+        files[CARD_FILE], entries[CARD_FILE] = card, _entry(card)
+    if entries != listed:
+        manifest = manifest_text(entries).encode()
+    files[MANIFEST_FILE], entries[MANIFEST_FILE] = manifest, _entry(manifest)
+    return _start(_Push(repo_id, files, entries, True, wanted))
 
 
 def _checked_content(folder: Path, name: str, entry: FileEntry) -> Path | bytes:
     """Return the path of weights, or the checked bytes of another file, so that no later change to it is sent."""
     if is_weights_file(name):
         return folder / name
-    descriptor = os.open(folder / name, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
-    with os.fdopen(descriptor, "rb") as stream:
-        content = stream.read()
+    content = _plain_content(folder / name)
     if _entry(content) != entry:
         raise IntegrityError(describe_problems({"changed": [name]}))
     return content
+
+
+def _plain_content(file: Path) -> bytes:
+    """The content of a file that was no link when it was looked at, and must not have become one."""
+    descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+    with os.fdopen(descriptor, "rb") as stream:
+        return stream.read()
 
 
 def _entry(content: bytes) -> FileEntry:
     return FileEntry(len(content), hashlib.sha256(content).hexdigest())
 
 
-def push_file(
-    file: Path,
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    token: str | bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    commit_message: str | None = None,
-    deadline: float | None = None,
-) -> PushResult:
+def push_file(file: Path, repo_id: str, **options: Unpack[PushOptions]) -> PushResult:
     """Put one file into a repository, whose other files stay; arguments and errors are those of `push_folder`."""
-    push = _Push(
-        repo_id, {file.name: file}, {file.name: digest(file)}, False, revision, create_pr, commit_message or _MESSAGE
-    )
-    return _start(push, private, token, deadline)
+    entries = {file.name: digest(file)}
+    return _start(_Push(repo_id, {file.name: file}, entries, False, filled(PushOptions, options, PUSH_OPTION)))
 
 
-def verify_repository(
-    repo_id: str,
-    *,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | None = None,
-    local_files_only: bool = False,
-) -> str:
+def verify_repository(repo_id: str, **options: Unpack[HubOptions]) -> str:
     """Download what a repository's manifest lists and compare it with the manifest.
 
     Args:
@@ -242,7 +219,7 @@ def verify_repository(
     commit = folder.name
     client.fetch_all(entries, commit, **where)
     problems = find_problems(folder, entries)
-    if not local_files_only and not constants.HF_HUB_OFFLINE:
+    if not how["local_files_only"] and not constants.HF_HUB_OFFLINE:
         extra = unlisted(client.tree(commit), entries)
         problems |= {"extra": extra} if extra else {}
     _raise_problems(problems, " A damaged download stays in the cache until it is removed there (`hf cache rm`).")
@@ -276,16 +253,16 @@ def verify_saved(name: str, **where: Unpack[Verifying]) -> str | None:
             f"{Path(name).name[:80]!r} is neither a folder nor a valid Hub id of the form 'user/name'."
         )
     try:
-        return verify_repository(name, **where)
+        return verify_repository(name, **options)
     except HubError as error:
         raise type(error)(f"There is no folder {name!r} here. {error}") from error
 
 
-def _start(push: _Push, private: bool | None, token: str | bool | None, deadline: float | None) -> PushResult:
-    size = sum(entry.size for entry in push.entries.values())
-    limit = Deadline(max(_DEADLINE, size / _SLOWEST) if deadline is None else deadline)
-    client = HubClient(push.repo_id, token, limit)
-    return limit.run(lambda: _send(client, push, private))
+def _start(push: _Push) -> PushResult:
+    size, seconds = sum(entry.size for entry in push.entries.values()), push.options["deadline"]
+    limit = Deadline(max(_DEADLINE, size / _SLOWEST) if seconds is None else seconds)
+    client = HubClient(push.repo_id, push.options["token"], limit)
+    return limit.run(lambda: _send(client, push))
 
 
 def _send(client: HubClient, push: _Push, private: bool | None) -> PushResult:
@@ -300,7 +277,7 @@ def _send(client: HubClient, push: _Push, private: bool | None) -> PushResult:
         return PushResult(client.repo_id, parent, client.url, changed=False)
     if push.replaces_weights and MANIFEST_FILE in tree:
         push = push._replace(former=_former_files(client, parent))
-    pulls = client.pull_requests() if push.create_pr else set()
+    pulls = client.pull_requests() if create_pr else set()
     attempted = False
 
     def attempt() -> PushResult:
@@ -310,7 +287,7 @@ def _send(client: HubClient, push: _Push, private: bool | None) -> PushResult:
         if landed is not None:
             return landed
         try:
-            done = client.commit(push.operations(tree), push.message, push.revision, push.create_pr, parent)
+            done = client.commit(push.operations(tree), message, revision, create_pr, parent)
         except HfHubHTTPError as error:
             landed = _landed(client, push, parent, pulls) if error.response.status_code == 412 else None
             if landed is None:
@@ -336,7 +313,7 @@ def _landed(client: HubClient, push: _Push, parent: str, pulls: set[str]) -> Pus
     Raises:
         HubConflictError: If the branch moved to something else than what was sent.
     """
-    if push.create_pr:
+    if push.options["create_pr"]:
         for ref in sorted(client.pull_requests() - pulls):
             head = client.head(ref)
             if head is not None and push.holds(client.tree(head)):
@@ -354,10 +331,11 @@ def _landed(client: HubClient, push: _Push, parent: str, pulls: set[str]) -> Pus
 
 
 def _branch_head(client: HubClient, push: _Push) -> str:
-    head = client.head(push.revision)
-    if head is None and push.revision is not None:
-        client.create_branch(push.revision)
-        head = client.head(push.revision)
+    revision = push.options["revision"]
+    head = client.head(revision)
+    if head is None and revision is not None:
+        client.create_branch(revision)
+        head = client.head(revision)
     if head is None:
         raise HubNotFoundError(
             f"{client.what} has no such revision. Give the name of a branch. Nothing local is lost."
