@@ -1,4 +1,4 @@
-"""Load a model, pruned or not, with its tokenizer and what pruning left beside it; what is damaged is told."""
+"""Load a model, pruned or not, with its tokenizer and what pruning left beside it, and name what is damaged."""
 
 import os
 import re
@@ -194,7 +194,7 @@ def _check_source(name: str, needs_weights: bool = True) -> None:
 
 
 def _check_repository(name: str, hub: HubOptions) -> None:
-    """What `check_folder` finds in a folder's configuration, for a model of the Hub."""
+    """Check the configuration of a model of the Hub, as `check_folder` does for a folder."""
     if not Path(name).is_dir():
         with _loading(name):
             config, _ = PreTrainedConfig.get_config_dict(name, **hub)
@@ -222,7 +222,7 @@ def _loading(name: str, is_tokenizer: bool = False) -> Iterator[None]:
 
 
 def _without_path(error: Exception, name: str) -> str:
-    """First line of an error, a local folder named by its last part only."""
+    """Return the first line of an error, in which a local folder is named by its last part only."""
     line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     for path in (str(Path(name).resolve()), str(Path(name).absolute()), name) if Path(name).exists() else ():
         line = line.replace(path, Path(name).resolve().name)
@@ -245,7 +245,7 @@ def _check_complete(name: str, info: Mapping[str, Any]) -> None:
 
 
 def _load_tokenizer(name: str, hub: HubOptions, remote: dict[str, Any]) -> PreTrainedTokenizerBase | None:
-    """None only where there is no tokenizer; one that cannot be read is an error."""
+    """Return None only where there is no tokenizer; one that cannot be read is an error."""
     if all(_optional_file(name, file, hub) is None for file in TOKENIZER_FILES):
         return None
     with _loading(name, is_tokenizer=True):
@@ -268,7 +268,7 @@ def _optional_file(name: str, file: str, hub: HubOptions) -> str | None:
 
 
 def _base_card(name: str, hub: HubOptions) -> dict[str, Any]:
-    """A card is welcome but not needed: a repository without one, or out of reach, says nothing."""
+    """Read the card, which is welcome but not needed: without one, or out of reach, a repository says nothing."""
     if Path(name).is_dir():
         file = _optional_file(name, CARD_FILE, hub)
     else:

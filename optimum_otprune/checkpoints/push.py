@@ -20,7 +20,7 @@ from optimum_otprune.storage.hub.push import PushResult, push_folder
 
 
 class HubMixin(ABC):
-    """Pushing of what can be saved."""
+    """Pushes whatever can be saved."""
 
     model: PreTrainedModel
 
@@ -38,15 +38,15 @@ class HubMixin(ABC):
 
         Args:
             repo_id: `user/name`, or a name alone for the token's own user; made if it does not exist.
-            max_shard_size: Of one safetensors file; see `save_pretrained`.
+            max_shard_size: The most bytes of one safetensors file, as `save_pretrained` takes it.
             **options: Options of `optimum_otprune.storage.hub.options.PushOptions`, which says what each means, such
                 as `private`, `revision` and `create_pr`.
 
         Returns:
-            Where it is, and whether there was anything to commit.
+            The repository and the commit, and whether there was anything to commit.
 
         Raises:
-            HubError: Of the fitting kind; the model in memory is unharmed, and the same call may be repeated.
+            HubError: If the push fails; the model in memory is unharmed, and the same call may be repeated.
             OutputError: If there is no room for the temporary folder.
         """
         check_whole(self.model)
@@ -66,8 +66,8 @@ def push_saved(folder: Path, repo_id: str, **options: Unpack[PushOptions]) -> Pu
         **options: The options of pushing.
 
     Raises:
-        IntegrityError: See `optimum_otprune.storage.hub.push.push_folder`, as for those that follow.
-        HubError: If the push fails.
+        IntegrityError: If the folder is not as it was saved.
+        HubError: If the push fails; the same call may be repeated.
     """
     has_configuration = (folder / CONFIG_FILE).is_file()
     own_card = partial(folder_card, folder, repo_id) if has_configuration else None
@@ -102,7 +102,7 @@ def check_push(repo_id: str, given: Mapping[str, Any]) -> str:
 
     Raises:
         ConfigurationError: If there is no option of a given name.
-        HubError: See `optimum_otprune.storage.hub.preflight.check_hub_access`.
+        HubError: If the push would fail, as far as `check_hub_access` can tell.
     """
     options = filled(PushOptions, given, PUSH_OPTION)
     return check_hub_access(

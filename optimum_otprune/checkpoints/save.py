@@ -68,7 +68,7 @@ def save_checkpoint(
     """Write everything into a hidden sibling folder, then rename it.
 
     Args:
-        folder: Where to; it must not exist, or be empty, unless `overwrite`.
+        folder: The folder to write; it must not exist, or be empty, unless `overwrite`.
         contents: What is saved.
         overwrite: Whether a folder that holds a saved model and nothing else is replaced.
         max_shard_size: The most bytes of one safetensors file; None is the default of `shard_size`.
@@ -79,7 +79,7 @@ def save_checkpoint(
         The folder.
 
     Raises:
-        OutputError: See `optimum_otprune.storage.files.writing_folder`.
+        OutputError: If the folder cannot be written, or holds what may not be replaced.
         ConfigurationError: If `overwrite` is not True or False.
         NumericalError: If a parameter is NaN or infinite, which is named, or the logits are.
         UnsupportedModelError: If modules were put into the model that could not be loaded again.
@@ -112,7 +112,7 @@ def save_checkpoint(
 
 @contextmanager
 def _known_failures() -> Iterator[None]:
-    """A full disk is an `OSError`, whichever library meets it."""
+    """Make a full disk an `OSError`, whichever library meets it."""
     try:
         yield
     except SafetensorError as error:

@@ -106,7 +106,7 @@ def _was_saved(model: str, output: Path, state: Path, config: OTPruningConfig) -
 def _prune_and_save(args: argparse.Namespace, config: OTPruningConfig, output: Path, state: Path | None) -> None:
     if state is not None:
         with StateFolder.opened(state):
-            pass  # what is wrong with it is told before a model is loaded
+            pass  # a folder that cannot be used is an error before a model is loaded
     pruner = OTPruner.from_pretrained(args.model, config, **chosen(args, LoadingOptions))
     check_model(pruner.model)
     check_dense(pruner.model)

@@ -42,7 +42,7 @@ def run_benchmark(args: argparse.Namespace) -> None:
     """Measure, print, and write a file if asked.
 
     Args:
-        args: Of `optimum_otprune.commands.arguments.add_benchmark_options`.
+        args: Values of the options that `add_benchmark_options` adds.
 
     Raises:
         OTPruneError: If a model cannot be loaded, the two do not belong together, or a shape cannot be run.
@@ -90,7 +90,7 @@ def checked_device(name: str) -> torch.device:
     """Return the device of a name.
 
     Args:
-        name: Such as `"cuda:0"`.
+        name: A name such as `"cuda:0"`.
 
     Raises:
         UsageError: If there is no such device.
@@ -178,7 +178,7 @@ def _print_ratios(comparisons: Sequence[Comparison]) -> None:
 def _measure_multiples(
     dense: PreTrainedModel, widths: Mapping[int, int], settings: BenchmarkSettings
 ) -> list[dict[str, Any]]:
-    """The dense model cut to each width, against the dense model; one width is measured once."""
+    """Compare the dense model cut to each width with the dense model; one width is measured once."""
     found: list[dict[str, Any]] = []
     for width in dict.fromkeys(widths.values()):
         multiples = [multiple for multiple, of_this in widths.items() if of_this == width]

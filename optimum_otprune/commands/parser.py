@@ -32,7 +32,7 @@ _PREFLIGHT = "optimum_otprune.commands.preflight"
 
 
 class _Command(BaseOptimumCLICommand):
-    """A subcommand that runs the function of its name in the module `actions`, and first that in `preflight`, if any.
+    """A subcommand, which runs the function of its name in the module `preflight`, if any, and then that in `actions`.
 
     Exit codes: 0 done, 2 wrong usage, 1 failed, 130 interrupted, 143 terminated; a failure is one line unless
     `--debug`.
@@ -55,11 +55,11 @@ class _Command(BaseOptimumCLICommand):
             if self.args.debug:
                 raise
             code, message = _outcome(error)
-            print(f"otprune {self.COMMAND.name}: error: {message}{self._way_on(error)}", file=sys.stderr)
+            print(f"otprune {self.COMMAND.name}: error: {message}{self._advice(error)}", file=sys.stderr)
             raise SystemExit(code) from None
 
-    def _way_on(self, error: BaseException) -> str:
-        """What to do after a failure that left finished layers behind, or after an interruption that did not."""
+    def _advice(self, error: BaseException) -> str:
+        """Say what to do after a failure that left finished layers behind, or an interruption that did not."""
         assert self.args is not None
         folder = state_folder(self.args)
         if folder is None and isinstance(error, KeyboardInterrupt) and self._lost_layers():
@@ -69,7 +69,7 @@ class _Command(BaseOptimumCLICommand):
         return f" Finished layers are in {str(folder)!r}: run the same command again to go on."
 
     def _lost_layers(self) -> bool:
-        """Whether `--resume` would have kept what an interruption lost."""
+        """Tell whether `--resume` would have kept what an interruption lost."""
         assert self.args is not None
         if "resume" not in self.args or self.args.dry_run or not self._has_begun:
             return False
@@ -84,7 +84,7 @@ def _imported(module: str) -> ModuleType:
 
 
 def _outcome(error: BaseException) -> tuple[int, str]:
-    """Exit code and message."""
+    """Return the exit code and the message."""
     if isinstance(error, KeyboardInterrupt):
         return (143, "terminated.") if isinstance(error, Terminated) else (130, "interrupted.")
     return 2 if isinstance(error, UsageError) else 1, one_line(error)
@@ -141,9 +141,7 @@ class TuneCommand(_Command):
         group = parser.add_argument_group("search")
         group.add_argument("--trials", type=int, default=20, metavar="N", help="trials in all (default: 20)")
         group.add_argument("--timeout", type=float, metavar="S", help="start no trial after so many seconds")
-        group.add_argument(
-            "--study", metavar="FILE", help="file that keeps the trials; an existing one is gone on with"
-        )
+        group.add_argument("--study", metavar="FILE", help="file that keeps the trials; an existing one is continued")
         group.add_argument(
             "--target-latency",
             type=float,

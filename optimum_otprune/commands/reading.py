@@ -59,7 +59,7 @@ def tell_seen(saved: PruningReport | None, metrics: Mapping[str, Any]) -> None:
 
 
 def protocol(metrics: Mapping[str, Any]) -> str:
-    """How a perplexity was measured, in words."""
+    """Say in words how a perplexity was measured."""
     return (
         f"{metrics['num_tokens']:,} tokens of {metrics['data']} in windows of {metrics['seqlen']}, {metrics['dtype']}"
     )

@@ -279,7 +279,7 @@ def describe_problems(problems: Mapping[str, list[str]]) -> str:
 
 
 def is_weights_file(name: str) -> bool:
-    """Whether a loader takes weights, or an index of them, from a file of this name.
+    """Tell whether a loader takes weights, or an index of them, from a file of this name.
 
     Example:
         >>> is_weights_file("model-00001-of-00002.safetensors"), is_weights_file("config.json")

@@ -30,7 +30,7 @@ def read_bytes(file: Path, largest: int = _LARGEST) -> bytes:
 
     Args:
         file: A plain file.
-        largest: In bytes.
+        largest: The most bytes that it may have.
 
     Raises:
         ValueError: If it is larger, or cannot be read; the text, without the file's name, can follow a colon.

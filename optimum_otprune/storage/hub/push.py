@@ -142,7 +142,7 @@ def push_folder(
 
     Raises:
         IntegrityError: If the folder is not as it was saved, or holds links; nothing was sent.
-        HubError: Of the fitting kind; the repository is as before or complete, and the same call may be repeated.
+        HubError: If the push fails; the repository is as before or complete, and the same call may be repeated.
     """
     wanted = filled(PushOptions, options, PUSH_OPTION)
     manifest = manifest_bytes(folder)
@@ -174,7 +174,7 @@ def _checked_content(folder: Path, name: str, entry: FileEntry) -> Path | bytes:
 
 
 def _plain_content(file: Path) -> bytes:
-    """The content of a file that was no link when it was looked at, and must not have become one."""
+    """Read a file that was no link when it was looked at, and must not have become one."""
     descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
     with os.fdopen(descriptor, "rb") as stream:
         return stream.read()
