@@ -272,8 +272,7 @@ class OTPruner(HubMixin):
             seed: The seed of the split and of the sampler; default: the configuration's.
             batch_size: Samples per forward pass.
             progress: Whether to show a progress bar.
-            on_trial: A function that gets the result so far, which `self.tuning` is too, at the start and after each
-                trial.
+            on_trial: A function that gets the result so far, `self.tuning`, at the start and after each trial.
 
         Returns:
             The best configuration, also kept as `self.config`.
