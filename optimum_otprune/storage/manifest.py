@@ -1,4 +1,4 @@
-"""`otprune_manifest.json`: size and SHA-256 of every file of a saved folder, to find damage before it is loaded."""
+"""`otprune_manifest.json`: size and SHA-256 of every file of a saved folder, so that damage is not loaded."""
 
 import hashlib
 import json
@@ -50,8 +50,8 @@ class FileEntry(NamedTuple):
     """What the manifest says of one file.
 
     Attributes:
-        size: The file's size in bytes.
-        sha256: The file's SHA-256 in hexadecimal.
+        size: The file's bytes.
+        sha256: Its digest in hexadecimal.
     """
 
     size: int
@@ -71,7 +71,7 @@ class FileEntry(NamedTuple):
 
 
 def digest(file: Path) -> FileEntry:
-    """Return the size and SHA-256 of a file."""
+    """Return size and SHA-256 of a file."""
     hashed, size = hashlib.sha256(), 0
     with file.open("rb") as stream:
         while chunk := stream.read(_CHUNK):
@@ -81,7 +81,7 @@ def digest(file: Path) -> FileEntry:
 
 
 def manifest_text(entries: Mapping[str, FileEntry]) -> str:
-    """Return the manifest's text, which is the same for the same entries."""
+    """Return the manifest's text, the same for the same entries."""
     content = {
         "format": _FORMAT,
         "optimum_otprune_version": version("optimum_otprune"),
@@ -195,7 +195,7 @@ def verify_folder(folder: Path) -> dict[str, FileEntry]:
 
 
 def find_problems(folder: Path, entries: Mapping[str, FileEntry]) -> dict[str, list[str]]:
-    """Return file names by what is wrong with them: `changed`, `missing`, `extra`, `not listed`; empty if nothing."""
+    """Return file names by what is wrong with them, which is `changed`, `missing`, `extra` or `not listed`."""
     missing = [name for name in sorted(entries) if not (folder / name).is_file()]
     changed = [
         name
@@ -212,7 +212,7 @@ def find_problems(folder: Path, entries: Mapping[str, FileEntry]) -> dict[str, l
 
 
 def _weights_not_listed(folder: Path, entries: Mapping[str, FileEntry]) -> list[str]:
-    """Return the names of weights that a loader needs and that the manifest does not list."""
+    """Return weights that a loader needs and that the manifest says nothing of, whatever else it lists."""
     wanted: dict[str, set[str]] = {}
     for index in (name for name in entries if is_weights_file(name) and name.endswith(".json")):
         if entries[index].size > _LARGEST_INDEX:
@@ -234,7 +234,7 @@ def check_plain(folder: Path, names: Iterable[str]) -> None:
 
     Args:
         folder: A saved folder.
-        names: The names of files in the folder.
+        names: Names of files in it.
 
     Raises:
         IntegrityError: If a file is a link or no plain file; the message names the first one.
@@ -249,7 +249,7 @@ def check_plain(folder: Path, names: Iterable[str]) -> None:
 
 
 def unlisted(names: Iterable[str], entries: Mapping[str, FileEntry]) -> list[str]:
-    """Return the names of files that a loader could read although the manifest does not list them."""
+    """Return the names of files that a loader could read though the manifest does not list them."""
     return sorted(name for name in names if name not in entries and name != MANIFEST_FILE and _is_loadable(name))
 
 
@@ -267,7 +267,7 @@ def _is_loadable(name: str) -> bool:
 
 
 def describe_problems(problems: Mapping[str, list[str]]) -> str:
-    """Return one sentence on what is wrong and one on what to do."""
+    """Say in one sentence what is wrong and in one what to do."""
     parts = [
         f"{kind}: {', '.join(repr(name) for name in names[:5])}{' …' if len(names) > 5 else ''}"
         for kind, names in problems.items()

@@ -15,8 +15,8 @@ def read_json(file: Path, largest: int = _LARGEST) -> Any:
     """Return what a JSON file holds.
 
     Args:
-        file: The path of a plain file.
-        largest: The largest size that is read, in bytes.
+        file: A plain file.
+        largest: The most bytes that it may have.
 
     Raises:
         ValueError: If the file is larger, cannot be read, or is not what `parse_json` takes. The message does not name
@@ -49,7 +49,7 @@ def parse_json(blob: bytes) -> Any:
     """Parse JSON that means the same to every reader: no NaN or infinity, no name twice in an object.
 
     Args:
-        blob: The bytes of the text, in UTF-8.
+        blob: Text in UTF-8.
 
     Raises:
         ValueError: If it is no such JSON, is nested more than 32 levels deep, or holds over 100,000 objects and lists.
@@ -76,8 +76,8 @@ def visible(text: str, max_length: int = 200) -> str:
     r"""Return a text as one line in which characters that cannot be seen, such as control characters, are escaped.
 
     Args:
-        text: A text from anywhere.
-        max_length: The largest number of characters before escaping; a longer text ends with "…".
+        text: Text of any origin, which is made one line.
+        max_length: The most characters of the text before escaping; what is longer ends with "…".
 
     Example:
         >>> print(visible("a\x1b[31m\u202eb"))

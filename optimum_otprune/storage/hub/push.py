@@ -4,7 +4,7 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple, Unpack
+from typing import Any, NamedTuple, Unpack
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, constants
 from huggingface_hub.errors import HfHubHTTPError
@@ -17,7 +17,8 @@ from optimum_otprune.errors import (
     IntegrityError,
     without_credentials,
 )
-from optimum_otprune.storage.hub.client import Downloading, HubClient, is_hub_id
+from optimum_otprune.storage.hub.client import HubClient, is_hub_id
+from optimum_otprune.storage.hub.options import PUSH_OPTION, HubOptions, PushOptions, filled
 from optimum_otprune.storage.hub.preflight import check_visibility
 from optimum_otprune.storage.hub.retries import Deadline, with_retries
 from optimum_otprune.storage.manifest import (
@@ -47,9 +48,9 @@ class PushResult(NamedTuple):
     """The result of a push.
 
     Attributes:
-        repo_id: The full name of the repository, `user/name`.
-        commit: The commit that holds the files; the head of the branch if nothing had changed.
-        url: The address of the repository, or of the pull request.
+        repo_id: `user/name`.
+        commit: The commit that holds the files; the head, where nothing had changed.
+        url: Address of the repository, or of the pull request.
         changed: Whether there was anything to commit.
     """
 
@@ -59,25 +60,16 @@ class PushResult(NamedTuple):
     changed: bool
 
 
-class Verifying(Downloading, total=False):
-    """The options of `verify_repository`."""
-
-    revision: str | None
-    token: str | bool | None
-
-
 class _Push(NamedTuple):
     """What shall be in a repository afterwards.
 
     Attributes:
-        repo_id: The repository as `user/name`, or a name alone for the token's own user.
-        files: The content of each file, as a path or as bytes, by name.
-        entries: The size and digest of each file, by name.
+        repo_id: `user/name`.
+        files: What is sent by name: a file, or bytes.
+        entries: Sizes and digests by name.
         replaces_weights: Whether weights that are not among the files are deleted.
-        revision: The branch to push to, or None for the main one.
-        create_pr: Whether to open a pull request.
-        message: The first line of the commit.
-        former: The names of the files that an earlier push sent.
+        options: All options of pushing.
+        former: Files that an earlier push sent.
     """
 
     repo_id: str
@@ -88,15 +80,16 @@ class _Push(NamedTuple):
     former: frozenset[str] = frozenset()
 
     def holds(self, tree: Mapping[str, RepoFile]) -> bool:
-        """Return whether a tree holds all files of this push, and none that it would delete."""
+        """Tell whether a tree is what this push wants."""
         return not self.stale(tree) and all(name in tree and self._same(name, tree[name]) for name in self.files)
 
     def stale(self, tree: Mapping[str, RepoFile]) -> list[str]:
-        """Return weights, and files of an earlier push, that are not in this one: a loader would mix them with it."""
-        if not self.replaces_weights:
-            return []
-        others = [name for name in tree if name not in self.files]
-        return sorted(name for name in others if is_weights_file(name) or name in self.former)
+        """Return weights and files of an earlier push that are not among the files, which a loader would mix."""
+        return sorted(
+            name
+            for name in tree
+            if self.replaces_weights and (is_weights_file(name) or name in self.former) and name not in self.files
+        )
 
     def operations(self, tree: Mapping[str, RepoFile]) -> list[CommitOperationAdd | CommitOperationDelete]:
         """Return the operations that make a tree hold this push; the client uses them up in one attempt."""
@@ -128,17 +121,12 @@ def push_folder(
 
     Args:
         folder: A folder that `save_pretrained` wrote.
-        repo_id: The repository as `user/name`, or a name alone for the token's own user; made if it does not exist.
-        private: Whether a new repository is private; None is the account's default.
-        token: The Hub token; None and True stand for the saved one.
-        revision: The branch to push to, made if it does not exist; default: the main one.
-        create_pr: Whether to open a pull request instead.
-        commit_message: The first line of the commit.
-        deadline: The time limit in seconds; default: one hour, and more for a folder that needs more at 2 MB/s.
-        card: A text that is sent in place of the folder's README.md.
+        repo_id: `user/name`, or a name alone for the token's own user; made if it does not exist.
+        own_card: Makes the card that is sent in place of the folder's README.md where that is as it was saved.
+        **options: The options of pushing.
 
     Returns:
-        The repository and the commit that hold the files now.
+        The repository, the commit, and whether there was anything to commit.
 
     Raises:
         IntegrityError: If the folder is not as it was saved, or holds links; nothing was sent.
@@ -164,7 +152,7 @@ def push_folder(
 
 
 def _checked_content(folder: Path, name: str, entry: FileEntry) -> Path | bytes:
-    """Return the path of weights, or the checked bytes of another file, so that no later change to it is sent."""
+    """Return the bytes that were checked, so that nothing put in the file's place is sent; weights stay a file."""
     if is_weights_file(name):
         return folder / name
     content = _plain_content(folder / name)
@@ -194,11 +182,8 @@ def verify_repository(repo_id: str, **options: Unpack[HubOptions]) -> str:
     """Download what a repository's manifest lists and compare it with the manifest.
 
     Args:
-        repo_id: The full name of the repository, `user/name`.
-        revision: A branch, tag or commit; default: the main branch.
-        token: The Hub token; None and True stand for the saved one.
-        cache_dir: The folder that keeps downloads; default: that of the Hub's client.
-        local_files_only: Whether only earlier downloads are used, and the Hub is never asked.
+        repo_id: `user/name`.
+        **options: How the repository is read.
 
     Returns:
         The commit that was verified.
@@ -207,9 +192,10 @@ def verify_repository(repo_id: str, **options: Unpack[HubOptions]) -> str:
         IntegrityError: If there is no manifest, or files are changed, missing or extra.
         HubError: If the repository cannot be read.
     """
-    client = HubClient(repo_id, token, Deadline(_LONGEST_DOWNLOAD))
-    where: Downloading = {"cache_dir": cache_dir, "local_files_only": local_files_only}
-    manifest = client.fetch(MANIFEST_FILE, revision, **where)
+    how = filled(HubOptions, options)
+    client = HubClient(repo_id, how["token"], Deadline(_LONGEST_DOWNLOAD))
+    where: dict[str, Any] = {"cache_dir": how["cache_dir"], "local_files_only": how["local_files_only"]}
+    manifest = client.fetch(MANIFEST_FILE, how["revision"], **where)
     if manifest is None:
         raise IntegrityError(
             f"{client.what} has no {MANIFEST_FILE}, so nothing can be checked. `otprune push` of this version "
@@ -231,12 +217,12 @@ def _raise_problems(problems: Mapping[str, list[str]], hint: str = "") -> None:
         raise IntegrityError(describe_problems(problems) + hint)
 
 
-def verify_saved(name: str, **where: Unpack[Verifying]) -> str | None:
+def verify_saved(name: str, **options: Unpack[HubOptions]) -> str | None:
     """Check a folder, or a repository if there is no folder of that name.
 
     Args:
-        name: The path of a folder, or the name of a repository, `user/name`.
-        **where: The options of `verify_repository`.
+        name: Folder or `user/name`.
+        **options: How a repository is read.
 
     Returns:
         The commit that was verified, or None for a folder.
@@ -265,8 +251,10 @@ def _start(push: _Push) -> PushResult:
     return limit.run(lambda: _send(client, push))
 
 
-def _send(client: HubClient, push: _Push, private: bool | None) -> PushResult:
-    """Create repository and branch where they are missing, and commit once on top of a known commit."""
+def _send(client: HubClient, push: _Push) -> PushResult:
+    """Make the repository and the branch, and then one commit on top of a known one, unless all is there."""
+    private, revision, create_pr = push.options["private"], push.options["revision"], push.options["create_pr"]
+    message = push.options["commit_message"] or _MESSAGE
     client.create(private)
     info = client.repository()
     if info is not None:
@@ -299,7 +287,7 @@ def _send(client: HubClient, push: _Push, private: bool | None) -> PushResult:
 
 
 def _former_files(client: HubClient, parent: str) -> frozenset[str]:
-    """Return the names of the files that the manifest of an earlier push lists."""
+    """Return what the manifest of an earlier push lists."""
     manifest = client.fetch(MANIFEST_FILE, parent)
     try:
         return frozenset() if manifest is None else frozenset(read_manifest(manifest.parent))
@@ -308,7 +296,7 @@ def _former_files(client: HubClient, parent: str) -> frozenset[str]:
 
 
 def _landed(client: HubClient, push: _Push, parent: str, pulls: set[str]) -> PushResult | None:
-    """Return the result of a commit whose answer was lost, or None if no such commit arrived.
+    """Return the commit whose answer was lost, if there is one.
 
     Raises:
         HubConflictError: If the branch moved to something else than what was sent.
