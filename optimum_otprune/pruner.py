@@ -4,28 +4,17 @@ import dataclasses
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_otprune.checkpoints.load import hub_id, load_checkpoint, load_skeleton
-from optimum_otprune.checkpoints.loading_options import (
-    LOADING_DEFAULTS,
-    as_config,
-    check_loading_options,
-    refuse_loading_options,
-)
-from optimum_otprune.checkpoints.push import (
-    HubMixin,
-    check_push,
-    checked_push_options,
-    push_saved,
-    refuse_push_options,
-)
-from optimum_otprune.checkpoints.save import save_checkpoint
+from optimum_otprune.checkpoints.loading_options import as_config, check_loading_options, refuse_loading_options
+from optimum_otprune.checkpoints.push import HubMixin, check_push, push_saved, refuse_push_options
+from optimum_otprune.checkpoints.save import Contents, save_checkpoint
 from optimum_otprune.config.checks import check_count, hidden_memory
 from optimum_otprune.config.configuration import OTPruningConfig
+from optimum_otprune.config.loading_options import LoadingOptions
 from optimum_otprune.models.changes import all_or_nothing, check_dense, check_whole, is_pruned
 from optimum_otprune.models.devices import model_sizes
 from optimum_otprune.models.distributed import check_launch, check_model, check_single, is_main_process, wait_for_all
@@ -52,6 +41,7 @@ from optimum_otprune.pruning.settings import PassSettings
 from optimum_otprune.pruning.size_target import with_pruning_ratio
 from optimum_otprune.pruning.tuning.search import tune_model
 from optimum_otprune.pruning.tuning.trials import TuningResult, TuningSettings
+from optimum_otprune.storage.hub.options import PushOptions
 from optimum_otprune.storage.outputs import noted_places, output_path, resolved_output
 from optimum_otprune.storage.state_folder import state_path
 
@@ -61,7 +51,7 @@ class OTPruner(HubMixin):
 
     Attributes:
         model: The model, pruned after `prune`.
-        config: What is, or was, done to it.
+        config: What is, or was, done to the model.
         tokenizer: Its tokenizer, or None.
         report: What `prune` did, or None before; restored for a pruned folder.
         tuning: What `tune` tried, or None before.
@@ -97,16 +87,7 @@ class OTPruner(HubMixin):
         config: OTPruningConfig | Mapping[str, Any] | str | os.PathLike | None = None,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        dtype: str | torch.dtype = "auto",
-        device_map: str | dict | int | torch.device | None = None,
-        max_memory: dict | None = None,
-        offload_folder: str | os.PathLike | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | os.PathLike | None = None,
-        local_files_only: bool = False,
-        trust_remote_code: bool = False,
-        verify: bool = False,
+        **loading: Unpack[LoadingOptions],
     ) -> "OTPruner":
         """Load a model to prune, or a pruned one with its configuration and report.
 
@@ -114,29 +95,19 @@ class OTPruner(HubMixin):
             model_name_or_path: Hub id, local folder, or a model in memory (then the loading options must be left out).
             config: A configuration, a dictionary, or where one is saved; default: the one saved with the model, else
                 all defaults.
-            tokenizer: In place of the model's own, which is loaded if it has one.
-            dtype: Of the weights; `"auto"` is the checkpoint's.
-            device_map: Where layers go, as in transformers.
-            max_memory: By device, as in transformers.
-            offload_folder: For layers that are offloaded to disk.
-            revision: Branch, tag or commit.
-            token: Hub token; True uses the saved one.
-            cache_dir: Of downloads.
-            local_files_only: Never ask the Hub.
-            trust_remote_code: Whether to run modeling code from the repository.
-            verify: First compare every file with the SHA-256 in the manifest that `save_pretrained` wrote; a flipped
-                byte or a stale file loads without an error otherwise.
+            tokenizer: A tokenizer that takes the place of the model's own, which is loaded if it has one.
+            **loading: Options of `optimum_otprune.config.loading_options.LoadingOptions`, which says what each means,
+                such as `dtype`, `device_map`, `trust_remote_code` and `verify`.
 
         Raises:
             ModelLoadError: If the model cannot be found, downloaded or read, or its weights are not all there.
-            IntegrityError: With `verify`, if files are changed, missing or extra, or there is no manifest.
-            HubError: With `verify`, if the Hub does not give the files.
+            IntegrityError: If `verify` is set, and files are changed, missing or extra, or there is no manifest.
+            HubError: If `verify` is set, and the Hub does not give the files.
             UnsupportedModelError: If it has no known FFN, is quantized, or has an adapter that is not merged.
-            ConfigurationError: If `config` is not valid.
+            ConfigurationError: If `config` is not valid, or a loading option is unknown or wrong.
         """
-        options = {name: value for name, value in locals().items() if name in LOADING_DEFAULTS}
         check_launch()
-        check_loading_options(options)
+        options = check_loading_options(loading)
         given = None if config is None else as_config(config, options)
         model = model_in_memory(model_name_or_path)
         if model is not None:
@@ -148,7 +119,7 @@ class OTPruner(HubMixin):
         report = loaded.report if given is None or given == loaded.config else None
         base = (loaded.base_model, loaded.base_card)
         pruner = cls(loaded.model, given or loaded.config, tokenizer or loaded.tokenizer, report, *base)
-        pruner._places |= noted_places(offload_folder=offload_folder)
+        pruner._places |= noted_places(offload_folder=options["offload_folder"])
         return pruner
 
     @classmethod
@@ -162,20 +133,20 @@ class OTPruner(HubMixin):
         max_hidden_memory: int | str = DEFAULT_LIMIT,
         evaluate: bool = False,
         evaluation_data: TokenSource | None = None,
-        **loading: Any,
+        **loading: Unpack[LoadingOptions],
     ) -> PruningPlan:
         """Say in seconds what `prune` would do and take: widths, sizes, memory on each device, time.
 
-        Of a Hub id only `config.json` is read; no weights are, and nothing is written. Memory and time are rough.
+        Only `config.json` of a Hub id is read, no weights are, and nothing is written. Memory and time are rough.
 
         Args:
-            model_name_or_path: As for `from_pretrained`.
-            config: As for `from_pretrained`; default: all defaults.
-            calibration_data: As for `prune`.
-            batch_size: As for `prune`.
+            model_name_or_path: The model, as `from_pretrained` takes it.
+            config: The configuration, as `from_pretrained` takes it; None is the default one.
+            calibration_data: The calibration samples, as `prune` takes them.
+            batch_size: Samples per forward pass.
             max_hidden_memory: Bytes of hidden states in main memory; what is more is spilled to disk.
             evaluate: Whether the model is evaluated before and after.
-            evaluation_data: As for `evaluate`.
+            evaluation_data: What it is evaluated on, as `evaluate` takes it.
             **loading: Options of `from_pretrained`, such as `dtype`, `device_map` and `max_memory`.
 
         Raises:
@@ -206,13 +177,13 @@ class OTPruner(HubMixin):
         spill_folder: str | os.PathLike | None = None,
         **functions: Any,
     ) -> PruningReport:
-        """Prune the model in place; of several processes, each on its part of the calibration samples.
+        """Prune the model in place; several processes share the calibration samples among them.
 
-        Whatever ends this early, an interruption too, the model is then what it was before, bit for bit. Only one with
-        offloaded weights stays half-pruned once layers were changed: every method refuses it (`HalfPrunedError`).
+        If this ends early, by an error or an interruption, the model is what it was before, bit for bit. Only a model
+        with offloaded weights stays half-pruned once layers were changed; every method refuses it (`HalfPrunedError`).
 
         Args:
-            calibration_data: See `optimum_otprune.pruning.calibration.data.calibration_tokens`; None is the
+            calibration_data: What `optimum_otprune.pruning.calibration.data.calibration_tokens` takes; None is the
                 configuration's dataset.
             batch_size: Samples per forward pass; changes nothing but speed, memory and rounding.
             progress: Whether to show progress bars.
@@ -220,8 +191,8 @@ class OTPruner(HubMixin):
                 go on: call this as before, with the dense model. The result is the same, bit for bit.
             max_hidden_memory: How much of the calibration samples' hidden states each process keeps in main memory, in
                 bytes or as `"4GB"`; the rest waits in files. Changes nothing but memory and speed.
-            spill_folder: Where those files are while it runs; default: the system's folder for temporary ones.
-            **functions: Functions of the user's own in place of registered names: `importance`, `cost`,
+            spill_folder: Folder of those files while it runs; default: the system's folder for temporary files.
+            **functions: The user's own functions, which take the place of registered ones: `importance`, `cost`,
                 `source_distribution`, `target_distribution`, `statistics`, `solver`.
 
         Returns:
@@ -230,10 +201,10 @@ class OTPruner(HubMixin):
         Raises:
             CalibrationDataError: If the data cannot be used.
             UnsupportedModelError: If the model was pruned already.
-            CustomFunctionError: If a function that is not of this package raises; names it and the layer.
-            NumericalError: If weights, activations or scores are NaN or infinite; names the layer.
+            CustomFunctionError: If a function of the user raises; the message names it and the layer.
+            NumericalError: If weights, activations or scores are NaN or infinite; the message names the layer.
             ConfigurationError: If the configuration does not fit the model.
-            StateError: If `resume_from` is in use, damaged, or of another model, data, configuration or environment.
+            StateError: If `resume_from` is in use, is damaged, or belongs to a run that differs from this one.
             OutputError: If `resume_from` cannot be written; finished layers are kept there.
         """
         batch_size = check_count("batch_size", batch_size)
@@ -289,25 +260,25 @@ class OTPruner(HubMixin):
         it there. A configuration that fails ends its trial only, and is logged with the reason.
 
         Args:
-            calibration_data: As for `prune`.
-            num_trials: In all, those that earlier runs of the study finished included.
-            timeout: No trial starts after so many seconds, the first one excepted.
-            search_space: By field, a tuple `(low, high)` or a list of choices; default: `default_search_space`.
-            study: File of the trials; an existing one of the same search is gone on with, by one process at a time.
+            calibration_data: The calibration samples, as `prune` takes them.
+            num_trials: How many trials are finished in the end, those of earlier runs of the study included.
+            timeout: Seconds after which no trial starts; the first one always does.
+            search_space: Tuples `(low, high)` or lists of choices by field; default: `default_search_space`.
+            study: File of the trials; one process at a time continues an existing one of the same search.
             target_latency: Median seconds of a forward pass on the model's device, in place of the ratio, which is
                 found first by bisection: FFNs are cut to a width, for speed depends on nothing else.
             latency_shape: `(batch_size, seqlen)` of that forward pass; default: one calibration sample.
             validation_share: Share of the samples that trials are judged on.
-            seed: Of the split and of the sampler; default: the configuration's.
+            seed: The seed of the split and of the sampler; default: the configuration's.
             batch_size: Samples per forward pass.
             progress: Whether to show a progress bar.
-            on_trial: Called with the result so far at the start and after each trial; also kept as `self.tuning`.
+            on_trial: A function that gets the result so far, `self.tuning`, at the start and after each trial.
 
         Returns:
             The best configuration, also kept as `self.config`.
 
         Raises:
-            OTPruneError: Without optuna, or where an argument, the study's file or the first trial is at fault.
+            OTPruneError: If optuna is missing, or an argument, the study's file or the first trial is at fault.
         """
         check_single("`tune`", "Start one.")
         check_dense(self.model)
@@ -338,10 +309,10 @@ class OTPruner(HubMixin):
         """Measure the model's perplexity as it is now; the report keeps every result.
 
         Args:
-            data: See `optimum_otprune.pruning.calibration.data.evaluation_tokens`; None is the configuration's
+            data: What `optimum_otprune.pruning.calibration.data.evaluation_tokens` takes; None is the configuration's
                 dataset.
             batch_size: Windows per forward pass; changes nothing but speed and rounding.
-            max_windows: Only the first so many windows.
+            max_windows: How many windows are evaluated, the first ones; None for all.
             progress: Whether to show a progress bar.
 
         Returns:
@@ -378,18 +349,17 @@ class OTPruner(HubMixin):
         max_shard_size: int | str | None = None,
         push_to_hub: bool = False,
         repo_id: str | None = None,
-        **push_options: Any,
+        **push_options: Unpack[PushOptions],
     ) -> Path:
         """Save model, tokenizer, configuration, report, card and manifest; the folder appears complete or not at all.
 
         Args:
-            save_directory: Must not exist, or be empty, unless `overwrite`.
+            save_directory: A folder that does not exist, or is empty, unless `overwrite`.
             overwrite: Replace a folder that holds a saved model and nothing else, in one step.
-            max_shard_size: Of one safetensors file; default: 5 GB, or a twentieth of a model with offloaded weights.
+            max_shard_size: The most bytes of a file; default: 5 GB, or a twentieth of a model with offloaded weights.
             push_to_hub: Also push the folder; whether that will be allowed is checked before saving.
-            repo_id: Where to; default: the folder's name, under the token's own user.
-            **push_options: `private`, `token`, `revision`, `create_pr`, `commit_message`, `deadline`, as for
-                `push_to_hub`.
+            repo_id: The repository; default: the folder's name, under the token's own user.
+            **push_options: The options of pushing, as `push_to_hub` takes them.
 
         Returns:
             The folder.
@@ -405,14 +375,13 @@ class OTPruner(HubMixin):
             refuse_push_options({"repo_id": repo_id, **push_options})
             return self._save_for_good(folder, overwrite, max_shard_size)
         check_single("`push_to_hub=True`", "Save, then push the folder from one.")
-        options = checked_push_options(push_options)
-        name = check_push(repo_id or resolved_output(folder).name, options)
+        name = check_push(repo_id or resolved_output(folder).name, push_options)
         self._save_for_good(folder, overwrite, max_shard_size)
-        push_saved(folder, name, **options)
+        push_saved(folder, name, **push_options)
         return folder
 
     def _save_for_good(self, folder: Path, overwrite: bool, max_shard_size: int | str | None) -> Path:
-        """Save, after which the state of the run is not needed any more."""
+        """Save, and remove the state of the run, which is not needed any more."""
         if is_main_process():
             self._save(folder, overwrite, max_shard_size)
         wait_for_all()
@@ -421,6 +390,6 @@ class OTPruner(HubMixin):
             self._unsaved_state = None
         return folder
 
-    def _save(self, folder: Path, overwrite: bool, max_shard_size: int | str | None) -> Path:
-        saved = (self.model, self.tokenizer, self.config, self.report)
-        return save_checkpoint(folder, *saved, overwrite, max_shard_size, self._places)
+    def _save(self, folder: Path, overwrite: bool, max_shard_size: int | str | None, name: str | None = None) -> Path:
+        contents = Contents(self.model, self.tokenizer, self.config, self.report)
+        return save_checkpoint(folder, contents, overwrite, max_shard_size, self._places, name)

@@ -1,4 +1,4 @@
-"""Load a model, pruned or not, with its tokenizer and what pruning left beside it; what is damaged is told."""
+"""Load a model, pruned or not, with its tokenizer and what pruning left beside it, and name what is damaged."""
 
 import os
 import re
@@ -23,19 +23,20 @@ from transformers.utils import cached_file
 from optimum_otprune.checkpoints.card.base_card import read_base_card
 from optimum_otprune.checkpoints.sources import ADAPTER_FILE, check_config, check_file, check_folder, explanation
 from optimum_otprune.config.configuration import OTPruningConfig
+from optimum_otprune.config.loading_options import LoadingOptions, PlacementOptions
 from optimum_otprune.config.options_file import CONFIG_FILE
 from optimum_otprune.errors import ModelLoadError
 from optimum_otprune.models.distributed import own_device
 from optimum_otprune.pruning.dry_run.estimate import Skeleton
 from optimum_otprune.pruning.report import REPORT_FILE, PruningReport
 from optimum_otprune.storage.hub.client import is_hub_id, without_secrets_in_warnings
+from optimum_otprune.storage.hub.options import HubOptions, part
 from optimum_otprune.storage.hub.push import verify_saved
 from optimum_otprune.storage.manifest import CARD_FILE, TOKENIZER_FILES
 from optimum_otprune.storage.untrusted import visible, why_no_name
 
 _FOLDERS = re.compile(r"(?<![\w:/.])/(?:[^\s'\"/]+/)+")  # of absolute paths, such as the cache's, but not of addresses
 _LONGEST = 2000  # characters of a message of others
-_HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
 # Whatever transformers, torch and the code of a model raise where its files are not what that code expects.
 _FOREIGN = (
     OSError,
@@ -73,12 +74,12 @@ class Checkpoint(NamedTuple):
     base_card: Mapping[str, Any]
 
 
-def load_checkpoint(name: str, options: Mapping[str, Any]) -> Checkpoint:
+def load_checkpoint(name: str, options: LoadingOptions) -> Checkpoint:
     """Load a model, and what pruning left beside it.
 
     Args:
         name: Hub id or local folder.
-        options: Of loading, as `OTPruner.from_pretrained` has them.
+        options: All options of loading, as `check_loading_options` returns them.
 
     Raises:
         ModelLoadError: If it cannot be found or read, or tensors are missing.
@@ -86,19 +87,16 @@ def load_checkpoint(name: str, options: Mapping[str, Any]) -> Checkpoint:
         HubError: If it was to be verified and the Hub does not answer.
     """
     name, options = _expanded(name, options)
-    hub = {option: options[option] for option in _HUB_OPTIONS if options[option] is not None}
+    hub = part(HubOptions, options)
     with _loading(name):
         _check_source(name)
     if options["verify"]:
         commit = verify_saved(name, **hub)
-        hub |= {} if commit is None else {"revision": commit}  # what was verified is what is loaded
+        if commit is not None:
+            hub["revision"] = commit  # what was verified is what is loaded
     _check_repository(name, hub)
     remote = {"trust_remote_code": bool(options["trust_remote_code"])}
-    placement = {
-        option: options[option]
-        for option in ("dtype", "device_map", "max_memory", "offload_folder")
-        if options[option] is not None
-    }
+    placement = part(PlacementOptions, options)
     device = own_device()
     if device is not None and "device_map" not in placement:
         placement["device_map"] = {"": device}  # each of several processes has the model on its own accelerator
@@ -120,12 +118,13 @@ def load_checkpoint(name: str, options: Mapping[str, Any]) -> Checkpoint:
     )
 
 
-def load_skeleton(name: str, options: Mapping[str, Any]) -> Skeleton:
+def load_skeleton(name: str, options: LoadingOptions) -> Skeleton:
     """Build a model from its configuration alone, on the meta device: it has shapes, but no weights.
 
     Args:
         name: Hub id or local folder.
-        options: Of loading, as `OTPruner.from_pretrained` has them; `dtype="auto"` is the configuration's.
+        options: All options of loading, as `check_loading_options` returns them; `dtype="auto"` is the data type that
+            the configuration names.
 
     Returns:
         The model, and whether a tokenizer lies beside it: not known of a Hub id, where only `config.json` is read.
@@ -134,7 +133,7 @@ def load_skeleton(name: str, options: Mapping[str, Any]) -> Skeleton:
         ModelLoadError: If the configuration cannot be found or read.
     """
     name, options = _expanded(name, options)
-    hub = {option: options[option] for option in _HUB_OPTIONS if options[option] is not None}
+    hub = part(HubOptions, options)
     with _loading(name):
         _check_source(name, needs_weights=False)
     _check_repository(name, hub)
@@ -149,17 +148,20 @@ def load_skeleton(name: str, options: Mapping[str, Any]) -> Skeleton:
     return Skeleton(model, options, has_tokenizer)
 
 
-def _expanded(name: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """A name that could be one, and options, `~` in what may be a path expanded."""
+def _expanded(name: str, options: LoadingOptions) -> tuple[str, LoadingOptions]:
+    """Expand `~` in a name and in those options that are paths, once the name is known to be possible."""
     reason = why_no_name(os.path.expanduser(name))
     if reason is not None:
         raise ModelLoadError(
             f"{visible(name, 60)!r} is the name of no model ({reason}). Give a folder, or a Hub id of the form "
             "'user/name'."
         )
-    paths = {option: options.get(option) for option in ("cache_dir", "offload_folder")}
-    expanded = {option: os.path.expanduser(path) for option, path in paths.items() if path is not None}
-    return os.path.expanduser(name), {**options, **expanded}
+    expanded = options.copy()
+    if options["cache_dir"] is not None:
+        expanded["cache_dir"] = os.path.expanduser(options["cache_dir"])
+    if options["offload_folder"] is not None:
+        expanded["offload_folder"] = os.path.expanduser(options["offload_folder"])
+    return os.path.expanduser(name), expanded
 
 
 def _dtype(asked: Any, config: PreTrainedConfig) -> torch.dtype:
@@ -191,8 +193,8 @@ def _check_source(name: str, needs_weights: bool = True) -> None:
         raise ModelLoadError(f"{path.name[:80]!r} is neither a folder nor a valid Hub id of the form 'user/name'.")
 
 
-def _check_repository(name: str, hub: dict[str, Any]) -> None:
-    """What `check_folder` finds in a folder's configuration, for a model of the Hub."""
+def _check_repository(name: str, hub: HubOptions) -> None:
+    """Check the configuration of a model of the Hub, as `check_folder` does for a folder."""
     if not Path(name).is_dir():
         with _loading(name):
             config, _ = PreTrainedConfig.get_config_dict(name, **hub)
@@ -220,7 +222,7 @@ def _loading(name: str, is_tokenizer: bool = False) -> Iterator[None]:
 
 
 def _without_path(error: Exception, name: str) -> str:
-    """First line of an error, a local folder named by its last part only."""
+    """Return the first line of an error, in which a local folder is named by its last part only."""
     line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     for path in (str(Path(name).resolve()), str(Path(name).absolute()), name) if Path(name).exists() else ():
         line = line.replace(path, Path(name).resolve().name)
@@ -242,15 +244,15 @@ def _check_complete(name: str, info: Mapping[str, Any]) -> None:
             )
 
 
-def _load_tokenizer(name: str, hub: dict[str, Any], remote: dict[str, Any]) -> PreTrainedTokenizerBase | None:
-    """None only where there is no tokenizer; one that cannot be read is an error."""
+def _load_tokenizer(name: str, hub: HubOptions, remote: dict[str, Any]) -> PreTrainedTokenizerBase | None:
+    """Return None only where there is no tokenizer; one that cannot be read is an error."""
     if all(_optional_file(name, file, hub) is None for file in TOKENIZER_FILES):
         return None
     with _loading(name, is_tokenizer=True):
         return AutoTokenizer.from_pretrained(name, **hub, **remote)
 
 
-def _optional_file(name: str, file: str, hub: dict[str, Any]) -> str | None:
+def _optional_file(name: str, file: str, hub: HubOptions) -> str | None:
     if Path(name).is_dir():
         path = Path(name) / file
         return str(path) if path.is_file() else None
@@ -265,8 +267,8 @@ def _optional_file(name: str, file: str, hub: dict[str, Any]) -> str | None:
         )
 
 
-def _base_card(name: str, hub: dict[str, Any]) -> dict[str, Any]:
-    """A card is welcome but not needed: a repository without one, or out of reach, says nothing."""
+def _base_card(name: str, hub: HubOptions) -> dict[str, Any]:
+    """Read the card, which is welcome but not needed: without one, or out of reach, a repository says nothing."""
     if Path(name).is_dir():
         file = _optional_file(name, CARD_FILE, hub)
     else:

@@ -1,4 +1,4 @@
-"""What `OTPruner.from_pretrained` is asked for besides a model."""
+"""Check what `OTPruner.from_pretrained` is told besides a model."""
 
 import os
 from collections.abc import Mapping
@@ -8,33 +8,20 @@ import torch
 
 from optimum_otprune.config.checks import check_size
 from optimum_otprune.config.configuration import OTPruningConfig
-from optimum_otprune.errors import ConfigurationError, unknown_name
+from optimum_otprune.config.loading_options import LoadingOptions
+from optimum_otprune.errors import ConfigurationError
+from optimum_otprune.storage.hub.options import HubOptions, filled, keywords, part
 
 _PLACES = ("auto", "balanced", "balanced_low_0", "sequential", "disk")
-LOADING_DEFAULTS: Mapping[str, Any] = {
-    "dtype": "auto",
-    "device_map": None,
-    "max_memory": None,
-    "offload_folder": None,
-    "revision": None,
-    "token": None,
-    "cache_dir": None,
-    "local_files_only": False,
-    "trust_remote_code": False,
-    "verify": False,
-}
 
 
-def check_loading_options(given: Mapping[str, Any]) -> dict[str, Any]:
+def check_loading_options(given: Mapping[str, Any]) -> LoadingOptions:
     """Return all options of loading, those that were not given with their defaults.
 
     Raises:
-        ConfigurationError: If there is no such option, or one has a value that is none of its.
+        ConfigurationError: If there is no option of a given name, or one has a value that it cannot take.
     """
-    for name in given:
-        if name not in LOADING_DEFAULTS:
-            raise ConfigurationError(unknown_name("option", name, LOADING_DEFAULTS))
-    options = {**LOADING_DEFAULTS, **given}
+    options = filled(LoadingOptions, given)
     _check_dtype(options["dtype"])
     places, memory = options["device_map"], options["max_memory"]
     if places is not None:
@@ -70,12 +57,12 @@ def _check_place(place: Any, places: Any) -> None:
         )
 
 
-def as_config(config: Any, options: Mapping[str, Any]) -> OTPruningConfig:
+def as_config(config: Any, options: LoadingOptions) -> OTPruningConfig:
     """Return a configuration from whatever stands for one.
 
     Args:
         config: A configuration, a dictionary, or where one is saved.
-        options: Of loading.
+        options: The options of loading.
 
     Raises:
         ConfigurationError: If it is none of these, or not valid.
@@ -85,20 +72,20 @@ def as_config(config: Any, options: Mapping[str, Any]) -> OTPruningConfig:
     if isinstance(config, Mapping):
         return OTPruningConfig.from_dict(config)
     if isinstance(config, (str, os.PathLike)):
-        where = {name: options[name] for name in ("revision", "token", "cache_dir", "local_files_only")}
-        return OTPruningConfig.from_pretrained(str(config), **where)
+        return OTPruningConfig.from_pretrained(str(config), **part(HubOptions, options))
     raise ConfigurationError(
         f"`config` is a {type(config).__name__}; want an OTPruningConfig, a dictionary, or where one is saved."
     )
 
 
-def refuse_loading_options(options: Mapping[str, Any]) -> None:
+def refuse_loading_options(options: LoadingOptions) -> None:
     """Raise where a model in memory comes with options of loading.
 
     Raises:
-        ConfigurationError: Names them.
+        ConfigurationError: If one is not its default; the message names all of them.
     """
-    given = [name for name, value in options.items() if value != LOADING_DEFAULTS[name]]
+    defaults = keywords(LoadingOptions)
+    given = [name for name, value in options.items() if value != defaults[name].about.default]
     if given:
         names = ", ".join(f"`{name}`" for name in given)
         raise ConfigurationError(

@@ -31,10 +31,10 @@ def save_model_files(
     """Write weights, configurations, tokenizer and whatever code they need; what is in memory stays as it is.
 
     Args:
-        folder: An empty one.
-        model: Pruned or not.
-        tokenizer: Or None.
-        max_shard_size: Of one safetensors file.
+        folder: An empty folder.
+        model: The model, pruned or not.
+        tokenizer: Its tokenizer, or None.
+        max_shard_size: The most bytes of one safetensors file.
     """
     with _copied_settings(model) as generation:
         _save_model(model, folder, max_shard_size)
@@ -160,7 +160,7 @@ def with_readable_names(config: Mapping[str, Any], kind: type[PreTrainedConfig])
     It lets `rope_scaling` replace `rope_parameters`, although that of some architectures holds less.
 
     Args:
-        config: Of config.json.
+        config: What config.json holds.
         kind: Class of the configuration.
     """
     older = with_older_names(config)
@@ -194,8 +194,8 @@ def _with_code_of_its_own(values: dict[str, Any], folder: Path, custom: tuple[st
     repository that it once came from.
 
     Args:
-        values: Of a configuration's file.
-        folder: Where it lies, with the code that was saved.
+        values: What the file of a configuration holds.
+        folder: The folder of that file and of the code that was saved.
         custom: Beginnings of the names of auto classes whose object has a class of its own.
     """
     rest = {name: value for name, value in values.items() if name not in ("auto_map", "custom_pipelines")}

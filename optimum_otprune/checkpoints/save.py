@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,26 +41,52 @@ def shard_size(model: PreTrainedModel, wanted: int | str | None) -> int | str:
     return max(_LEAST_SHARD, weight_bytes(model) // _SHARDS) if is_offloaded(model) else "5GB"
 
 
+class Contents(NamedTuple):
+    """What is saved.
+
+    Attributes:
+        model: The model, pruned or not.
+        tokenizer: Its tokenizer, or None.
+        config: What was, or will be, done to the model.
+        report: What came of it; None for a model that was not pruned yet.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    config: OTPruningConfig
+    report: PruningReport | None
+
+
 def save_checkpoint(
     folder: Path,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    config: OTPruningConfig,
-    report: PruningReport | None,
+    contents: Contents,
     overwrite: bool,
     max_shard_size: int | str | None,
     places: Mapping[str, Path],
+    name: str | None = None,
 ) -> Path:
     """Write everything into a hidden sibling folder, then rename it.
 
+    Args:
+        folder: The folder to write; it must not exist, or be empty, unless `overwrite`.
+        contents: What is saved.
+        overwrite: Whether a folder that holds a saved model and nothing else is replaced.
+        max_shard_size: The most bytes of one safetensors file; None is the default of `shard_size`.
+        places: Folders and files of the user that must not be written into, by what they are.
+        name: What the card calls the model; None is the folder's name.
+
+    Returns:
+        The folder.
+
     Raises:
-        OutputError: See `optimum_otprune.storage.files.writing_folder`.
+        OutputError: If the folder cannot be written, or holds what may not be replaced.
         ConfigurationError: If `overwrite` is not True or False.
         NumericalError: If a parameter is NaN or infinite, which is named, or the logits are.
         UnsupportedModelError: If modules were put into the model that could not be loaded again.
     """
     if not isinstance(overwrite, bool):
         raise ConfigurationError(f"`overwrite` is {overwrite!r}; want True or False.")
+    model, tokenizer, config, report = contents
     check_plain(model)
     restore_ties(model)
     check_loadable(model)
@@ -75,9 +102,9 @@ def save_checkpoint(
         has_plot = report is not None and bool(report.layers) and can_plot()
         if report is not None and has_plot:
             save_rescue_plot(report, partial / PLOT_FILE)
-        name = resolved_output(folder).name
         older = reads_in_older_versions(partial)
-        card = model_card(config, report, name, tokenizer is not None, has_plot, older)
+        shown = resolved_output(folder).name if name is None else name
+        card = model_card(config, report, shown, tokenizer is not None, has_plot, older)
         (partial / CARD_FILE).write_text(card, encoding="utf-8")
         write_manifest(partial)
     return folder
@@ -85,7 +112,7 @@ def save_checkpoint(
 
 @contextmanager
 def _known_failures() -> Iterator[None]:
-    """A full disk is an `OSError`, whichever library meets it."""
+    """Make a full disk an `OSError`, whichever library meets it."""
     try:
         yield
     except SafetensorError as error:

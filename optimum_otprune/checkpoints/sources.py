@@ -80,7 +80,7 @@ def check_folder(folder: Path, needs_weights: bool = True) -> None:
     """Raise where a folder holds no causal language model in safetensors files.
 
     Args:
-        folder: Of this machine.
+        folder: A folder of this machine.
         needs_weights: Whether its configuration alone is not enough.
 
     Raises:
@@ -116,7 +116,7 @@ def check_config(what: str, config: Mapping[str, Any], has_adapter: bool) -> Non
 
     Args:
         what: The model, in messages.
-        config: Of its config.json.
+        config: What its config.json holds.
         has_adapter: Whether `ADAPTER_FILE` lies beside it.
 
     Raises:

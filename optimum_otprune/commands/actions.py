@@ -10,14 +10,15 @@ from pathlib import Path
 
 from optimum_otprune.checkpoints.card.render import needs_remote_code
 from optimum_otprune.checkpoints.load import hub_id
-from optimum_otprune.checkpoints.push import push_saved
-from optimum_otprune.commands.arguments import config_options, loading_options, saved_folder, state_folder
+from optimum_otprune.checkpoints.push import check_push, push_saved
+from optimum_otprune.commands.arguments import chosen, config_options, saved_folder, state_folder
 from optimum_otprune.commands.benchmark import run_benchmark
 from optimum_otprune.commands.demo import run_demo
 from optimum_otprune.commands.preflight import CONFIGURATION_KEYS, usage
 from optimum_otprune.commands.reading import protocol, tell_seen
 from optimum_otprune.commands.terminal import showing_progress
 from optimum_otprune.config.configuration import OTPruningConfig
+from optimum_otprune.config.loading_options import LoadingOptions
 from optimum_otprune.errors import IntegrityError, UsageError
 from optimum_otprune.models.changes import check_dense
 from optimum_otprune.models.devices import weight_bytes
@@ -28,7 +29,7 @@ from optimum_otprune.pruning.resume import forget_if_saved
 from optimum_otprune.pruning.settings import spill_path
 from optimum_otprune.pruning.tuning.trials import TuningResult, TuningSettings
 from optimum_otprune.storage.files import recover, save_text
-from optimum_otprune.storage.hub.preflight import check_hub_access
+from optimum_otprune.storage.hub.options import PushOptions
 from optimum_otprune.storage.hub.push import PushResult
 from optimum_otprune.storage.manifest import verify_folder
 from optimum_otprune.storage.outputs import check_output_folder, output_path
@@ -61,8 +62,8 @@ def prune(args: argparse.Namespace) -> None:
     is_saved = state is not None and not is_new and _was_saved(args.model, output, state, config)
     if not is_saved:
         check_output_folder(output, args.overwrite)
-    target = {"private": args.private or None, "token": args.token}
-    repo_id = None if args.push_to_hub is None else check_hub_access(args.push_to_hub, **target)
+    target = PushOptions(private=args.private or None, token=args.token)
+    repo_id = None if args.push_to_hub is None else check_push(args.push_to_hub, target)
     if args.dry_run:
         _dry_run(args, config, output)
         return
@@ -83,7 +84,7 @@ def _dry_run(args: argparse.Namespace, config: OTPruningConfig, output: Path) ->
         max_hidden_memory=args.max_hidden_memory,
         evaluate=args.eval,
         evaluation_data=args.eval_data,
-        **loading_options(args),
+        **chosen(args, LoadingOptions),
     )
     check_output_folder(output, args.overwrite, plan.bytes_after)
     print(plan)
@@ -105,8 +106,8 @@ def _was_saved(model: str, output: Path, state: Path, config: OTPruningConfig) -
 def _prune_and_save(args: argparse.Namespace, config: OTPruningConfig, output: Path, state: Path | None) -> None:
     if state is not None:
         with StateFolder.opened(state):
-            pass  # what is wrong with it is told before a model is loaded
-    pruner = OTPruner.from_pretrained(args.model, config, **loading_options(args))
+            pass  # a folder that cannot be used is an error before a model is loaded
+    pruner = OTPruner.from_pretrained(args.model, config, **chosen(args, LoadingOptions))
     check_model(pruner.model)
     check_dense(pruner.model)
     check_output_folder(output, args.overwrite, weight_bytes(pruner.model))
@@ -141,7 +142,7 @@ def tune(args: argparse.Namespace) -> None:
     output, config = output_path(args.output), _config(args)
     bounds = (args.trials, args.timeout, None, None, args.target_latency, args.latency_shape)
     usage(lambda: TuningSettings(*bounds, 0.25, config.seed, args.batch_size, False).checked())
-    pruner = OTPruner.from_pretrained(args.model, config, **loading_options(args))
+    pruner = OTPruner.from_pretrained(args.model, config, **chosen(args, LoadingOptions))
 
     def show(result: TuningResult) -> None:
         for trial in result.trials[shown[0] :]:
@@ -173,7 +174,7 @@ def tune(args: argparse.Namespace) -> None:
 @_main_process_speaks
 def evaluate(args: argparse.Namespace) -> None:
     """Measure the perplexity of a model."""
-    pruner = OTPruner.from_pretrained(args.model, **loading_options(args))
+    pruner = OTPruner.from_pretrained(args.model, **chosen(args, LoadingOptions))
     if args.seqlen is not None:
         pruner.config = usage(lambda: pruner.config.replace(seqlen=args.seqlen))
     metrics = pruner.evaluate(
@@ -195,18 +196,7 @@ def push(args: argparse.Namespace) -> None:
     folder = saved_folder(args)
     if not os.path.isdir(folder):
         raise UsageError(f"{folder.name!r} is no folder. Give one that `otprune prune` wrote.")
-    _tell_push(
-        push_saved(
-            folder,
-            args.repo_id,
-            private=args.private or None,
-            token=args.token,
-            revision=args.revision,
-            create_pr=args.create_pr,
-            commit_message=args.commit_message,
-            deadline=args.deadline,
-        )
-    )
+    _tell_push(push_saved(folder, args.repo_id, **chosen(args, PushOptions)))
 
 
 def _tell_push(result: PushResult) -> None:

@@ -1,12 +1,15 @@
-"""Command-line options, made from the table of configuration options; nothing heavy is imported."""
+"""Command-line options, made from the options of the configuration, of loading and of pushing; torch is not needed."""
 
 import argparse
 import os
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from optimum_otprune.config.loading_options import LoadingOptions
 from optimum_otprune.config.options import OPTIONS, OPTIONS_BY_NAME, Option
 from optimum_otprune.errors import UsageError
+from optimum_otprune.storage.hub.options import keywords
 from optimum_otprune.storage.state_folder import default_state_folder
 from optimum_otprune.storage.untrusted import visible, why_no_name
 
@@ -15,9 +18,11 @@ DATA_HELP = (
     "default: the configuration's dataset"
 )
 
+T = TypeVar("T")
+
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
-    """One option for each field of the configuration; what is left out is the file's, the method's or the default."""
+    """Add an option for each field of the configuration; the file, the method or the default says what is left out."""
     group = parser.add_argument_group("pruning configuration")
     group.add_argument("--config", metavar="FILE", help="configuration to start from: a file, a folder or a Hub id")
     for option in OPTIONS:
@@ -41,7 +46,7 @@ def _argument(option: Option) -> dict[str, Any]:
 
 
 def _by_layer(text: str) -> tuple[int, float]:
-    """`"3=0.5"`: a number of a layer."""
+    """Read the number of a layer, such as `"3=0.5"`."""
     layer, _, number = text.partition("=")
     try:
         return int(layer), float(number)
@@ -50,12 +55,12 @@ def _by_layer(text: str) -> tuple[int, float]:
 
 
 def _number_or_text(text: str) -> int | str:
-    """A number, or a string with a unit that the configuration understands."""
+    """Read a number, or a string with a unit that the configuration understands."""
     return int(text) if text.isdecimal() and text.isascii() else text
 
 
 def config_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The configuration options that were given."""
+    """Return the configuration options that were given."""
     given = {option.name: value for option in OPTIONS if (value := getattr(args, option.name)) is not None}
     return {name: _once(name, value) if OPTIONS_BY_NAME[name].kind is dict else value for name, value in given.items()}
 
@@ -69,25 +74,36 @@ def _once(name: str, pairs: list[tuple[int, float]]) -> dict[int, float]:
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """The model and how to load it."""
+    """Add the model and how to load it."""
     parser.add_argument("model", metavar="MODEL", help="Hub id or local folder")
     group = parser.add_argument_group("loading")
-    group.add_argument("--dtype", default="auto", help="of the weights, such as float32 or bfloat16 (default: auto)")
-    group.add_argument("--device-map", help="where layers go, such as auto or cuda:0")
-    group.add_argument("--offload-folder", metavar="DIR", help="for layers that are offloaded to disk")
-    group.add_argument("--revision", help="branch, tag or commit of the repository")
-    _add_hub_options(group)
+    add_options(group, LoadingOptions)
 
 
-def _add_hub_options(group: Any) -> None:
-    group.add_argument("--token", help="Hub token (default: the one that `hf auth login` saved)")
-    group.add_argument("--cache-dir", metavar="DIR", help="of downloads")
-    group.add_argument("--local-files-only", action="store_true", help="never ask the Hub")
-    group.add_argument("--trust-remote-code", action="store_true", help="run modeling code from the repository")
+def add_options(group: Any, options: Callable[..., Any], without: Collection[str] = ()) -> None:
+    """Add the options of loading or pushing.
+
+    Args:
+        group: The parser or group that gets them.
+        options: The `TypedDict` that holds them.
+        without: Names of options that the command does not have.
+    """
+    for name, (kind, about) in keywords(options).items():
+        if not about.is_flag or name in without:
+            continue
+        default = "" if about.default in (None, False) else f" (default: {about.default})"
+        argument: dict[str, Any] = {"default": about.default, "help": about.help + default}
+        argument |= {"action": "store_true"} if kind is bool else {"type": kind, "metavar": about.metavar}
+        group.add_argument(f"--{name.replace('_', '-')}", **argument)
+
+
+def chosen(args: argparse.Namespace, options: Callable[..., T]) -> T:
+    """Return those options of loading or pushing that the command has."""
+    return options(**{name: value for name, value in vars(args).items() if name in keywords(options)})
 
 
 def add_benchmark_options(parser: argparse.ArgumentParser) -> None:
-    """What `otprune benchmark` measures."""
+    """Add what `otprune benchmark` measures."""
     parser.add_argument("dense", metavar="DENSE", help="the model before pruning: Hub id or local folder")
     parser.add_argument("pruned", metavar="PRUNED", help="the model after: Hub id or local folder")
     group = parser.add_argument_group("measuring")
@@ -113,27 +129,12 @@ def add_benchmark_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--quiet", action="store_true", help="no progress bars of loading")
     loading = parser.add_argument_group("loading")
     loading.add_argument("--dtype", default="auto", help="of both models' weights (default: that of DENSE)")
-    _add_hub_options(loading)
+    add_options(loading, LoadingOptions, without=("dtype", "device_map", "offload_folder", "revision"))
     add_debug_option(parser)
 
 
-def loading_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What `OTPruner.from_pretrained` takes of the options above."""
-    names = (
-        "dtype",
-        "device_map",
-        "offload_folder",
-        "revision",
-        "token",
-        "cache_dir",
-        "local_files_only",
-        "trust_remote_code",
-    )
-    return {name: getattr(args, name) for name in names}
-
-
 def add_resume_option(parser: argparse.ArgumentParser) -> None:
-    """`--resume`; without a folder, the value is an empty string."""
+    """Add `--resume`, whose value without a folder is an empty string."""
     parser.add_argument(
         "--resume",
         nargs="?",
@@ -145,7 +146,7 @@ def add_resume_option(parser: argparse.ArgumentParser) -> None:
 
 
 def state_folder(args: argparse.Namespace) -> Path | None:
-    """Where `--resume` keeps finished layers, or None without it."""
+    """Return where `--resume` keeps finished layers, or None without it."""
     resume = getattr(args, "resume", None)
     if resume is None:
         return None
@@ -153,7 +154,7 @@ def state_folder(args: argparse.Namespace) -> Path | None:
 
 
 def saved_folder(args: argparse.Namespace) -> Path:
-    """The folder that a command reads.
+    """Return the folder that a command reads.
 
     Raises:
         UsageError: If none can have that name.
@@ -168,7 +169,7 @@ def saved_folder(args: argparse.Namespace) -> Path:
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """Options of every command that works for a while."""
+    """Add the options of every command that works for a while."""
     group = parser.add_argument_group("running")
     group.add_argument("--batch-size", type=int, default=8, metavar="N", help="samples per forward pass (default: 8)")
     group.add_argument("--quiet", action="store_true", help="no progress bars and no line per layer")
@@ -176,14 +177,14 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_windows_option(parser: argparse.ArgumentParser) -> None:
-    """`--max-windows`."""
+    """Add `--max-windows`."""
     parser.add_argument(
         "--max-windows", type=int, metavar="N", help="measure perplexity on the first so many windows only"
     )
 
 
 def add_memory_options(parser: argparse.ArgumentParser) -> None:
-    """What happens to hidden states that do not fit into main memory."""
+    """Add what is done with hidden states that do not fit into main memory."""
     group = parser.add_argument_group("memory")
     group.add_argument(
         "--max-hidden-memory",
@@ -197,5 +198,5 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_debug_option(parser: Any) -> None:
-    """`--debug`."""
+    """Add `--debug`."""
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from optimum_otprune.checkpoints.load import load_checkpoint
+from optimum_otprune.commands.arguments import chosen
 from optimum_otprune.commands.preflight import BENCHMARK_KEYS
 from optimum_otprune.commands.speed import (
     BenchmarkSettings,
@@ -22,14 +23,15 @@ from optimum_otprune.commands.speed import (
     cut_copy,
     widths_by_multiple,
 )
+from optimum_otprune.config.loading_options import LoadingOptions
 from optimum_otprune.errors import UsageError
 from optimum_otprune.models.devices import weight_bytes
 from optimum_otprune.models.ffn_block import FFNBlock, ffn_blocks
 from optimum_otprune.pruning.report import versions
 from optimum_otprune.storage.files import save_text
+from optimum_otprune.storage.hub.options import filled
 from optimum_otprune.storage.outputs import output_path
 
-_SHARED_OPTIONS = ("token", "cache_dir", "local_files_only", "trust_remote_code")
 _HEAD = (
     f"{'batch':>5} {'prompt':>6} {'model':<8} {'first token':>11} {'prefill':>13} {'decode':>11} {'peak memory':>11} "
     f"{'KV cache':>9}"
@@ -40,7 +42,7 @@ def run_benchmark(args: argparse.Namespace) -> None:
     """Measure, print, and write a file if asked.
 
     Args:
-        args: Of `optimum_otprune.commands.arguments.add_benchmark_options`.
+        args: Values of the options that `add_benchmark_options` adds.
 
     Raises:
         OTPruneError: If a model cannot be loaded, the two do not belong together, or a shape cannot be run.
@@ -88,7 +90,7 @@ def checked_device(name: str) -> torch.device:
     """Return the device of a name.
 
     Args:
-        name: Such as `"cuda:0"`.
+        name: A name such as `"cuda:0"`.
 
     Raises:
         UsageError: If there is no such device.
@@ -110,12 +112,9 @@ def device_name(device: torch.device) -> str:
 
 
 def _load(name: str, args: argparse.Namespace, device: torch.device, dtype: str) -> PreTrainedModel:
-    options = {option: getattr(args, option) for option in _SHARED_OPTIONS}
-    absent = dict.fromkeys(("max_memory", "offload_folder", "revision"))
-    model = load_checkpoint(
-        name, {**options, **absent, "dtype": dtype, "device_map": str(device), "verify": False}
-    ).model
-    return model.eval()
+    given = chosen(args, LoadingOptions)
+    given |= {"dtype": dtype, "device_map": str(device)}
+    return load_checkpoint(name, filled(LoadingOptions, given)).model.eval()
 
 
 def _describe(model: PreTrainedModel, blocks: Sequence[FFNBlock]) -> dict[str, Any]:
@@ -179,7 +178,7 @@ def _print_ratios(comparisons: Sequence[Comparison]) -> None:
 def _measure_multiples(
     dense: PreTrainedModel, widths: Mapping[int, int], settings: BenchmarkSettings
 ) -> list[dict[str, Any]]:
-    """The dense model cut to each width, against the dense model; one width is measured once."""
+    """Compare the dense model cut to each width with the dense model; one width is measured once."""
     found: list[dict[str, Any]] = []
     for width in dict.fromkeys(widths.values()):
         multiples = [multiple for multiple, of_this in widths.items() if of_this == width]

@@ -39,8 +39,8 @@ class DemoResult(NamedTuple):
     Attributes:
         name: Method, or `dense`.
         perplexity: On the validation documents.
-        parameters: Of the whole model.
-        tokens_per_second: Of a forward pass.
+        parameters: How many the whole model has.
+        tokens_per_second: The speed of a forward pass.
         rescue_ratio: None for the dense model.
     """
 

@@ -15,6 +15,7 @@ from optimum_otprune.commands.arguments import (
     add_debug_option,
     add_memory_options,
     add_model_options,
+    add_options,
     add_resume_option,
     add_run_options,
     add_windows_option,
@@ -23,6 +24,7 @@ from optimum_otprune.commands.arguments import (
 from optimum_otprune.commands.signals import Terminated, imports_interrupted, sigterm_interrupts
 from optimum_otprune.commands.speaking import one_line, speaking
 from optimum_otprune.errors import OTPruneError, StateError, UsageError
+from optimum_otprune.storage.hub.options import HubOptions, PushOptions
 from optimum_otprune.storage.state_folder import has_state
 
 _READING = "optimum_otprune.commands.reading"
@@ -30,7 +32,7 @@ _PREFLIGHT = "optimum_otprune.commands.preflight"
 
 
 class _Command(BaseOptimumCLICommand):
-    """A subcommand that runs the function of its name in the module `actions`, and first that in `preflight`, if any.
+    """A subcommand, which runs the function of its name in the module `preflight`, if any, and then that in `actions`.
 
     Exit codes: 0 done, 2 wrong usage, 1 failed, 130 interrupted, 143 terminated; a failure is one line unless
     `--debug`.
@@ -53,11 +55,11 @@ class _Command(BaseOptimumCLICommand):
             if self.args.debug:
                 raise
             code, message = _outcome(error)
-            print(f"otprune {self.COMMAND.name}: error: {message}{self._way_on(error)}", file=sys.stderr)
+            print(f"otprune {self.COMMAND.name}: error: {message}{self._advice(error)}", file=sys.stderr)
             raise SystemExit(code) from None
 
-    def _way_on(self, error: BaseException) -> str:
-        """What to do after a failure that left finished layers behind, or after an interruption that did not."""
+    def _advice(self, error: BaseException) -> str:
+        """Say what to do after a failure that left finished layers behind, or an interruption that did not."""
         assert self.args is not None
         folder = state_folder(self.args)
         if folder is None and isinstance(error, KeyboardInterrupt) and self._lost_layers():
@@ -67,7 +69,7 @@ class _Command(BaseOptimumCLICommand):
         return f" Finished layers are in {str(folder)!r}: run the same command again to go on."
 
     def _lost_layers(self) -> bool:
-        """Whether `--resume` would have kept what an interruption lost."""
+        """Tell whether `--resume` would have kept what an interruption lost."""
         assert self.args is not None
         if "resume" not in self.args or self.args.dry_run or not self._has_begun:
             return False
@@ -82,7 +84,7 @@ def _imported(module: str) -> ModuleType:
 
 
 def _outcome(error: BaseException) -> tuple[int, str]:
-    """Exit code and message."""
+    """Return the exit code and the message."""
     if isinstance(error, KeyboardInterrupt):
         return (143, "terminated.") if isinstance(error, Terminated) else (130, "interrupted.")
     return 2 if isinstance(error, UsageError) else 1, one_line(error)
@@ -139,9 +141,7 @@ class TuneCommand(_Command):
         group = parser.add_argument_group("search")
         group.add_argument("--trials", type=int, default=20, metavar="N", help="trials in all (default: 20)")
         group.add_argument("--timeout", type=float, metavar="S", help="start no trial after so many seconds")
-        group.add_argument(
-            "--study", metavar="FILE", help="file that keeps the trials; an existing one is gone on with"
-        )
+        group.add_argument("--study", metavar="FILE", help="file that keeps the trials; an existing one is continued")
         group.add_argument(
             "--target-latency",
             type=float,
@@ -220,14 +220,7 @@ class PushCommand(_Command):
         """Options."""
         parser.add_argument("folder", metavar="OUT", help="folder that `otprune prune` wrote")
         parser.add_argument("repo_id", metavar="REPO", help="user/name; made if it does not exist")
-        parser.add_argument("--private", action="store_true", help="make the repository private if it is new")
-        parser.add_argument("--revision", help="branch; made if it does not exist (default: the main one)")
-        parser.add_argument("--create-pr", action="store_true", help="open a pull request instead")
-        parser.add_argument("--commit-message", metavar="TEXT", help="first line of the commit")
-        parser.add_argument("--token", help="Hub token (default: the one that `hf auth login` saved)")
-        parser.add_argument(
-            "--deadline", type=float, metavar="S", help="give up after so many seconds (default: 3600)"
-        )
+        add_options(parser, PushOptions)
         add_debug_option(parser)
 
 
@@ -240,9 +233,7 @@ class VerifyCommand(_Command):
     def parse_args(parser: argparse.ArgumentParser) -> None:
         """Options."""
         parser.add_argument("source", metavar="OUT", help="folder that `otprune prune` wrote, or user/name")
-        parser.add_argument("--revision", help="branch, tag or commit of the repository")
-        parser.add_argument("--token", help="Hub token (default: the one that `hf auth login` saved)")
-        parser.add_argument("--cache-dir", metavar="DIR", help="of downloads")
+        add_options(parser, HubOptions, without=("local_files_only",))
         add_debug_option(parser)
 
 

@@ -9,9 +9,10 @@ from typing import Any
 
 from optimum_otprune.checkpoints.card.folder import folder_card, replace_card
 from optimum_otprune.checkpoints.card.results import seen_before
-from optimum_otprune.commands.arguments import saved_folder
+from optimum_otprune.commands.arguments import chosen, saved_folder
 from optimum_otprune.errors import ReportError
 from optimum_otprune.pruning.report import REPORT_FILE, PruningReport
+from optimum_otprune.storage.hub.options import HubOptions
 from optimum_otprune.storage.hub.push import verify_saved
 
 
@@ -47,7 +48,7 @@ def card(args: argparse.Namespace) -> None:
 def verify(args: argparse.Namespace) -> None:
     """Check a saved model's files."""
     source = os.path.expanduser(args.source)
-    commit = verify_saved(source, revision=args.revision, token=args.token, cache_dir=args.cache_dir)
+    commit = verify_saved(source, **chosen(args, HubOptions))
     print(f"All files are as they were saved{'' if commit is None else f' (commit {commit})'}.")
 
 
@@ -58,7 +59,7 @@ def tell_seen(saved: PruningReport | None, metrics: Mapping[str, Any]) -> None:
 
 
 def protocol(metrics: Mapping[str, Any]) -> str:
-    """How a perplexity was measured, in words."""
+    """Say in words how a perplexity was measured."""
     return (
         f"{metrics['num_tokens']:,} tokens of {metrics['data']} in windows of {metrics['seqlen']}, {metrics['dtype']}"
     )

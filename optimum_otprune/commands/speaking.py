@@ -23,7 +23,7 @@ class VisibleStream(io.TextIOBase):
     A stream that cannot be written ends no work: the first failure is kept, and what follows is dropped.
 
     Args:
-        stream: That is written to.
+        stream: The stream that is written to.
 
     Attributes:
         failure: Why the stream could not be written, or None.

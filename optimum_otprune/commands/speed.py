@@ -52,11 +52,11 @@ class Speed(NamedTuple):
     Attributes:
         first_token_seconds: From the prompt to its first token.
         prefill_tokens_per_second: Tokens of the prompts by that time.
-        decode_tokens_per_second: Of all sequences together, from the second generated token on; None where none was.
+        decode_tokens_per_second: Speed of all sequences together from the second generated token on; None without one.
         peak_bytes: Largest memory of the device while it ran: its weights and what came on top. None on a CPU, which
             keeps no such record.
-        cache_bytes: Of the KV cache at its end.
-        flops: Of the prefill, see `optimum_otprune.models.flops`.
+        cache_bytes: Size of the KV cache at its end.
+        flops: Operations of the prefill, as `optimum_otprune.models.flops` counts them.
     """
 
     first_token_seconds: float
@@ -129,7 +129,7 @@ def check_numbers(settings: BenchmarkSettings, multiples: Sequence[int] = ()) ->
 
     Args:
         settings: What is asked for.
-        multiples: As for `widths_by_multiple`.
+        multiples: What `widths_by_multiple` takes.
 
     Raises:
         UsageError: Names the number.
@@ -148,7 +148,7 @@ def check_settings(models: Mapping[str, PreTrainedModel], settings: BenchmarkSet
     """Raise where a shape cannot be run.
 
     Args:
-        models: By name, for the message.
+        models: The models by the name that the message gives them.
         settings: What is asked for.
 
     Raises:
@@ -230,7 +230,7 @@ def widths_by_multiple(dense: list[FFNBlock], pruned: list[FFNBlock], multiples:
     Args:
         dense: All FFN blocks of the dense model, of one width.
         pruned: All FFN blocks of the pruned one.
-        multiples: In the order of the result.
+        multiples: Multiples in the order of the result.
 
     Raises:
         ConfigurationError: If a multiple is larger than the dense width.

@@ -1,15 +1,16 @@
-"""`otprune_manifest.json`: size and SHA-256 of every file of a saved folder, to find damage before it is loaded."""
+"""`otprune_manifest.json`: size and SHA-256 of every file of a saved folder, so that damage is not loaded."""
 
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
 from optimum_otprune.errors import IntegrityError
-from optimum_otprune.storage.untrusted import read_json
+from optimum_otprune.storage.untrusted import parse_json, read_bytes
 
 MANIFEST_FILE = "otprune_manifest.json"
 CARD_FILE = "README.md"
@@ -49,8 +50,8 @@ class FileEntry(NamedTuple):
     """What the manifest says of one file.
 
     Attributes:
-        size: The file's size in bytes.
-        sha256: The file's SHA-256 in hexadecimal.
+        size: The file's bytes.
+        sha256: Its digest in hexadecimal.
     """
 
     size: int
@@ -70,7 +71,7 @@ class FileEntry(NamedTuple):
 
 
 def digest(file: Path) -> FileEntry:
-    """Return the size and SHA-256 of a file."""
+    """Return size and SHA-256 of a file."""
     hashed, size = hashlib.sha256(), 0
     with file.open("rb") as stream:
         while chunk := stream.read(_CHUNK):
@@ -80,7 +81,7 @@ def digest(file: Path) -> FileEntry:
 
 
 def manifest_text(entries: Mapping[str, FileEntry]) -> str:
-    """Return the manifest's text, which is the same for the same entries."""
+    """Return the manifest's text, the same for the same entries."""
     content = {
         "format": _FORMAT,
         "optimum_otprune_version": version("optimum_otprune"),
@@ -120,16 +121,39 @@ def read_manifest(folder: Path) -> dict[str, FileEntry]:
     Raises:
         IntegrityError: If there is no manifest, or it is damaged.
     """
+    return parse_manifest(manifest_bytes(folder))
+
+
+def manifest_bytes(folder: Path) -> bytes:
+    """Read the manifest of a folder as it is.
+
+    Raises:
+        IntegrityError: If there is none, or it cannot be read.
+    """
     file = folder / MANIFEST_FILE
     if not file.is_file():
         raise IntegrityError(
             f"There is no {MANIFEST_FILE}, so nothing can be checked. Folders that `save_pretrained` of this version "
             "wrote have one; save the model again."
         )
-    try:
-        content = read_json(file)
-    except ValueError as error:
-        raise IntegrityError(f"{MANIFEST_FILE} is damaged: {error}. Get the folder again.") from error
+    with _damage_told():
+        return read_bytes(file)
+
+
+def parse_manifest(manifest: bytes) -> dict[str, FileEntry]:
+    """Return what a manifest lists.
+
+    Args:
+        manifest: What `manifest_bytes` read.
+
+    Returns:
+        Entries by file name.
+
+    Raises:
+        IntegrityError: If it is damaged.
+    """
+    with _damage_told():
+        content = parse_json(manifest)
     files = content.get("files") if isinstance(content, dict) else None
     if not isinstance(files, dict) or not files or content.get("format") != _FORMAT:
         raise IntegrityError(
@@ -137,6 +161,14 @@ def read_manifest(folder: Path) -> dict[str, FileEntry]:
             "version of optimum_otprune that wrote it."
         )
     return {_checked_name(name): _checked_entry(name, entry) for name, entry in files.items()}
+
+
+@contextmanager
+def _damage_told() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise IntegrityError(f"{MANIFEST_FILE} is damaged: {error}. Get the folder again.") from error
 
 
 def verify_folder(folder: Path) -> dict[str, FileEntry]:
@@ -163,7 +195,7 @@ def verify_folder(folder: Path) -> dict[str, FileEntry]:
 
 
 def find_problems(folder: Path, entries: Mapping[str, FileEntry]) -> dict[str, list[str]]:
-    """Return file names by what is wrong with them: `changed`, `missing`, `extra`, `not listed`; empty if nothing."""
+    """Return file names by what is wrong with them, which is `changed`, `missing`, `extra` or `not listed`."""
     missing = [name for name in sorted(entries) if not (folder / name).is_file()]
     changed = [
         name
@@ -180,7 +212,7 @@ def find_problems(folder: Path, entries: Mapping[str, FileEntry]) -> dict[str, l
 
 
 def _weights_not_listed(folder: Path, entries: Mapping[str, FileEntry]) -> list[str]:
-    """Return the names of weights that a loader needs and that the manifest does not list."""
+    """Return weights that a loader needs and that the manifest says nothing of, whatever else it lists."""
     wanted: dict[str, set[str]] = {}
     for index in (name for name in entries if is_weights_file(name) and name.endswith(".json")):
         if entries[index].size > _LARGEST_INDEX:
@@ -202,7 +234,7 @@ def check_plain(folder: Path, names: Iterable[str]) -> None:
 
     Args:
         folder: A saved folder.
-        names: The names of files in the folder.
+        names: Names of files in it.
 
     Raises:
         IntegrityError: If a file is a link or no plain file; the message names the first one.
@@ -217,7 +249,7 @@ def check_plain(folder: Path, names: Iterable[str]) -> None:
 
 
 def unlisted(names: Iterable[str], entries: Mapping[str, FileEntry]) -> list[str]:
-    """Return the names of files that a loader could read although the manifest does not list them."""
+    """Return the names of files that a loader could read though the manifest does not list them."""
     return sorted(name for name in names if name not in entries and name != MANIFEST_FILE and _is_loadable(name))
 
 
@@ -235,7 +267,7 @@ def _is_loadable(name: str) -> bool:
 
 
 def describe_problems(problems: Mapping[str, list[str]]) -> str:
-    """Return one sentence on what is wrong and one on what to do."""
+    """Say in one sentence what is wrong and in one what to do."""
     parts = [
         f"{kind}: {', '.join(repr(name) for name in names[:5])}{' …' if len(names) > 5 else ''}"
         for kind, names in problems.items()
@@ -247,7 +279,7 @@ def describe_problems(problems: Mapping[str, list[str]]) -> str:
 
 
 def is_weights_file(name: str) -> bool:
-    """Whether a loader takes weights, or an index of them, from a file of this name.
+    """Tell whether a loader takes weights, or an index of them, from a file of this name.
 
     Example:
         >>> is_weights_file("model-00001-of-00002.safetensors"), is_weights_file("config.json")

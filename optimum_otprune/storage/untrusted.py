@@ -15,12 +15,25 @@ def read_json(file: Path, largest: int = _LARGEST) -> Any:
     """Return what a JSON file holds.
 
     Args:
-        file: The path of a plain file.
-        largest: The largest size that is read, in bytes.
+        file: A plain file.
+        largest: The most bytes that it may have.
 
     Raises:
         ValueError: If the file is larger, cannot be read, or is not what `parse_json` takes. The message does not name
             the file, and is written to follow a colon.
+    """
+    return parse_json(read_bytes(file, largest))
+
+
+def read_bytes(file: Path, largest: int = _LARGEST) -> bytes:
+    """Return the content of a file that may be too large to be read.
+
+    Args:
+        file: A plain file.
+        largest: The most bytes that it may have.
+
+    Raises:
+        ValueError: If it is larger, or cannot be read; the text, without the file's name, can follow a colon.
     """
     try:
         with file.open("rb") as stream:
@@ -29,14 +42,14 @@ def read_json(file: Path, largest: int = _LARGEST) -> Any:
         raise ValueError(f"it cannot be read ({error.strerror})") from error
     if len(blob) > largest:
         raise ValueError(f"it is larger than {largest / 1e6:,.1f} MB")
-    return parse_json(blob)
+    return blob
 
 
 def parse_json(blob: bytes) -> Any:
     """Parse JSON that means the same to every reader: no NaN or infinity, no name twice in an object.
 
     Args:
-        blob: The bytes of the text, in UTF-8.
+        blob: Text in UTF-8.
 
     Raises:
         ValueError: If it is no such JSON, is nested more than 32 levels deep, or holds over 100,000 objects and lists.
@@ -63,8 +76,8 @@ def visible(text: str, max_length: int = 200) -> str:
     r"""Return a text as one line in which characters that cannot be seen, such as control characters, are escaped.
 
     Args:
-        text: A text from anywhere.
-        max_length: The largest number of characters before escaping; a longer text ends with "…".
+        text: Text of any origin, which is made one line.
+        max_length: The most characters of the text before escaping; what is longer ends with "…".
 
     Example:
         >>> print(visible("a\x1b[31m\u202eb"))

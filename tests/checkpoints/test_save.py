@@ -1,6 +1,7 @@
 """Folders are complete or not there; reports and cards say what was done."""
 
 import errno
+import io
 import json
 import os
 import stat
@@ -12,13 +13,18 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from optimum_otprune import OTPruner, OTPruningConfig
+from optimum_otprune.checkpoints import push as pushing
 from optimum_otprune.checkpoints import save as checkpoint
+from optimum_otprune.checkpoints.card import folder as folder_of_card
 from optimum_otprune.checkpoints.card import plots
-from optimum_otprune.checkpoints.card.folder import folder_card, replace_card, repository_card
+from optimum_otprune.checkpoints.card.folder import folder_card, replace_card
+from optimum_otprune.checkpoints.card.render import model_card
+from optimum_otprune.checkpoints.push import push_saved
 from optimum_otprune.errors import IntegrityError, ModelLoadError, OutputError, ReportError
 from optimum_otprune.functional.ratios import RescueEnergies
 from optimum_otprune.pruning.report import LayerReport, PruningReport
 from optimum_otprune.storage import outputs
+from optimum_otprune.storage.hub import push as sharing
 from optimum_otprune.storage.manifest import MANIFEST_FILE, verify_folder
 from tests.conftest import make_llama
 
@@ -219,18 +225,52 @@ def test_a_card_made_again_leaves_the_folder_verified(pruner, tmp_path):
     verify_folder(folder)
 
 
-def test_a_card_for_a_repository_names_it_unless_it_was_edited(pruner, tmp_path):
+@pytest.fixture
+def sent_card(monkeypatch):
+    """What a push of a folder to `user/name` sends as the card."""
+    monkeypatch.setattr(sharing, "_start", lambda push: push.files["README.md"])
+    return lambda folder: push_saved(folder, "user/name")
+
+
+def test_a_card_for_a_repository_names_it_unless_it_was_edited(pruner, sent_card, tmp_path):
     folder = pruner.save_pretrained(tmp_path / "out")
-    assert 'from_pretrained("user/name")' in repository_card(folder, "user/name")
+    assert 'from_pretrained("user/name")' in sent_card(folder).decode()
     (folder / "README.md").write_text("mine")
-    assert repository_card(folder, "user/name") is None
+    assert sent_card(folder) == b"mine"
 
 
-def test_a_folder_that_was_moved_or_whose_card_is_no_text_can_be_pushed(pruner, tmp_path):
+def test_a_push_reads_manifest_and_card_once(pruner, sent_card, monkeypatch, tmp_path):
+    folder, opened = pruner.save_pretrained(tmp_path / "out"), []
+    for module in (io, os):
+
+        def noted(file, *args, real=module.open, **options):
+            opened.append(os.path.basename(str(file)))
+            return real(file, *args, **options)
+
+        monkeypatch.setattr(module, "open", noted)
+    sent_card(folder)
+    assert (opened.count("README.md"), opened.count(MANIFEST_FILE), opened.count("config.json") > 0) == (1, 1, True)
+
+
+def test_the_card_of_a_model_in_memory_is_rendered_once_and_names_the_repository(pruner, sent_card, monkeypatch):
+    rendered = []
+
+    def noted(*args, **options):
+        rendered.append(model_card(*args, **options))
+        return rendered[-1]
+
+    monkeypatch.setattr(checkpoint, "model_card", noted)
+    monkeypatch.setattr(folder_of_card, "model_card", noted)
+    monkeypatch.setattr(pushing, "check_push", lambda name, options: name)
+    assert 'from_pretrained("user/name")' in pruner.push_to_hub("user/name").decode()
+    assert len(rendered) == 1
+
+
+def test_a_folder_that_was_moved_or_whose_card_is_no_text_can_be_pushed(pruner, sent_card, tmp_path):
     folder = pruner.save_pretrained(tmp_path / "out").rename(tmp_path / "moved")
-    assert 'from_pretrained("user/name")' in repository_card(folder, "user/name")
+    assert 'from_pretrained("user/name")' in sent_card(folder).decode()
     (folder / "README.md").write_bytes(b"\xff\xfe")
-    assert repository_card(folder, "user/name") is None
+    assert sent_card(folder) == b"\xff\xfe"
 
 
 def test_an_output_that_is_a_link_is_refused_before_any_work(pruner, tmp_path):

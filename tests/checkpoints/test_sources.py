@@ -188,6 +188,7 @@ def test_what_the_machine_lacks_is_not_blamed_on_the_files(llama_folder, monkeyp
         ({"device_map": {"": -1}}, "-1 is no device"),
         ({"max_memory": {"cpu": "abc"}}, r"`max_memory\['cpu'\]`"),
         ({"max_memory": 5}, "`max_memory` is 5; want a dictionary"),
+        ({"devicemap": "cpu"}, "Unknown option 'devicemap'. Did you mean 'device_map'"),
     ],
     ids=repr,
 )

@@ -1,5 +1,6 @@
 """The command line: options, exit codes, and one line per failure."""
 
+import argparse
 import importlib
 import json
 import os
@@ -15,12 +16,14 @@ import torch
 from safetensors.torch import save_file
 
 from optimum_otprune import OTPruner, OTPruningConfig
-from optimum_otprune.commands.arguments import config_options
+from optimum_otprune.commands.arguments import chosen, config_options
 from optimum_otprune.commands.main import main
-from optimum_otprune.commands.parser import OTPruneCommand, PruneCommand
+from optimum_otprune.commands.parser import EvaluateCommand, OTPruneCommand, PruneCommand, PushCommand, TuneCommand
 from optimum_otprune.commands.signals import imports_interrupted
+from optimum_otprune.config.loading_options import LoadingOptions
 from optimum_otprune.config.options import OPTIONS
 from optimum_otprune.errors import OTPruneError
+from optimum_otprune.storage.hub.options import PushOptions, keywords
 from optimum_otprune.storage.manifest import write_manifest
 from tests.conftest import run_command as run
 from tests.reports import make_report
@@ -302,6 +305,33 @@ def test_every_option_of_the_configuration_is_an_option_of_prune_and_unset_by_de
     assert config_options(given) == {"fuse": ["down"], "seed": 3, "dataset_config": "x"}
     help_text = parser.format_help()
     assert all(f"--{option.name.replace('_', '-')}" in help_text for option in OPTIONS)
+
+
+def parsed(command, *arguments):
+    parser = argparse.ArgumentParser()
+    command.parse_args(parser)
+    return parser.parse_args(arguments)
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "options"),
+    [
+        (PruneCommand, ("MODEL", "-o", "OUT"), LoadingOptions),
+        (TuneCommand, ("MODEL", "-o", "FILE"), LoadingOptions),
+        (EvaluateCommand, ("MODEL",), LoadingOptions),
+        (PushCommand, ("OUT", "me/x"), PushOptions),
+    ],
+)
+def test_every_option_of_loading_and_of_pushing_that_is_a_flag_is_one_with_its_default(command, arguments, options):
+    flags = {name: keyword.about.default for name, keyword in keywords(options).items() if keyword.about.is_flag}
+    assert chosen(parsed(command, *arguments), options) == flags
+
+
+def test_flags_become_options_of_the_right_type():
+    arguments = ("--private", "--create-pr", "--deadline", "5", "--commit-message", "one", "--revision", "next")
+    options = chosen(parsed(PushCommand, "OUT", "me/x", *arguments), PushOptions)
+    expected = {"private": True, "create_pr": True, "deadline": 5.0, "commit_message": "one", "revision": "next"}
+    assert options == {**expected, "token": None}
 
 
 def test_tune_writes_a_configuration_that_prune_takes(llama_folder, token_file, tmp_path, capsys):

@@ -231,13 +231,24 @@ def test_the_signature_lists_every_option():
 
 def test_a_type_checker_finds_a_wrong_type_a_wrong_choice_and_a_wrong_name(tmp_path):
     script = tmp_path / "script.py"
-    lines = ('pruning_ratio="half"', 'selection="best"', "prunning_ratio=0.5", 'pruning_ratio=0.5, quality="fast"')
-    text = "".join(f"OTPruningConfig({line})\n" for line in lines)
-    script.write_text(f"from optimum_otprune import OTPruningConfig\n\n{text}")
+    wrong = (
+        'OTPruningConfig(pruning_ratio="half")',
+        'OTPruningConfig(selection="best")',
+        "OTPruningConfig(prunning_ratio=0.5)",
+        'OTPruner.from_pretrained("x", verify="yes")',
+        'OTPruner.plan("x", devicemap="cpu")',
+        'OTPruner.from_pretrained("x").push_to_hub("me/x", deadline="soon")',
+        'OTPruner.from_pretrained("x").save_pretrained("x", create_pr=1)',
+    )
+    right = (
+        'OTPruningConfig(pruning_ratio=0.5, quality="fast")',
+        'OTPruner.from_pretrained("x", dtype="bfloat16", device_map={"": 0}).push_to_hub("me/x", private=True)',
+    )
+    script.write_text("\n".join(("from optimum_otprune import OTPruner, OTPruningConfig", *wrong, *right)))
     arguments = [str(script), "--ignore-missing-imports", "--follow-imports=silent", f"--cache-dir={tmp_path}"]
     mypy = pytest.importorskip("mypy.api", reason="of the extra `quality`")
     found = [line for line in mypy.run(arguments)[0].splitlines() if "error" in line]
-    assert [line.split(":")[1] for line in found[:-1]] == ["3", "4", "5"], found
+    assert [line.split(":")[1] for line in found[:-1]] == ["2", "3", "4", "5", "6", "7", "8"], found
 
 
 @pytest.mark.parametrize(

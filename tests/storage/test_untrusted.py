@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from optimum_otprune.checkpoints.load import load_checkpoint
-from optimum_otprune.checkpoints.loading_options import LOADING_DEFAULTS
+from optimum_otprune.checkpoints.loading_options import check_loading_options
 from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.config.options_file import CONFIG_FILE
 from optimum_otprune.errors import ConfigurationError, IntegrityError, ModelLoadError, ReportError, StateError
@@ -338,7 +338,7 @@ def test_no_message_about_a_model_carries_what_cannot_be_seen(llama_folder, chan
     config = json.loads((llama_folder / "config.json").read_text())
     write(llama_folder / "config.json", json.dumps({**config, **change}))
     with pytest.raises(ModelLoadError, match="could not be loaded|is quantized") as caught:
-        load_checkpoint(str(llama_folder), LOADING_DEFAULTS)
+        load_checkpoint(str(llama_folder), check_loading_options({}))
     assert str(caught.value).isprintable()
 
 

@@ -24,9 +24,9 @@ def folder_card(folder: Path, name: str | None = None, has_tokenizer: bool | Non
     """Render the card of a folder that `OTPruner.save_pretrained` wrote.
 
     Args:
-        folder: A folder with `otprune_config.json`; without a report, the model was not pruned yet.
-        name: The name of the model; default: the folder's.
-        has_tokenizer: Whether a tokenizer belongs to the model; default: whether the folder has files of one.
+        folder: A folder with `otprune_config.json`; if it has no report, the model was not pruned yet.
+        name: What the card calls the model; default: the folder's name.
+        has_tokenizer: Whether a tokenizer belongs to the model; default: whether its files are in the folder.
 
     Raises:
         ReportError: If there is no configuration, or the report is damaged.
@@ -51,8 +51,8 @@ def replace_card(folder: Path, text: str) -> bool:
     """Write a card into a saved folder, completely or not at all.
 
     Args:
-        folder: The folder that the card belongs to.
-        text: The text of the card, as `folder_card` returns it.
+        folder: A saved folder.
+        text: The card, as `folder_card` renders it.
 
     Returns:
         Whether another text was there, such as one edited by hand.
@@ -66,11 +66,3 @@ def replace_card(folder: Path, text: str) -> bool:
     if manifest.is_file():
         save_text(manifest, manifest_text({**read_manifest(folder), CARD_FILE: digest(file)}), overwrite=True)
     return differs
-
-
-def repository_card(folder: Path, repo_id: str) -> str | None:
-    """Return a saved folder's card with the name of the repository to push to; None if it was edited by hand."""
-    file = folder / CARD_FILE
-    if not all((folder / name).is_file() for name in (CONFIG_FILE, CARD_FILE, MANIFEST_FILE)):
-        return None
-    return folder_card(folder, repo_id) if read_manifest(folder).get(CARD_FILE) == digest(file) else None

@@ -2,9 +2,9 @@
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple, Unpack
+from typing import Any, NamedTuple, Unpack
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, constants
 from huggingface_hub.errors import HfHubHTTPError
@@ -17,7 +17,8 @@ from optimum_otprune.errors import (
     IntegrityError,
     without_credentials,
 )
-from optimum_otprune.storage.hub.client import Downloading, HubClient, is_hub_id
+from optimum_otprune.storage.hub.client import HubClient, is_hub_id
+from optimum_otprune.storage.hub.options import PUSH_OPTION, HubOptions, PushOptions, filled
 from optimum_otprune.storage.hub.preflight import check_visibility
 from optimum_otprune.storage.hub.retries import Deadline, with_retries
 from optimum_otprune.storage.manifest import (
@@ -29,7 +30,9 @@ from optimum_otprune.storage.manifest import (
     digest,
     find_problems,
     is_weights_file,
+    manifest_bytes,
     manifest_text,
+    parse_manifest,
     read_manifest,
     unlisted,
     verify_folder,
@@ -45,9 +48,9 @@ class PushResult(NamedTuple):
     """The result of a push.
 
     Attributes:
-        repo_id: The full name of the repository, `user/name`.
-        commit: The commit that holds the files; the head of the branch if nothing had changed.
-        url: The address of the repository, or of the pull request.
+        repo_id: `user/name`.
+        commit: The commit that holds the files; the head, where nothing had changed.
+        url: Address of the repository, or of the pull request.
         changed: Whether there was anything to commit.
     """
 
@@ -57,46 +60,36 @@ class PushResult(NamedTuple):
     changed: bool
 
 
-class Verifying(Downloading, total=False):
-    """The options of `verify_repository`."""
-
-    revision: str | None
-    token: str | bool | None
-
-
 class _Push(NamedTuple):
     """What shall be in a repository afterwards.
 
     Attributes:
-        repo_id: The repository as `user/name`, or a name alone for the token's own user.
-        files: The content of each file, as a path or as bytes, by name.
-        entries: The size and digest of each file, by name.
+        repo_id: `user/name`.
+        files: What is sent by name: a file, or bytes.
+        entries: Sizes and digests by name.
         replaces_weights: Whether weights that are not among the files are deleted.
-        revision: The branch to push to, or None for the main one.
-        create_pr: Whether to open a pull request.
-        message: The first line of the commit.
-        former: The names of the files that an earlier push sent.
+        options: All options of pushing.
+        former: Files that an earlier push sent.
     """
 
     repo_id: str
     files: Mapping[str, Path | bytes]
     entries: Mapping[str, FileEntry]
     replaces_weights: bool
-    revision: str | None
-    create_pr: bool
-    message: str
+    options: PushOptions
     former: frozenset[str] = frozenset()
 
     def holds(self, tree: Mapping[str, RepoFile]) -> bool:
-        """Return whether a tree holds all files of this push, and none that it would delete."""
+        """Tell whether a tree is what this push wants."""
         return not self.stale(tree) and all(name in tree and self._same(name, tree[name]) for name in self.files)
 
     def stale(self, tree: Mapping[str, RepoFile]) -> list[str]:
-        """Return weights, and files of an earlier push, that are not in this one: a loader would mix them with it."""
-        if not self.replaces_weights:
-            return []
-        others = [name for name in tree if name not in self.files]
-        return sorted(name for name in others if is_weights_file(name) or name in self.former)
+        """Return weights and files of an earlier push that are not among the files, which a loader would mix."""
+        return sorted(
+            name
+            for name in tree
+            if self.replaces_weights and (is_weights_file(name) or name in self.former) and name not in self.files
+        )
 
     def operations(self, tree: Mapping[str, RepoFile]) -> list[CommitOperationAdd | CommitOperationDelete]:
         """Return the operations that make a tree hold this push; the client uses them up in one attempt."""
@@ -117,16 +110,7 @@ class _Push(NamedTuple):
 
 
 def push_folder(
-    folder: Path,
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    token: str | bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    commit_message: str | None = None,
-    deadline: float | None = None,
-    card: str | None = None,
+    folder: Path, repo_id: str, *, own_card: Callable[[], str] | None = None, **options: Unpack[PushOptions]
 ) -> PushResult:
     """Make a repository hold what a saved folder holds, in one commit; the folder stays as it is.
 
@@ -137,91 +121,69 @@ def push_folder(
 
     Args:
         folder: A folder that `save_pretrained` wrote.
-        repo_id: The repository as `user/name`, or a name alone for the token's own user; made if it does not exist.
-        private: Whether a new repository is private; None is the account's default.
-        token: The Hub token; None and True stand for the saved one.
-        revision: The branch to push to, made if it does not exist; default: the main one.
-        create_pr: Whether to open a pull request instead.
-        commit_message: The first line of the commit.
-        deadline: The time limit in seconds; default: one hour, and more for a folder that needs more at 2 MB/s.
-        card: A text that is sent in place of the folder's README.md.
+        repo_id: `user/name`, or a name alone for the token's own user; made if it does not exist.
+        own_card: Makes the card that is sent in place of the folder's README.md where that is as it was saved.
+        **options: The options of pushing.
 
     Returns:
-        The repository and the commit that hold the files now.
+        The repository, the commit, and whether there was anything to commit.
 
     Raises:
         IntegrityError: If the folder is not as it was saved, or holds links; nothing was sent.
-        HubError: Of the fitting kind; the repository is as before or complete, and the same call may be repeated.
+        HubError: If the push fails; the repository is as before or complete, and the same call may be repeated.
     """
-    listed = read_manifest(folder)
+    wanted = filled(PushOptions, options, PUSH_OPTION)
+    manifest = manifest_bytes(folder)
+    listed = parse_manifest(manifest)
     check_plain(folder, {*listed, CARD_FILE, MANIFEST_FILE})
-    entries = dict(listed)
-    if (folder / CARD_FILE).is_file():
-        entries[CARD_FILE] = digest(folder / CARD_FILE)
-    _raise_problems(find_problems(folder, entries))
-    replaced: dict[str, bytes] = {} if card is None else {CARD_FILE: card.encode()}
-    entries |= {name: _entry(content) for name, content in replaced.items()}
-    manifest = (folder / MANIFEST_FILE).read_bytes() if entries == listed else manifest_text(entries).encode()
-    files: dict[str, Path | bytes] = {
-        **{name: _checked_content(folder, name, entry) for name, entry in entries.items() if name not in replaced},
-        **replaced,
-        MANIFEST_FILE: manifest,
-    }
-    entries[MANIFEST_FILE] = _entry(manifest)
-    push = _Push(repo_id, files, entries, True, revision, create_pr, commit_message or _MESSAGE)
-    return _start(push, private, token, deadline)
+    card = _plain_content(folder / CARD_FILE) if (folder / CARD_FILE).is_file() else None
+    others = {name: entry for name, entry in listed.items() if card is None or name != CARD_FILE}
+    _raise_problems(find_problems(folder, others))
+    files: dict[str, Path | bytes] = {name: _checked_content(folder, name, entry) for name, entry in others.items()}
+    entries = dict(others)
+    if card is not None:
+        if own_card is not None and _entry(card) == listed.get(CARD_FILE):
+            card = own_card().encode()
+        files[CARD_FILE], entries[CARD_FILE] = card, _entry(card)
+    if entries != listed:
+        manifest = manifest_text(entries).encode()
+    files[MANIFEST_FILE], entries[MANIFEST_FILE] = manifest, _entry(manifest)
+    return _start(_Push(repo_id, files, entries, True, wanted))
 
 
 def _checked_content(folder: Path, name: str, entry: FileEntry) -> Path | bytes:
-    """Return the path of weights, or the checked bytes of another file, so that no later change to it is sent."""
+    """Return the bytes that were checked, so that nothing put in the file's place is sent; weights stay a file."""
     if is_weights_file(name):
         return folder / name
-    descriptor = os.open(folder / name, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
-    with os.fdopen(descriptor, "rb") as stream:
-        content = stream.read()
+    content = _plain_content(folder / name)
     if _entry(content) != entry:
         raise IntegrityError(describe_problems({"changed": [name]}))
     return content
+
+
+def _plain_content(file: Path) -> bytes:
+    """Read a file that was no link when it was looked at, and must not have become one."""
+    descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+    with os.fdopen(descriptor, "rb") as stream:
+        return stream.read()
 
 
 def _entry(content: bytes) -> FileEntry:
     return FileEntry(len(content), hashlib.sha256(content).hexdigest())
 
 
-def push_file(
-    file: Path,
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    token: str | bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    commit_message: str | None = None,
-    deadline: float | None = None,
-) -> PushResult:
+def push_file(file: Path, repo_id: str, **options: Unpack[PushOptions]) -> PushResult:
     """Put one file into a repository, whose other files stay; arguments and errors are those of `push_folder`."""
-    push = _Push(
-        repo_id, {file.name: file}, {file.name: digest(file)}, False, revision, create_pr, commit_message or _MESSAGE
-    )
-    return _start(push, private, token, deadline)
+    entries = {file.name: digest(file)}
+    return _start(_Push(repo_id, {file.name: file}, entries, False, filled(PushOptions, options, PUSH_OPTION)))
 
 
-def verify_repository(
-    repo_id: str,
-    *,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | None = None,
-    local_files_only: bool = False,
-) -> str:
+def verify_repository(repo_id: str, **options: Unpack[HubOptions]) -> str:
     """Download what a repository's manifest lists and compare it with the manifest.
 
     Args:
-        repo_id: The full name of the repository, `user/name`.
-        revision: A branch, tag or commit; default: the main branch.
-        token: The Hub token; None and True stand for the saved one.
-        cache_dir: The folder that keeps downloads; default: that of the Hub's client.
-        local_files_only: Whether only earlier downloads are used, and the Hub is never asked.
+        repo_id: `user/name`.
+        **options: How the repository is read.
 
     Returns:
         The commit that was verified.
@@ -230,9 +192,10 @@ def verify_repository(
         IntegrityError: If there is no manifest, or files are changed, missing or extra.
         HubError: If the repository cannot be read.
     """
-    client = HubClient(repo_id, token, Deadline(_LONGEST_DOWNLOAD))
-    where: Downloading = {"cache_dir": cache_dir, "local_files_only": local_files_only}
-    manifest = client.fetch(MANIFEST_FILE, revision, **where)
+    how = filled(HubOptions, options)
+    client = HubClient(repo_id, how["token"], Deadline(_LONGEST_DOWNLOAD))
+    where: dict[str, Any] = {"cache_dir": how["cache_dir"], "local_files_only": how["local_files_only"]}
+    manifest = client.fetch(MANIFEST_FILE, how["revision"], **where)
     if manifest is None:
         raise IntegrityError(
             f"{client.what} has no {MANIFEST_FILE}, so nothing can be checked. `otprune push` of this version "
@@ -242,7 +205,7 @@ def verify_repository(
     commit = folder.name
     client.fetch_all(entries, commit, **where)
     problems = find_problems(folder, entries)
-    if not local_files_only and not constants.HF_HUB_OFFLINE:
+    if not how["local_files_only"] and not constants.HF_HUB_OFFLINE:
         extra = unlisted(client.tree(commit), entries)
         problems |= {"extra": extra} if extra else {}
     _raise_problems(problems, " A damaged download stays in the cache until it is removed there (`hf cache rm`).")
@@ -254,12 +217,12 @@ def _raise_problems(problems: Mapping[str, list[str]], hint: str = "") -> None:
         raise IntegrityError(describe_problems(problems) + hint)
 
 
-def verify_saved(name: str, **where: Unpack[Verifying]) -> str | None:
+def verify_saved(name: str, **options: Unpack[HubOptions]) -> str | None:
     """Check a folder, or a repository if there is no folder of that name.
 
     Args:
-        name: The path of a folder, or the name of a repository, `user/name`.
-        **where: The options of `verify_repository`.
+        name: Folder or `user/name`.
+        **options: How a repository is read.
 
     Returns:
         The commit that was verified, or None for a folder.
@@ -276,20 +239,22 @@ def verify_saved(name: str, **where: Unpack[Verifying]) -> str | None:
             f"{Path(name).name[:80]!r} is neither a folder nor a valid Hub id of the form 'user/name'."
         )
     try:
-        return verify_repository(name, **where)
+        return verify_repository(name, **options)
     except HubError as error:
         raise type(error)(f"There is no folder {name!r} here. {error}") from error
 
 
-def _start(push: _Push, private: bool | None, token: str | bool | None, deadline: float | None) -> PushResult:
-    size = sum(entry.size for entry in push.entries.values())
-    limit = Deadline(max(_DEADLINE, size / _SLOWEST) if deadline is None else deadline)
-    client = HubClient(push.repo_id, token, limit)
-    return limit.run(lambda: _send(client, push, private))
+def _start(push: _Push) -> PushResult:
+    size, seconds = sum(entry.size for entry in push.entries.values()), push.options["deadline"]
+    limit = Deadline(max(_DEADLINE, size / _SLOWEST) if seconds is None else seconds)
+    client = HubClient(push.repo_id, push.options["token"], limit)
+    return limit.run(lambda: _send(client, push))
 
 
-def _send(client: HubClient, push: _Push, private: bool | None) -> PushResult:
-    """Create repository and branch where they are missing, and commit once on top of a known commit."""
+def _send(client: HubClient, push: _Push) -> PushResult:
+    """Make the repository and the branch, and then one commit on top of a known one, unless all is there."""
+    private, revision, create_pr = push.options["private"], push.options["revision"], push.options["create_pr"]
+    message = push.options["commit_message"] or _MESSAGE
     client.create(private)
     info = client.repository()
     if info is not None:
@@ -300,7 +265,7 @@ def _send(client: HubClient, push: _Push, private: bool | None) -> PushResult:
         return PushResult(client.repo_id, parent, client.url, changed=False)
     if push.replaces_weights and MANIFEST_FILE in tree:
         push = push._replace(former=_former_files(client, parent))
-    pulls = client.pull_requests() if push.create_pr else set()
+    pulls = client.pull_requests() if create_pr else set()
     attempted = False
 
     def attempt() -> PushResult:
@@ -310,7 +275,7 @@ def _send(client: HubClient, push: _Push, private: bool | None) -> PushResult:
         if landed is not None:
             return landed
         try:
-            done = client.commit(push.operations(tree), push.message, push.revision, push.create_pr, parent)
+            done = client.commit(push.operations(tree), message, revision, create_pr, parent)
         except HfHubHTTPError as error:
             landed = _landed(client, push, parent, pulls) if error.response.status_code == 412 else None
             if landed is None:
@@ -322,7 +287,7 @@ def _send(client: HubClient, push: _Push, private: bool | None) -> PushResult:
 
 
 def _former_files(client: HubClient, parent: str) -> frozenset[str]:
-    """Return the names of the files that the manifest of an earlier push lists."""
+    """Return what the manifest of an earlier push lists."""
     manifest = client.fetch(MANIFEST_FILE, parent)
     try:
         return frozenset() if manifest is None else frozenset(read_manifest(manifest.parent))
@@ -331,12 +296,12 @@ def _former_files(client: HubClient, parent: str) -> frozenset[str]:
 
 
 def _landed(client: HubClient, push: _Push, parent: str, pulls: set[str]) -> PushResult | None:
-    """Return the result of a commit whose answer was lost, or None if no such commit arrived.
+    """Return the commit whose answer was lost, if there is one.
 
     Raises:
         HubConflictError: If the branch moved to something else than what was sent.
     """
-    if push.create_pr:
+    if push.options["create_pr"]:
         for ref in sorted(client.pull_requests() - pulls):
             head = client.head(ref)
             if head is not None and push.holds(client.tree(head)):
@@ -354,10 +319,11 @@ def _landed(client: HubClient, push: _Push, parent: str, pulls: set[str]) -> Pus
 
 
 def _branch_head(client: HubClient, push: _Push) -> str:
-    head = client.head(push.revision)
-    if head is None and push.revision is not None:
-        client.create_branch(push.revision)
-        head = client.head(push.revision)
+    revision = push.options["revision"]
+    head = client.head(revision)
+    if head is None and revision is not None:
+        client.create_branch(revision)
+        head = client.head(revision)
     if head is None:
         raise HubNotFoundError(
             f"{client.what} has no such revision. Give the name of a branch. Nothing local is lost."

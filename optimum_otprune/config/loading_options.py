@@ -1,0 +1,40 @@
+"""What `OTPruner.from_pretrained` may be told besides a model; no torch here, so that `otprune --help` is fast."""
+
+import os
+from typing import TYPE_CHECKING, Annotated, TypedDict
+
+from optimum_otprune.storage.hub.options import About, HubOptions
+
+if TYPE_CHECKING:
+    import torch
+
+
+class PlacementOptions(TypedDict, total=False):
+    """What the weights are loaded as, and where to."""
+
+    dtype: Annotated[
+        "str | torch.dtype | None",
+        About("auto", "data type of the weights, such as float32 or bfloat16; auto is the checkpoint's"),
+    ]
+    device_map: Annotated[
+        "str | dict | int | torch.device | None", About(None, "where layers go, such as auto or cuda:0")
+    ]
+    max_memory: Annotated[dict | None, About(None, "memory that weights may take, by device", is_flag=False)]
+    offload_folder: Annotated[
+        str | os.PathLike | None, About(None, "folder for layers that are offloaded to disk", "DIR")
+    ]
+
+
+class LoadingOptions(PlacementOptions, HubOptions, total=False):
+    """What loading may be told."""
+
+    trust_remote_code: Annotated[bool, About(False, "run modeling code from the repository")]
+    verify: Annotated[
+        bool,
+        About(
+            False,
+            "first compare every file with the SHA-256 in the manifest that `save_pretrained` wrote; a flipped byte "
+            "or a stale file loads without an error otherwise",
+            is_flag=False,
+        ),
+    ]

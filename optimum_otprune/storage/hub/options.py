@@ -1,0 +1,102 @@
+"""What loading and pushing may be told, written once: signatures, checks, command line and documentation come from it.
+
+Options are the keys of a `TypedDict`, for these type the `**options` of a function: an editor completes them and a
+type checker finds a wrong one. No torch here, so that `otprune --help` is fast.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from functools import cache
+from types import UnionType
+from typing import Annotated, Any, NamedTuple, TypedDict, TypeVar, Union, get_args, get_origin
+
+from optimum_otprune.errors import ConfigurationError, unknown_name
+
+PUSH_OPTION = "push option"  # as a message calls one
+
+T = TypeVar("T")
+
+
+class About(NamedTuple):
+    """What is written beside the type of an option.
+
+    Attributes:
+        default: The value that stands where none is given.
+        help: What it means, for the command line and the documentation.
+        metavar: What the command line calls its value; None is the option's name.
+        is_flag: Whether commands have it.
+    """
+
+    default: Any
+    help: str
+    metavar: str | None = None
+    is_flag: bool = True
+
+
+class HubOptions(TypedDict, total=False):
+    """How a repository of the Hub is read."""
+
+    revision: Annotated[str | None, About(None, "branch, tag or commit of the repository")]
+    token: Annotated[str | bool | None, About(None, "Hub token (default: the one that `hf auth login` saved)")]
+    cache_dir: Annotated[str | os.PathLike | None, About(None, "folder for downloads", "DIR")]
+    local_files_only: Annotated[bool, About(False, "never ask the Hub")]
+
+
+class PushOptions(TypedDict, total=False):
+    """How a repository of the Hub is written."""
+
+    private: Annotated[bool | None, About(None, "make the repository private if it is new")]
+    revision: Annotated[str | None, About(None, "branch; made if it does not exist (default: the main one)")]
+    create_pr: Annotated[bool, About(False, "open a pull request instead")]
+    commit_message: Annotated[str | None, About(None, "first line of the commit", "TEXT")]
+    token: Annotated[str | bool | None, About(None, "Hub token (default: the one that `hf auth login` saved)")]
+    deadline: Annotated[
+        float | None,
+        About(None, "give up after so many seconds (default: 3600, more for a folder that needs more at 2 MB/s)", "S"),
+    ]
+
+
+class Keyword(NamedTuple):
+    """One option, for programs.
+
+    Attributes:
+        kind: `bool` and `float` as the type says, `str` for all that a command line can only give as text.
+        about: What is written beside its type.
+    """
+
+    kind: type
+    about: About
+
+
+@cache
+def keywords(options: Callable[..., Any]) -> Mapping[str, Keyword]:
+    """Return the options of a `TypedDict` by name, in the order in which they are written."""
+    return {name: _keyword(*get_args(annotation)) for name, annotation in options.__annotations__.items()}
+
+
+def _keyword(annotation: Any, about: About) -> Keyword:
+    first = get_args(annotation)[0] if get_origin(annotation) in (Union, UnionType) else annotation
+    return Keyword(first if first in (bool, float) else str, about)
+
+
+def filled(options: Callable[..., T], given: Mapping[str, Any], what: str = "option") -> T:
+    """Return all options of a `TypedDict`, those that were not given with their defaults.
+
+    Args:
+        options: The `TypedDict`.
+        given: Values by name.
+        what: What a message calls an option.
+
+    Raises:
+        ConfigurationError: If there is no option of a given name.
+    """
+    known = keywords(options)
+    for name in given:
+        if name not in known:
+            raise ConfigurationError(unknown_name(what, name, known))
+    return options(**{name: given.get(name, keyword.about.default) for name, keyword in known.items()})
+
+
+def part(options: Callable[..., T], values: Mapping[str, Any]) -> T:
+    """Return those values that are options of a `TypedDict` and not None."""
+    return options(**{name: values[name] for name in keywords(options) if values.get(name) is not None})
