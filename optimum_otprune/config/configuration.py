@@ -15,7 +15,7 @@ from optimum_otprune.config.checks import check_option
 from optimum_otprune.config.options import BUDGET_FIELDS, OPTIONS, OPTIONS_BY_NAME, VERSION_KEY, PruningOptions
 from optimum_otprune.config.options_file import CONFIG_FILE, FOREIGN_KEYS, known_options, read_options_file
 from optimum_otprune.config.presets import METHOD_FIELDS, QUALITY_FIELDS
-from optimum_otprune.config.resolve import NUMBER_FIELDS, resolve
+from optimum_otprune.config.resolve import resolve, unused_numbers
 from optimum_otprune.errors import ConfigurationError, OutputError, unknown_name
 from optimum_otprune.storage.files import replace_file
 from optimum_otprune.storage.hub.push import PushResult, push_file
@@ -178,8 +178,9 @@ class OTPruningConfig(PruningOptions, BaseConfig):
 
     @classmethod
     def _of_file(cls, values: Mapping[str, Any]) -> "OTPruningConfig":
-        config = cls.assembled(values, asked=set(values) - set(NUMBER_FIELDS))
-        given = {name: values[name] for name in NUMBER_FIELDS if values.get(name) is not None}
+        config = cls.assembled(values, asked=METHOD_FIELDS)
+        unused = unused_numbers({name: getattr(config, name) for name in OPTIONS_BY_NAME})
+        given = {name: values[name] for name in unused if values.get(name) is not None}
         unread = [f"`{name}={value!r}`" for name, value in given.items() if value != getattr(config, name)]
         if unread:
             warnings.warn(

@@ -81,12 +81,14 @@ def register_strategy(name: str, strategy: Strategy) -> None:
     Raises:
         RegistryError: If a part is unknown, or the name is taken.
     """
-    mixtures.entry(strategy.statistics)
-    distributions.entry(strategy.source_distribution)
-    distributions.entry(strategy.target_distribution)
+    parts = (
+        mixtures.entry(strategy.statistics).name,
+        distributions.entry(strategy.source_distribution).name,
+        distributions.entry(strategy.target_distribution).name,
+    )
     if name in strategies:
         raise RegistryError(f"The strategy {name!r} is registered already. Choose another name.")
-    strategies[name] = strategy
+    strategies[name] = Strategy(*parts)
 
 
 def _non_negative(scores: Tensor) -> Tensor:
@@ -210,6 +212,7 @@ def _weighted(weights: Mapping[str, float]) -> Mixture:
             raise ShapeError(unknown_name("weight-level statistic", missing[0], statistics))
         return torch.stack([weight * statistics[name] for name, weight in weights.items()]).sum(dim=0)
 
+    mixture.__doc__ = " + ".join(f"{weight:g} × {name}" for name, weight in weights.items()) + "."
     return mixture
 
 

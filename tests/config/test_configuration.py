@@ -305,7 +305,11 @@ def test_a_solver_reads_the_numbers_that_its_registration_names(name):
 
     read: set[str] = set()
     mass = torch.full((3,), 1 / 3, dtype=torch.float64)
-    solve_transport(name, torch.rand(3, 3, generator=torch.Generator().manual_seed(0)), mass, mass, Watched())
+    cost = torch.rand(3, 3, generator=torch.Generator().manual_seed(0))
+    plan = solve_transport(name, cost, mass, mass, Watched())
+    other = solve_transport(name, cost, mass, torch.tensor([0.1, 0.2, 0.7], dtype=torch.float64))
+    if not torch.equal(plan.matrix, other.matrix):
+        read.add("target_distribution")
     assert read == solvers.entry(name).reads
 
 
