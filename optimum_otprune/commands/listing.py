@@ -8,6 +8,7 @@ from optimum_otprune.config.presets import METHODS
 from optimum_otprune.config.resolve import REGISTRIES
 from optimum_otprune.functional.marginals import strategies
 from optimum_otprune.functional.plugins import load_plugins
+from optimum_otprune.functional.references import Reference
 from optimum_otprune.functional.registry import Entry
 
 
@@ -44,10 +45,12 @@ def _function(name: str, entry: Entry) -> Iterator[str]:
     yield f"  {name}"
     if entry.summary:
         yield f"      {entry.summary}"
-    for parameter in entry.parameters.values():
-        yield f"      {name}:{parameter.name}={parameter.text} ({parameter.kind.__name__}; this is the default)"
-    if entry.citation:
-        yield f"      {entry.short_reference}"
+    if entry.parameters:
+        yield f"      Parameters: {', '.join(map(str, entry.parameters.values()))}; as in {entry.name}"
+    if isinstance(entry.reference, Reference):
+        yield f"      Reference: {entry.reference.short}, {entry.reference.url or entry.reference.venue}"
+    elif entry.reference is not None:
+        yield f"      Reference: {entry.reference}"
 
 
 def _flag(option: str) -> str:
@@ -55,8 +58,4 @@ def _flag(option: str) -> str:
 
 
 def _settings(values: Mapping[str, object]) -> str:
-    return ", ".join(f"{name}={value!r}" if value == () else f"{name}={_plain(value)}" for name, value in values.items())
-
-
-def _plain(value: object) -> str:
-    return "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return "Sets " + ", ".join(f"{name}={value!r}" for name, value in values.items()) + "."

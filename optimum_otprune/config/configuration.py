@@ -191,7 +191,7 @@ class OTPruningConfig(PruningOptions, BaseConfig):
         return config
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
         """Read `otprune_config.json` from a folder, a repository of the Hub, or a file of any name.
 
         Args:
@@ -218,11 +218,13 @@ class OTPruningConfig(PruningOptions, BaseConfig):
             ) from error
 
     @classmethod
-    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
+    def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:
         """What the base class reads a file with."""
         return read_options_file(Path(json_file))
 
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
         """Write `otprune_config.json` into a folder, and upload it if asked.
 
         Args:
@@ -247,7 +249,7 @@ class OTPruningConfig(PruningOptions, BaseConfig):
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.path.abspath(folder))), **kwargs)
 
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> PushResult:  # type: ignore[override]
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> PushResult:
         """Put `otprune_config.json` into a repository, whose other files stay.
 
         Args:

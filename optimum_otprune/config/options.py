@@ -264,7 +264,7 @@ class PruningOptions:
         return json.dumps(self.to_dict(), indent=2, sort_keys=True, allow_nan=False) + "\n"
 
 
-def _option(field: dataclasses.Field, annotation: Any) -> Option:
+def _option(field: dataclasses.Field[Any], annotation: Any) -> Option:
     rules: Rules = field.metadata["rules"]
     members = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
     kind, choices = members[0], rules.choices

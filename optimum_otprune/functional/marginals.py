@@ -124,7 +124,8 @@ def importance(inputs: MarginalInputs) -> Tensor:
 @distributions.register("weight_aware", requires=(GRADIENTS,))
 def weight_aware(inputs: MarginalInputs) -> Tensor:
     """In proportion to the sum of a channel's greatest score, spread and share of high scores, each in [0, 1]."""
-    return _non_negative(sum(_rescale(_statistic(inputs, name)) for name in ("max", "std", "share")))  # type: ignore[arg-type]
+    greatest, spread, share = (_rescale(_statistic(inputs, name)) for name in ("max", "std", "share"))
+    return _non_negative(greatest + spread + share)
 
 
 @distributions.register("max_preserving", requires=(GRADIENTS,))

@@ -36,6 +36,9 @@ class Parameter(NamedTuple):
     kind: type
     default: Value
 
+    def __str__(self) -> str:
+        return f"{self.name}: {self.kind.__name__} = {self.default!r}"
+
     def parsed(self, text: str) -> Value:
         """Return the value that a text stands for.
 
@@ -45,13 +48,14 @@ class Parameter(NamedTuple):
         Raises:
             ValueError: If it stands for none of this parameter's type.
         """
+        found: Value | None
         if self.kind is bool:
             found = {"true": True, "false": False}.get(text.lower())
         elif self.kind is str:
             found = text if _can_be_written(text) else None
         else:
-            found = self.kind(text)
-            found = found if math.isfinite(found) else None
+            number = self.kind(text)
+            found = number if math.isfinite(number) else None
         if found is None:
             raise ValueError(text)
         return found
@@ -71,11 +75,12 @@ def parameters_of(function: Callable[..., Any], what: str) -> dict[str, Paramete
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
             continue
-        kinds = [kind for kind in _WANTED if parameter.annotation in (kind, kind.__name__)]
-        default = parameter.default
+        kinds: list[type] = [kind for kind in _WANTED if parameter.annotation in (kind, kind.__name__)]
+        default: Any = parameter.default
         if kinds == [float] and isinstance(default, Integral) and not isinstance(default, bool):
             default = float(default)
-        if parameter.name == "name" or not kinds or type(default) is not kinds[0]:
+        is_settable = parameter.name != "name" and [type(default)] == kinds
+        if not is_settable:
             raise RegistryError(
                 f"The parameter {parameter.name!r} of {what} cannot be set by a configuration. Give it another name "
                 "than 'name', one of the types bool, int, float and str, and a default of that type, such as "
@@ -184,7 +189,7 @@ def _text(name: str, value: object, what: str) -> str:
         return value
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, Integral) and abs(value) < _LARGEST:
+    if isinstance(value, Integral) and abs(int(value)) < _LARGEST:
         return str(int(value))
     if isinstance(value, Real) and not isinstance(value, Rational):  # no fraction, which may be beyond all floats
         return repr(float(value))

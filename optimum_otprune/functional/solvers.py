@@ -26,6 +26,8 @@ from optimum_otprune.functional.transport.plans import (
 from optimum_otprune.functional.transport.pot import partial_transport, unbalanced_transport
 from optimum_otprune.functional.transport.sinkhorn import entropic_plan
 
+__all__ = ["Solved", "Solver", "SolverSettings", "TransportPlan", "solve_transport", "solvers"]
+
 _MAX_ITERATIONS = 1_000_000
 _UNBALANCED_ITERATIONS, _UNBALANCED_ERROR = 2_000, 1e-4
 
