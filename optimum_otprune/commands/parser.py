@@ -23,11 +23,18 @@ from optimum_otprune.commands.arguments import (
 )
 from optimum_otprune.commands.signals import Terminated, imports_interrupted, sigterm_interrupts
 from optimum_otprune.commands.speaking import one_line, speaking
+from optimum_otprune.config.options import OPTIONS
 from optimum_otprune.errors import OTPruneError, StateError, UsageError
 from optimum_otprune.storage.hub.options import HubOptions, PushOptions
 from optimum_otprune.storage.state_folder import has_state
 
 _READING = "optimum_otprune.commands.reading"
+# What `otprune list` lists: the kinds of registered functions, and two kinds of presets.
+_KINDS = (
+    *dict.fromkeys(option.rules.registry for option in OPTIONS if option.rules.registry is not None),
+    "strategies",
+    "methods",
+)
 _PREFLIGHT = "optimum_otprune.commands.preflight"
 
 
@@ -237,6 +244,20 @@ class VerifyCommand(_Command):
         add_debug_option(parser)
 
 
+class ListCommand(_Command):
+    """`otprune list`."""
+
+    actions = "optimum_otprune.commands.listing"
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        """Options."""
+        parser.add_argument(
+            "kind", nargs="?", choices=_KINDS, metavar="KIND", help=f"{', '.join(_KINDS)} (default: all)"
+        )
+        add_debug_option(parser)
+
+
 class DemoCommand(_Command):
     """`otprune demo`."""
 
@@ -268,5 +289,8 @@ class OTPruneCommand(BaseOptimumCLICommand):
         CommandInfo("card", "Make the model card of a saved model again.", CardCommand),
         CommandInfo("push", "Push a saved model to the Hub, in one commit.", PushCommand),
         CommandInfo("verify", "Check every file of a saved model against its manifest.", VerifyCommand),
+        CommandInfo(
+            "list", "Show the importances, solvers, methods, … that can be named, with parameters.", ListCommand
+        ),
         CommandInfo("demo", "Prune the small model that the package carries; works offline.", DemoCommand),
     )

@@ -13,7 +13,8 @@ from optimum_otprune.config.quantities import (
     real_number,
     whole_number,
 )
-from optimum_otprune.errors import ConfigurationError, unknown_name
+from optimum_otprune.errors import ConfigurationError, RegistryError, unknown_name
+from optimum_otprune.functional.parameters import as_text, split_name
 
 _DIGITS = 9  # of a layer's index
 
@@ -33,6 +34,8 @@ def check_option(option: Option, value: Any) -> Any:
         return value if isinstance(value, str) else real_number(value)
     if option.rules.units is not None and isinstance(value, str):
         return _checked_quantity(option, value, problem)
+    if option.rules.registry is not None:
+        return _checked_function(option, value, problem)
     if option.kind is not str:
         number = whole_number(value) if option.kind is int else real_number(value)
         if number is None or not _in_range(option, number):
@@ -95,6 +98,18 @@ def _checked_quantity(option: Option, value: str, problem: ConfigurationError) -
     if not _in_range(option, quantity):
         raise problem
     return value
+
+
+def _checked_function(option: Option, value: Any, problem: ConfigurationError) -> str:
+    """The name of a function with its parameters as one text; whether they are known is not asked here."""
+    if not isinstance(value, str | Mapping):
+        raise problem
+    try:
+        text = as_text(value)
+        split_name(text)
+    except RegistryError as error:
+        raise ConfigurationError(f"`{option.name}`: {error}") from error
+    return text
 
 
 def _checked_names(option: Option, value: Any, problem: ConfigurationError) -> tuple[str, ...]:

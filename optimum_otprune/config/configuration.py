@@ -15,7 +15,7 @@ from optimum_otprune.config.checks import check_option
 from optimum_otprune.config.options import BUDGET_FIELDS, OPTIONS, OPTIONS_BY_NAME, VERSION_KEY, PruningOptions
 from optimum_otprune.config.options_file import CONFIG_FILE, FOREIGN_KEYS, known_options, read_options_file
 from optimum_otprune.config.presets import METHOD_FIELDS, QUALITY_FIELDS
-from optimum_otprune.config.resolve import NUMBER_FIELDS, resolve
+from optimum_otprune.config.resolve import resolve, unused_numbers
 from optimum_otprune.errors import ConfigurationError, OutputError, unknown_name, warn_user
 from optimum_otprune.storage.files import replace_file
 from optimum_otprune.storage.hub.push import PushResult, push_file
@@ -178,8 +178,9 @@ class OTPruningConfig(PruningOptions, BaseConfig):
 
     @classmethod
     def _of_file(cls, values: Mapping[str, Any]) -> "OTPruningConfig":
-        config = cls.assembled(values, asked=set(values) - set(NUMBER_FIELDS))
-        given = {name: values[name] for name in NUMBER_FIELDS if values.get(name) is not None}
+        config = cls.assembled(values, asked=METHOD_FIELDS)
+        unused = unused_numbers({name: getattr(config, name) for name in OPTIONS_BY_NAME})
+        given = {name: values[name] for name in unused if values.get(name) is not None}
         unread = [f"`{name}={value!r}`" for name, value in given.items() if value != getattr(config, name)]
         if unread:
             warn_user(
@@ -189,7 +190,7 @@ class OTPruningConfig(PruningOptions, BaseConfig):
         return config
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
         """Read `otprune_config.json` from a folder, a repository of the Hub, or a file of any name.
 
         Args:
@@ -216,11 +217,13 @@ class OTPruningConfig(PruningOptions, BaseConfig):
             ) from error
 
     @classmethod
-    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
+    def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:
         """What the base class reads a file with."""
         return read_options_file(Path(json_file))
 
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
         """Write `otprune_config.json` into a folder, and upload it if asked.
 
         Args:
@@ -244,7 +247,7 @@ class OTPruningConfig(PruningOptions, BaseConfig):
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.path.abspath(folder))), **kwargs)
 
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> PushResult:  # type: ignore[override]
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> PushResult:
         """Put `otprune_config.json` into a repository, whose other files stay.
 
         Args:

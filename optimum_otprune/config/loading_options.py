@@ -1,7 +1,7 @@
 """What `OTPruner.from_pretrained` may be told besides a model; no torch here, so that `otprune --help` is fast."""
 
 import os
-from typing import TYPE_CHECKING, Annotated, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 from optimum_otprune.storage.hub.options import About, HubOptions
 
@@ -17,11 +17,11 @@ class PlacementOptions(TypedDict, total=False):
         About("auto", "data type of the weights, such as float32 or bfloat16; auto is the checkpoint's"),
     ]
     device_map: Annotated[
-        "str | dict | int | torch.device | None", About(None, "where layers go, such as auto or cuda:0")
+        "str | dict[str, Any] | int | torch.device | None", About(None, "where layers go, such as auto or cuda:0")
     ]
-    max_memory: Annotated[dict | None, About(None, "memory that weights may take, by device", is_flag=False)]
+    max_memory: Annotated[dict[Any, Any] | None, About(None, "memory that weights may take, by device", is_flag=False)]
     offload_folder: Annotated[
-        str | os.PathLike | None, About(None, "folder for layers that are offloaded to disk", "DIR")
+        str | os.PathLike[str] | None, About(None, "folder for layers that are offloaded to disk", "DIR")
     ]
 
 

@@ -9,7 +9,7 @@ import json
 import types
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, TypeAlias, Union, get_args, get_origin, get_type_hints
 
 from optimum_otprune.config.presets import METHODS, QUALITIES
 from optimum_otprune.config.quantities import COUNT_UNITS, LARGEST_COUNT, LARGEST_SEED, SIZE_UNITS
@@ -31,6 +31,8 @@ class Rules(NamedTuple):
         above: Numbers are larger than it.
         choices: Names that are allowed, where the type does not say, or a function that lists those registered now.
         units: Of numbers that may be given as strings, or as shares of what the dense model has.
+        registry: The kind of registered functions of which the field names one, as `otprune list` calls it.
+        shared: What the field decides, where it must be the same in all trials of a search.
     """
 
     help: str
@@ -40,6 +42,8 @@ class Rules(NamedTuple):
     above: float | None = None
     choices: tuple[str, ...] | Callable[[], Sequence[str]] | None = None
     units: Mapping[str, int] | None = None
+    registry: str | None = None
+    shared: str | None = None
 
 
 class Option(NamedTuple):
@@ -80,15 +84,30 @@ def _decided(help: str, minimum: float | None = None, **bounds: Any) -> Any:
     return _field(None, help, minimum, **bounds)
 
 
+# A registered function, with values of its parameters or without; it is held as a string.
+Function: TypeAlias = str | Mapping[str, Any]
+
+_SIZE = "how much is pruned"
+_DATA = "the data"
+
+
+def _function(registry: str, help: str) -> Any:
+    return _decided(f"{help}; `otprune list {registry}` shows all", registry=registry)
+
+
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class PruningOptions:
-    """Everything that decides what pruning does, as names and numbers."""
+    """Everything that decides what pruning does, as names and numbers.
+
+    A field comes after those that decide whether it is read and which of its values are allowed.
+    """
 
     pruning_ratio: float | None = _field(
         0.2,
         "share of every FFN's channels to remove, not of the model's parameters; 0 changes nothing",
         minimum=0.0,
         below=1.0,
+        shared=_SIZE,
     )
     target_parameters: int | float | str | None = _field(
         None,
@@ -96,6 +115,7 @@ class PruningOptions:
         "a number such as 900M or 1.2B",
         minimum=1,
         units=COUNT_UNITS,
+        shared=_SIZE,
     )
     target_size: int | float | str | None = _field(
         None,
@@ -103,6 +123,7 @@ class PruningOptions:
         "number such as 500MB, 2GB or 1.5GiB",
         minimum=1,
         units=SIZE_UNITS,
+        shared=_SIZE,
     )
     allocation: Literal["uniform", "adaptive"] = _field(
         "uniform",
@@ -110,14 +131,20 @@ class PruningOptions:
         "(adaptive: no more channels in all than uniform; needs a backward pass)",
     )
     skip_layers: Sequence[int] = _field(
-        (), "layers that are not pruned, by index; the ratio is that of the others", minimum=0
+        (),
+        "layers that are not pruned, by index; the ratio is that of the others",
+        minimum=0,
+        shared=_SIZE,
     )
-    layer_ratios: Mapping[int, float] = _field({}, "pruning ratios of single layers, by index", minimum=0.0, below=1.0)
+    layer_ratios: Mapping[int, float] = _field(
+        {}, "pruning ratios of single layers, by index", minimum=0.0, below=1.0, shared=_SIZE
+    )
     non_uniform_format: str = _field(
         "pad",
         "how layers of different widths are saved: filled up with zeros to the widest (pad: loads everywhere), or as "
         "they are with a modeling file beside them (per_layer_config: loads with trust_remote_code)",
         choices=save_formats.names,
+        shared="how the result is saved",
     )
     method: str = _field("otprune", "preset of the fields below that are left unset", choices=tuple(METHODS))
     multiple_of: int = _field(
@@ -125,45 +152,50 @@ class PruningOptions:
         "round the kept width to a multiple of this (lowered, with a warning, for layers too small for it)",
         minimum=1,
         maximum=LARGEST_COUNT,
+        shared=_SIZE,
     )
     token_weighting: Literal["uniform", "residual"] | None = _decided(
         "what a token's error counts: the same for all, or by how much it disturbs the hidden state behind the layer "
         "(residual: 1 / its squared norm)"
     )
-    importance: str | None = _decided(
-        "score of a channel: fluctuation, wanda, magnitude, snip, fo, fo_snip, random, …"
-    )
-    aggregation: Literal["absolute", "signed"] | None = _decided("how weight scores become a channel's score")
     selection: Literal["top", "obs"] | None = _decided(
         "keep the channels with the top importance, or eliminate greedily by removal cost (obs; importance breaks "
         "ties)"
     )
-    cost: str | None = _decided("transport cost between channels: activation, weight, weight_l2")
-    source_distribution: str | None = _decided("mass of the channels that are transported: uniform, importance, …")
-    target_distribution: str | None = _decided("mass that each kept channel receives: uniform, importance, …")
-    strategy: str | None = _decided(
-        "sets statistics, source_distribution and target_distribution: comprehensive, conservative, balanced, "
-        "aggressive"
+    importance: Function | None = _function(
+        "importances", "score of a channel: fluctuation, wanda, magnitude, snip, fo, fo_snip, random"
     )
-    statistics: str | None = _decided(
-        "mixture of weight-level statistics that the distributions read: comprehensive, conservative, …"
-    )
-    target: Literal["most_important", "cluster_centroid"] | None = _decided(
-        "what the channels are transported to: the kept channels, or centroids of clusters of channels"
-    )
-    solver: str | None = _decided(
-        "transport solver: nearest (no capacity), emd (exact), sinkhorn, partial, unbalanced"
-    )
-    normalization: Literal["identity", "corrected", "source"] | None = _decided(
-        "from plan to fusion map: identity (kept channels stay as they are), corrected (rows to 1 on gate and up, "
-        "columns to 1 on down), source (columns to 1 everywhere, as the reference is coded)"
-    )
-    fuse: Sequence[Literal["gate", "up", "down"]] | None = _decided("projections that the fusion map is applied to")
+    aggregation: Literal["absolute", "signed"] | None = _decided("how weight scores become a channel's score")
     compensation: Literal["none", "bias", "ridge"] | None = _decided(
         "after fusion: nothing, a constant output bias, or a ridge refit of the down projection"
     )
     ridge_prior: Literal["zero", "identity", "transport"] | None = _decided(
         "what the refit shrinks towards: zero, the kept columns (identity), or the fused columns (transport)"
+    )
+    fuse: Sequence[Literal["gate", "up", "down"]] | None = _decided("projections that the fusion map is applied to")
+    solver: Function | None = _function(
+        "solvers", "transport solver: nearest (no capacity), emd (exact), sinkhorn, partial, unbalanced"
+    )
+    cost: Function | None = _function("costs", "transport cost between channels: activation, weight, weight_l2")
+    normalization: Literal["identity", "corrected", "source"] | None = _decided(
+        "from plan to fusion map: identity (kept channels stay as they are), corrected (rows to 1 on gate and up, "
+        "columns to 1 on down), source (columns to 1 everywhere, as the reference is coded)"
+    )
+    target: Literal["most_important", "cluster_centroid"] | None = _decided(
+        "what the channels are transported to: the kept channels, or centroids of clusters of channels"
+    )
+    statistics: Function | None = _function(
+        "mixtures", "mixture of weight-level statistics that the distributions read: comprehensive, conservative, …"
+    )
+    source_distribution: Function | None = _function(
+        "distributions", "mass of the channels that are transported: uniform, importance, …"
+    )
+    target_distribution: Function | None = _function(
+        "distributions", "mass that each kept channel receives: uniform, importance, …"
+    )
+    strategy: str | None = _decided(
+        "sets statistics, source_distribution and target_distribution: comprehensive, conservative, balanced, "
+        "aggressive"
     )
     target_correction: float | None = _decided(
         "share of the error of earlier layers that a layer's refit corrects", minimum=0.0, maximum=1.0
@@ -206,17 +238,20 @@ class PruningOptions:
         minimum=1,
         maximum=LARGEST_COUNT,
     )
-    dataset: str = _field("Salesforce/wikitext", "Hub id of the default calibration and evaluation text")
-    dataset_config: str | None = _field("wikitext-2-raw-v1", "configuration name of the dataset")
-    calibration_split: str = _field("train", "split that calibration samples are drawn from")
-    evaluation_split: str = _field("test", "split that is evaluated")
-    text_column: str = _field("text", "column of the dataset that holds the text")
-    num_samples: int = _field(128, "calibration samples drawn from text", minimum=1, maximum=LARGEST_COUNT)
+    dataset: str = _field("Salesforce/wikitext", "Hub id of the default calibration and evaluation text", shared=_DATA)
+    dataset_config: str | None = _field("wikitext-2-raw-v1", "configuration name of the dataset", shared=_DATA)
+    calibration_split: str = _field("train", "split that calibration samples are drawn from", shared=_DATA)
+    evaluation_split: str = _field("test", "split that is evaluated", shared=_DATA)
+    text_column: str = _field("text", "column of the dataset that holds the text", shared=_DATA)
+    num_samples: int = _field(
+        128, "calibration samples drawn from text", minimum=1, maximum=LARGEST_COUNT, shared=_DATA
+    )
     seqlen: int | None = _field(
         None,
         "tokens per sample and evaluation window (unset: 2048 or the model's positions)",
         minimum=2,
         maximum=LARGEST_COUNT,
+        shared=_DATA,
     )
     seed: int = _field(0, "seed of every random choice", minimum=0, maximum=LARGEST_SEED)
 
@@ -236,7 +271,7 @@ class PruningOptions:
         return json.dumps(self.to_dict(), indent=2, sort_keys=True, allow_nan=False) + "\n"
 
 
-def _option(field: dataclasses.Field, annotation: Any) -> Option:
+def _option(field: dataclasses.Field[Any], annotation: Any) -> Option:
     rules: Rules = field.metadata["rules"]
     members = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
     kind, names = members[0], rules.choices

@@ -6,102 +6,125 @@ field (no transport: no solver), and setting it is an error.
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import NamedTuple
+
+
+class Preset(NamedTuple):
+    """What a method is.
+
+    Attributes:
+        summary: One sentence.
+        fields: A value for each field that a method decides.
+        fixed: Names of those that make the method what its name says; setting another value is an error.
+    """
+
+    summary: str
+    fields: Mapping[str, object]
+    fixed: tuple[str, ...] = ()
+
 
 TRANSPORT_FIELDS = ("cost", "source_distribution", "target_distribution", "target", "solver", "normalization")
 RIDGE_FIELDS = ("ridge_prior", "target_correction")
-QUALITY_FIELDS = (
-    "reconstruction_steps",
-    "reconstruction_batch_tokens",
-    "error_weighting",
-    "self_calibration",
-    "target_correction",
-)
-METHOD_FIELDS = (
-    "quality",
-    "token_weighting",
-    "importance",
-    "aggregation",
-    "selection",
-    "cost",
-    "source_distribution",
-    "target_distribution",
-    "strategy",
-    "statistics",
-    "target",
-    "solver",
-    "normalization",
-    "fuse",
-    "compensation",
-    "ridge_prior",
-    "target_correction",
-    "intercept",
-)
 
-_DROP: dict[str, object] = {
-    **dict.fromkeys(METHOD_FIELDS),
-    "quality": "fast",
-    "token_weighting": "uniform",
-    "selection": "top",
-    "fuse": (),
-    "compensation": "none",
-    "ridge_prior": "identity",
-    "target_correction": 0.0,
-}
-
-METHODS: Mapping[str, Mapping[str, object]] = MappingProxyType(
+_OTPRUNE: Mapping[str, object] = MappingProxyType(
     {
-        "otprune": {
-            "quality": "balanced",
-            "token_weighting": "residual",
-            "importance": "fluctuation",
-            "aggregation": "absolute",
-            "selection": "obs",
-            "cost": "activation",
-            "source_distribution": "uniform",
-            "target_distribution": "uniform",
-            "strategy": None,
-            "statistics": None,
-            "target": "most_important",
-            "solver": "nearest",
-            "normalization": "identity",
-            "fuse": ("down",),
-            "compensation": "ridge",
-            "ridge_prior": "transport",
-            "target_correction": 0.5,
-            "intercept": "auto",
-        },
-        "structured_afr_with_intrafusion": {
-            "quality": "fast",
-            "token_weighting": "uniform",
-            "importance": "fo_snip",
-            "aggregation": "signed",
-            "selection": "top",
-            "cost": "weight",
-            "source_distribution": "entropy_regularized",
-            "target_distribution": "adaptive",
-            "strategy": "comprehensive",
-            "statistics": "comprehensive",
-            "target": "most_important",
-            "solver": "emd",
-            "normalization": "source",
-            "fuse": ("gate", "up", "down"),
-            "compensation": "none",
-            "ridge_prior": "transport",
-            "target_correction": 0.0,
-            "intercept": "never",
-        },
-        "random": {**_DROP, "importance": "random"},
-        "magnitude": {**_DROP, "importance": "magnitude", "aggregation": "absolute"},
-        "fo_snip": {**_DROP, "importance": "fo_snip", "aggregation": "absolute"},
-        "wanda_sp": {**_DROP, "importance": "wanda"},
-        "flap": {**_DROP, "importance": "fluctuation", "compensation": "bias", "intercept": "always"},
-        "least_squares": {
-            **_DROP,
-            "importance": "fluctuation",
-            "compensation": "ridge",
-            "ridge_prior": "zero",
-            "intercept": "never",
-        },
+        "quality": "balanced",
+        "token_weighting": "residual",
+        "importance": "fluctuation",
+        "aggregation": "absolute",
+        "selection": "obs",
+        "cost": "activation",
+        "source_distribution": "uniform",
+        "target_distribution": "uniform",
+        "strategy": None,
+        "statistics": None,
+        "target": "most_important",
+        "solver": "nearest",
+        "normalization": "identity",
+        "fuse": ("down",),
+        "compensation": "ridge",
+        "ridge_prior": "transport",
+        "target_correction": 0.5,
+        "intercept": "auto",
+    }
+)
+METHOD_FIELDS = tuple(_OTPRUNE)
+
+
+def _baseline(summary: str, importance: str, fixed: tuple[str, ...], **fields: object) -> Preset:
+    """A method that drops channels and moves none of what they did."""
+    decided: dict[str, object] = {
+        "quality": "fast",
+        "token_weighting": "uniform",
+        "importance": importance,
+        "selection": "top",
+        "fuse": (),
+        "compensation": "none",
+        "ridge_prior": "identity",
+        "target_correction": 0.0,
+    }
+    return Preset(summary, MappingProxyType({**dict.fromkeys(METHOD_FIELDS), **decided, **fields}), fixed)
+
+
+METHODS: Mapping[str, Preset] = MappingProxyType(
+    {
+        "otprune": Preset(
+            "Greedy elimination, transport of what is removed, and a ridge refit towards the fused weights.", _OTPRUNE
+        ),
+        "structured_afr_with_intrafusion": Preset(
+            "FO and SNIP scores with optimal-transport fusion of whole channels, as the reference is coded.",
+            MappingProxyType(
+                {
+                    "quality": "fast",
+                    "token_weighting": "uniform",
+                    "importance": "fo_snip",
+                    "aggregation": "signed",
+                    "selection": "top",
+                    "cost": "weight",
+                    "source_distribution": "entropy_regularized",
+                    "target_distribution": "adaptive",
+                    "strategy": "comprehensive",
+                    "statistics": "comprehensive",
+                    "target": "most_important",
+                    "solver": "emd",
+                    "normalization": "source",
+                    "fuse": ("gate", "up", "down"),
+                    "compensation": "none",
+                    "ridge_prior": "transport",
+                    "target_correction": 0.0,
+                    "intercept": "never",
+                }
+            ),
+        ),
+        "random": _baseline("Random channels are removed: what every method must beat.", "random", ("importance",)),
+        "magnitude": _baseline(
+            "The channels with the smallest weights are removed.",
+            "magnitude",
+            ("importance",),
+            aggregation="absolute",
+        ),
+        "fo_snip": _baseline(
+            "The channels with the lowest FO and SNIP scores are removed.",
+            "fo_snip",
+            ("importance",),
+            aggregation="absolute",
+        ),
+        "wanda_sp": _baseline("The channels with the lowest Wanda scores are removed.", "wanda", ("importance",)),
+        "flap": _baseline(
+            "The channels that fluctuate least are removed, and a bias stands in for their mean.",
+            "fluctuation",
+            ("importance", "compensation"),
+            compensation="bias",
+            intercept="always",
+        ),
+        "least_squares": _baseline(
+            "The channels that fluctuate least are removed, and the down projection is refit by ridge regression.",
+            "fluctuation",
+            ("compensation",),
+            compensation="ridge",
+            ridge_prior="zero",
+            intercept="never",
+        ),
     }
 )
 
@@ -132,3 +155,4 @@ QUALITIES: Mapping[str, Mapping[str, object]] = MappingProxyType(
         },
     }
 )
+QUALITY_FIELDS = tuple(QUALITIES["balanced"])

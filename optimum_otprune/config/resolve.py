@@ -1,9 +1,10 @@
 """How the method, the strategy and the quality fill in the options that are left unset, and what contradicts what."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
-from optimum_otprune.config.options import OPTIONS_BY_NAME
+from optimum_otprune.config.options import OPTIONS, OPTIONS_BY_NAME
 from optimum_otprune.config.presets import (
     METHOD_FIELDS,
     METHODS,
@@ -12,41 +13,28 @@ from optimum_otprune.config.presets import (
     RIDGE_FIELDS,
     TRANSPORT_FIELDS,
 )
-from optimum_otprune.errors import ConfigurationError, unknown_name, warn_user
+from optimum_otprune.errors import ConfigurationError, RegistryError, unknown_name, warn_user
 from optimum_otprune.functional.costs import costs
 from optimum_otprune.functional.importance import importances
 from optimum_otprune.functional.marginals import distributions, mixtures, strategies
+from optimum_otprune.functional.parameters import split_name
 from optimum_otprune.functional.registry import GRADIENTS, Registry
 from optimum_otprune.functional.solvers import solvers
 from optimum_otprune.functional.transport.plans import SolverSettings
 
-# Fields that name a registered function; `prune()` takes a plain callable for each.
-FUNCTION_FIELDS: dict[str, Registry] = {
-    "importance": importances,
-    "cost": costs,
-    "source_distribution": distributions,
-    "target_distribution": distributions,
-    "statistics": mixtures,
-    "solver": solvers,
-}
-# Numbers, and what goes with them, that have a value also where nothing reads them: their default.
-NUMBER_FIELDS = (
-    *SolverSettings._fields,
-    "holdout_share",
-    "score_batch_size",
-    "error_weighting",
-    "reconstruction_batch_tokens",
+REGISTRIES: Mapping[str, Registry[Any]] = MappingProxyType(
+    {
+        "importances": importances,
+        "costs": costs,
+        "distributions": distributions,
+        "mixtures": mixtures,
+        "solvers": solvers,
+    }
 )
-STRATEGY_FIELDS = ("statistics", "source_distribution", "target_distribution")
-# Fields that make the method what its name says.
-FIXED_FIELDS = {
-    "random": ("importance",),
-    "magnitude": ("importance",),
-    "fo_snip": ("importance",),
-    "wanda_sp": ("importance",),
-    "flap": ("importance", "compensation"),
-    "least_squares": ("compensation",),
-}
+# Fields that name a registered function; `prune()` takes a plain callable for each.
+FUNCTION_FIELDS: Mapping[str, Registry[Any]] = MappingProxyType(
+    {option.name: REGISTRIES[option.rules.registry] for option in OPTIONS if option.rules.registry is not None}
+)
 
 
 def resolve(values: dict[str, Any], explicit: set[str], asked: set[str]) -> dict[str, Any]:
@@ -64,18 +52,16 @@ def resolve(values: dict[str, Any], explicit: set[str], asked: set[str]) -> dict
         ConfigurationError: Names the option.
     """
     _check_layers(values)
+    values = {name: function_name(name, value) if name in FUNCTION_FIELDS else value for name, value in values.items()}
     method = values["method"]
-    preset = METHODS[method]
-    for name in FIXED_FIELDS.get(method, ()):
+    preset = METHODS[method].fields
+    for name in METHODS[method].fixed:
         if name in explicit and values[name] != preset[name]:
             raise ConfigurationError(
                 f"`{name}={values[name]!r}` contradicts `method={method!r}`, which means {preset[name]!r}. Leave it "
                 "out, or use method='otprune' and set the fields one by one."
             )
     chosen = {name: preset[name] if values[name] is None else values[name] for name in METHOD_FIELDS}
-    for name, registry in FUNCTION_FIELDS.items():
-        if chosen[name] is not None and chosen[name] not in registry:
-            raise ConfigurationError(unknown_name(f"`{name}`", chosen[name], registry.names()))
     _apply_strategy(chosen, values, explicit)
     if chosen["compensation"] == "bias" and "intercept" not in explicit:
         chosen["intercept"] = "always"
@@ -91,7 +77,9 @@ def resolve(values: dict[str, Any], explicit: set[str], asked: set[str]) -> dict
         chosen[name] = None
     for name in METHOD_FIELDS:
         if chosen[name] is None and name not in unused:
-            chosen[name] = METHODS["otprune"][name]  # switched on by an override of a method that has no use for it
+            chosen[name] = METHODS["otprune"].fields[
+                name
+            ]  # switched on by an override of a method that has no use for it
     _check_combinations(chosen)
     for name in QUALITY_FIELDS:
         decides = name not in METHOD_FIELDS or chosen[name]  # not where the method says none
@@ -106,6 +94,27 @@ def resolve(values: dict[str, Any], explicit: set[str], asked: set[str]) -> dict
             raise _ignored(name, values[name], reason)
         chosen[name] = default
     return chosen
+
+
+def function_name(field: str, given: str | None) -> str | None:
+    """Return how a configuration names a registered function: with a value for every parameter of it.
+
+    Args:
+        field: That names the function.
+        given: Its name, with some of the parameters or none.
+
+    Raises:
+        ConfigurationError: If the name or a parameter is unknown, or a value has the wrong type.
+    """
+    if given is None:
+        return None
+    name, _ = split_name(given)
+    if name not in FUNCTION_FIELDS[field]:
+        raise ConfigurationError(unknown_name(f"`{field}`", name, FUNCTION_FIELDS[field].names()))
+    try:
+        return FUNCTION_FIELDS[field].entry(given).name
+    except RegistryError as error:
+        raise ConfigurationError(f"`{field}`: {error}") from error
 
 
 def check_replaced(values: Mapping[str, Any], functions: Mapping[str, Any]) -> None:
@@ -146,16 +155,14 @@ def _apply_strategy(chosen: dict[str, Any], values: dict[str, Any], explicit: se
     if chosen["strategy"] not in strategies:
         raise ConfigurationError(unknown_name("`strategy`", chosen["strategy"], strategies))
     strategy = strategies[chosen["strategy"]]._asdict()
-    contradicted = [name for name in STRATEGY_FIELDS if name in explicit and values[name] != strategy[name]]
+    contradicted = [name for name in strategy if name in explicit and values[name] != strategy[name]]
     if contradicted and "strategy" in explicit:
         name = contradicted[0]
         raise ConfigurationError(
             f"`{name}={values[name]!r}` contradicts `strategy={chosen['strategy']!r}`, which sets {strategy[name]!r}. "
             "Leave one of them out."
         )
-    for name in STRATEGY_FIELDS:
-        if name not in explicit:
-            chosen[name] = strategy[name]
+    chosen |= {name: value for name, value in strategy.items() if name not in explicit}
     if contradicted:
         chosen["strategy"] = None  # the method's strategy, no longer what is done
 
@@ -172,24 +179,27 @@ def unused_fields(chosen: Mapping[str, Any]) -> dict[str, str]:
     if not transport:
         reason = "nothing is transported, since `fuse` is empty and the refit has no transport prior"
         unused.update(dict.fromkeys((*TRANSPORT_FIELDS, "strategy", "statistics"), reason))
-    else:
-        if chosen["solver"] == "nearest":
-            unused["target_distribution"] = "the solver 'nearest' knows no capacities; choose another, such as 'emd'"
-    importance = importances.entry(chosen["importance"]) if chosen["importance"] else None
-    if importance is not None and importance.reads is not None and "aggregation" not in importance.reads:
+    elif chosen["solver"] and not solvers.entry(chosen["solver"]).may_read("target_distribution"):
+        unused["target_distribution"] = (
+            f"the solver {chosen['solver']!r} knows no capacities; choose another, such as 'emd'"
+        )
+    if chosen["importance"] and not importances.entry(chosen["importance"]).may_read("aggregation"):
         unused["aggregation"] = f"the importance {chosen['importance']!r} has no weight scores to aggregate"
     return unused
 
 
 def unused_numbers(chosen: Mapping[str, Any]) -> dict[str, str]:
-    """Return those of `NUMBER_FIELDS` that nothing reads, given all other options, with the reason."""
+    """Return the numbers, and what goes with them, that nothing reads, given all other options, with the reason.
+
+    They have a value there too, which is their default.
+    """
     unused: dict[str, str] = {}
     entries = {name: registry.entry(chosen[name]) for name, registry in FUNCTION_FIELDS.items() if chosen[name]}
     for name in SolverSettings._fields:
         if "solver" not in entries:
             unused[name] = "nothing is transported"
-        elif entries["solver"].reads is not None and name not in entries["solver"].reads:
-            unused[name] = f"the solver {chosen['solver']!r} does not read it"
+        elif not entries["solver"].may_read(name):
+            unused[name] = f"the solver {entries['solver'].name!r} does not read it"
     if chosen["compensation"] != "ridge" and not chosen["reconstruction_steps"]:
         unused["holdout_share"] = "without a refit or reconstruction nothing is chosen on held-out tokens"
     if not chosen["reconstruction_steps"]:

@@ -1,7 +1,7 @@
 """Importance of FFN channels: one score per channel from weights, activations and gradients."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -55,6 +55,8 @@ class ChannelStatistics(NamedTuple):
     generator: torch.Generator | None = None
 
 
+_T = TypeVar("_T")
+
 Importance = Callable[[ChannelStatistics], Tensor]
 
 importances: Registry[Importance] = Registry("importance")
@@ -94,8 +96,7 @@ def aggregate(scores: WeightScores, aggregation: str) -> Tensor:
     return torch.stack([matrix.float().sum(dim=1) for matrix in matrices]).sum(dim=0)
 
 
-def _required(statistics: ChannelStatistics, name: str, importance: str):  # noqa: ANN202 - a tensor or weight scores
-    value = getattr(statistics, name)
+def _required(value: _T | None, name: str, importance: str) -> _T:
     if value is None:
         raise ShapeError(f"The importance {importance!r} needs `{name}`, which this calibration pass did not collect.")
     return value
@@ -118,15 +119,15 @@ def magnitude(statistics: ChannelStatistics) -> Tensor:
 @importances.register("wanda", reference=WANDA, requires=(ACTIVATIONS,), reads=())
 def wanda(statistics: ChannelStatistics) -> Tensor:
     """Sum of `|W_d[:, j]|` times the root mean square activation of j: Wanda (Sun et al., 2024) by columns."""
-    second_moment = _required(statistics, "hidden_second_moment", "wanda")
+    second_moment = _required(statistics.hidden_second_moment, "hidden_second_moment", "wanda")
     return statistics.weights.down.float().abs().sum(dim=0) * second_moment.float().sqrt()
 
 
 @importances.register("fluctuation", reference=FLAP, requires=(ACTIVATIONS,), reads=())
 def fluctuation(statistics: ChannelStatistics) -> Tensor:
     """Variance of the activation times `‖w_j‖²`: the loss when a constant stands in for j (FLAP, An et al., 2024)."""
-    second_moment = _required(statistics, "hidden_second_moment", "fluctuation")
-    mean = _required(statistics, "hidden_mean", "fluctuation")
+    second_moment = _required(statistics.hidden_second_moment, "hidden_second_moment", "fluctuation")
+    mean = _required(statistics.hidden_mean, "hidden_mean", "fluctuation")
     variance = (second_moment.double() - mean.double().square()).clamp_min(0)
     return (statistics.weights.down.double().square().sum(dim=0) * variance).float()
 
@@ -134,13 +135,13 @@ def fluctuation(statistics: ChannelStatistics) -> Tensor:
 @importances.register("snip", reference=SNIP, requires=(GRADIENTS,), reads=("aggregation",))
 def snip(statistics: ChannelStatistics) -> Tensor:
     """Sum of weight × gradient of the language-model loss (SNIP, Lee et al., 2019)."""
-    return aggregate(_required(statistics, "snip", "snip"), statistics.aggregation)
+    return aggregate(_required(statistics.snip, "snip", "snip"), statistics.aggregation)
 
 
 @importances.register("fo", requires=(GRADIENTS,), reads=("aggregation",))
 def fo(statistics: ChannelStatistics) -> Tensor:
     """Sum of weight × gradient of the summed mean singular values of all modules' outputs (FO)."""
-    return aggregate(_required(statistics, "fo", "fo"), statistics.aggregation)
+    return aggregate(_required(statistics.fo, "fo", "fo"), statistics.aggregation)
 
 
 @importances.register("fo_snip", reference=SNIP, requires=(GRADIENTS,), reads=("aggregation",))

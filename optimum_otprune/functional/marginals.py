@@ -81,12 +81,14 @@ def register_strategy(name: str, strategy: Strategy) -> None:
     Raises:
         RegistryError: If a part is unknown, or the name is taken.
     """
-    mixtures.entry(strategy.statistics)
-    distributions.entry(strategy.source_distribution)
-    distributions.entry(strategy.target_distribution)
+    parts = (
+        mixtures.entry(strategy.statistics).name,
+        distributions.entry(strategy.source_distribution).name,
+        distributions.entry(strategy.target_distribution).name,
+    )
     if name in strategies:
         raise RegistryError(f"The strategy {name!r} is registered already. Choose another name.")
-    strategies[name] = strategy
+    strategies[name] = Strategy(*parts)
 
 
 def _non_negative(scores: Tensor) -> Tensor:
@@ -122,7 +124,8 @@ def importance(inputs: MarginalInputs) -> Tensor:
 @distributions.register("weight_aware", requires=(GRADIENTS,))
 def weight_aware(inputs: MarginalInputs) -> Tensor:
     """In proportion to the sum of a channel's greatest score, spread and share of high scores, each in [0, 1]."""
-    return _non_negative(sum(_rescale(_statistic(inputs, name)) for name in ("max", "std", "share")))  # type: ignore[arg-type]
+    greatest, spread, share = (_rescale(_statistic(inputs, name)) for name in ("max", "std", "share"))
+    return _non_negative(greatest + spread + share)
 
 
 @distributions.register("max_preserving", requires=(GRADIENTS,))
@@ -210,6 +213,7 @@ def _weighted(weights: Mapping[str, float]) -> Mixture:
             raise ShapeError(unknown_name("weight-level statistic", missing[0], statistics))
         return torch.stack([weight * statistics[name] for name, weight in weights.items()]).sum(dim=0)
 
+    mixture.__doc__ = " + ".join(f"{weight:g} × {name}" for name, weight in weights.items()) + "."
     return mixture
 
 

@@ -1,16 +1,29 @@
 """Registries of plain functions: the extension points of the package.
 
 A registry maps a name, which a configuration file can hold, to a function. Wherever a registered name is accepted, a
-plain callable of the same signature is accepted too.
+plain callable of the same signature is accepted too. Keyword-only parameters of a function are set where it is named:
+`"name:parameter=value"`.
 """
 
-from collections.abc import Callable, Iterable
+import functools
+import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from optimum_otprune.errors import RegistryError, unknown_name
+from optimum_otprune.functional.parameters import (
+    Parameter,
+    as_text,
+    checked_parameters,
+    parameters_of,
+    split_name,
+    written,
+)
+from optimum_otprune.functional.plugins import load_plugins
 from optimum_otprune.functional.references import Reference
 
-F = TypeVar("F", bound=Callable)
+F = TypeVar("F", bound=Callable[..., Any])
 
 ACTIVATIONS = "activations"
 GRADIENTS = "gradients"
@@ -22,22 +35,35 @@ class Entry(NamedTuple):
     """One registered function and the facts that it was registered with.
 
     Attributes:
-        name: What a configuration holds.
-        function: What is called.
+        name: What a configuration holds, with a value for every parameter.
+        function: What is called; its parameters are set.
         reference: The publication that a model card cites, or the address of one.
         requires: Statistics that are only collected on demand.
         reads: Options that it reads; None where that is not known.
         meets: Whether a solver's plan has to meet the source and the target marginal.
         takes_any: Whether a solver takes the cost as it is: float32 or float64, on its device.
+        parameters: Those that are its own, with their defaults, by name.
     """
 
     name: str
-    function: Callable
+    function: Callable[..., Any]
     reference: Reference | str | None
     requires: frozenset[str]
     reads: frozenset[str] | None = None
     meets: tuple[bool, bool] = (True, True)
     takes_any: bool = False
+    parameters: Mapping[str, Parameter] = {}
+
+    def may_read(self, option: str) -> bool:
+        """Whether the function reads an option, as far as is known."""
+        return self.reads is None or option in self.reads
+
+    @property
+    def summary(self) -> str:
+        """The first sentence of the function's docstring; empty without one."""
+        function = self.function.func if isinstance(self.function, functools.partial) else self.function
+        paragraph = " ".join((inspect.getdoc(function) or "").partition("\n\n")[0].split())
+        return re.split(r"(?<=\.)\s", paragraph, maxsplit=1)[0]
 
     @property
     def citation(self) -> dict[str, str]:
@@ -70,19 +96,23 @@ class Registry(Generic[F]):
     ) -> Callable[[F], F]:
         """Return a decorator that registers a function under `name`.
 
+        Keyword-only parameters of the function, each with a default and one of the types bool, int, float and str, are
+        part of what a configuration can set.
+
         Args:
             name: Lower-case words joined by underscores.
             reference: Where the method comes from, a publication or an address; the model card cites it.
             requires: Statistics that the function reads and that are only collected on demand: `"gradients"` (a
                 backward pass over the calibration data) or `"activations"`.
-            reads: Options that the function reads: `"aggregation"` for an importance, those of `SolverSettings` for a
-                solver. Setting one that nothing reads is an error. Without it, the function may read any.
+            reads: Options that the function reads: `"aggregation"` for an importance; for a solver,
+                `"target_distribution"` and those of `SolverSettings`. Setting one that nothing reads is an error.
+                Without it, the function may read any.
             meets: For a solver: whether its plan has to meet the source and the target marginal.
             takes_any: For a solver: whether it takes the cost in float32 or float64, on its device. What is not said
                 here may be said by an attribute of the function.
 
         Raises:
-            RegistryError: If the name is taken or malformed.
+            RegistryError: If the name is taken or malformed, or a parameter cannot be set by a configuration.
         """
         if not (name.isidentifier() and name == name.lower()):
             raise RegistryError(f"{name!r} is no {self.kind} name: use lower-case words joined by underscores.")
@@ -96,6 +126,7 @@ class Registry(Generic[F]):
             read = None if reads is None else frozenset(reads)
             given = {"meets": meets, "takes_any": takes_any}
             facts = _facts(function) | {fact: value for fact, value in given.items() if value is not None}
+            facts["parameters"] = parameters_of(function, f"the {self.kind} {name!r}")
             self._entries[name] = Entry(name, function, reference, frozenset(requires), read, **facts)
             return function
 
@@ -103,39 +134,57 @@ class Registry(Generic[F]):
 
     def unregister(self, name: str) -> None:
         """Forget a function, for tests and notebooks that register the same one twice."""
-        self.entry(name)
+        if name not in self._entries:
+            raise RegistryError(unknown_name(self.kind, name, self._entries))
         del self._entries[name]
 
     def __contains__(self, name: object) -> bool:
+        """Whether a name is registered, here or by a plugin."""
+        if name not in self._entries:
+            load_plugins()
         return name in self._entries
 
     def names(self) -> list[str]:
         """Registered names in order of registration."""
         return list(self._entries)
 
-    def entry(self, name_or_function: str | F | Entry) -> Entry:
+    def entry(self, given: str | Mapping[str, object] | F | Entry) -> Entry:
         """Look up a name, or wrap a plain callable; an entry is returned as it is.
 
         A callable says what it needs in an attribute `requires`; without one it is given everything. A solver may also
         carry `meets` and `takes_any`; see `register`.
 
+        Args:
+            given: A name, `"name:parameter=value"`, a mapping `{"name": …, "parameter": …}`, or a function.
+
         Raises:
-            RegistryError: If the name is unknown; the message has the nearest name and the whole list.
+            RegistryError: If the name or a parameter is unknown (the message has the nearest one and the whole list),
+                a value has the wrong type, or a plugin cannot be loaded.
         """
-        if isinstance(name_or_function, Entry):
-            return name_or_function
-        if callable(name_or_function):
-            requires = getattr(name_or_function, "requires", (ACTIVATIONS, GRADIENTS))
-            name = getattr(name_or_function, "__name__", type(name_or_function).__name__)
-            return Entry(name, name_or_function, None, frozenset(requires), **_facts(name_or_function))
-        if name_or_function not in self._entries:
-            raise RegistryError(unknown_name(self.kind, name_or_function, self._entries))
-        return self._entries[name_or_function]
+        if isinstance(given, Entry):
+            return given
+        if isinstance(given, str | Mapping):
+            return self._named(as_text(given))
+        if not callable(given):
+            raise RegistryError(f"{given!r:.60} is no {self.kind}; want a registered name, or a function.")
+        requires = getattr(given, "requires", (ACTIVATIONS, GRADIENTS))
+        name = getattr(given, "__name__", type(given).__name__)
+        return Entry(name, given, None, frozenset(requires), **_facts(given))
 
-    def __getitem__(self, name_or_function: str | F) -> F:
-        return self.entry(name_or_function).function  # type: ignore[return-value]
+    def _named(self, text: str) -> Entry:
+        name, texts = split_name(text)
+        if name not in self:
+            raise RegistryError(unknown_name(self.kind, name, self._entries))
+        entry = self._entries[name]
+        values = checked_parameters(entry.parameters, texts, f"the {self.kind} {name!r}")
+        if not values:
+            return entry
+        return entry._replace(name=written(name, values), function=functools.partial(entry.function, **values))
+
+    def __getitem__(self, given: str | Mapping[str, object] | F) -> F:
+        return self.entry(given).function  # type: ignore[return-value]
 
 
-def _facts(function: Callable) -> dict[str, Any]:
+def _facts(function: Callable[..., Any]) -> dict[str, Any]:
     """What a function says of itself in attributes."""
     return {name: getattr(function, name) for name in _FACTS if hasattr(function, name)}

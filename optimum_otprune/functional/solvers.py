@@ -26,6 +26,8 @@ from optimum_otprune.functional.transport.plans import (
 from optimum_otprune.functional.transport.pot import partial_transport, unbalanced_transport
 from optimum_otprune.functional.transport.sinkhorn import entropic_plan
 
+__all__ = ["Solved", "Solver", "SolverSettings", "TransportPlan", "solve_transport", "solvers"]
+
 _MAX_ITERATIONS = 1_000_000
 _UNBALANCED_ITERATIONS, _UNBALANCED_ERROR = 2_000, 1e-4
 
@@ -49,7 +51,7 @@ def nearest(cost_matrix: Tensor, source_marginal: Tensor, target_marginal: Tenso
     return plan.scatter_(1, cost_matrix.argmin(dim=1, keepdim=True), source_marginal[:, None])
 
 
-@solvers.register("emd", reference=NETWORK_SIMPLEX, reads=())
+@solvers.register("emd", reference=NETWORK_SIMPLEX, reads=("target_distribution",))
 def emd(cost_matrix: Tensor, source_marginal: Tensor, target_marginal: Tensor, settings: SolverSettings) -> Tensor:
     """Exact transport by the network simplex (Bonneel et al., 2011, through `ot.emd`).
 
@@ -59,7 +61,7 @@ def emd(cost_matrix: Tensor, source_marginal: Tensor, target_marginal: Tensor, s
     return exact_plan(cost_matrix, source_marginal, target_marginal, _MAX_ITERATIONS)
 
 
-@solvers.register("sinkhorn", reference=SINKHORN, reads=("epsilon",), takes_any=True)
+@solvers.register("sinkhorn", reference=SINKHORN, reads=("target_distribution", "epsilon"), takes_any=True)
 def sinkhorn(
     cost_matrix: Tensor, source_marginal: Tensor, target_marginal: Tensor, settings: SolverSettings
 ) -> Solved:
@@ -73,14 +75,21 @@ def sinkhorn(
     return Solved(round_to_marginals(found.matrix, source_marginal, target_marginal), found.converged)
 
 
-@solvers.register("partial", reference=PARTIAL_TRANSPORT, reads=("mass_share",), meets=(False, False))
+@solvers.register(
+    "partial", reference=PARTIAL_TRANSPORT, reads=("target_distribution", "mass_share"), meets=(False, False)
+)
 def partial(cost_matrix: Tensor, source_marginal: Tensor, target_marginal: Tensor, settings: SolverSettings) -> Tensor:
     """Exact transport of the cheapest `mass_share` of the mass (`ot.partial.partial_wasserstein`); the rest stays."""
     scaled = cost_matrix / median_cost(cost_matrix)
     return partial_transport(scaled, source_marginal, target_marginal, settings.mass_share, _MAX_ITERATIONS)
 
 
-@solvers.register("unbalanced", reference=UNBALANCED_TRANSPORT, reads=("marginal_penalty",), meets=(False, False))
+@solvers.register(
+    "unbalanced",
+    reference=UNBALANCED_TRANSPORT,
+    reads=("target_distribution", "marginal_penalty"),
+    meets=(False, False),
+)
 def unbalanced(
     cost_matrix: Tensor, source_marginal: Tensor, target_marginal: Tensor, settings: SolverSettings
 ) -> Solved:

@@ -138,7 +138,7 @@ def _transport(
         selected = selection_map(kept, n)
         return FusionMaps(selected, selected), 0.0, kept
     if recipe.config.target == "cluster_centroid":
-        cost, kept = centroid_cost(inputs.weights, len(kept), inputs.seed, recipe.config.cost)
+        cost, kept = centroid_cost(inputs.weights, len(kept), inputs.seed, recipe.functions["cost"].name)
     else:
         total = inputs.total
         cost_inputs = CostInputs(inputs.weights, total.gram, total.num_tokens)

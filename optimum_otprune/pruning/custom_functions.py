@@ -23,8 +23,9 @@ def guarded(field: str, entry: Entry) -> Entry:
         field: Of the configuration, for messages.
         entry: What was registered, or given.
     """
+    function = entry.function.func if isinstance(entry.function, functools.partial) else entry.function
     # Where it was defined: `__module__` is what `functools.wraps` copies from another function.
-    defined_in = getattr(entry.function, "__globals__", {}).get("__name__", "")
+    defined_in = getattr(function, "__globals__", {}).get("__name__", "")
     if str(defined_in).partition(".")[0] == _PACKAGE:
         return entry
     return entry._replace(function=_guarded(field, entry.name, entry.function))

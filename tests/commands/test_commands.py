@@ -22,7 +22,10 @@ from optimum_otprune.commands.parser import EvaluateCommand, OTPruneCommand, Pru
 from optimum_otprune.commands.signals import imports_interrupted
 from optimum_otprune.config.loading_options import LoadingOptions
 from optimum_otprune.config.options import OPTIONS
+from optimum_otprune.config.presets import METHODS
+from optimum_otprune.config.resolve import REGISTRIES
 from optimum_otprune.errors import OTPruneError
+from optimum_otprune.functional.marginals import strategies
 from optimum_otprune.storage.hub.options import PushOptions, keywords
 from optimum_otprune.storage.manifest import write_manifest
 from tests.conftest import run_command as run
@@ -398,6 +401,24 @@ def test_optimum_cli_knows_the_same_commands():
     )
     assert done.returncode == 0, done.stderr
     assert all(command.name in done.stdout for command in OTPruneCommand.SUBCOMMANDS)
+
+
+def test_every_kind_of_name_is_listed_alone_and_together(capsys):
+    names = {kind: registry.names() for kind, registry in REGISTRIES.items()}
+    parts = []
+    for kind, known in {**names, "strategies": strategies, "methods": METHODS}.items():
+        assert run("list", kind) == 0
+        parts.append(capsys.readouterr().out)
+        assert all(f"\n  {name}\n" in parts[-1] for name in known)
+    assert run("list") == 0
+    assert capsys.readouterr().out == "\n".join(parts)
+    assert parts[0].startswith("importances (--importance)\n  random\n      Uniform random numbers: the baseline")
+    assert "  wanda\n" in parts[0]
+    assert "      Reference: Sun et al., 2024, https://arxiv.org/abs/2306.11695\n" in parts[0]
+    assert "distributions (--source-distribution, --target-distribution)\n" in parts[2]
+    assert "  flap\n      The channels that fluctuate least are removed" in parts[-1]
+    assert run("list", "importance") == 2
+    assert "invalid choice: 'importance' (choose from" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["report", "verify", "card"])

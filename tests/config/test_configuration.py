@@ -4,6 +4,7 @@ import copy
 import inspect
 import json
 import pickle
+import re
 import warnings
 
 import numpy as np
@@ -14,6 +15,7 @@ from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.config.options import OPTIONS, OPTIONS_BY_NAME
 from optimum_otprune.config.options_file import CONFIG_FILE
 from optimum_otprune.config.presets import METHOD_FIELDS, METHODS
+from optimum_otprune.config.resolve import FUNCTION_FIELDS, REGISTRIES
 from optimum_otprune.errors import ConfigurationError, OTPruneError, OutputError
 from optimum_otprune.functional.costs import costs
 from optimum_otprune.functional.importance import importances
@@ -153,7 +155,7 @@ def test_every_registered_name_can_be_chosen():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for name in importances.names():
-            assert OTPruningConfig(importance=name, selection="top").importance == name
+            assert OTPruningConfig(importance=name, selection="top").importance == importances.entry(name).name
         for name in distributions.names():
             for method in ("otprune", REFERENCE):
                 config = OTPruningConfig(
@@ -251,18 +253,16 @@ def test_a_type_checker_finds_a_wrong_type_a_wrong_choice_and_a_wrong_name(tmp_p
     assert [line.split(":")[1] for line in found[:-1]] == ["2", "3", "4", "5", "6", "7", "8"], found
 
 
-@pytest.mark.parametrize(
-    ("option", "names"),
-    [
-        ("importance", importances.names()),
-        ("cost", costs.names()),
-        ("solver", solvers.names()),
-        ("strategy", list(strategies)),
-    ],
-)
-def test_help_texts_name_what_is_registered(option, names):
-    help_text = OPTIONS_BY_NAME[option].help
-    assert all(name in help_text for name in names)
+@pytest.mark.parametrize("option", FUNCTION_FIELDS)
+def test_help_texts_name_only_what_is_registered_and_where_to_see_it_all(option):
+    text, _, command = OPTIONS_BY_NAME[option].help.partition("; `otprune list ")
+    assert REGISTRIES[command.partition("`")[0]] is FUNCTION_FIELDS[option]
+    named = re.sub(r" \([^)]*\)|, …", "", text.partition(": ")[2]).split(", ")
+    assert set(named) <= set(FUNCTION_FIELDS[option].names())
+
+
+def test_the_help_text_of_the_strategy_names_them_all():
+    assert all(name in OPTIONS_BY_NAME["strategy"].help for name in strategies)
 
 
 UNREAD = [
@@ -316,7 +316,11 @@ def test_a_solver_reads_the_numbers_that_its_registration_names(name):
 
     read: set[str] = set()
     mass = torch.full((3,), 1 / 3, dtype=torch.float64)
-    solve_transport(name, torch.rand(3, 3, generator=torch.Generator().manual_seed(0)), mass, mass, Watched())
+    cost = torch.rand(3, 3, generator=torch.Generator().manual_seed(0))
+    plan = solve_transport(name, cost, mass, mass, Watched())
+    other = solve_transport(name, cost, mass, torch.tensor([0.1, 0.2, 0.7], dtype=torch.float64))
+    if not torch.equal(plan.matrix, other.matrix):
+        read.add("target_distribution")
     assert read == solvers.entry(name).reads
 
 

@@ -6,10 +6,11 @@ from typing import Any, NamedTuple, TypeAlias
 
 from optimum_otprune.config.checks import check_option
 from optimum_otprune.config.configuration import OTPruningConfig
-from optimum_otprune.config.options import BUDGET_FIELDS, OPTIONS_BY_NAME
+from optimum_otprune.config.options import OPTIONS_BY_NAME
 from optimum_otprune.config.presets import METHOD_FIELDS, METHODS, QUALITY_FIELDS
-from optimum_otprune.config.resolve import FIXED_FIELDS, STRATEGY_FIELDS, unused_fields, unused_numbers
+from optimum_otprune.config.resolve import FUNCTION_FIELDS, function_name, unused_fields, unused_numbers
 from optimum_otprune.errors import ConfigurationError, unknown_name
+from optimum_otprune.functional.marginals import Strategy
 
 
 class Range(NamedTuple):
@@ -29,33 +30,6 @@ Domain: TypeAlias = Range | Choices
 # Picks a value of a domain; the label tells apart domains of one field that combinations have made smaller.
 Pick: TypeAlias = Callable[[str, str, Domain], Any]
 
-_SHARED = {
-    **dict.fromkeys((*BUDGET_FIELDS, "multiple_of", "skip_layers", "layer_ratios"), "how much is pruned"),
-    "non_uniform_format": "how the result is saved",
-    **dict.fromkeys(
-        ("dataset", "dataset_config", "calibration_split", "evaluation_split", "text_column", "num_samples", "seqlen"),
-        "the data",
-    ),
-}
-# A field comes after those that decide whether it is read and which of its values are allowed.
-_ORDER = (
-    "method",
-    "selection",
-    "importance",
-    "aggregation",
-    "compensation",
-    "ridge_prior",
-    "fuse",
-    "solver",
-    "cost",
-    "normalization",
-    "target",
-    "statistics",
-    "source_distribution",
-    "target_distribution",
-    "strategy",
-    *("target_correction", "intercept", "reconstruction_steps"),
-)
 _WALKS = 200
 
 
@@ -75,8 +49,7 @@ def default_search_space(config: OTPruningConfig, residual: bool, can_hold_inter
         ConfigurationError: If the method leaves nothing open.
     """
     space: dict[str, Any] = {}
-    fixed = FIXED_FIELDS.get(config.method, ())
-    if "importance" not in fixed:
+    if "importance" not in METHODS[config.method].fixed:
         cheap = ["fluctuation", "wanda", "magnitude"]  # no backward pass
         space["selection"] = ["obs", "top"]
         space["importance"] = [*dict.fromkeys([config.importance, *cheap])]
@@ -114,7 +87,7 @@ def check_search_space(search_space: Mapping[str, Any], base: OTPruningConfig) -
             "each field."
         )
     domains = {name: _domain(name, domain) for name, domain in search_space.items()}
-    space = {name: domains[name] for name in (*_ORDER, *OPTIONS_BY_NAME) if name in domains}
+    space = {name: domains[name] for name in OPTIONS_BY_NAME if name in domains}
     _check_reachable(space, base)
     return space
 
@@ -122,14 +95,16 @@ def check_search_space(search_space: Mapping[str, Any], base: OTPruningConfig) -
 def _domain(name: str, domain: Any) -> Domain:
     if name not in OPTIONS_BY_NAME:
         raise ConfigurationError(unknown_name("field of `search_space`:", name, OPTIONS_BY_NAME))
-    if name in _SHARED:
-        raise ConfigurationError(
-            f"`{name}` decides {_SHARED[name]}, which must be the same in all trials for them to be compared. Leave "
-            "it out of `search_space` and set it in the configuration."
-        )
     option = OPTIONS_BY_NAME[name]
+    if option.rules.shared is not None:
+        raise ConfigurationError(
+            f"`{name}` decides {option.rules.shared}, which must be the same in all trials for them to be compared. "
+            "Leave it out of `search_space` and set it in the configuration."
+        )
     if isinstance(domain, list) and domain:
         values = tuple(check_option(option, value) for value in domain)
+        if name in FUNCTION_FIELDS:
+            values = tuple(function_name(name, value) for value in values)
         if len(set(values)) < len(values):
             raise ConfigurationError(f"`search_space[{name!r}]` names a choice twice: {domain!r}.")
         return Choices(values)
@@ -183,7 +158,7 @@ def _contradiction(base: OTPruningConfig, sampled: Mapping[str, Any]) -> str:
 
 def unread_fields(config: OTPruningConfig) -> dict[str, str]:
     """Return the fields that make no difference to what a configuration does, with the reason."""
-    preset = METHODS[config.method]
+    preset = METHODS[config.method].fields
     values = {name: getattr(config, name) for name in METHOD_FIELDS}
     unread = unused_fields({name: preset[name] if value is None else value for name, value in values.items()})
     unread |= unused_numbers({name: getattr(config, name) for name in OPTIONS_BY_NAME})
@@ -210,8 +185,8 @@ def assemble(base: OTPruningConfig, sampled: Mapping[str, Any]) -> OTPruningConf
     elif sampled.get("quality", base.quality) != base.quality:
         values |= dict.fromkeys(QUALITY_FIELDS)
     if "strategy" in sampled:
-        values |= dict.fromkeys(STRATEGY_FIELDS)
-    elif set(STRATEGY_FIELDS) & set(sampled):
+        values |= dict.fromkeys(Strategy._fields)
+    elif set(Strategy._fields) & set(sampled):
         values["strategy"] = None
     values |= sampled
     if values["compensation"] == "bias" and "intercept" not in sampled:

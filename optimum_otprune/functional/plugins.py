@@ -1,0 +1,44 @@
+"""Functions of other packages: found by an entry point, loaded once, when a name is asked for that is not known."""
+
+from importlib.metadata import EntryPoint, entry_points
+from types import ModuleType
+
+from optimum_otprune.errors import RegistryError
+
+GROUP = "optimum_otprune.plugins"
+
+_loaded: set[EntryPoint] = set()
+
+
+def load_plugins() -> None:
+    """Import what packages name in the entry point group `optimum_otprune.plugins`, each once in a process.
+
+    An entry point names a module that registers functions when it is imported, or a function that registers them when
+    it is called without arguments.
+
+    Raises:
+        RegistryError: If one cannot be imported, raises an error, or names something else. It is tried again the next
+            time.
+    """
+    for point in entry_points(group=GROUP):
+        if point in _loaded:
+            continue
+        _loaded.add(point)  # before it asks for names itself
+        try:
+            _load(point)
+        except Exception as error:
+            _loaded.discard(point)
+            package = f" of the package {point.dist.name!r}" if point.dist is not None else ""
+            raise RegistryError(
+                f"The plugin {point.name!r}{package} could not be loaded: {type(error).__name__}: {error}. Mend it, "
+                "or uninstall that package."
+            ) from error
+
+
+def _load(point: EntryPoint) -> None:
+    found = point.load()
+    if isinstance(found, ModuleType):
+        return
+    if not callable(found):
+        raise TypeError(f"{point.value!r} is a {type(found).__name__}; want a module, or a function without arguments")
+    found()
