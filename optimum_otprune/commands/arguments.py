@@ -7,6 +7,7 @@ from typing import Any
 
 from optimum_otprune.config.options import OPTIONS, OPTIONS_BY_NAME, Option
 from optimum_otprune.errors import UsageError
+from optimum_otprune.models.defaults import BATCH_SIZE, HIDDEN_MEMORY
 from optimum_otprune.storage.state_folder import default_state_folder
 from optimum_otprune.storage.untrusted import visible, why_no_name
 
@@ -170,7 +171,13 @@ def saved_folder(args: argparse.Namespace) -> Path:
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """Options of every command that works for a while."""
     group = parser.add_argument_group("running")
-    group.add_argument("--batch-size", type=int, default=8, metavar="N", help="samples per forward pass (default: 8)")
+    group.add_argument(
+        "--batch-size",
+        type=int,
+        default=BATCH_SIZE,
+        metavar="N",
+        help="samples per forward pass (default: %(default)s)",
+    )
     group.add_argument("--quiet", action="store_true", help="no progress bars and no line per layer")
     add_debug_option(group)
 
@@ -187,9 +194,9 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("memory")
     group.add_argument(
         "--max-hidden-memory",
-        default="4GB",
+        default=f"{HIDDEN_MEMORY // 10**9}GB",
         metavar="SIZE",
-        help="of hidden states in main memory, for each process; more wait in files (default: 4GB)",
+        help="of hidden states in main memory, for each process; more wait in files (default: %(default)s)",
     )
     group.add_argument(
         "--spill-folder", metavar="DIR", help="where those files are (default: the system's folder for temporary ones)"

@@ -21,8 +21,10 @@ from optimum_otprune.errors import UsageError
 from optimum_otprune.functional.ffn import first_channels
 from optimum_otprune.functional.selection import kept_width
 from optimum_otprune.models.block_runner import input_device
+from optimum_otprune.models.devices import weight_bytes
 from optimum_otprune.models.ffn_block import FFNBlock, dense_width, ffn_blocks
 from optimum_otprune.models.flops import forward_flops
+from optimum_otprune.models.prunable_model import PrunableModel
 from optimum_otprune.models.timing import devices_of, wait_for_devices
 from optimum_otprune.pruning.calibration.data import ModelLimits
 
@@ -292,7 +294,7 @@ def _generate(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> _Run:
             f"A {type(model).__name__} keeps no KV cache, so it cannot generate text step by step. Give "
             "`new_tokens=0` to measure its prefill alone."
         )
-    peak = None if before is None else torch.cuda.max_memory_allocated(device) - before + _weight_bytes(model)
+    peak = None if before is None else torch.cuda.max_memory_allocated(device) - before + weight_bytes(model)
     return _Run(times[0] - start, end - times[0], peak, _cache_bytes(cache))
 
 
@@ -317,7 +319,7 @@ def _speed(model: PreTrainedModel, ids: Tensor, runs: list[_Run], settings: Benc
         decode_tokens_per_second=following / decode if following > 0 else None,
         peak_bytes=max(peaks) if peaks else None,
         cache_bytes=max(run.cache_bytes for run in runs),
-        flops=forward_flops(model, ffn_blocks(model), batch_size, seqlen, logits).total,
+        flops=forward_flops(PrunableModel.of(model), batch_size, seqlen, logits).total,
     )
 
 
@@ -329,10 +331,6 @@ def _keeps_logits(model: PreTrainedModel) -> bool:
 def _cache_argument(model: PreTrainedModel) -> str:
     """What the model calls its cache: `cache` from transformers 5.24 on, before that `past_key_values`."""
     return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
-
-
-def _weight_bytes(model: PreTrainedModel) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 def _cache_bytes(cache: DynamicCache) -> int:

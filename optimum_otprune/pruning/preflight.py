@@ -2,21 +2,18 @@
 
 import warnings
 
-from transformers import PreTrainedModel
-
 from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.errors import ConfigurationError
-from optimum_otprune.models.ffn_block import FFNBlock, native_intercept
 from optimum_otprune.models.modeling_code import modeling_code
+from optimum_otprune.models.prunable_model import PrunableModel
 from optimum_otprune.pruning.calibration.self_calibration import check_can_write
 
 
-def check_feasible(model: PreTrainedModel, blocks: list[FFNBlock], config: OTPruningConfig, widths: list[int]) -> bool:
-    """Raise where the result could not be made or saved; return whether FFNs can hold an output bias.
+def check_feasible(prunable: PrunableModel, config: OTPruningConfig, widths: list[int]) -> None:
+    """Raise where the result could not be made or saved.
 
     Args:
-        model: The dense model; its weights are not read.
-        blocks: All its FFN blocks.
+        prunable: The dense model; its weights are not read.
         config: What is done.
         widths: Of the layers after, from `plan_widths`.
 
@@ -24,18 +21,16 @@ def check_feasible(model: PreTrainedModel, blocks: list[FFNBlock], config: OTPru
         ConfigurationError: If an intercept is needed that the architecture cannot hold, or the model cannot write.
         UnsupportedModelError: If layers of different widths could not be saved as asked for.
     """
-    can_hold_intercept = native_intercept(model, blocks[0].spec)
-    if config.intercept == "always" and not can_hold_intercept:
+    if config.intercept == "always" and not prunable.can_hold_intercept:
         raise ConfigurationError(
             "`intercept='always'` (as method 'flap' has it) needs an output bias, which this architecture cannot hold "
             "so that plain loading finds it. Use intercept='auto' or 'never' with compensation='ridge'."
         )
     if config.self_calibration:
-        check_can_write(model, config.self_calibration)
+        check_can_write(prunable.model, config.self_calibration)
     may_differ = config.allocation == "adaptive" or len(set(widths)) > 1
     if may_differ and config.non_uniform_format == "per_layer_config":
-        modeling_code(model, blocks[0].spec)
-    return can_hold_intercept
+        modeling_code(prunable.model, prunable.spec)
 
 
 def warn_of_empty(empty: int, channels: int) -> None:
