@@ -28,8 +28,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from optimum_otprune import OTPruner, OTPruningConfig
 from optimum_otprune.functional.selection import obs_channels
 from optimum_otprune.functional.solvers import solve_transport
-from optimum_otprune.models.ffn_block import ffn_blocks
 from optimum_otprune.models.flops import forward_flops
+from optimum_otprune.models.prunable_model import PrunableModel
 from optimum_otprune.models.timing import forward_seconds, matmul_rate, wait_for_devices
 from optimum_otprune.pruning.report import versions
 
@@ -115,7 +115,7 @@ def fast_stages(shape: Shape, device: torch.device, dtype: torch.dtype, limit: f
     tokens = torch.randint(shape.vocabulary, (shape.samples, shape.seqlen))
     model = random_model(shape, device, dtype)
     forward_seconds(model, (shape.batch_size, shape.seqlen))  # to warm up
-    one = forward_flops(model, ffn_blocks(model), shape.samples, shape.seqlen, shape.seqlen)
+    one = forward_flops(PrunableModel.of(model), shape.samples, shape.seqlen, shape.seqlen)
     # The hidden states of the dense and of the pruned model, those that the refit reads, and the second moments.
     needed = 3 * (one.total - one.head) + shape.layers * 2 * tokens.numel() * shape.width**2
     pruner = OTPruner.from_pretrained(model, _config(ratio, "fast", shape))

@@ -19,8 +19,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from optimum_otprune import OTPruner, OTPruningConfig
-from optimum_otprune.models.ffn_block import ffn_blocks
-from optimum_otprune.pruning.calibration.gradients import gradient_scores
+from optimum_otprune.models.pass_settings import PassSettings
+from optimum_otprune.models.prunable_model import PrunableModel
+from optimum_otprune.pruning.calibration.gradients import Asked, layer_gradients
 
 WIDTHS = (576, 1152, 2304, 4096, 8192)
 SCORED_WIDTHS = (576, 1152, 2304)
@@ -104,7 +105,7 @@ def scoring_cost(size: Size) -> Cost:
     model, samples = model_and_samples(size)
     before = forward_seconds(model, samples)
     start = time.perf_counter()
-    gradient_scores(model, ffn_blocks(model), samples, _BATCH, progress=False)
+    layer_gradients(PrunableModel.of(model), samples, PassSettings(_BATCH, progress=False), Asked(True, False))
     seconds = time.perf_counter() - start
     return Cost(seconds, (before + forward_seconds(model, samples)) / 2)
 

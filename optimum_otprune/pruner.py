@@ -12,15 +12,16 @@ from optimum_otprune.checkpoints.load import hub_id, load_checkpoint, load_skele
 from optimum_otprune.checkpoints.loading_options import as_config, check_loading_options, refuse_loading_options
 from optimum_otprune.checkpoints.push import HubMixin, check_push, push_saved, refuse_push_options
 from optimum_otprune.checkpoints.save import Contents, save_checkpoint
-from optimum_otprune.config.checks import check_count, hidden_memory
+from optimum_otprune.config.checks import check_count
 from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.config.loading_options import LoadingOptions
 from optimum_otprune.models.changes import all_or_nothing, check_dense, check_whole, is_pruned
+from optimum_otprune.models.defaults import BATCH_SIZE, HIDDEN_MEMORY
 from optimum_otprune.models.devices import model_sizes
 from optimum_otprune.models.distributed import check_launch, check_model, check_single, is_main_process, wait_for_all
-from optimum_otprune.models.ffn_block import ffn_blocks, loadable_blocks
+from optimum_otprune.models.ffn_block import ffn_blocks
 from optimum_otprune.models.perplexity import evaluate_perplexity
-from optimum_otprune.models.spill import DEFAULT_LIMIT
+from optimum_otprune.models.prunable_model import PrunableModel
 from optimum_otprune.models.wrappers import checked_tokenizer, model_in_memory, unwrapped
 from optimum_otprune.pruning.calibration.data import (
     ModelLimits,
@@ -37,7 +38,7 @@ from optimum_otprune.pruning.pipeline import prune_model
 from optimum_otprune.pruning.recipe import Recipe
 from optimum_otprune.pruning.report import PruningReport
 from optimum_otprune.pruning.resume import forget, resumable
-from optimum_otprune.pruning.settings import PassSettings
+from optimum_otprune.pruning.settings import pass_settings
 from optimum_otprune.pruning.size_target import with_pruning_ratio
 from optimum_otprune.pruning.tuning.search import tune_model
 from optimum_otprune.pruning.tuning.trials import TuningResult, TuningSettings
@@ -129,8 +130,8 @@ class OTPruner(HubMixin):
         config: OTPruningConfig | Mapping[str, Any] | str | os.PathLike | None = None,
         calibration_data: TokenSource | None = None,
         *,
-        batch_size: int = 8,
-        max_hidden_memory: int | str = DEFAULT_LIMIT,
+        batch_size: int = BATCH_SIZE,
+        max_hidden_memory: int | str = HIDDEN_MEMORY,
         evaluate: bool = False,
         evaluation_data: TokenSource | None = None,
         **loading: Unpack[LoadingOptions],
@@ -152,14 +153,14 @@ class OTPruner(HubMixin):
         Raises:
             OTPruneError: Whatever loading and `prune` would raise before the work starts, but for damaged weights.
         """
-        data = (calibration_data, check_count("batch_size", batch_size), hidden_memory(max_hidden_memory))
+        settings = pass_settings(check_count("batch_size", batch_size), False, max_hidden_memory, None)
         options = check_loading_options(loading)
         model = model_in_memory(model_name_or_path)
         if model is not None:
             refuse_loading_options(options)
         given = OTPruningConfig() if config is None else as_config(config, options)
         known = load_skeleton(str(model_name_or_path), options) if model is None else Skeleton.of_loaded(model)
-        return plan_pruning(known, given, *data, evaluate, evaluation_data)
+        return plan_pruning(known, given, calibration_data, settings, evaluate, evaluation_data)
 
     @property
     def limits(self) -> ModelLimits:
@@ -170,10 +171,10 @@ class OTPruner(HubMixin):
         self,
         calibration_data: TokenSource | None = None,
         *,
-        batch_size: int = 8,
+        batch_size: int = BATCH_SIZE,
         progress: bool = True,
         resume_from: str | os.PathLike | None = None,
-        max_hidden_memory: int | str = DEFAULT_LIMIT,
+        max_hidden_memory: int | str = HIDDEN_MEMORY,
         spill_folder: str | os.PathLike | None = None,
         **functions: Any,
     ) -> PruningReport:
@@ -212,16 +213,16 @@ class OTPruner(HubMixin):
         check_model(self.model)
         if resume_from is not None:
             check_single("`resume_from`", "Leave it out, or start one.")
-        settings = PassSettings.of(batch_size, progress, max_hidden_memory, spill_folder)
-        blocks = loadable_blocks(self.model)
-        recipe = Recipe.resolve(with_pruning_ratio(self.config, self.model, blocks), functions)
+        settings = pass_settings(batch_size, progress, max_hidden_memory, spill_folder)
+        prunable = PrunableModel.loadable(self.model)
+        recipe = Recipe.resolve(with_pruning_ratio(self.config, prunable), functions)
         state = state_path(resume_from)
         self._places |= noted_places(calibration_data=calibration_data, state=state, spill_folder=spill_folder)
         data = calibration_tokens(calibration_data, self.config, self.tokenizer, self.limits)
         before = model_sizes(self.model)
         run = {} if state is None else run_fingerprint(self.model, recipe, data.tokens, batch_size)
         with all_or_nothing(self.model), resumable(state, run) as store:
-            pruned = prune_model(self.model, blocks, recipe, data.tokens, settings, store)
+            pruned = prune_model(prunable, recipe, data.tokens, settings, store)
             report = pruned.report(self.model, self.config, data, before, **self._known(recipe, functions))
         self._unsaved_state = None if state is None else (state, run)
         self._calibrated_on, self.report = data, report
@@ -249,7 +250,7 @@ class OTPruner(HubMixin):
         latency_shape: tuple[int, int] | None = None,
         validation_share: float = 0.25,
         seed: int | None = None,
-        batch_size: int = 8,
+        batch_size: int = BATCH_SIZE,
         progress: bool = True,
         on_trial: Callable[[TuningResult], None] | None = None,
     ) -> OTPruningConfig:
@@ -287,7 +288,7 @@ class OTPruner(HubMixin):
         settings = TuningSettings(
             num_trials, timeout, space, file, target_latency, shape, validation_share, seed, batch_size, progress
         ).checked()
-        blocks = loadable_blocks(self.model)
+        prunable = PrunableModel.loadable(self.model)
         tokens = calibration_tokens(calibration_data, self.config, self.tokenizer, self.limits).tokens
 
         def note(result: TuningResult) -> None:
@@ -295,14 +296,14 @@ class OTPruner(HubMixin):
             if on_trial is not None:
                 on_trial(result)
 
-        self.config = tune_model(self.model, blocks, self.config, tokens, settings, note).best.config
+        self.config = tune_model(prunable, self.config, tokens, settings, note).best.config
         return self.config
 
     def evaluate(
         self,
         data: TokenSource | None = None,
         *,
-        batch_size: int = 8,
+        batch_size: int = BATCH_SIZE,
         max_windows: int | None = None,
         progress: bool = True,
     ) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from optimum_otprune.config.loading_options import LoadingOptions
 from optimum_otprune.config.options import OPTIONS, OPTIONS_BY_NAME, Option
 from optimum_otprune.errors import UsageError
+from optimum_otprune.models.defaults import BATCH_SIZE, HIDDEN_MEMORY
 from optimum_otprune.storage.hub.options import keywords
 from optimum_otprune.storage.state_folder import default_state_folder
 from optimum_otprune.storage.untrusted import visible, why_no_name
@@ -171,7 +172,13 @@ def saved_folder(args: argparse.Namespace) -> Path:
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of every command that works for a while."""
     group = parser.add_argument_group("running")
-    group.add_argument("--batch-size", type=int, default=8, metavar="N", help="samples per forward pass (default: 8)")
+    group.add_argument(
+        "--batch-size",
+        type=int,
+        default=BATCH_SIZE,
+        metavar="N",
+        help="samples per forward pass (default: %(default)s)",
+    )
     group.add_argument("--quiet", action="store_true", help="no progress bars and no line per layer")
     add_debug_option(group)
 
@@ -188,9 +195,9 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("memory")
     group.add_argument(
         "--max-hidden-memory",
-        default="4GB",
+        default=f"{HIDDEN_MEMORY // 10**9}GB",
         metavar="SIZE",
-        help="of hidden states in main memory, for each process; more wait in files (default: 4GB)",
+        help="of hidden states in main memory, for each process; more wait in files (default: %(default)s)",
     )
     group.add_argument(
         "--spill-folder", metavar="DIR", help="where those files are (default: the system's folder for temporary ones)"

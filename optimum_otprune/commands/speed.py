@@ -24,6 +24,7 @@ from optimum_otprune.models.block_runner import input_device
 from optimum_otprune.models.devices import weight_bytes
 from optimum_otprune.models.ffn_block import FFNBlock, dense_width, ffn_blocks
 from optimum_otprune.models.flops import forward_flops
+from optimum_otprune.models.prunable_model import PrunableModel
 from optimum_otprune.models.timing import devices_of, wait_for_devices
 from optimum_otprune.pruning.calibration.data import ModelLimits
 
@@ -318,7 +319,7 @@ def _speed(model: PreTrainedModel, ids: Tensor, runs: list[_Run], settings: Benc
         decode_tokens_per_second=following / decode if following > 0 else None,
         peak_bytes=max(peaks) if peaks else None,
         cache_bytes=max(run.cache_bytes for run in runs),
-        flops=forward_flops(model, ffn_blocks(model), batch_size, seqlen, logits).total,
+        flops=forward_flops(PrunableModel.of(model), batch_size, seqlen, logits).total,
     )
 
 

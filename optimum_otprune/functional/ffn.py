@@ -41,20 +41,18 @@ class FFNWeights(NamedTuple):
         """The width of inputs and outputs."""
         return self.down.shape[0]
 
+    def items(self) -> list[tuple[str, Tensor]]:
+        """Names and tensors of what is there.
+
+        Example:
+            >>> [name for name, _ in FFNWeights(up=torch.ones(2, 3), down=torch.ones(3, 2)).items()]
+            ['up', 'down']
+        """
+        return [(name, tensor) for name, tensor in zip(self._fields, self) if tensor is not None]
+
     def map(self, function: Callable[[Tensor], Tensor]) -> "FFNWeights":
         """Return the FFN with a function applied to every tensor that it has."""
-
-        def mapped(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else function(tensor)
-
-        return FFNWeights(
-            up=function(self.up),
-            down=function(self.down),
-            gate=mapped(self.gate),
-            up_bias=mapped(self.up_bias),
-            gate_bias=mapped(self.gate_bias),
-            down_bias=mapped(self.down_bias),
-        )
+        return self._replace(**{name: function(tensor) for name, tensor in self.items()})
 
     def select(self, channels: Tensor) -> "FFNWeights":
         """Return the FFN with some channels only, in the given order.

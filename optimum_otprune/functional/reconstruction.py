@@ -193,9 +193,7 @@ class _ScaledWeights:
     def __init__(self, weights: FFNWeights):
         self._start = weights
         self._scales = {
-            name: part.square().mean().sqrt().clamp_min(torch.finfo(part.dtype).tiny)
-            for name, part in weights._asdict().items()
-            if part is not None
+            name: part.square().mean().sqrt().clamp_min(torch.finfo(part.dtype).tiny) for name, part in weights.items()
         }
         for name in self._scales:
             if name.endswith("_bias"):  # may start at zero: it takes at least the scale of the matrix beside it

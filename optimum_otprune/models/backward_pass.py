@@ -6,20 +6,21 @@ needed at once, wherever the model is. The gradients are those of the whole mode
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
 from optimum_otprune.errors import NumericalError
 from optimum_otprune.functional.linalg.singular_values import mean_singular_value
-from optimum_otprune.models.block_runner import BlockRunner, hooked
+from optimum_otprune.models.block_runner import BlockRunner
 from optimum_otprune.models.devices import onloaded, return_freed_memory
 from optimum_otprune.models.ffn_block import FFNBlock
-from optimum_otprune.models.spill import StoredTensor, TensorSpill
+from optimum_otprune.models.ffn_hooks import hooked, watched
+from optimum_otprune.models.pass_settings import PassSettings
+from optimum_otprune.models.prunable_model import PrunableModel
+from optimum_otprune.models.spill import StoredTensor
 
 LOSS = "loss"  # the language-model loss, a mean over a batch's tokens
 SINGULAR_VALUES = "singular values"  # the sum of the mean singular values of all modules' outputs
@@ -41,32 +42,22 @@ class ReversePass:
     """Gradients of one or both objectives by the outputs of every FFN projection.
 
     Args:
-        model: The model.
-        blocks: All its blocks, in order.
+        prunable: The model.
         tokens: LongTensor `(num_samples, seqlen)`.
-        batch_size: Samples per pass; what an objective is of a batch depends on it.
+        settings: Of the pass; what an objective is of a batch depends on the batch size.
         objectives: Of `LOSS` and `SINGULAR_VALUES`.
-        spill: Where hidden states before all blocks wait.
-        progress: Whether to show progress bars.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        blocks: list[FFNBlock],
-        tokens: Tensor,
-        batch_size: int,
-        objectives: Sequence[str],
-        spill: TensorSpill,
-        progress: bool,
-    ):
+    def __init__(self, prunable: PrunableModel, tokens: Tensor, settings: PassSettings, objectives: Sequence[str]):
+        model, blocks = prunable.model, prunable.blocks
         model.eval()  # dropout would make gradients random
-        self.batches = tokens.split(batch_size)
-        self._blocks, self._objectives, self._spill, self._progress = blocks, objectives, spill, progress
+        self.batches = tokens.split(settings.batch_size)
+        self._blocks, self._objectives = blocks, objectives
+        self._spill, self._progress = settings.spill, settings.progress
         self._names = {module: name for name, module in model.named_modules()}
         inside = {module for block in blocks for module in block.module.modules()}
         self._around = [module for module in model.modules() if module is not model and module not in inside]
-        self._runner = BlockRunner(model, blocks, self.batches, spill)
+        self._runner = BlockRunner(prunable, self.batches, self._spill)
 
     def blocks(self) -> Iterator[tuple[FFNBlock, Iterator[FFNGradients]]]:
         """Every block, the last one first, with the gradients of each batch; they are to be read in this order.
@@ -148,7 +139,13 @@ class ReversePass:
         below: dict[str, Tensor] = {}
         values: list[Tensor] = []
         with torch.enable_grad(), ExitStack() as stack:
-            seen = stack.enter_context(_noted(block))
+            seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+            def note(name: str, inputs: Tensor, outputs: Tensor) -> Tensor:
+                seen[name] = (inputs, outputs)
+                return outputs.clone()  # what a block adds in place is then not added to what was noted
+
+            stack.enter_context(watched((block, note)))
             if SINGULAR_VALUES in above:
                 values = stack.enter_context(_singular_values(list(block.module.modules()), self._names))
             hidden = hidden.to(block.device).detach().requires_grad_(True)
@@ -175,24 +172,6 @@ def _not_finite(name: str) -> NumericalError:
 
 def _summed(values: list[Tensor]) -> Tensor:
     return torch.stack([value.to(values[0].device) for value in values]).sum()
-
-
-@contextmanager
-def _noted(block: FFNBlock) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """A dictionary that a run of the block fills with inputs and outputs of the FFN's projections."""
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def note(name: str, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        seen[name] = (args[0], output)
-        return output.clone()  # what a block adds in place is then not added to what was noted
-
-    handles = [
-        module.register_forward_hook(partial(note, name))
-        for name in ("gate", "up", "down")
-        if (module := block.projection(name)) is not None
-    ]
-    with hooked(handles):
-        yield seen
 
 
 @contextmanager

@@ -1,16 +1,16 @@
 """Run a model piece by piece: what comes before its blocks, one block, and what comes after them."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from optimum_otprune.models.devices import execution_device
 from optimum_otprune.models.ffn_block import FFNBlock
+from optimum_otprune.models.prunable_model import PrunableModel
 from optimum_otprune.models.spill import StoredTensor, TensorSpill, mapped
 
 _Call = tuple[tuple, dict[str, Any]]  # what a block is given beside the hidden states
@@ -39,24 +39,18 @@ class BlockRunner:
     positions are, is kept once.
 
     Args:
-        model: The model.
-        blocks: All its blocks, in order.
+        prunable: The model.
         batches: Token ids `(batch, seqlen)` each.
         spill: Where hidden states before the first block, and what batches do not share, wait.
     """
 
-    def __init__(self, model: PreTrainedModel, blocks: list[FFNBlock], batches: Sequence[Tensor], spill: TensorSpill):
-        self._model, self._blocks, self._spill = model, blocks, spill
+    def __init__(self, prunable: PrunableModel, batches: Sequence[Tensor], spill: TensorSpill):
+        self._model, self._blocks, self._spill = prunable.model, prunable.blocks, spill
         self._form: tuple | None = None  # what a block returns beside the hidden states, in a tuple; None: not known
         self._is_tuple = False
         self._calls: list[list[_Call]] = []
         self._first_hidden: list[StoredTensor] = []
-        first_of_size: dict[torch.Size, list[_Call]] = {}
-        for batch in batches:
-            hidden, calls = self._noted_calls(batch)
-            self._first_hidden.append(spill.put(hidden))
-            like = first_of_size.setdefault(batch.shape, calls)
-            self._calls.append(calls if like is calls else self._sharing(calls, like))
+        self._note_calls(batches)
 
     def take_first_hidden(self) -> list[StoredTensor]:
         """Hand over the hidden states `(batch, seqlen, hidden_size)` before the first block, by batch; once."""
@@ -115,14 +109,13 @@ class BlockRunner:
         return (hidden, *(self._form or ())) if self._is_tuple else hidden
 
     @torch.no_grad()
-    def _noted_calls(self, batch: Tensor) -> tuple[Tensor, list[_Call]]:
-        """Hidden states before the first block, and what each block is given beside them."""
-        first: list[Tensor] = []
+    def _note_calls(self, batches: Sequence[Tensor]) -> None:
+        """Hidden states before the first block, and what each block is given beside them, of every batch."""
         calls: list[_Call] = []
 
         def note(block: FFNBlock, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
             if not calls:
-                first.append(hidden.clone())
+                self._first_hidden.append(self._spill.put(hidden.clone()))
             calls.append((args, kwargs))
             if self._form is None:  # of the first block and the first batch: it is that of all
                 output = block.module(hidden, *args, **kwargs)
@@ -130,9 +123,13 @@ class BlockRunner:
                 self._form = output[1:] if self._is_tuple else ()
             return self._as_output(hidden)
 
+        first_of_size: dict[torch.Size, list[_Call]] = {}
         with self._replaced_blocks(note):
-            self._model.base_model(input_ids=batch.to(input_device(self._model)), use_cache=False)
-        return first[0], calls
+            for batch in batches:
+                self._model.base_model(input_ids=batch.to(input_device(self._model)), use_cache=False)
+                own, calls = calls, []
+                like = first_of_size.setdefault(batch.shape, own)
+                self._calls.append(own if like is own else self._sharing(own, like))
 
     @contextmanager
     def _replaced_blocks(self, function: Callable[[FFNBlock, Tensor, tuple, dict[str, Any]], Any]) -> Iterator[None]:
@@ -158,34 +155,6 @@ class BlockRunner:
         finally:
             for block in self._blocks:
                 _set_forward(block.module, own[block.layer])
-
-
-@contextmanager
-def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
-    """A block of code during which modules have these hooks, and after which they do not."""
-    handles = list(handles)
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def unchunked(model: PreTrainedModel) -> Iterator[None]:
-    """A block of code during which FFNs see a whole sequence at once, which takes more memory and changes nothing.
-
-    BERT and its relatives run them piece by piece where `chunk_size_feed_forward` is set: hooks would see each piece.
-    """
-    name = "chunk_size_feed_forward"
-    chunked = [(module, size) for module in model.modules() if (size := module.__dict__.get(name))]
-    for module, _ in chunked:
-        setattr(module, name, 0)
-    try:
-        yield
-    finally:
-        for module, size in chunked:
-            setattr(module, name, size)
 
 
 def _leaves(value: Any) -> list[Any]:

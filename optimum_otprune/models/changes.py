@@ -7,21 +7,20 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from optimum_otprune.errors import HalfPrunedError, UnsupportedModelError
 from optimum_otprune.models.devices import is_offloaded
-from optimum_otprune.models.ffn_block import FFNBlock
+from optimum_otprune.models.prunable_model import PrunableModel
 
 _HALF_PRUNED = "_otprune_half_pruned"  # of the model object: it goes with it from one pruner to the next
 _PRUNED_WITH, _PACKAGE = "pruned_with", "optimum_otprune"  # an entry of config.json: it goes with every copy
 
 
 @contextmanager
-def unchanged(model: PreTrainedModel, blocks: list[FFNBlock]) -> Iterator[None]:
+def unchanged(prunable: PrunableModel) -> Iterator[None]:
     """A block of code that may prune the model, which is afterwards as it was before, bit for bit.
 
     Args:
-        model: The model; of offloaded FFN weights copies are kept on the CPU.
-        blocks: All its FFN blocks.
+        prunable: The model; of offloaded FFN weights copies are kept on the CPU.
     """
-    put_back = [*(block.keep() for block in blocks), _kept_state(model)]
+    put_back = [*(block.keep() for block in prunable.blocks), _kept_state(prunable.model)]
     try:
         yield
     finally:

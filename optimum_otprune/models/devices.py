@@ -284,4 +284,4 @@ def return_freed_memory() -> None:
 
 def weight_bytes(model: PreTrainedModel) -> int:
     """Return the size of a model's weights, shared ones once."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return model_sizes(model)[1]

@@ -14,11 +14,12 @@ from transformers import PreTrainedModel
 from optimum_otprune.errors import NumericalError, OTPruneError, UnsupportedModelError
 from optimum_otprune.functional.ffn import check_weights, empty_channels, ffn_forward
 from optimum_otprune.models.architectures import submodule
-from optimum_otprune.models.block_runner import BlockRunner, hooked, input_device, unchunked
+from optimum_otprune.models.block_runner import BlockRunner, input_device
 from optimum_otprune.models.devices import onloaded, read_parameter
 from optimum_otprune.models.distributed import from_main
 from optimum_otprune.models.ffn_block import FFNBlock, named
-from optimum_otprune.models.forward_stream import noted
+from optimum_otprune.models.ffn_hooks import hooked, noted, unchunked, watched
+from optimum_otprune.models.prunable_model import PrunableModel
 from optimum_otprune.models.spill import TensorSpill
 
 _SAMPLE_TOKENS = 64
@@ -55,7 +56,7 @@ class _Probe(NamedTuple):
     holder: Tensor | None
 
 
-def measured_factors(model: PreTrainedModel, blocks: list[FFNBlock], tokens: Tensor) -> list[float | None]:
+def measured_factors(prunable: PrunableModel, tokens: Tensor) -> list[float | None]:
     """Check that a model's blocks and FFNs compute what they are taken to compute, and measure what FFNs add.
 
     Two short batches of different text are run through the whole model and block by block: the inputs of every FFN
@@ -63,8 +64,7 @@ def measured_factors(model: PreTrainedModel, blocks: list[FFNBlock], tokens: Ten
     of large size, and the module that holds it a multiple of that.
 
     Args:
-        model: The dense model; it stays as it is.
-        blocks: All its FFN blocks, in order.
+        prunable: The dense model; it stays as it is.
         tokens: Calibration samples, LongTensor `(num_samples, seqlen)`; the first 64 tokens of the first are used.
 
     Returns:
@@ -75,11 +75,11 @@ def measured_factors(model: PreTrainedModel, blocks: list[FFNBlock], tokens: Ten
         UnsupportedModelError: Names the first layer that is otherwise, and what differs.
         NumericalError: If inputs of an FFN, or the logits, are NaN or infinite.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    modes = [(module, module.training) for module in prunable.model.modules()]
+    prunable.model.eval()
     try:
-        with torch.no_grad(), unchunked(model):
-            found = _Findings(None, _checked(model, blocks, _sample(tokens)))
+        with torch.no_grad(), unchunked(prunable.model):
+            found = _Findings(None, _checked(prunable, _sample(tokens)))
     except OTPruneError as error:
         found = _Findings(error, [])
     finally:
@@ -127,7 +127,7 @@ def check_parameters(model: PreTrainedModel, blocks: Sequence[FFNBlock] = ()) ->
         with named(block):
             check_weights(weights, "the FFN")
         empty += empty_channels(weights)
-    others = {block.projection(name) for block in blocks for name in ("gate", "up", "down")}
+    others = {module for block in blocks for module in block.projections.values()}
     for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is None or not parameter.is_floating_point() or not parameter.numel() or module in others:
@@ -169,13 +169,13 @@ def _check_finite(what: str, values: Tensor) -> None:
         )
 
 
-def _checked(model: PreTrainedModel, blocks: list[FFNBlock], sample: Tensor) -> list[float | None]:
+def _checked(prunable: PrunableModel, sample: Tensor) -> list[float | None]:
     batches = [sample, sample.flip(1)]  # of one size, and different text
-    whole = [_inputs_in_whole(model, blocks, batch) for batch in batches]
-    runner = BlockRunner(model, blocks, batches, TensorSpill())
+    whole = [_inputs_in_whole(prunable, batch) for batch in batches]
+    runner = BlockRunner(prunable, batches, TensorSpill())
     hidden = [stored.load() for stored in runner.take_first_hidden()]
     factors = []
-    for block in blocks:
+    for block in prunable.blocks:
         with named(block), onloaded(block.module):
             behind = [_check_run(block, runner, *each, index) for index, each in enumerate(zip(hidden, whole))]
             factors.append(_check_ffn(block, runner, hidden[0]))
@@ -183,34 +183,27 @@ def _checked(model: PreTrainedModel, blocks: list[FFNBlock], sample: Tensor) -> 
     return factors
 
 
-def _inputs_in_whole(model: PreTrainedModel, blocks: list[FFNBlock], batch: Tensor) -> list[Tensor]:
+def _inputs_in_whole(prunable: PrunableModel, batch: Tensor) -> list[Tensor]:
     """Inputs `(num_tokens, hidden_size)` of every FFN in a forward pass of the model, on the CPU."""
-    seen: dict[int, list[Tensor]] = {block.layer: [] for block in blocks}
+    seen: dict[int, list[Tensor]] = {block.layer: [] for block in prunable.blocks}
 
-    def before_up(block: FFNBlock, module: nn.Module, args: tuple) -> None:
+    def note(block: FFNBlock, name: str, inputs: Tensor, outputs: Tensor) -> None:
         with named(block):
-            _check_finite("the inputs of the FFN", args[0])
-        seen[block.layer].append(args[0].flatten(end_dim=-2).to("cpu", copy=True))
+            if name == "up":
+                _check_finite("the inputs of the FFN", inputs)
+                seen[block.layer].append(inputs.flatten(end_dim=-2).to("cpu", copy=True))
+            elif name == "down":
+                _check_finite("the outputs of the FFN", outputs)
 
-    def after_down(block: FFNBlock, module: nn.Module, args: tuple, output: Tensor) -> None:
-        with named(block):
-            _check_finite("the outputs of the FFN", output)
-
-    handles = []
-    for block in blocks:
-        down = block.projection("down")
-        assert down is not None
-        handles.append(block.up.register_forward_pre_hook(partial(before_up, block)))
-        handles.append(down.register_forward_hook(partial(after_down, block)))
-    with hooked(handles):
-        _check_output(_output(model, batch))
+    with watched(*((block, partial(note, block)) for block in prunable.blocks)):
+        _check_output(_output(prunable.model, batch))
     for layer, calls in seen.items():
         if len(calls) != 1:
             raise UnsupportedModelError(
                 f"Layer {layer}: hooks on the FFN fire {len(calls)} times in a forward pass; want once. Load the "
                 "model without compiling it, with its plain FFN, which runs once a pass."
             )
-    return [seen[block.layer][0] for block in blocks]
+    return [seen[block.layer][0] for block in prunable.blocks]
 
 
 def _check_run(block: FFNBlock, runner: BlockRunner, hidden: Tensor, inputs: list[Tensor], index: int) -> Tensor:
@@ -295,14 +288,13 @@ def _probe_outputs(outputs: Tensor, ordinary: Tensor) -> Tensor:
 
 def _probed(block: FFNBlock, runner: BlockRunner, hidden: Tensor, given: Tensor) -> _Probe:
     """Run a block whose down projection puts out given values."""
-    down, holder = block.projection("down"), _holder(block)
-    assert down is not None
+    holder = _holder(block)
     found: list[Tensor] = []
 
     def note(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
         found.append((output[0] if isinstance(output, tuple) else output).flatten(end_dim=-2).clone())
 
-    handles = [down.register_forward_hook(lambda module, args, output: given.view_as(output).clone())]
+    handles = [block.down.register_forward_hook(lambda module, args, output: given.view_as(output).clone())]
     if holder is not None:
         handles.append(holder.register_forward_hook(note))
     with hooked(handles):
@@ -325,7 +317,7 @@ def _amplified(block: FFNBlock, scale: float) -> Iterator[None]:
     def enlarge(module: nn.Module, args: tuple) -> tuple:
         return (args[0] * scale, *args[1:])
 
-    modules = [module for name in ("gate", "up") if (module := block.projection(name)) is not None]
+    modules = [module for name, module in block.projections.items() if name != "down"]
     with hooked([module.register_forward_pre_hook(enlarge) for module in modules] if scale != 1 else []):
         yield
 

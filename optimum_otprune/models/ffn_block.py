@@ -15,6 +15,7 @@ from optimum_otprune.models.architectures import FFNSpec, find_blocks, find_spec
 from optimum_otprune.models.devices import execution_device, keep_parameters, read_parameter, replace_parameter
 from optimum_otprune.models.wrappers import check_plain
 
+PROJECTIONS = ("gate", "up", "down")  # in the order in which an FFN is read and installed
 _FEATURES = ("in_features", "out_features", "nx", "nf")
 
 
@@ -36,9 +37,22 @@ class FFNBlock:
         return None if path is None else submodule(self.module, path)
 
     @property
+    def projections(self) -> dict[str, nn.Module]:
+        """The projections that are there, by name."""
+        found = {name: self.projection(name) for name in PROJECTIONS}
+        return {name: module for name, module in found.items() if module is not None}
+
+    @property
     def up(self) -> nn.Module:
         """The up projection; its input is the FFN's input."""
         module = self.projection("up")
+        assert module is not None
+        return module
+
+    @property
+    def down(self) -> nn.Module:
+        """The down projection; its output is the FFN's output."""
+        module = self.projection("down")
         assert module is not None
         return module
 
@@ -90,10 +104,8 @@ class FFNBlock:
         Args:
             weights: The weights to install, channel-first; where a bias is None, the model's own stays as it is.
         """
-        for name in ("gate", "up", "down"):
-            module, weight, bias = self.projection(name), getattr(weights, name), getattr(weights, f"{name}_bias")
-            if module is None:
-                continue
+        for name, module in self.projections.items():
+            weight, bias = getattr(weights, name), getattr(weights, f"{name}_bias")
             replace_parameter(module, "weight", weight.T if self.spec.transposed else weight)
             if bias is not None:
                 replace_parameter(module, "bias", bias)
@@ -106,8 +118,7 @@ class FFNBlock:
 
     def keep(self) -> Callable[[], None]:
         """Return a function that restores the FFN's present parameters bit for bit, on whatever device they are."""
-        names = ("gate", "up", "down")
-        put_back = [keep_parameters(module) for name in names if (module := self.projection(name)) is not None]
+        put_back = [keep_parameters(module) for module in self.projections.values()]
 
         def undo() -> None:
             for step in put_back:
@@ -176,18 +187,6 @@ def dense_width(blocks: list[FFNBlock]) -> int:
     return widths.pop()
 
 
-def loadable_blocks(model: PreTrainedModel) -> list[FFNBlock]:
-    """Return the FFN blocks of a model that can be loaded again once it is saved.
-
-    Raises:
-        UnsupportedModelError: If `ffn_blocks`, `dense_width` or `check_loadable` raises it.
-    """
-    blocks = ffn_blocks(model)
-    dense_width(blocks)
-    check_loadable(model)
-    return blocks
-
-
 def check_loadable(model: PreTrainedModel) -> None:
     """Raise if a saved model could not be loaded, because its class does not build the weights that it holds.
 
@@ -208,7 +207,7 @@ def check_loadable(model: PreTrainedModel) -> None:
         if spec.size_key in (config.per_layer_attributes or ()):
             config.per_layer_config = None
             blocks = [FFNBlock(module, spec, layer) for layer, module in enumerate(find_blocks(model, spec))]
-            uneven = {block.projection(name) for block in blocks for name in ("gate", "up", "down")}
+            uneven = {module for block in blocks for module in block.projections.values()}
     with torch.device("meta"):
         built = _shapes(type(model)(config))
     held = _shapes(model)
@@ -255,21 +254,3 @@ def _is_ffn(module: nn.Module, hidden_size: int) -> bool:
     """Return whether a module has matrices from the hidden size to another size, and back."""
     shapes = [part.shape for part in module.parameters() if part.ndim == 2 and part.shape[0] != part.shape[1]]
     return any(shape[1] == hidden_size for shape in shapes) and any(shape[0] == hidden_size for shape in shapes)
-
-
-def native_intercept(model: PreTrainedModel, spec: FFNSpec) -> bool:
-    """Return whether the architecture can hold a bias on the down projection, so that plain loading finds it.
-
-    To find out, the model is built from its configuration, with biases switched on, on the meta device.
-    """
-    down = FFNBlock(find_blocks(model, spec)[0], spec, 0).projection("down")
-    if getattr(down, "bias", None) is not None:
-        return True
-    if spec.bias_key is None or not hasattr(model.config, spec.bias_key):
-        return False
-    config = copy.deepcopy(model.config)
-    setattr(config, spec.bias_key, True)
-    with torch.device("meta"):
-        probe = type(model)(config)
-    down = FFNBlock(find_blocks(probe, spec)[0], spec, 0).projection("down")
-    return getattr(down, "bias", None) is not None

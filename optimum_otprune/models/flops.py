@@ -3,10 +3,9 @@
 from typing import NamedTuple
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from optimum_otprune.models.ffn_block import FFNBlock
+from optimum_otprune.models.prunable_model import PrunableModel
 
 
 class ForwardFlops(NamedTuple):
@@ -31,23 +30,20 @@ class ForwardFlops(NamedTuple):
         return sum(self)
 
 
-def forward_flops(
-    model: PreTrainedModel, blocks: list[FFNBlock], batch_size: int, seqlen: int, num_logits: int = 1
-) -> ForwardFlops:
+def forward_flops(prunable: PrunableModel, batch_size: int, seqlen: int, num_logits: int = 1) -> ForwardFlops:
     """Count the operations of one forward pass.
 
     A product of a `(rows, a)` and an `(a, b)` matrix counts `2 · rows · a · b`. A token attends to itself and those
     before it, `(seqlen + 1) / 2` on average; windows of attention shorter than `seqlen` are not regarded.
 
     Args:
-        model: The model; its weights are not read.
-        blocks: All FFN blocks of the model.
+        prunable: The model; its weights are not read.
         batch_size: Number of sequences.
         seqlen: Number of tokens of each sequence.
         num_logits: Number of positions of each sequence that the head is applied to.
     """
-    parts = [block.projection(name) for block in blocks for name in ("gate", "up", "down")]
-    ffn_modules = {module for module in parts if module is not None}
+    model = prunable.model
+    ffn_modules = {module for block in prunable.blocks for module in block.projections.values()}
     ffn = others = 0
     for module in model.base_model.modules():
         if isinstance(module, (nn.Linear, Conv1D)):
@@ -63,7 +59,7 @@ def forward_flops(
     return ForwardFlops(
         ffn=2 * tokens * ffn,
         projections=2 * tokens * others,
-        scores=4 * pairs * heads * head_size * len(blocks),
+        scores=4 * pairs * heads * head_size * len(prunable.blocks),
         head=2 * batch_size * num_logits * _entries(model.get_output_embeddings()),
     )
 

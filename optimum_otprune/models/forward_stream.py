@@ -1,18 +1,19 @@
 """Forward through a model block by block: each layer sees what the pruned layers below it produce."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
 from optimum_otprune.functional.ffn import ffn_forward
-from optimum_otprune.models.block_runner import BlockRunner, hooked
+from optimum_otprune.models.block_runner import BlockRunner
 from optimum_otprune.models.devices import onloaded
 from optimum_otprune.models.ffn_block import FFNBlock
-from optimum_otprune.models.spill import StoredTensor, TensorSpill
+from optimum_otprune.models.ffn_hooks import noted
+from optimum_otprune.models.pass_settings import PassSettings
+from optimum_otprune.models.prunable_model import PrunableModel
+from optimum_otprune.models.spill import StoredTensor
 
 
 class FFNTap(NamedTuple):
@@ -38,29 +39,24 @@ class CalibrationStream:
     """Hidden states of the calibration samples on their way through the blocks, kept on the CPU or in files.
 
     Args:
-        model: The model; blocks are changed by others between `taps` and `advance`.
-        blocks: All its blocks, in order.
+        prunable: The model; blocks are changed by others between `taps` and `advance`.
         tokens: LongTensor `(num_samples, seqlen)`.
-        batch_size: Samples per forward pass.
+        settings: Of the pass.
         track_dense: Whether the hidden states of the dense model are streamed beside those of the pruned one.
-        spill: Where hidden states wait; default: in memory up to its default limit.
-        factors: What each block adds of its FFN's output to what it puts out, or None where that is no plain multiple
-            of it; default: not known of any.
+        stays_dense: Whether blocks stay as they are, so that `taps` also is what `advance` is for others.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        blocks: list[FFNBlock],
+        prunable: PrunableModel,
         tokens: Tensor,
-        batch_size: int,
-        track_dense: bool,
-        spill: TensorSpill | None = None,
-        factors: Sequence[float | None] | None = None,
+        settings: PassSettings,
+        track_dense: bool = False,
+        stays_dense: bool = False,
     ):
-        self.spill = spill or TensorSpill()
-        self._runner = BlockRunner(model, blocks, tokens.split(batch_size), self.spill)
-        self._factors = factors or [None] * len(blocks)
+        self.spill, self._stays_dense = settings.spill, stays_dense
+        self._runner = BlockRunner(prunable, tokens.split(settings.batch_size), self.spill)
+        self._factors = prunable.factors or [None] * len(prunable.blocks)
         self._hidden = self._runner.take_first_hidden()
         self._dense_hidden = list(self._hidden) if track_dense else None
         self._ffn_inputs: list[StoredTensor] | None = None  # then `_hidden` is what a block puts out beside its FFN
@@ -84,14 +80,9 @@ class CalibrationStream:
         return torch.cat(found)
 
     @torch.no_grad()
-    def taps(self, block: FFNBlock, advance: bool = False) -> Iterator[FFNTap]:
-        """Run a block, its FFN still dense, on the pruned model's hidden states; after `energies`.
-
-        Args:
-            block: The block.
-            advance: Whether it stays as it is, so that its outputs are what the next block sees.
-        """
-        factor = None if advance else self._exact_factor(block)
+    def taps(self, block: FFNBlock) -> Iterator[FFNTap]:
+        """Run a block, its FFN still dense, on the pruned model's hidden states; after `energies`."""
+        factor = None if self._stays_dense else self._exact_factor(block)
         ffn_inputs = []
         with onloaded(block.module):
             for index, stored in enumerate(self._hidden):
@@ -106,7 +97,7 @@ class CalibrationStream:
                     ffn_inputs.append(inputs)
                     beside = output.sub(seen["outputs"].view_as(output), alpha=factor)
                     self._hidden[index] = self.spill.put(beside)
-                elif advance:
+                elif self._stays_dense:
                     self._hidden[index] = self.spill.put(output)
                 yield FFNTap(**seen, stored_inputs=inputs, missing=missing)
         self._ffn_inputs = None if factor is None else ffn_inputs
@@ -153,23 +144,3 @@ class CalibrationStream:
         with onloaded(block.module):
             for index, states in enumerate(hidden):  # one by one, so that the old ones make room for the new ones
                 hidden[index] = self.spill.put(self._runner.run(block, states.load(), index))
-
-
-@contextmanager
-def noted(block: FFNBlock) -> Iterator[dict[str, Tensor]]:
-    """A dictionary that each run of the block fills with the FFN's inputs, activations and outputs.
-
-    Inputs and outputs are copies: a block may add to them in place.
-    """
-    seen: dict[str, Tensor] = {}
-
-    def before_up(module: nn.Module, args: tuple) -> None:
-        seen["inputs"] = args[0].flatten(end_dim=-2).clone()
-
-    def after_down(module: nn.Module, args: tuple, output: Tensor) -> None:
-        seen["hidden"], seen["outputs"] = args[0].flatten(end_dim=-2), output.flatten(end_dim=-2).clone()
-
-    down = block.projection("down")
-    assert down is not None
-    with hooked([block.up.register_forward_pre_hook(before_up), down.register_forward_hook(after_down)]):
-        yield seen

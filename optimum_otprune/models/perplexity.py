@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from optimum_otprune.errors import NumericalError
 from optimum_otprune.models.block_runner import input_device
+from optimum_otprune.models.defaults import BATCH_SIZE
 from optimum_otprune.models.distributed import gathered, own_samples
 
 _LOGIT_BYTES = 2**28  # of one forward pass, as far as whole windows allow
@@ -59,7 +60,7 @@ class TokenPerplexity(evaluate.Metric):
 
 @torch.no_grad()
 def evaluate_perplexity(
-    model: PreTrainedModel, tokens: Tensor, batch_size: int = 8, progress: bool = True
+    model: PreTrainedModel, tokens: Tensor, batch_size: int = BATCH_SIZE, progress: bool = True
 ) -> dict[str, Any]:
     """Measure a model on windows of tokens.
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from optimum_otprune.errors import OutputError
+from optimum_otprune.models.defaults import HIDDEN_MEMORY
 
-DEFAULT_LIMIT = 4 * 10**9
 _CHUNK = 2**24  # bytes
 
 
@@ -51,8 +51,8 @@ class TensorSpill:
         folder: Where the others are written, in a temporary folder of this object's; default: the system's.
     """
 
-    def __init__(self, limit: int = DEFAULT_LIMIT, folder: Path | None = None):
-        self._left = limit
+    def __init__(self, limit: int = HIDDEN_MEMORY, folder: Path | None = None):
+        self.limit = self._left = limit
         self._parent = folder
         self._folder: Path | None = None
         self._names = itertools.count()

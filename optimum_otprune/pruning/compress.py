@@ -9,7 +9,7 @@ from torch import Tensor
 from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.errors import warn_user
 from optimum_otprune.functional.compensation import Refit, constant_bias, refit_down
-from optimum_otprune.functional.costs import CostInputs, centroid_cost, transport_cost
+from optimum_otprune.functional.costs import CostInputs, TransportCost, centroid_cost, transport_cost
 from optimum_otprune.functional.ffn import FFNWeights
 from optimum_otprune.functional.fusion import FusionMaps, fuse, fusion_maps, selection_map, with_identity
 from optimum_otprune.functional.gram import GramStatistics
@@ -91,17 +91,37 @@ def compress(inputs: LayerInputs, recipe: Recipe, kept_size: int) -> Compression
     Returns:
         The compressed FFN in the dtype of `inputs.weights`.
     """
-    statistics = _channel_statistics(inputs, recipe.config)
-    importance = None
-    if "importance" in recipe.functions:
-        importance = channel_importance(recipe.functions["importance"], statistics)
+    importance = _importance(inputs, recipe)
     kept = select_channels(inputs, recipe.config, importance, kept_size)
-    return _compensate(inputs, recipe.config, _fused(inputs, recipe, importance, kept))
+    fused = _fused(inputs, recipe, importance, kept)
+    return _compensated(inputs, recipe.config, fused)
+
+
+class _Sides(NamedTuple):
+    """What mass is moved, from where and where to.
+
+    Attributes:
+        pruned: LongTensor, the channels that go.
+        sources: LongTensor, the channels that the plan's rows stand for: those that go, or all.
+        source: Marginal `(len(sources),)`.
+        target: Marginal `(kept_size,)`.
+    """
+
+    pruned: Tensor
+    sources: Tensor
+    source: Tensor
+    target: Tensor
+
+
+def _importance(inputs: LayerInputs, recipe: Recipe) -> Tensor | None:
+    if "importance" not in recipe.functions:
+        return None
+    return channel_importance(recipe.functions["importance"], _channel_statistics(inputs, recipe.config))
 
 
 def _fused(inputs: LayerInputs, recipe: Recipe, importance: Tensor | None, kept: Tensor) -> Compression:
     """Before the refit; the maps, which are as large as the plan, are gone when it returns."""
-    maps, moved, kept = _transport(inputs, recipe, importance, kept)
+    maps, moved, kept = _maps(inputs, recipe, importance, kept)
     fused = fuse(inputs.weights, maps, kept, recipe.config.fuse or ())
     share = 1.0 if maps.inward is None else self_share(maps.inward.cpu(), kept.cpu())
     return Compression(fused, fused, fused, kept, moved, share, None, False)
@@ -129,7 +149,7 @@ def select_channels(inputs: LayerInputs, config: OTPruningConfig, importance: Te
     return top_channels(importance, kept_size).to(inputs.weights.up.device)
 
 
-def _transport(
+def _maps(
     inputs: LayerInputs, recipe: Recipe, importance: Tensor | None, kept: Tensor
 ) -> tuple[FusionMaps, float, Tensor]:
     """Fusion maps, the share of pruned mass that was moved, and the kept channels (new ones for centroids)."""
@@ -137,45 +157,63 @@ def _transport(
     if not recipe.transports or len(kept) == n:
         selected = selection_map(kept, n)
         return FusionMaps(selected, selected), 0.0, kept
+    cost, kept = _cost(inputs, recipe, kept)
+    sides = _sides(inputs, recipe, importance, kept)
+    matrix, gain = cost.matrix[sides.sources] if len(sides.sources) < n else cost.matrix, cost.gain
+    del cost  # of matrices of this size, what is not needed any more makes room
+    plan, source = _plan(recipe, matrix, sides), sides.source
+    del matrix
+    if recipe.config.normalization == "identity":
+        plan, source = _among_all(plan, sides, kept)
+    moved = transported_mass(plan, source, sides.pruned.cpu())
+    gain = None if gain is None else _own_gain_one(gain.cpu(), kept.cpu())
+    left = None if recipe.functions["solver"].meets[0] else source
+    inward = bool({"gate", "up"} & set(recipe.config.fuse or ()))
+    assert recipe.config.normalization is not None
+    return fusion_maps(plan, recipe.config.normalization, gain, left, inward), moved, kept
+
+
+def _cost(inputs: LayerInputs, recipe: Recipe, kept: Tensor) -> tuple[TransportCost, Tensor]:
+    """The cost of moving each channel to each kept one; and the kept channels, new ones for centroids."""
     if recipe.config.target == "cluster_centroid":
-        cost, kept = centroid_cost(inputs.weights, len(kept), inputs.seed, recipe.functions["cost"].name)
-    else:
-        total = inputs.total
-        cost_inputs = CostInputs(inputs.weights, total.gram, total.num_tokens)
-        cost = transport_cost(recipe.functions["cost"], cost_inputs, kept)
-        del total, cost_inputs
+        return centroid_cost(inputs.weights, len(kept), inputs.seed, recipe.functions["cost"].name)
+    total = inputs.total
+    cost_inputs = CostInputs(inputs.weights, total.gram, total.num_tokens)
+    return transport_cost(recipe.functions["cost"], cost_inputs, kept), kept
+
+
+def _sides(inputs: LayerInputs, recipe: Recipe, importance: Tensor | None, kept: Tensor) -> _Sides:
     marginal_inputs = _marginal_inputs(inputs, recipe, importance, kept)
-    channels = torch.arange(n, device=kept.device)
+    channels = torch.arange(inputs.weights.intermediate_size, device=kept.device)
     pruned = channels[~marginal_inputs.is_kept.to(kept.device)]
     sources = pruned if recipe.config.normalization == "identity" else channels
     source = marginal(recipe.functions["source_distribution"], marginal_inputs.select(sources.cpu()))
     target = torch.full((len(kept),), 1 / len(kept), dtype=torch.float64)
     if "target_distribution" in recipe.functions:
         target = marginal(recipe.functions["target_distribution"], marginal_inputs.select(kept.cpu()))
+    return _Sides(pruned, sources, source, target)
+
+
+def _plan(recipe: Recipe, matrix: Tensor, sides: _Sides) -> Tensor:
+    """The transport plan, of the shape of the cost matrix."""
     settings = SolverSettings(recipe.config.epsilon, recipe.config.mass_share, recipe.config.marginal_penalty)
-    matrix, gain = cost.matrix[sources] if len(sources) < n else cost.matrix, cost.gain
-    del cost  # of matrices of this size, what is not needed any more makes room
-    solved = solve_transport(recipe.functions["solver"], matrix, source, target, settings)
-    del matrix
+    solved = solve_transport(recipe.functions["solver"], matrix, sides.source, sides.target, settings)
     if not solved.converged:
         warn_user(
             f"The solver {recipe.functions['solver'].name!r} stopped before it converged; its plan is feasible, but "
             "not the best. Raise `epsilon` (sinkhorn), lower `marginal_penalty` (unbalanced), or use solver='emd'."
         )
-    plan = solved.matrix
-    del solved
-    if recipe.config.normalization == "identity":
-        shares = (len(kept) / n, len(pruned) / n)
-        plan = with_identity(plan, kept.cpu(), pruned.cpu(), shares)
-        full = torch.full((n,), shares[0] / len(kept), dtype=torch.float64)
-        full[pruned.cpu()] = source * shares[1]
-        source = full
-    moved = transported_mass(plan, source, pruned.cpu())
-    gain = None if gain is None else _own_gain_one(gain.cpu(), kept.cpu())
-    left = None if recipe.functions["solver"].meets[0] else source
-    inward = bool({"gate", "up"} & set(recipe.config.fuse or ()))
-    assert recipe.config.normalization is not None
-    return fusion_maps(plan, recipe.config.normalization, gain, left, inward), moved, kept
+    return solved.matrix
+
+
+def _among_all(plan: Tensor, sides: _Sides, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """A plan of the pruned channels, and its source marginal, among all channels, of which the kept ones stay."""
+    kept, pruned = kept.cpu(), sides.pruned.cpu()
+    n = len(kept) + len(pruned)
+    shares = (len(kept) / n, len(pruned) / n)
+    full = torch.full((n,), shares[0] / len(kept), dtype=torch.float64)
+    full[pruned] = sides.source * shares[1]
+    return with_identity(plan, kept, pruned, shares), full
 
 
 def _own_gain_one(gain: Tensor, kept: Tensor) -> Tensor:
@@ -201,7 +239,7 @@ def _marginal_inputs(inputs: LayerInputs, recipe: Recipe, importance: Tensor | N
     return MarginalInputs(score, is_kept, statistics)
 
 
-def _compensate(inputs: LayerInputs, config: OTPruningConfig, result: Compression) -> Compression:
+def _compensated(inputs: LayerInputs, config: OTPruningConfig, result: Compression) -> Compression:
     kept, fused = result.kept_channels, result.fused
     if config.compensation == "none" or fused.intermediate_size == inputs.weights.intermediate_size:
         return result

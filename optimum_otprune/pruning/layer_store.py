@@ -98,9 +98,8 @@ class FolderStore:
     def save(self, finished: FinishedLayer) -> None:
         """Write a layer's weights and report."""
         weights_file, report_file = layer_files(finished.report.layer)
-        tensors = {name: part for name, part in finished.weights._asdict().items() if part is not None}
         report = json.dumps(finished.report.to_dict(), sort_keys=True, allow_nan=False) + "\n"
-        self._state.write({weights_file: _blob(tensors), report_file: report.encode()})
+        self._state.write({weights_file: _blob(dict(finished.weights.items())), report_file: report.encode()})
 
 
 def layer_files(layer: int) -> tuple[str, str]:
@@ -133,7 +132,7 @@ def _weights(tensors: Mapping[str, Tensor], dense: FFNWeights, width: int) -> FF
     """Checked against the dense layer; a bias may have been added."""
     n, d = width, dense.hidden_size
     shapes = {"up": (n, d), "down": (d, n), "gate": (n, d), "up_bias": (n,), "gate_bias": (n,), "down_bias": (d,)}
-    needed = {name for name, part in dense._asdict().items() if part is not None}
+    needed = {name for name, _ in dense.items()}
     if not needed <= set(tensors) <= set(shapes) or ("gate" in tensors) != (dense.gate is not None):
         raise StateError("It lacks weights of this layer, or has others.")
     for name, tensor in tensors.items():

@@ -1,20 +1,17 @@
 """What can be told to be impossible from a configuration and a model's architecture, before any work."""
 
-from transformers import PreTrainedModel
-
 from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.errors import ConfigurationError, warn_user
-from optimum_otprune.models.ffn_block import FFNBlock, native_intercept
 from optimum_otprune.models.modeling_code import check_can_save
+from optimum_otprune.models.prunable_model import PrunableModel
 from optimum_otprune.pruning.calibration.self_calibration import check_can_write
 
 
-def check_feasible(model: PreTrainedModel, blocks: list[FFNBlock], config: OTPruningConfig, widths: list[int]) -> bool:
-    """Raise where the result could not be made or saved; return whether FFNs can hold an output bias.
+def check_feasible(prunable: PrunableModel, config: OTPruningConfig, widths: list[int]) -> None:
+    """Raise where the result could not be made or saved.
 
     Args:
-        model: The dense model; its weights are not read.
-        blocks: All its FFN blocks.
+        prunable: The dense model; its weights are not read.
         config: What is done.
         widths: Of the layers after, from `plan_widths`.
 
@@ -22,18 +19,16 @@ def check_feasible(model: PreTrainedModel, blocks: list[FFNBlock], config: OTPru
         ConfigurationError: If an intercept is needed that the architecture cannot hold, or the model cannot write.
         UnsupportedModelError: If layers of different widths could not be saved as asked for.
     """
-    can_hold_intercept = native_intercept(model, blocks[0].spec)
-    if config.intercept == "always" and not can_hold_intercept:
+    if config.intercept == "always" and not prunable.can_hold_intercept:
         raise ConfigurationError(
             "`intercept='always'` (as method 'flap' has it) needs an output bias, which this architecture cannot hold "
             "so that plain loading finds it. Use intercept='auto' or 'never' with compensation='ridge'."
         )
     if config.self_calibration:
-        check_can_write(model, config.self_calibration)
+        check_can_write(prunable.model, config.self_calibration)
     may_differ = config.allocation == "adaptive" or len(set(widths)) > 1
     if may_differ:
-        check_can_save(model, blocks[0].spec, config.non_uniform_format)
-    return can_hold_intercept
+        check_can_save(prunable.model, prunable.spec, config.non_uniform_format)
 
 
 def warn_of_empty(empty: int, channels: int) -> None:

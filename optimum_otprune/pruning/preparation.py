@@ -5,20 +5,17 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from optimum_otprune.errors import StateError
 from optimum_otprune.functional.ffn import FFNWeights
 from optimum_otprune.functional.importance import WeightScores
 from optimum_otprune.models.distributed import from_main
-from optimum_otprune.models.ffn_block import FFNBlock
-from optimum_otprune.models.forward_stream import CalibrationStream
-from optimum_otprune.models.spill import TensorSpill
-from optimum_otprune.pruning.calibration.gradients import GradientScores, gradient_moments, gradient_scores
-from optimum_otprune.pruning.calibration.samples import heldout_mask, own_part
+from optimum_otprune.models.pass_settings import PassSettings
+from optimum_otprune.models.prunable_model import PrunableModel
+from optimum_otprune.pruning.calibration.gradients import Asked, GradientScores, LayerGradients, layer_gradients
+from optimum_otprune.pruning.calibration.samples import Samples
 from optimum_otprune.pruning.calibration.self_calibration import self_calibration_tokens
 from optimum_otprune.pruning.recipe import Recipe
-from optimum_otprune.pruning.settings import PassSettings
 from optimum_otprune.pruning.widths import adaptive_widths
 
 
@@ -27,15 +24,13 @@ class Prepared(NamedTuple):
 
     Attributes:
         widths: Of the layers after.
-        tokens: Calibration samples, those that the model wrote itself after the given ones.
-        is_heldout: BoolTensor over all their tokens; no token that the model wrote is held out.
+        samples: Of all processes, those that the model wrote itself after the given ones.
         scores: One entry per layer, or None where nothing reads them.
         moments: Second moments of the loss's gradients by the FFNs' outputs, or None where nothing reads them.
     """
 
     widths: list[int]
-    tokens: Tensor
-    is_heldout: Tensor
+    samples: Samples
     scores: Sequence[GradientScores] | None
     moments: Sequence[Tensor] | None
 
@@ -44,8 +39,8 @@ def to_tensors(prepared: Prepared) -> dict[str, Tensor]:
     """Everything by name, for a safetensors file."""
     tensors = {
         "widths": torch.tensor(prepared.widths),
-        "tokens": prepared.tokens,
-        "is_heldout": prepared.is_heldout,
+        "tokens": prepared.samples.tokens,
+        "is_heldout": prepared.samples.is_heldout,
     }
     for layer, scores in enumerate(prepared.scores or ()):
         for kind, weights in scores._asdict().items():
@@ -116,7 +111,7 @@ def from_tensors(tensors: Mapping[str, Tensor], expected: Expected) -> Prepared:
         scores = [_scores(tensors, layer) for layer in layers]
     if any(name.startswith("moments.") for name in expected.shapes):
         moments = [tensors[f"moments.{layer}"] for layer in layers]
-    return Prepared(widths.tolist(), tokens, is_heldout, scores, moments)
+    return Prepared(widths.tolist(), Samples(tokens, is_heldout), scores, moments)
 
 
 def _scores(tensors: Mapping[str, Tensor], layer: int) -> GradientScores:
@@ -134,35 +129,28 @@ def _scores(tensors: Mapping[str, Tensor], layer: int) -> GradientScores:
 
 
 def prepare(
-    model: PreTrainedModel,
-    blocks: list[FFNBlock],
-    widths: list[int],
-    recipe: Recipe,
-    tokens: Tensor,
-    settings: PassSettings,
-    spill: TensorSpill,
+    prunable: PrunableModel, widths: list[int], recipe: Recipe, tokens: Tensor, settings: PassSettings
 ) -> Prepared:
-    """Return what is found out with the whole dense model before its first layer is pruned."""
+    """Ask the whole dense model, before its first layer is pruned, for gradients, widths and text.
+
+    Args:
+        prunable: The dense model.
+        widths: From `plan_widths`.
+        recipe: What to do.
+        tokens: Calibration samples, LongTensor `(num_samples, seqlen)`.
+        settings: Of the passes.
+    """
     config = recipe.config
-    is_heldout = heldout_mask(tokens.shape[0], tokens.shape[1], config.holdout_share, config.seed)
-    scores = moments = None
-    together = config.score_batch_size if recipe.needs_gradients or recipe.needs_moments else 1
-    own_tokens, own_heldout = own_part(tokens, is_heldout, together)
-    passes = (config.score_batch_size, settings.progress, spill)
-    if recipe.needs_gradients:
-        scores = gradient_scores(model, blocks, own_tokens, *passes)
-    if recipe.needs_moments:
-        moments = gradient_moments(model, blocks, own_tokens, *passes)
-        if config.allocation == "adaptive":
-            stream = CalibrationStream(model, blocks, own_tokens, settings.batch_size, track_dense=False, spill=spill)
-            found = adaptive_widths(blocks, widths, config, stream, own_heldout, moments, settings.progress)
-            widths = from_main(found)  # others may have rounded otherwise
+    samples = Samples.split(tokens, config.holdout_share, config.seed)
+    scoring = settings.by(config.score_batch_size)
+    asked = Asked(recipe.needs_gradients, recipe.needs_moments)
+    own = samples.own(config.score_batch_size if any(asked) else 1)
+    found = layer_gradients(prunable, own.tokens, scoring, asked) if any(asked) else LayerGradients(None, None)
+    if config.allocation == "adaptive":
+        assert found.moments is not None
+        shared = adaptive_widths(prunable, own, settings, config, widths, found.moments)
+        widths = from_main(shared)  # others may have rounded otherwise
     if config.self_calibration:
-        written = from_main(
-            self_calibration_tokens(
-                model, tokens, config.self_calibration, config.score_batch_size, config.seed, settings.progress
-            )
-        )
-        tokens = torch.cat([tokens, written])
-        is_heldout = torch.cat([is_heldout, torch.zeros(written.numel(), dtype=torch.bool)])
-    return Prepared(widths, tokens, is_heldout, scores, moments if recipe.weighs_errors else None)
+        written = self_calibration_tokens(prunable.model, tokens, config.self_calibration, scoring, config.seed)
+        samples = samples.followed_by(from_main(written))
+    return Prepared(widths, samples, found.scores, found.moments if recipe.weighs_errors else None)

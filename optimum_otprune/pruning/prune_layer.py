@@ -1,12 +1,11 @@
 """One layer: its calibration data, its compression, its reconstruction and its line of the report."""
 
-from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.functional.compensation import refit_down
 from optimum_otprune.functional.error_metric import error_metric
 from optimum_otprune.functional.ffn import FFNWeights
@@ -15,8 +14,8 @@ from optimum_otprune.functional.reconstruction import ReconstructionSettings, Sh
 from optimum_otprune.models.distributed import gathered, process_index, summed
 from optimum_otprune.models.ffn_block import FFNBlock
 from optimum_otprune.models.forward_stream import CalibrationStream
-from optimum_otprune.models.spill import TensorSpill
-from optimum_otprune.pruning.calibration.gradients import GradientScores
+from optimum_otprune.models.pass_settings import PassSettings
+from optimum_otprune.models.prunable_model import PrunableModel
 from optimum_otprune.pruning.calibration.layer_statistics import (
     LayerData,
     measure_rescue,
@@ -28,72 +27,86 @@ from optimum_otprune.pruning.layer_store import FinishedLayer
 from optimum_otprune.pruning.preparation import Prepared
 from optimum_otprune.pruning.recipe import Recipe
 from optimum_otprune.pruning.report import LayerReport
+from optimum_otprune.pruning.seeds import seed_of
 
 
-def prune_layer(
-    block: FFNBlock,
-    dense: FFNWeights,
-    width: int,
-    stream: CalibrationStream,
-    prepared: Prepared,
-    is_heldout: Tensor,
-    recipe: Recipe,
-    correction: float,
-    can_hold_intercept: bool,
-) -> FinishedLayer:
-    """One layer, on what the pruned layers below it produce; the block stays as it is."""
-    config = recipe.config
-    data = LayerData.of(block, dense, stream, is_heldout, config, correction)
-    inputs = _layer_inputs(block, dense, data, prepared.scores, recipe, can_hold_intercept)
-    compression = compress(inputs, recipe, width)
-    refitted = compression.judged
-    if config.reconstruction_steps:
-        compression = _reconstructed(block, compression, data, config, prepared.moments, stream.spill)
-    return FinishedLayer(compression.weights, _report(block, data, compression, refitted))
+class Run(NamedTuple):
+    """What all layers of a run share.
+
+    Attributes:
+        prunable: The model, checked; its layers are pruned one after the other.
+        recipe: What to do.
+        prepared: What the dense model was asked for.
+        stream: Of this process's calibration samples, before the next layer.
+        is_heldout: BoolTensor over all their tokens.
+    """
+
+    prunable: PrunableModel
+    recipe: Recipe
+    prepared: Prepared
+    stream: CalibrationStream
+    is_heldout: Tensor
+
+    @classmethod
+    def begun(cls, prunable: PrunableModel, recipe: Recipe, prepared: Prepared, settings: PassSettings) -> "Run":
+        """The calibration samples are before the first layer; how they get there, the settings say."""
+        own = prepared.samples.own()
+        corrects = any(_correction(prunable, recipe, block) for block in prunable.blocks)
+        stream = CalibrationStream(prunable, own.tokens, settings, track_dense=corrects)
+        return cls(prunable, recipe, prepared, stream, own.is_heldout)
+
+    def seed(self, block: FFNBlock) -> int:
+        """Of one layer."""
+        return seed_of(self.recipe.config.seed, block.layer)
 
 
-def layer_seed(config: OTPruningConfig, layer: int) -> int:
-    """One seed a layer, so that no layer depends on what another drew."""
-    return config.seed + 100_003 * layer
+def prune_layer(block: FFNBlock, dense: FFNWeights, width: int, run: Run) -> FinishedLayer:
+    """Prune one layer, on what the pruned layers below it produce; the block stays as it is.
+
+    Args:
+        block: The next of the run's.
+        dense: Its FFN.
+        width: Channels to keep.
+        run: What all layers share.
+    """
+    config = run.recipe.config
+    correction = _correction(run.prunable, run.recipe, block)
+    data = LayerData.of(block, dense, run.stream, run.is_heldout, config, correction)
+    refitted = compress(_layer_inputs(block, dense, data, run), run.recipe, width)
+    final = _reconstructed(block, refitted, data, run) if config.reconstruction_steps else refitted
+    return FinishedLayer(final.weights, _report(block, data, final, refitted.judged))
 
 
-def _layer_inputs(
-    block: FFNBlock,
-    dense: FFNWeights,
-    data: LayerData,
-    scores: Sequence[GradientScores] | None,
-    recipe: Recipe,
-    can_hold_intercept: bool,
-) -> LayerInputs:
-    of_layer = None if scores is None else scores[block.layer]
+def _correction(prunable: PrunableModel, recipe: Recipe, block: FFNBlock) -> float:
+    """Share of the earlier layers' error in the targets of a layer, by what its block adds of the FFN's output."""
+    assert prunable.factors is not None
+    factor = prunable.factors[block.layer]
+    return (recipe.config.target_correction or 0.0) / factor if block.spec.residual and factor else 0.0
+
+
+def _layer_inputs(block: FFNBlock, dense: FFNWeights, data: LayerData, run: Run) -> LayerInputs:
+    scores = None if run.prepared.scores is None else run.prepared.scores[block.layer]
     return LayerInputs(
         weights=dense,
         fit=data.statistics.fit,
         heldout=data.statistics.heldout,
-        snip=None if of_layer is None else of_layer.snip,
-        fo=None if of_layer is None else of_layer.fo,
-        seed=layer_seed(recipe.config, block.layer),
-        can_hold_intercept=can_hold_intercept,
+        snip=None if scores is None else scores.snip,
+        fo=None if scores is None else scores.fo,
+        seed=run.seed(block),
+        can_hold_intercept=run.prunable.can_hold_intercept,
         remeasure=partial(remeasured_statistics, data),
     )
 
 
-def _reconstructed(
-    block: FFNBlock,
-    compression: Compression,
-    data: LayerData,
-    config: OTPruningConfig,
-    moments: Sequence[Tensor] | None,
-    spill: TensorSpill,
-) -> Compression:
+def _reconstructed(block: FFNBlock, compression: Compression, data: LayerData, run: Run) -> Compression:
     """The compression after local optimization, or as it was where held-out tokens gain nothing."""
-    like = compression.judged
-    generator = torch.Generator().manual_seed(layer_seed(config, block.layer))
+    like, config, moments = compression.judged, run.recipe.config, run.prepared.moments
+    generator = torch.Generator().manual_seed(run.seed(block))
     assert config.reconstruction_steps is not None
     assert config.reconstruction_batch_tokens is not None
     settings = ReconstructionSettings(config.reconstruction_steps, batch_tokens=config.reconstruction_batch_tokens)
     metric = None if moments is None else error_metric(moments[block.layer].to(block.device))
-    sets = token_sets(data, spill)
+    sets = token_sets(data, run.stream.spill)
     counts = gathered(len(sets[0].inputs))
     share = Share(sum(counts[: process_index()]), sum(counts), summed)
     with torch.enable_grad():

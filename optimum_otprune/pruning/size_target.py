@@ -13,7 +13,8 @@ from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.config.quantities import COUNT_UNITS, SIZE_UNITS, parse_quantity, parse_share
 from optimum_otprune.errors import ConfigurationError
 from optimum_otprune.functional.selection import sensible_multiple
-from optimum_otprune.models.ffn_block import FFNBlock, dense_width, native_intercept
+from optimum_otprune.models.ffn_block import FFNBlock, dense_width
+from optimum_otprune.models.prunable_model import PrunableModel
 from optimum_otprune.models.save_formats import save_format
 from optimum_otprune.pruning.widths import given_widths
 
@@ -46,7 +47,7 @@ class Footprint(NamedTuple):
         return (target - self.fixed) // self.per_channel // multiple_of * multiple_of
 
 
-def with_pruning_ratio(config: OTPruningConfig, model: PreTrainedModel, blocks: list[FFNBlock]) -> OTPruningConfig:
+def with_pruning_ratio(config: OTPruningConfig, prunable: PrunableModel) -> OTPruningConfig:
     """Return the configuration with a ratio in place of its target; one without a target is returned as it is.
 
     The ratio is the smallest for which the pruned model does not exceed the target: the kept width is rounded down to
@@ -54,8 +55,7 @@ def with_pruning_ratio(config: OTPruningConfig, model: PreTrainedModel, blocks: 
 
     Args:
         config: With `pruning_ratio`, `target_parameters` or `target_size`.
-        model: The dense model.
-        blocks: All its FFN blocks.
+        prunable: The dense model.
 
     Raises:
         ConfigurationError: If the model meets the target already, or could not meet it with one multiple of channels.
@@ -63,6 +63,7 @@ def with_pruning_ratio(config: OTPruningConfig, model: PreTrainedModel, blocks: 
     """
     if config.pruning_ratio is not None:
         return config
+    model, blocks = prunable.model, prunable.blocks
     name = "target_parameters" if config.target_parameters is not None else "target_size"
     given = getattr(config, name)
     unit = "parameters" if name == "target_parameters" else "bytes"
@@ -75,14 +76,14 @@ def with_pruning_ratio(config: OTPruningConfig, model: PreTrainedModel, blocks: 
             f"`{name}={given!r}` would be ignored: `skip_layers` and `layer_ratios` decide the width of every layer. "
             "Leave one of them out."
         )
-    dense = _footprint(model, blocks, unit, with_biases=False).at(width)
+    dense = _footprint(prunable, unit, with_biases=False).at(width)
     if target >= dense:
         raise ConfigurationError(
             f"`{name}={given!r}` asks for no pruning: the model has {dense:,} {unit} now. Give a smaller target."
         )
     multiple = sensible_multiple(width, config.multiple_of)
-    may_add_biases = config.intercept in ("auto", "always") and native_intercept(model, blocks[0].spec)
-    footprint = _footprint(model, blocks, unit, may_add_biases, decided)
+    may_add_biases = config.intercept in ("auto", "always") and prunable.can_hold_intercept
+    footprint = _footprint(prunable, unit, may_add_biases, decided)
     kept = footprint.widest(target, multiple)
     if kept < multiple:
         smallest, whole = footprint.at(multiple), _tensor_total(model, unit)
@@ -125,18 +126,14 @@ def _check_format(config: OTPruningConfig, name: str, decided: Mapping[int, int]
 
 
 def _footprint(
-    model: PreTrainedModel,
-    blocks: list[FFNBlock],
-    unit: str,
-    with_biases: bool,
-    decided: Mapping[int, int] = MappingProxyType({}),
+    prunable: PrunableModel, unit: str, with_biases: bool, decided: Mapping[int, int] = MappingProxyType({})
 ) -> Footprint:
     """Of the model as it is, or as it will be when its FFNs have gained the biases that they lack.
 
     Layers whose width is decided already are part of what is fixed.
     """
-    tensors = _saved_tensors(model)
-    fixed = _tensor_total(model, unit)
+    blocks, tensors = prunable.blocks, _saved_tensors(prunable.model)
+    fixed = _tensor_total(prunable.model, unit)
     if unit == "bytes":
         fixed += _header_bytes(tensors, added=3 * len(blocks) if with_biases else 0)
     per_channel = 0
@@ -164,11 +161,10 @@ def channel_cost(block: FFNBlock, unit: str) -> int:
         unit: `"parameters"` or `"bytes"`.
     """
     cost = 0
-    for name in ("gate", "up", "down"):
-        weight = getattr(block.projection(name), "weight", None)
-        if weight is not None:
-            cost += weight.numel() // block.intermediate_size * _cost(weight, unit)
-        bias = getattr(block.projection(name), "bias", None)
+    for name, module in block.projections.items():
+        weight, bias = module._parameters["weight"], module._parameters.get("bias")
+        assert weight is not None
+        cost += weight.numel() // block.intermediate_size * _cost(weight, unit)
         if bias is not None and name != "down":
             cost += _cost(bias, unit)
     return cost
@@ -186,9 +182,8 @@ def added_biases(block: FFNBlock, unit: str) -> tuple[int, int]:
         unit: `"parameters"` or `"bytes"`.
     """
     once = each = 0
-    for name in ("gate", "up", "down"):
-        module = block.projection(name)
-        if module is None or getattr(module, "bias", None) is not None:
+    for name, module in block.projections.items():
+        if getattr(module, "bias", None) is not None:
             continue
         weight: Tensor = module.weight  # type: ignore[assignment]
         if name == "down":

@@ -13,7 +13,10 @@ from optimum_otprune.functional.error_metric import metric_root
 from optimum_otprune.functional.selection import kept_width, obs_elimination, sensible_multiple
 from optimum_otprune.models.ffn_block import FFNBlock, dense_width
 from optimum_otprune.models.forward_stream import CalibrationStream
+from optimum_otprune.models.pass_settings import PassSettings
+from optimum_otprune.models.prunable_model import PrunableModel
 from optimum_otprune.pruning.calibration.layer_statistics import LayerData
+from optimum_otprune.pruning.calibration.samples import Samples
 
 
 def given_widths(blocks: list[FFNBlock], config: OTPruningConfig) -> dict[int, int]:
@@ -90,13 +93,12 @@ def _warn_of_nothing(width: int, widths: list[int], config: OTPruningConfig) -> 
 
 
 def adaptive_widths(
-    blocks: list[FFNBlock],
-    widths: list[int],
+    prunable: PrunableModel,
+    samples: Samples,
+    settings: PassSettings,
     config: OTPruningConfig,
-    stream: CalibrationStream,
-    is_heldout: Tensor,
+    widths: list[int],
     moments: Sequence[Tensor],
-    progress: bool = True,
 ) -> list[int]:
     """Share the channels of the layers that nothing else was said of by what removing them costs the loss.
 
@@ -105,27 +107,28 @@ def adaptive_widths(
     loss by the output. That is twice the empirical Fisher's estimate of what the loss gains, were g and e independent.
 
     Args:
-        blocks: All FFN blocks of the dense model.
-        widths: From `plan_widths`.
+        prunable: The dense model.
+        samples: Calibration samples of this process.
+        settings: Of the pass.
         config: What is done.
-        stream: Of the calibration samples, before the first block.
-        is_heldout: BoolTensor over all their tokens.
-        moments: From `gradient_moments`.
-        progress: Whether to show a progress bar.
+        widths: From `plan_widths`.
+        moments: From `layer_gradients`.
 
     Returns:
         Widths by layer, in sum at most that of `widths`.
     """
+    blocks = prunable.blocks
     given = given_widths(blocks, config)
     free = [block for block in blocks if block.layer not in given]
     budget = sum(widths[block.layer] for block in free)
+    stream = CalibrationStream(prunable, samples.tokens, settings, stays_dense=True)
     costs = []
-    for block in tqdm(blocks, desc="Removal costs", unit="layer", disable=not progress):
+    for block in tqdm(blocks, desc="Removal costs", unit="layer", disable=not settings.progress):
         if block.layer in given:
             stream.advance(block)
             continue
         dense = block.read()
-        data = LayerData.of(block, dense, stream, is_heldout, config, advance=True)
+        data = LayerData.of(block, dense, stream, samples.is_heldout, config)
         weighed = metric_root(moments[block.layer]).to(block.device) @ data.dense.down
         costs.append(obs_elimination(data.statistics.total.gram, weighed, dense.intermediate_size).costs)
     multiple = sensible_multiple(blocks[0].intermediate_size, config.multiple_of)

@@ -22,6 +22,7 @@ from optimum_otprune.commands.speed import (
 from optimum_otprune.errors import UsageError
 from optimum_otprune.models.ffn_block import ffn_blocks
 from optimum_otprune.models.flops import forward_flops
+from optimum_otprune.models.prunable_model import PrunableModel
 from optimum_otprune.models.timing import matmul_rate
 from tests.conftest import make_llama
 from tests.conftest import run_command as run
@@ -45,7 +46,7 @@ def pruned_folder(llama, tokens, tmp_path):
 
 
 def test_the_operations_of_a_llama_by_hand(llama):
-    found = forward_flops(llama, ffn_blocks(llama), batch_size=2, seqlen=5)
+    found = forward_flops(PrunableModel.of(llama), batch_size=2, seqlen=5)
     assert found.ffn == 2 * 10 * 3 * (3 * 32 * 48)
     assert found.projections == 2 * 10 * 3 * (2 * 32 * 32 + 2 * 32 * 16)
     assert found.scores == 4 * 2 * 15 * 32 * 3  # 1 + 2 + … + 5 pairs a sequence
@@ -65,7 +66,7 @@ def test_the_operations_are_those_that_torch_counts_but_for_pairs_that_causal_at
     }
     for model in (make_llama(), GPT2LMHeadModel(GPT2Config(**sizes)).eval()):
         model.set_attn_implementation("eager")
-        found = forward_flops(model, ffn_blocks(model), 2, 6, num_logits=6)
+        found = forward_flops(PrunableModel.of(model), 2, 6, num_logits=6)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(torch.zeros(2, 6, dtype=torch.long))
         left_out = found.scores * (36 - 21) // 21  # pairs of a token with a later one
@@ -79,7 +80,7 @@ def test_every_shape_is_measured_and_compared(llama):
     assert last.dense.first_token_seconds > 0
     assert last.dense.prefill_tokens_per_second == pytest.approx(20 / last.dense.first_token_seconds)
     assert last.dense.cache_bytes == 3 * 2 * 2 * 16 * (10 + 3) * 4  # the last token is not fed back
-    assert last.dense.flops == forward_flops(llama, ffn_blocks(llama), 2, 10).total > last.pruned.flops
+    assert last.dense.flops == forward_flops(PrunableModel.of(llama), 2, 10).total > last.pruned.flops
     assert last.dense.decode_tokens_per_second > 0
     assert (last.dense.peak_bytes is None) == (not torch.cuda.is_available())
 
@@ -183,7 +184,7 @@ def test_a_model_without_a_cache_is_measured_in_prefill_only(llama, monkeypatch)
         compare(llama, llama, QUICK)
     found = compare(llama, llama, QUICK._replace(new_tokens=0))
     assert found[0].decode_speedup is None
-    assert found[0].dense.flops == forward_flops(llama, ffn_blocks(llama), 1, 6, num_logits=6).total  # all its logits
+    assert found[0].dense.flops == forward_flops(PrunableModel.of(llama), 1, 6, num_logits=6).total  # all its logits
 
 
 def test_the_rate_of_a_matrix_product_is_positive():

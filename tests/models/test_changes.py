@@ -125,7 +125,7 @@ def test_a_function_that_ends_prune_at_any_layer_leaves_the_model_as_it_was(
 PLACES = {
     "check_feasible": pipeline,
     "plan_widths": pipeline,
-    "gradient_scores": preparation,
+    "layer_gradients": preparation,
     "measure_rescue": prune_layer,
     "mark_half_pruned": pipeline,
     "finish_resize": pipeline,

@@ -30,10 +30,11 @@ from optimum_otprune import OTPruner
 from optimum_otprune.errors import RegistryError, UnsupportedModelError
 from optimum_otprune.functional.ffn import check_weights, ffn_forward
 from optimum_otprune.models.architectures import ARCHITECTURES, FFNSpec, find_spec, register_architecture
-from optimum_otprune.models.faithfulness import measured_factors
-from optimum_otprune.models.ffn_block import ffn_blocks, native_intercept
+from optimum_otprune.models.ffn_block import ffn_blocks
+from optimum_otprune.models.prunable_model import PrunableModel
 from optimum_otprune.models.resize import finish_resize
 from tests.conftest import make_llama
+from tests.passes import factors_of
 
 ROPE = {
     "vocab_size": 64,
@@ -96,7 +97,7 @@ def test_the_architecture_is_recognized_by_its_modules(name):
     model = build(name)
     found, spec = find_spec(model)
     assert found == architecture
-    assert native_intercept(model, spec) == intercept
+    assert PrunableModel.of(model).can_hold_intercept == intercept
 
 
 def test_weights_are_read_channel_first_and_compute_what_the_module_computes(name, tokens):
@@ -119,7 +120,7 @@ def test_every_known_architecture_is_block_by_block_what_it_is_as_a_whole(name, 
     model = build(name).to(dtype)
     model.train()
     blocks = ffn_blocks(model)
-    factors = measured_factors(model, blocks, tokens)
+    factors = factors_of(model, tokens)
     assert factors == ([None] * 2 if name in ("gemma2", "bert") else [1.0] * len(blocks))
     assert all(module.training for module in model.modules())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

@@ -27,13 +27,15 @@ from optimum_otprune.models.block_runner import BlockRunner
 from optimum_otprune.models.faithfulness import check_parameters, measured_factors
 from optimum_otprune.models.ffn_block import FFNBlock, ffn_blocks
 from optimum_otprune.models.forward_stream import CalibrationStream
+from optimum_otprune.models.pass_settings import PassSettings
+from optimum_otprune.models.prunable_model import PrunableModel
 from optimum_otprune.models.spill import TensorSpill
 from optimum_otprune.pruning import pipeline
-from optimum_otprune.pruning.calibration.gradients import gradient_moments
 from optimum_otprune.pruning.tuning import search as tuning
 from tests.conftest import make_llama
 from tests.models.test_contract import BERT, ROPE
 from tests.models.test_placements import place
+from tests.passes import factors_of, moments_of
 
 FAST = {"pruning_ratio": 0.5, "multiple_of": 1, "quality": "fast"}
 GEMMA4 = {**ROPE, "head_dim": 8, "global_head_dim": 8, "hidden_size_per_layer_input": 6, "num_kv_shared_layers": 0}
@@ -68,7 +70,7 @@ def inputs_in_whole(model, tokens):
 def test_every_batch_has_its_own_embeddings_for_each_layer(limit, tokens, record_figure):
     model = gemma4()
     blocks = ffn_blocks(model)
-    stream = CalibrationStream(model, blocks, tokens, 5, track_dense=False, spill=TensorSpill(limit))
+    stream = CalibrationStream(PrunableModel.of(model), tokens, PassSettings(5, spill=TensorSpill(limit)))
     found = []
     for block in blocks:
         found.append(torch.cat([tap.inputs for tap in stream.taps(block)]))
@@ -89,7 +91,7 @@ def test_gradients_are_those_of_a_model_with_embeddings_for_each_layer(tokens):
         model(input_ids=batch, labels=batch).loss.backward()
     for handle in handles:
         handle.remove()
-    moments = gradient_moments(model, ffn_blocks(model), tokens, batch_size=6, progress=False)
+    moments = moments_of(model, tokens, 6)
     for layer, moment in enumerate(moments):
         rows = torch.cat([output.grad.flatten(end_dim=1) for output in outputs[layer::2]]).double() * 120
         torch.testing.assert_close(moment, rows.T @ rows, rtol=1e-4, atol=1e-7)
@@ -99,7 +101,7 @@ def test_what_all_batches_are_given_alike_is_kept_once(tokens):
     model = gemma4()
     spill = TensorSpill(0)
     blocks = ffn_blocks(model)
-    runner = BlockRunner(model, blocks, tokens.split(4), spill)
+    runner = BlockRunner(PrunableModel.of(model), tokens.split(4), spill)
     own = 2 * 2 * 4 * 20 * 6  # of two further batches: layers, samples, tokens, size of the embeddings for each layer
     assert spill.spilled_bytes == 4 * (tokens.numel() * 32 + own)
     shared, other = ([id(tensor) for tensor in runner.given(blocks[0], index)] for index in (0, 1))
@@ -345,7 +347,7 @@ def test_what_a_block_adds_of_its_ffn_is_measured(dtype, tokens):
     layers = model.model.layers
     adds_only(layers[0], 0.22)
     layers[2].mlp = Scaled(make_llama().to(dtype).model.layers[2].mlp, outer=lambda y, x: -2.0 * y)
-    first, second, third = measured_factors(model, ffn_blocks(model), tokens)
+    first, second, third = factors_of(model, tokens)
     assert second == 1.0
     assert first == pytest.approx(0.22, rel={torch.float32: 1e-5}.get(dtype, 1e-3))
     assert third == pytest.approx(-2.0, rel={torch.float32: 1e-5}.get(dtype, 1e-3))
@@ -355,13 +357,13 @@ def test_a_scale_by_channel_behind_the_ffn_is_no_multiple(tokens):
     model = make_llama()
     scales = torch.linspace(0.5, 1.5, 32)
     model.model.layers[1].register_forward_hook(lambda module, args, output: output * scales)
-    assert measured_factors(model, ffn_blocks(model), tokens) == [1.0, None, 1.0]
+    assert factors_of(model, tokens) == [1.0, None, 1.0]
 
 
 def test_a_norm_behind_the_ffn_is_no_multiple_in_half_precision_either(tokens):
     wide = Gemma2Config(**{**ROPE, "hidden_size": 512}, head_dim=8)
     model = Gemma2ForCausalLM(wide).eval().bfloat16()
-    assert measured_factors(model, ffn_blocks(model), tokens) == [None, None]
+    assert factors_of(model, tokens) == [None, None]
 
 
 def test_an_ffn_that_counts_a_fifth_is_pruned_as_one_whose_weights_are_a_fifth(tokens):
@@ -521,4 +523,4 @@ def test_tuning_checks_the_model_once(llama, tokens, monkeypatch):
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 2), (3, 40)])
 def test_samples_of_any_size_are_enough_for_the_check(shape, llama):
-    assert measured_factors(llama, ffn_blocks(llama), torch.arange(shape[0] * shape[1]).view(shape) % 64) == [1.0] * 3
+    assert factors_of(llama, torch.arange(shape[0] * shape[1]).view(shape) % 64) == [1.0] * 3

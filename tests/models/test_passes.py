@@ -8,20 +8,24 @@ import torch
 from accelerate import cpu_offload
 from transformers import AutoModelForCausalLM
 
+from optimum_otprune import OTPruner
 from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.errors import NumericalError
 from optimum_otprune.functional.gram import gram_statistics
 from optimum_otprune.models import perplexity
+from optimum_otprune.models.block_runner import BlockRunner
 from optimum_otprune.models.devices import execution_device, read_parameter, replace_parameter
 from optimum_otprune.models.faithfulness import measured_factors
 from optimum_otprune.models.ffn_block import ffn_blocks
 from optimum_otprune.models.forward_stream import CalibrationStream
 from optimum_otprune.models.perplexity import TokenPerplexity, evaluate_perplexity
-from optimum_otprune.pruning.calibration.gradients import gradient_moments, gradient_scores
+from optimum_otprune.models.prunable_model import PrunableModel
+from optimum_otprune.pruning.calibration.gradients import Asked, layer_gradients
 from optimum_otprune.pruning.calibration.layer_statistics import LayerData, measure_rescue, residual_token_weights
-from optimum_otprune.pruning.calibration.samples import heldout_mask
+from optimum_otprune.pruning.calibration.samples import Samples, heldout_mask
 from tests.conftest import VOCAB_SIZE, make_llama
 from tests.models.test_contract import build
+from tests.passes import moments_of, quiet, scores_of, stream_of
 
 MAP = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
 DISK = MAP | {"model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk"}
@@ -42,9 +46,7 @@ def test_streamed_hidden_states_are_the_models_own(name, tokens):
     blocks = ffn_blocks(model)
     with torch.no_grad():
         expected = model(input_ids=tokens, output_hidden_states=True).hidden_states
-    stream = CalibrationStream(
-        model, blocks, tokens, batch_size=5, track_dense=True
-    )  # 5 + 5 + 2: an uneven last batch
+    stream = stream_of(model, tokens, batch_size=5, track_dense=True)  # 5 + 5 + 2: an uneven last batch
     for block in blocks[:-1]:  # behind the last block the model has its final norm
         stream.energies(block)
         assert all(not tap.missing.any() for tap in stream.taps(block))  # nothing was pruned yet
@@ -56,7 +58,7 @@ def test_corrections_are_what_is_missing_to_the_dense_hidden_states(llama, token
     blocks = ffn_blocks(llama)
     with torch.no_grad():
         dense = llama(input_ids=tokens, output_hidden_states=True).hidden_states
-    stream = CalibrationStream(llama, blocks, tokens, batch_size=4, track_dense=True)
+    stream = stream_of(llama, tokens, batch_size=4, track_dense=True)
     stream.energies(blocks[0])
     blocks[0].install(blocks[0].read().select(torch.arange(10)))
     stream.advance(blocks[0])
@@ -70,7 +72,7 @@ def test_a_stream_over_offloaded_layers_equals_the_plain_one(llama, offloaded, t
     inputs = []
     for model in (llama, offloaded):
         blocks = ffn_blocks(model)
-        stream = CalibrationStream(model, blocks, tokens, batch_size=6, track_dense=False)
+        stream = stream_of(model, tokens, batch_size=6)
         inputs.append(
             [torch.cat([tap.inputs for tap in stream.taps(block)]) for block in blocks if not stream.advance(block)]
         )
@@ -80,7 +82,7 @@ def test_a_stream_over_offloaded_layers_equals_the_plain_one(llama, offloaded, t
 
 def test_hooks_are_gone_after_an_exception(llama, tokens):
     blocks = ffn_blocks(llama)
-    stream = CalibrationStream(llama, blocks, tokens, batch_size=6, track_dense=False)
+    stream = stream_of(llama, tokens, batch_size=6)
     blocks[0].projection("down").weight = torch.nn.Parameter(torch.zeros(3, 3))
     with pytest.raises(RuntimeError):
         list(stream.taps(blocks[0]))
@@ -117,7 +119,7 @@ def scores_by_autograd(model, tokens, batch_size, fo: bool):
 @pytest.mark.parametrize("where", ["plain", "disk"])
 def test_scores_are_weight_times_the_whole_models_gradient(llama, offloaded, tokens, kind, where):
     model = llama if where == "plain" else offloaded
-    found = gradient_scores(model, ffn_blocks(model), tokens, batch_size=6, progress=False)
+    found = scores_of(model, tokens, 6)
     expected = scores_by_autograd(make_llama(), tokens, 6, fo=kind == "fo")
     for scores, wanted in zip(found, expected):
         got = getattr(scores, kind)
@@ -130,7 +132,7 @@ def test_scoring_leaves_the_model_as_it_was(llama, tokens):
     llama.train()
     llama.model.norm.weight.requires_grad_(False)
     wanted = {name: parameter.requires_grad for name, parameter in llama.named_parameters()}
-    gradient_scores(llama, ffn_blocks(llama), tokens, 6, progress=False)
+    scores_of(llama, tokens, 6)
     assert {name: parameter.requires_grad for name, parameter in llama.named_parameters()} == wanted
     assert llama.training
     assert all(parameter.grad is None for parameter in llama.parameters())
@@ -141,7 +143,7 @@ def test_a_nan_output_names_its_module_while_scoring(llama, tokens):
     with torch.no_grad():
         llama.model.layers[1].input_layernorm.weight[0] = float("nan")
     with pytest.raises(NumericalError, match=r"The output of module 'model.layers.1.input_layernorm' is NaN"):
-        gradient_scores(llama, ffn_blocks(llama), tokens, 6, progress=False)
+        scores_of(llama, tokens, 6)
 
 
 @pytest.mark.parametrize(("num_samples", "seqlen"), [(1, 2), (1, 20), (3, 7), (4, 5), (128, 16)])
@@ -156,7 +158,7 @@ def test_both_sides_of_the_held_out_split_have_tokens(num_samples, seqlen, share
 
 def test_layer_statistics_are_those_of_the_modules_own_activations(llama, tokens):
     block = ffn_blocks(llama)[1]
-    stream = CalibrationStream(llama, ffn_blocks(llama), tokens, batch_size=5, track_dense=False)
+    stream = stream_of(llama, tokens, batch_size=5)
     stream.advance(ffn_blocks(llama)[0])
     is_heldout = heldout_mask(12, 20, 0.25, seed=0)
     config = OTPruningConfig(pruning_ratio=0.5, token_weighting="uniform")
@@ -243,16 +245,16 @@ def test_gradient_moments_are_those_of_the_loss_by_the_ffn_outputs(llama, tokens
     llama(input_ids=tokens, labels=tokens).loss.backward()
     for handle in handles:
         handle.remove()
-    moments = gradient_moments(llama, ffn_blocks(llama), tokens, batch_size=12, progress=False)
+    moments = moments_of(llama, tokens, 12)
     for moment, output in zip(moments, outputs, strict=True):
         rows = output.grad.flatten(end_dim=1).double() * tokens.numel()
         torch.testing.assert_close(moment, rows.T @ rows, rtol=1e-5, atol=1e-8)
 
 
 def test_gradient_moments_depend_neither_on_the_batch_size_nor_on_the_placement(llama, offloaded, tokens):
-    moments = gradient_moments(llama, ffn_blocks(llama), tokens, batch_size=12, progress=False)
+    moments = moments_of(llama, tokens, 12)
     for model, batch_size in ((llama, 5), (offloaded, 12)):
-        others = gradient_moments(model, ffn_blocks(model), tokens, batch_size, progress=False)
+        others = moments_of(model, tokens, batch_size)
         for moment, other in zip(moments, others, strict=True):
             torch.testing.assert_close(other, moment, rtol=1e-4, atol=1e-6 * float(moment.abs().max()))
 
@@ -264,7 +266,33 @@ def test_a_nan_in_the_gradients_names_the_layer(llama, tokens):
         )
     )
     with pytest.raises(NumericalError, match="Layer 1: the gradient by the FFN's output is NaN"):
-        gradient_moments(llama, ffn_blocks(llama), tokens, batch_size=12, progress=False)
+        moments_of(llama, tokens, 12)
+
+
+def test_scores_and_moments_of_one_walk_are_those_of_two(llama, tokens):
+    both = layer_gradients(PrunableModel.of(llama), tokens, quiet(5), Asked(scores=True, moments=True))
+    for one, other in zip(both.scores, scores_of(llama, tokens, 5), strict=True):
+        assert all(torch.equal(*pair) for pair in zip((*one.snip, *one.fo), (*other.snip, *other.fo), strict=True))
+    assert all(torch.equal(*pair) for pair in zip(both.moments, moments_of(llama, tokens, 5), strict=True))
+
+
+def test_token_ids_enter_the_model_once_for_each_pass(llama, tokens, monkeypatch):
+    entered, note = [], BlockRunner._note_calls
+    monkeypatch.setattr(
+        BlockRunner, "_note_calls", lambda runner, batches: entered.append(len(batches)) or note(runner, batches)
+    )
+    options = {"importance": "fo_snip", "selection": "top", "allocation": "adaptive", "score_batch_size": 6}
+    pruner = OTPruner.from_pretrained(llama, OTPruningConfig(pruning_ratio=0.5, multiple_of=1, **options))
+    pruner.prune(tokens, batch_size=4, progress=False)
+    assert entered == [2, 2, 3, 3]  # the check's two batches; gradients; removal costs; layers
+
+
+def test_samples_that_follow_are_never_held_out_and_one_process_owns_all(tokens):
+    samples = Samples.split(tokens, 0.25, seed=0)
+    longer = samples.followed_by(tokens[:3])
+    assert int(samples.is_heldout.sum()) == 60 == int(longer.is_heldout.sum())
+    assert not longer.is_heldout[tokens.numel() :].any()
+    assert all(torch.equal(*pair) for pair in zip(longer.own(together=4), longer))
 
 
 def test_tokens_count_by_the_inverse_of_the_hidden_states_squared_norm():
@@ -296,9 +324,9 @@ def test_a_token_of_weight_two_counts_as_two_tokens():
 @pytest.mark.parametrize(("name", "adds"), [("llama", True), ("gpt2", True), ("gpt_neox", True), ("gemma2", False)])
 def test_the_ffn_alone_is_run_where_the_block_adds_its_output(name, adds, tokens):
     model = build(name)
-    blocks = ffn_blocks(model)
-    factors = measured_factors(model, blocks, tokens)
-    streams = [CalibrationStream(model, blocks, tokens, 5, track_dense=False, factors=factors) for _ in range(2)]
+    prunable = PrunableModel.of(model)
+    blocks, prunable = prunable.blocks, prunable.checked(measured_factors(prunable, tokens))
+    streams = [CalibrationStream(prunable, tokens, quiet(5)) for _ in range(2)]
     list(streams[0].taps(blocks[0]))
     assert (streams[0]._ffn_inputs is not None) == adds
     blocks[0].install(blocks[0].read().select(torch.arange(10)))
@@ -311,7 +339,7 @@ def test_rescue_is_measured_with_the_weights_that_the_fit_has(llama, tokens):
     """Of each layer relative to its hidden states, so that layers can be added up."""
     blocks, is_heldout = ffn_blocks(llama), heldout_mask(12, 20, 0.25, seed=0)
     config, kept = OTPruningConfig(pruning_ratio=0.5), torch.arange(24)
-    stream = CalibrationStream(llama, blocks, tokens, batch_size=5, track_dense=False)
+    stream = stream_of(llama, tokens, batch_size=5)
     dense = blocks[0].read()
     energy = stream.energies(blocks[0])
     data = LayerData.of(blocks[0], dense, stream, is_heldout, config)
@@ -322,7 +350,7 @@ def test_rescue_is_measured_with_the_weights_that_the_fit_has(llama, tokens):
     uniform = LayerData.of(
         blocks[0],
         dense,
-        CalibrationStream(llama, blocks, tokens, batch_size=5, track_dense=False),
+        stream_of(llama, tokens, batch_size=5),
         is_heldout,
         config.replace(token_weighting="uniform"),
     )

@@ -16,8 +16,8 @@ from optimum_otprune.functional.importance import WeightScores
 from optimum_otprune.models.devices import is_offloaded, is_spread, onloaded
 from optimum_otprune.models.ffn_block import ffn_blocks
 from optimum_otprune.models.spill import StoredList, TensorSpill, store
-from optimum_otprune.pruning.calibration.gradients import gradient_moments, gradient_scores
 from tests.conftest import make_llama
+from tests.passes import moments_of, scores_of
 
 OUTSIDE = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
 PLACEMENTS = ("memory", "disk", "half_disk", "auto", "cpu_offload", "hooks")
@@ -72,11 +72,11 @@ def test_every_placement_is_pruned_and_saved_as_a_model_in_memory(placed, recipe
 
 
 def test_gradients_on_every_placement_are_those_of_a_model_in_memory(placed, tokens):
-    scores, expected = (gradient_scores(m, ffn_blocks(m), tokens, 6, False) for m in (placed, make_llama()))
+    scores, expected = (scores_of(m, tokens) for m in (placed, make_llama()))
     for one, other in zip(scores, expected, strict=True):
         for found, wanted in zip((*one.snip, *one.fo), (*other.snip, *other.fo), strict=True):
             assert float(torch.linalg.norm(found - wanted) / torch.linalg.norm(wanted)) <= 1e-6
-    moments, expected = (gradient_moments(m, ffn_blocks(m), tokens, 6, False) for m in (placed, make_llama()))
+    moments, expected = (moments_of(m, tokens) for m in (placed, make_llama()))
     for one, other in zip(moments, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
 
@@ -116,7 +116,7 @@ def test_pruned_weights_of_a_model_on_disk_go_to_disk_where_no_folder_was_given(
 def test_small_gradients_in_float16_are_not_lost():
     many = torch.randint(64, (128, 40), generator=torch.Generator().manual_seed(2))
     scores = [
-        gradient_scores(model, ffn_blocks(model), many, 128, progress=False)
+        scores_of(model, many, 128)
         for model in (make_llama(initializer_range=0.02).half(), make_llama(initializer_range=0.02))
     ]
     for half, whole in zip(*scores, strict=True):

@@ -15,6 +15,7 @@ from optimum_otprune.errors import StateError
 from optimum_otprune.functional.ffn import FFNWeights
 from optimum_otprune.functional.importance import WeightScores
 from optimum_otprune.pruning.calibration.gradients import GradientScores
+from optimum_otprune.pruning.calibration.samples import Samples
 from optimum_otprune.pruning.layer_store import PREPARED_FILE, FinishedLayer, FolderStore, NoStore
 from optimum_otprune.pruning.preparation import Expected, Prepared, from_tensors, to_tensors
 from optimum_otprune.storage.state_folder import STATE_FILE, StateFolder
@@ -83,12 +84,11 @@ def test_a_layer_that_does_not_fit_is_done_again_though_its_checksum_is_right(st
 
 PREPARED = Prepared(
     [2, 4],
-    torch.arange(6).reshape(2, 3),
-    torch.zeros(6, dtype=torch.bool),
+    Samples(torch.arange(6).reshape(2, 3), torch.zeros(6, dtype=torch.bool)),
     [GradientScores(*(WeightScores(DENSE.up, DENSE.up, DENSE.up),) * 2)] * 2,
     [torch.eye(3).double()] * 2,
 )
-EXPECTED = Expected.of([DENSE, DENSE], PREPARED.tokens, has_scores=True, has_moments=True)
+EXPECTED = Expected.of([DENSE, DENSE], PREPARED.samples.tokens, has_scores=True, has_moments=True)
 
 
 def test_a_preparation_comes_back_as_it_was_saved(state):

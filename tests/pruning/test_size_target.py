@@ -12,7 +12,7 @@ from transformers import GPT2LMHeadModel
 from optimum_otprune import OTPruner, OTPruningConfig
 from optimum_otprune.config.quantities import COUNT_UNITS, SIZE_UNITS, parse_quantity
 from optimum_otprune.errors import ConfigurationError, UnsupportedModelError
-from optimum_otprune.models.ffn_block import ffn_blocks
+from optimum_otprune.models.prunable_model import PrunableModel
 from optimum_otprune.pruning.size_target import Footprint, target_count, with_pruning_ratio
 from tests.conftest import make_llama
 from tests.models.test_contract import MODELS, build
@@ -28,9 +28,9 @@ def prune(model, tokens, **options):
 
 def width_for(model, **options) -> int:
     """The width that a target leaves, without pruning."""
-    width = ffn_blocks(model)[0].intermediate_size
-    config = with_pruning_ratio(OTPruningConfig(**{"multiple_of": 1, **options}), model, ffn_blocks(model))
-    return round((1 - config.pruning_ratio) * width)
+    prunable = PrunableModel.of(model)
+    config = with_pruning_ratio(OTPruningConfig(**{"multiple_of": 1, **options}), prunable)
+    return round((1 - config.pruning_ratio) * prunable.widths[0])
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_a_new_budget_takes_the_place_of_the_old_one(tmp_path):
 
 def test_a_configuration_without_a_target_is_returned_as_it_is(llama):
     config = OTPruningConfig(pruning_ratio=0.3)
-    assert with_pruning_ratio(config, llama, ffn_blocks(llama)) is config
+    assert with_pruning_ratio(config, PrunableModel.of(llama)) is config
 
 
 def test_a_footprint_by_hand():
@@ -199,10 +199,10 @@ def test_a_target_that_no_width_meets_is_an_error_with_the_smallest_size(llama, 
 
 
 def test_layers_of_different_widths_have_no_one_ratio(llama):
-    block = ffn_blocks(llama)[0]
+    block = PrunableModel.of(llama).blocks[0]
     block.install(block.read().select(torch.arange(10)))
     with pytest.raises(UnsupportedModelError, match=r"different FFN widths \(10 to 48\)"):
-        with_pruning_ratio(OTPruningConfig(target_parameters=20_000), llama, ffn_blocks(llama))
+        with_pruning_ratio(OTPruningConfig(target_parameters=20_000), PrunableModel.of(llama))
 
 
 def test_the_card_shows_the_target_and_the_ratio_that_resulted(tokens, tmp_path):

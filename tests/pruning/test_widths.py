@@ -14,12 +14,12 @@ from optimum_otprune.commands.main import main
 from optimum_otprune.errors import ConfigurationError, ModelLoadError, UnsupportedModelError
 from optimum_otprune.models.architectures import ARCHITECTURES, FFNSpec, find_spec
 from optimum_otprune.models.ffn_block import ffn_blocks
-from optimum_otprune.models.forward_stream import CalibrationStream
 from optimum_otprune.models.modeling_code import MODELING_FILE, modeling_code
-from optimum_otprune.pruning.calibration.gradients import gradient_moments
-from optimum_otprune.pruning.calibration.samples import heldout_mask
+from optimum_otprune.models.prunable_model import PrunableModel
+from optimum_otprune.pruning.calibration.samples import Samples
 from optimum_otprune.pruning.widths import adaptive_widths
 from tests.conftest import make_llama
+from tests.passes import moments_of, quiet, stream_of
 
 FAST = {"pruning_ratio": 0.5, "multiple_of": 2, "quality": "fast"}
 
@@ -58,15 +58,12 @@ def test_a_layer_whose_outputs_no_later_layer_reads_is_cheap_only_to_the_loss(to
         last = model.model.layers[2]
         for norm in (last.input_layernorm, last.post_attention_layernorm, model.model.norm):
             norm.weight[:4] = 0
-    blocks, config = ffn_blocks(model), OTPruningConfig(**FAST, allocation="adaptive")
-    felt = gradient_moments(model, blocks, tokens, 4, progress=False)
+    prunable, config = PrunableModel.of(model), OTPruningConfig(**FAST, allocation="adaptive")
+    felt = moments_of(model, tokens, 4)
     alike = [torch.eye(32, dtype=torch.float64)] * 3
-    is_heldout = heldout_mask(*tokens.shape, 0.25, 0)
+    samples = Samples.split(tokens, 0.25, 0)
     widths, unweighed = (
-        adaptive_widths(
-            blocks, [24] * 3, config, CalibrationStream(model, blocks, tokens, 4, False), is_heldout, moments, False
-        )
-        for moments in (felt, alike)
+        adaptive_widths(prunable, samples, quiet(4), config, [24] * 3, moments) for moments in (felt, alike)
     )
     assert sum(widths) == sum(unweighed) == 72
     assert widths[1] < widths[0]
@@ -77,7 +74,7 @@ def test_layers_behind_a_skipped_one_know_what_the_dense_model_does(llama, token
     blocks = ffn_blocks(llama)
     with torch.no_grad():
         expected = llama(input_ids=tokens, output_hidden_states=True).hidden_states[2]
-    stream = CalibrationStream(llama, blocks, tokens, 5, track_dense=True)
+    stream = stream_of(llama, tokens, 5, track_dense=True)
     with torch.no_grad():
         stream.energies(blocks[0])
         llama.model.layers[0].mlp.down_proj.weight *= 0.5  # as pruned

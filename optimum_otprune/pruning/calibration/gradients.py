@@ -5,14 +5,17 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from optimum_otprune.errors import NumericalError
 from optimum_otprune.functional.importance import WeightScores
-from optimum_otprune.models.backward_pass import LOSS, SINGULAR_VALUES, ReversePass
+from optimum_otprune.models.backward_pass import LOSS, SINGULAR_VALUES, FFNGradients, ReversePass
 from optimum_otprune.models.distributed import summed
 from optimum_otprune.models.ffn_block import FFNBlock
-from optimum_otprune.models.spill import StoredList, TensorSpill, store
+from optimum_otprune.models.pass_settings import PassSettings
+from optimum_otprune.models.prunable_model import PrunableModel
+from optimum_otprune.models.spill import StoredList, store
+
+_OBJECTIVES = {"snip": LOSS, "fo": SINGULAR_VALUES}
 
 
 class GradientScores(NamedTuple):
@@ -27,51 +30,77 @@ class GradientScores(NamedTuple):
     fo: WeightScores
 
 
-def gradient_scores(
-    model: PreTrainedModel,
-    blocks: list[FFNBlock],
-    tokens: Tensor,
-    batch_size: int,
-    progress: bool = True,
-    spill: TensorSpill | None = None,
-) -> Sequence[GradientScores]:
-    """Score every FFN weight of the dense model by SNIP and FO.
+class Asked(NamedTuple):
+    """What a pass of gradients is made for.
 
-    Both losses are averaged over batches. FO's singular values are those of a module's output reshaped to
-    `(batch, -1)`, for every module of the model but the whole.
+    Attributes:
+        scores: Whether weight × gradient scores are.
+        moments: Whether second moments are.
+    """
+
+    scores: bool
+    moments: bool
+
+
+class LayerGradients(NamedTuple):
+    """What gradients say of every layer.
+
+    Attributes:
+        scores: One entry per layer, or None where they were not asked for.
+        moments: Σ g gᵀ `(hidden_size, hidden_size)` per layer over all tokens, float64, on the CPU, up to a factor; g
+            is the gradient of the language-model loss by the FFN's output. None where they were not asked for.
+    """
+
+    scores: Sequence[GradientScores] | None
+    moments: Sequence[Tensor] | None
+
+
+def layer_gradients(prunable: PrunableModel, tokens: Tensor, settings: PassSettings, asked: Asked) -> LayerGradients:
+    """Go through the dense model and back once, and score every FFN weight by SNIP and FO, or sum second moments.
+
+    Both objectives of the scores are averaged over batches. FO's singular values are those of a module's output
+    reshaped to `(batch, -1)`, for every module of the model but the whole.
 
     Args:
-        model: The dense model.
-        blocks: Its FFN blocks.
+        prunable: The dense model.
         tokens: LongTensor `(num_samples, seqlen)`.
-        batch_size: Samples per backward pass; FO depends on it.
-        progress: Whether to show progress bars.
-        spill: Where hidden states and scores wait.
-
-    Returns:
-        One entry per layer.
+        settings: Of the pass; FO depends on the batch size.
+        asked: What to find out.
 
     Raises:
         NumericalError: If an output or a gradient is NaN or infinite; the message names the module or layer.
     """
-    spill = spill or TensorSpill()
-    was_training = model.training
-    objectives = {"snip": LOSS, "fo": SINGULAR_VALUES}
-    walk = ReversePass(model, blocks, tokens, batch_size, list(objectives.values()), spill, progress)
+    was_training = prunable.model.training
+    objectives = list(_OBJECTIVES.values()) if asked.scores else [LOSS]
+    walk = ReversePass(prunable, tokens, settings, objectives)
     num_batches = summed(len(walk.batches))
-    found = {}
-    for block, batches in walk.blocks():
-        sums: dict[str, dict[str, Tensor]] = {name: {} for name in objectives}
+    scores, moments = {}, {}
+    for block, batches in walk.blocks():  # as gradients flow: the first that is not finite is where it began
+        products: dict[str, dict[str, Tensor]] = {name: {} for name in _OBJECTIVES}
+        moment = torch.zeros((), dtype=torch.float64)
         for batch in batches:
-            for name, objective in objectives.items():
-                for projection, gradient in batch.gradients[objective].items():
-                    product = gradient.float().T @ batch.inputs[projection].float()  # (out_features, in_features)
-                    total = sums[name].get(projection)
-                    sums[name][projection] = product if total is None else total.add_(product)
-        scores = GradientScores(**{name: _scores(block, sums[name], num_batches) for name in objectives})
-        found[block.layer] = store(scores, spill)
-    model.train(was_training)
-    return StoredList(found[block.layer] for block in blocks)
+            if asked.scores:
+                _add_products(products, batch)
+            if asked.moments:
+                moment = _moment_with(moment, batch)
+        if asked.scores:
+            found = GradientScores(**{name: _scores(block, products[name], num_batches) for name in _OBJECTIVES})
+            scores[block.layer] = store(found, settings.spill)
+        if asked.moments:
+            moments[block.layer] = settings.spill.put(_checked_moment(block, summed(moment)))
+    prunable.model.train(was_training)
+    return LayerGradients(
+        StoredList(scores[block.layer] for block in prunable.blocks) if asked.scores else None,
+        StoredList(moments[block.layer] for block in prunable.blocks) if asked.moments else None,
+    )
+
+
+def _add_products(sums: dict[str, dict[str, Tensor]], batch: FFNGradients) -> None:
+    for name, objective in _OBJECTIVES.items():
+        for projection, gradient in batch.gradients[objective].items():
+            product = gradient.float().T @ batch.inputs[projection].float()  # (out_features, in_features)
+            total = sums[name].get(projection)
+            sums[name][projection] = product if total is None else total.add_(product)
 
 
 def _scores(block: FFNBlock, sums: dict[str, Tensor], num_batches: int) -> WeightScores:
@@ -88,43 +117,15 @@ def _scores(block: FFNBlock, sums: dict[str, Tensor], num_batches: int) -> Weigh
     return WeightScores(**result)  # type: ignore[arg-type]
 
 
-def gradient_moments(
-    model: PreTrainedModel,
-    blocks: list[FFNBlock],
-    tokens: Tensor,
-    batch_size: int,
-    progress: bool = True,
-    spill: TensorSpill | None = None,
-) -> Sequence[Tensor]:
-    """Second moment of the language-model loss's gradient by each FFN's output, over all tokens.
+def _moment_with(moment: Tensor, batch: FFNGradients) -> Tensor:
+    rows = batch.gradients[LOSS]["down"].double()
+    rows = rows * len(rows)  # the loss is a mean over the batch's tokens
+    return moment.to(rows.device) + rows.T @ rows
 
-    Args:
-        model: The dense model.
-        blocks: Its FFN blocks.
-        tokens: LongTensor `(num_samples, seqlen)`.
-        batch_size: Samples per backward pass.
-        progress: Whether to show progress bars.
-        spill: Where hidden states and moments wait.
 
-    Returns:
-        Σ g gᵀ `(hidden_size, hidden_size)` per layer, float64, on the CPU; up to a factor.
-
-    Raises:
-        NumericalError: If an output or a gradient is NaN or infinite; the message names the module or layer.
-    """
-    spill = spill or TensorSpill()
-    walk = ReversePass(model, blocks, tokens, batch_size, [LOSS], spill, progress)
-    found = {}
-    for block, batches in walk.blocks():  # as gradients flow: the first that is not finite is where it began
-        total = torch.zeros((), dtype=torch.float64)
-        for batch in batches:
-            rows = batch.gradients[LOSS]["down"].double()
-            rows = rows * len(rows)  # the loss is a mean over the batch's tokens
-            total = total.to(rows.device) + rows.T @ rows
-        total = summed(total)
-        if not torch.isfinite(total).all():
-            raise NumericalError(
-                f"Layer {block.layer}: the gradient by the FFN's output is NaN or infinite. Load the model in float32."
-            )
-        found[block.layer] = spill.put(total)
-    return StoredList(found[block.layer] for block in blocks)
+def _checked_moment(block: FFNBlock, moment: Tensor) -> Tensor:
+    if not torch.isfinite(moment).all():
+        raise NumericalError(
+            f"Layer {block.layer}: the gradient by the FFN's output is NaN or infinite. Load the model in float32."
+        )
+    return moment

@@ -130,7 +130,6 @@ class LayerData(NamedTuple):
         is_heldout: Tensor,
         config: OTPruningConfig,
         correction: float = 0.0,
-        advance: bool = False,
     ) -> "LayerData":
         """Run a block, its FFN still dense, and measure it.
 
@@ -142,7 +141,6 @@ class LayerData(NamedTuple):
             config: What is done; says what tokens count and whether targets are read again.
             correction: Share c of the earlier layers' error that the targets `W_d h + c · (dense − pruned)` contain,
                 divided by what the block adds of its FFN's output.
-            advance: See `CalibrationStream.taps`.
 
         Raises:
             NumericalError: If a hidden state or an activation is NaN or infinite.
@@ -157,7 +155,7 @@ class LayerData(NamedTuple):
         keeps_corrections = bool(correction) and _reads_targets_again(config)
         inputs, corrections = [], []
         start = 0
-        for tap in stream.taps(block, advance):
+        for tap in stream.taps(block):
             hidden, targets = _exact_activations(tap, exact, activation)
             if correction and tap.missing is not None:
                 missing = correction * tap.missing
@@ -322,5 +320,8 @@ def measure_rescue(data: LayerData, compressed: Sequence[FFNWeights], kept_chann
 
 def _is_selection(weights: FFNWeights, selected: FFNWeights) -> bool:
     """Whether the channels are those of the dense FFN, untouched."""
-    pairs = [(getattr(weights, name), getattr(selected, name)) for name in ("gate", "up", "gate_bias", "up_bias")]
-    return all(one is other if one is None or other is None else torch.equal(one, other) for one, other in pairs)
+    return all(
+        one is other if one is None or other is None else torch.equal(one, other)
+        for name, one, other in zip(FFNWeights._fields, weights, selected)
+        if not name.startswith("down")
+    )

@@ -1,9 +1,42 @@
 """Calibration samples: which tokens are held out, and which samples belong to this process."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from optimum_otprune.models.distributed import own_samples
+
+
+class Samples(NamedTuple):
+    """Calibration samples, and which of their tokens are held out.
+
+    Attributes:
+        tokens: LongTensor `(num_samples, seqlen)`.
+        is_heldout: BoolTensor `(num_samples · seqlen,)`.
+    """
+
+    tokens: Tensor
+    is_heldout: Tensor
+
+    @classmethod
+    def split(cls, tokens: Tensor, share: float, seed: int) -> "Samples":
+        """Hold out a share of the tokens; see `heldout_mask`."""
+        return cls(tokens, heldout_mask(len(tokens), tokens.shape[1], share, seed))
+
+    def own(self, together: int = 1) -> "Samples":
+        """The part of this process.
+
+        Args:
+            together: Samples that must stay in one process.
+        """
+        own = own_samples(len(self.tokens), together)
+        return Samples(self.tokens[own], self.is_heldout.view(self.tokens.shape)[own].flatten())
+
+    def followed_by(self, tokens: Tensor) -> "Samples":
+        """These and others of the same length, of which none is held out."""
+        fitted = torch.zeros(tokens.numel(), dtype=torch.bool)
+        return Samples(torch.cat([self.tokens, tokens]), torch.cat([self.is_heldout, fitted]))
 
 
 def heldout_mask(num_samples: int, seqlen: int, share: float, seed: int) -> Tensor:
@@ -26,9 +59,3 @@ def heldout_mask(num_samples: int, seqlen: int, share: float, seed: int) -> Tens
     else:
         mask[:, seqlen - max(1, round(share * seqlen)) :] = True
     return mask.flatten()
-
-
-def own_part(tokens: Tensor, is_heldout: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
-    """Samples of this process, and which of their tokens are held out."""
-    own = own_samples(len(tokens), batch_size)
-    return tokens[own], is_heldout.view(tokens.shape)[own].flatten()

@@ -17,12 +17,13 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from optimum_otprune.errors import ConfigurationError
 from optimum_otprune.models.block_runner import input_device
+from optimum_otprune.models.pass_settings import PassSettings
 
 _PROMPT_TOKENS = 16
 
 
 def self_calibration_tokens(
-    model: PreTrainedModel, tokens: Tensor, times: int, batch_size: int, seed: int, progress: bool = True
+    model: PreTrainedModel, tokens: Tensor, times: int, settings: PassSettings, seed: int
 ) -> Tensor:
     """Let the model continue pieces of the calibration samples, sampling from its own distribution.
 
@@ -33,9 +34,8 @@ def self_calibration_tokens(
         model: The dense model.
         tokens: LongTensor `(num_samples, seqlen)`.
         times: New samples for each given one.
-        batch_size: Samples written at once; other batches draw other numbers.
+        settings: Of the pass; other batches draw other numbers.
         seed: Of prompts and sampling.
-        progress: Whether to show a progress bar.
 
     Returns:
         LongTensor `(times · num_samples, seqlen)`, on the CPU.
@@ -54,7 +54,8 @@ def self_calibration_tokens(
     written = []
     with _plain_sampling(model, seqlen - length), torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
-        for batch in tqdm(prompts.split(batch_size), desc="Self-calibration", unit="batch", disable=not progress):
+        batches = prompts.split(settings.batch_size)
+        for batch in tqdm(batches, desc="Self-calibration", unit="batch", disable=not settings.progress):
             prompt = batch.to(device)
             written.append(model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt)).cpu())  # type: ignore
     return torch.cat(written)

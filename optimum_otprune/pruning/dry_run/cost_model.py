@@ -118,11 +118,11 @@ def _backward_bytes(work: Workload) -> dict[str, int]:
     # way.
     channels, states = 3 * inner + inner + 1, _GRAPH_STATES
     results = inner + 1  # gradients, and the inputs of the down projection
-    sums = 3 * _DOUBLE * work.hidden_size**2
+    sums = 3 * _DOUBLE * work.hidden_size**2 if work.needs_moments else 0
     if work.needs_scores:  # copies of outputs in float32, gradients of a second objective, one more on its way
         channels, states = channels + work.num_projections + inner + 1, states + _SINGULAR_STATES
         results += inner
-        sums = 3 * _FLOAT * work.ffn_parameters  # of both objectives, and the weights
+        sums += 3 * _FLOAT * work.ffn_parameters  # of both objectives, and the weights
     if work.tokens - work.written_tokens > work.score_tokens:
         channels += results  # of the batch before
     graph = work.score_tokens * (channels * work.intermediate_size + states * work.hidden_size)
@@ -208,7 +208,7 @@ def expected_seconds(work: Workload, forward_flops: int, decode_flops: int, rate
     """
     kept, tokens = work.kept_parameters * work.num_layers, work.tokens
     stages = {}
-    gradients = _SCORE_PASSES * work.needs_scores + _MOMENT_PASSES * work.needs_moments
+    gradients = _SCORE_PASSES if work.needs_scores else _MOMENT_PASSES * work.needs_moments  # of one walk for both
     if gradients:
         stages["gradients"] = gradients * forward_flops * (tokens - work.written_tokens) / tokens / rates.model
     if work.written_tokens:

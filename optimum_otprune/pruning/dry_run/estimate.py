@@ -11,9 +11,11 @@ from optimum_otprune.errors import ConfigurationError
 from optimum_otprune.models.architectures import find_spec
 from optimum_otprune.models.changes import check_dense
 from optimum_otprune.models.devices import execution_device, planned_weights, weight_bytes
-from optimum_otprune.models.ffn_block import FFNBlock, ffn_blocks, loadable_blocks
+from optimum_otprune.models.ffn_block import FFNBlock
 from optimum_otprune.models.flops import forward_flops
+from optimum_otprune.models.pass_settings import PassSettings
 from optimum_otprune.models.perplexity import evaluation_bytes, windows_together
+from optimum_otprune.models.prunable_model import PrunableModel
 from optimum_otprune.models.save_formats import saved_widths
 from optimum_otprune.models.timing import matmul_rate
 from optimum_otprune.pruning.calibration.data import ExpectedSamples, ModelLimits, TokenSource, expected_samples
@@ -63,8 +65,7 @@ def plan_pruning(
     skeleton: Skeleton,
     config: OTPruningConfig,
     calibration_data: TokenSource | None,
-    batch_size: int,
-    max_hidden_memory: int,
+    settings: PassSettings,
     evaluate: bool = False,
     evaluation_data: TokenSource | None = None,
 ) -> PruningPlan:
@@ -74,8 +75,7 @@ def plan_pruning(
         skeleton: The model.
         config: What is done.
         calibration_data: As for `prune`.
-        batch_size: Samples per forward pass.
-        max_hidden_memory: Bytes of hidden states in main memory; what is more is spilled to disk.
+        settings: Of the passes.
         evaluate: Whether the model is evaluated before and after.
         evaluation_data: As for `evaluate`.
 
@@ -83,37 +83,37 @@ def plan_pruning(
         OTPruneError: Whatever `prune` would raise before it starts to work.
     """
     model, options, has_tokenizer, is_loaded = skeleton
+    batch_size = settings.batch_size
     check_dense(model)
-    blocks = loadable_blocks(model) if is_loaded else ffn_blocks(model)
-    config = with_pruning_ratio(config, model, blocks)
+    prunable = PrunableModel.loadable(model) if is_loaded else PrunableModel.of(model)
+    config = with_pruning_ratio(config, prunable)
     recipe = Recipe.resolve(config, {})
-    widths = plan_widths(blocks, config)
-    is_idle = widths == [block.intermediate_size for block in blocks]
-    biases = 0 if is_idle else _bias_parameters(model, blocks, config, widths)
+    widths = plan_widths(prunable.blocks, config)
+    is_idle = widths == prunable.widths
+    biases = 0 if is_idle else _bias_parameters(prunable, config, widths)
     limits = ModelLimits.of(model)
     samples = expected_samples(calibration_data, config, limits, has_tokenizer)
     windows = expected_samples(evaluation_data, config, limits, has_tokenizer) if evaluate else None
     weights = _weights_by_device(model, options)
     device = next((name for name in weights if name not in ("cpu", "disk")), "cpu")
-    work = _workload(model, blocks, widths, recipe, samples, batch_size)
-    working = [] if is_idle else _working_memory(work, weights, max_hidden_memory)
+    work = _workload(prunable, widths, recipe, samples, batch_size)
+    working = [] if is_idle else _working_memory(work, weights, settings.spill.limit)
     if windows is not None:
         working += _evaluation_memory(model, work, windows, batch_size, working, device)
     return PruningPlan(
-        **_shapes(model, blocks, config, widths),
+        **_shapes(prunable, config, widths),
         bias_parameters=biases,
         samples=samples,
         written_samples=_written(config) * samples.num_samples,
-        memory=(*_resting_memory(blocks, widths, weights), *working),
+        memory=(*_resting_memory(prunable.blocks, widths, weights), *working),
         computing_device=device,
-        seconds={} if is_idle else _seconds(model, blocks, work, samples, batch_size, device),
+        seconds={} if is_idle else _seconds(prunable, work, samples, batch_size, device),
     )
 
 
-def _shapes(
-    model: PreTrainedModel, blocks: list[FFNBlock], config: OTPruningConfig, widths: list[int]
-) -> dict[str, Any]:
+def _shapes(prunable: PrunableModel, config: OTPruningConfig, widths: list[int]) -> dict[str, Any]:
     """Fields of the plan that say what the model is, and will be."""
+    model, blocks = prunable.model, prunable.blocks
     adaptive = set(range(len(blocks))) - set(given_widths(blocks, config)) if config.allocation == "adaptive" else ()
     saved = saved_widths(config.non_uniform_format, widths)
     return {
@@ -122,7 +122,7 @@ def _shapes(
         "model_class": type(model).__name__,
         "dtype": str(model.dtype).removeprefix("torch."),
         "hidden_size": _hidden_size(blocks),
-        "widths_before": tuple(block.intermediate_size for block in blocks),
+        "widths_before": tuple(prunable.widths),
         "widths_after": tuple(widths),
         "adaptive_layers": tuple(sorted(adaptive)),
         "parameters_before": model.num_parameters(),
@@ -132,14 +132,12 @@ def _shapes(
     }
 
 
-def _bias_parameters(
-    model: PreTrainedModel, blocks: list[FFNBlock], config: OTPruningConfig, widths: list[int]
-) -> int:
+def _bias_parameters(prunable: PrunableModel, config: OTPruningConfig, widths: list[int]) -> int:
     """How many may be added; raises what pruning would raise before any work."""
-    can_hold_intercept = check_feasible(model, blocks, config, widths)
-    if not can_hold_intercept or config.intercept not in ("auto", "always"):
+    check_feasible(prunable, config, widths)
+    if not prunable.can_hold_intercept or config.intercept not in ("auto", "always"):
         return 0
-    costs = [added_biases(block, "parameters") for block in blocks]
+    costs = [added_biases(block, "parameters") for block in prunable.blocks]
     return sum(once + each * width for (once, each), width in zip(costs, widths))
 
 
@@ -168,14 +166,9 @@ def _removed(blocks: list[FFNBlock], widths: list[int], unit: str) -> int:
 
 
 def _workload(
-    model: PreTrainedModel,
-    blocks: list[FFNBlock],
-    widths: list[int],
-    recipe: Recipe,
-    samples: ExpectedSamples,
-    batch_size: int,
+    prunable: PrunableModel, widths: list[int], recipe: Recipe, samples: ExpectedSamples, batch_size: int
 ) -> Workload:
-    config = recipe.config
+    model, blocks, config = prunable.model, prunable.blocks, recipe.config
     pruned = [width for block, width in zip(blocks, widths) if width < block.intermediate_size] or widths[:1]
     is_adaptive = config.allocation == "adaptive"
     given = samples.num_samples * samples.seqlen
@@ -185,7 +178,7 @@ def _workload(
         hidden_size=_hidden_size(blocks),
         intermediate_size=blocks[0].intermediate_size,
         kept_size=sum(pruned) // len(pruned),
-        num_projections=2 if blocks[0].projection("gate") is None else 3,
+        num_projections=len(blocks[0].projections),
         tokens=given * (1 + _written(config)),
         written_tokens=given * _written(config),
         batch_tokens=min(batch_size, samples.num_samples) * samples.seqlen,
@@ -259,19 +252,14 @@ def _working_memory(work: Workload, weights: Mapping[str, int], max_hidden_memor
 
 
 def _seconds(
-    model: PreTrainedModel,
-    blocks: list[FFNBlock],
-    work: Workload,
-    samples: ExpectedSamples,
-    batch_size: int,
-    device: str,
+    prunable: PrunableModel, work: Workload, samples: ExpectedSamples, batch_size: int, device: str
 ) -> Mapping[str, float] | None:
     if not _is_here(torch.device(device)):
         return None
     count = work.tokens // samples.seqlen
-    forward = forward_flops(model, blocks, count, samples.seqlen)
-    decode = forward_flops(model, blocks, work.written_tokens // samples.seqlen, samples.seqlen, samples.seqlen)
-    rates = _rates(work, torch.device(device), model.dtype, batch_size)
+    forward = forward_flops(prunable, count, samples.seqlen)
+    decode = forward_flops(prunable, work.written_tokens // samples.seqlen, samples.seqlen, samples.seqlen)
+    rates = _rates(work, torch.device(device), prunable.model.dtype, batch_size)
     return expected_seconds(work, forward.total - forward.head, decode.total, rates)
 
 

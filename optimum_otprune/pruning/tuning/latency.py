@@ -7,15 +7,11 @@ from transformers import PreTrainedModel
 from optimum_otprune.errors import ConfigurationError
 from optimum_otprune.functional.ffn import first_channels
 from optimum_otprune.models.changes import unchanged
-from optimum_otprune.models.ffn_block import FFNBlock
+from optimum_otprune.models.prunable_model import PrunableModel
 
 
 def width_for_latency(
-    model: PreTrainedModel,
-    blocks: list[FFNBlock],
-    target_latency: float,
-    multiple_of: int,
-    measure: Callable[[PreTrainedModel], float],
+    prunable: PrunableModel, target_latency: float, multiple_of: int, measure: Callable[[PreTrainedModel], float]
 ) -> int:
     """Return the largest multiple of channels with which a forward pass takes at most the target.
 
@@ -23,8 +19,7 @@ def width_for_latency(
     after each measurement. Assumes that more channels never make a model faster.
 
     Args:
-        model: The dense model; the same afterwards.
-        blocks: All its FFN blocks, of one width.
+        prunable: The dense model, its FFNs of one width; the same afterwards.
         target_latency: In seconds.
         multiple_of: What the result is a multiple of.
         measure: Seconds of a model as it is.
@@ -32,10 +27,11 @@ def width_for_latency(
     Raises:
         ConfigurationError: If the dense model is as fast already, or no width is fast enough.
     """
+    model, blocks = prunable.model, prunable.blocks
     width = blocks[0].intermediate_size
 
     def seconds(kept: int) -> float:
-        with unchanged(model, blocks):
+        with unchanged(prunable):
             for block in blocks if kept < width else []:
                 block.install(first_channels(block.read(), kept))
             return measure(model)

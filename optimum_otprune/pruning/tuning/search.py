@@ -8,12 +8,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
 from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.config.options import BUDGET_FIELDS
@@ -28,13 +27,15 @@ from optimum_otprune.errors import (
 from optimum_otprune.functional.selection import sensible_multiple
 from optimum_otprune.models.changes import unchanged
 from optimum_otprune.models.faithfulness import measured_factors
-from optimum_otprune.models.ffn_block import FFNBlock, dense_width, native_intercept
+from optimum_otprune.models.ffn_block import dense_width
+from optimum_otprune.models.pass_settings import PassSettings
 from optimum_otprune.models.perplexity import evaluate_perplexity
+from optimum_otprune.models.prunable_model import PrunableModel
 from optimum_otprune.models.timing import forward_seconds
 from optimum_otprune.pruning.layer_store import NoStore
 from optimum_otprune.pruning.pipeline import prune_model
 from optimum_otprune.pruning.recipe import Recipe
-from optimum_otprune.pruning.settings import PassSettings
+from optimum_otprune.pruning.seeds import seed_of
 from optimum_otprune.pruning.size_target import with_pruning_ratio
 from optimum_otprune.pruning.tuning.latency import width_for_latency
 from optimum_otprune.pruning.tuning.search_space import (
@@ -55,13 +56,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _STUDY_NAME = "otprune"
-_SEED_STRIDE = 100_003
 _SEEDS = 2**32  # of NumPy, which optuna draws with
 
 
 def tune_model(
-    model: PreTrainedModel,
-    blocks: list[FFNBlock],
+    prunable: PrunableModel,
     base: OTPruningConfig,
     tokens: Tensor,
     settings: TuningSettings,
@@ -70,8 +69,7 @@ def tune_model(
     """Search for a better configuration than the given one at the same budget; the model stays as it is.
 
     Args:
-        model: The dense model.
-        blocks: All its FFN blocks.
+        prunable: The dense model.
         base: The start; it is the first trial.
         tokens: Calibration samples, LongTensor `(num_samples, seqlen)`.
         settings: Of the search.
@@ -82,22 +80,22 @@ def tune_model(
     """
     optuna = _optuna()
     _check_one_budget(base, settings.target_latency)
-    factors = measured_factors(model, blocks, tokens)
-    is_residual = blocks[0].spec.residual and any(factors)
-    can_hold_intercept = native_intercept(model, blocks[0].spec)
+    factors = measured_factors(prunable, tokens)
+    prunable = prunable.checked(factors)
+    is_residual = prunable.spec.residual and any(factors)
     given = settings.search_space
-    given = default_search_space(base, is_residual, can_hold_intercept) if given is None else given
+    given = default_search_space(base, is_residual, prunable.can_hold_intercept) if given is None else given
     space = check_search_space(given, base)
     settings = settings._replace(latency_shape=settings.latency_shape or (1, tokens.shape[1]))
     fit, heldout = split_samples(tokens, settings.validation_share, settings.seed)
     if settings.target_latency is None:
-        with_pruning_ratio(base, model, blocks)  # raises where the target cannot be met
+        with_pruning_ratio(base, prunable)  # raises where the target cannot be met
     with _quiet(optuna):
         study = _open_study(optuna, settings.study)
-        _check_same(study, fingerprint(model, tokens, base, space, **_conditions(settings)))
-        base = _at_latency(study, model, blocks, base, settings)
-        objective = partial(_perplexity, model, blocks, fit, heldout, settings.batch_size, factors)
-        return _search(optuna, study, base, space, objective, settings, on_trial)
+        _check_same(study, fingerprint(prunable.model, tokens, base, space, **_conditions(settings)))
+        base = _at_latency(study, prunable, base, settings)
+        objective = partial(_perplexity, prunable, fit, heldout, settings.batch_size)
+        return _Search(optuna, study, base, space, objective).run(settings, on_trial)
 
 
 def split_samples(tokens: Tensor, validation_share: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -217,11 +215,7 @@ def _check_same(study: "optuna.Study", now: dict[str, Any]) -> None:
 
 
 def _at_latency(
-    study: "optuna.Study",
-    model: PreTrainedModel,
-    blocks: list[FFNBlock],
-    base: OTPruningConfig,
-    settings: TuningSettings,
+    study: "optuna.Study", prunable: PrunableModel, base: OTPruningConfig, settings: TuningSettings
 ) -> OTPruningConfig:
     """The base with the ratio that meets the target latency, measured once for all runs of a study."""
     if settings.target_latency is None:
@@ -234,10 +228,9 @@ def _at_latency(
         )
     if "pruning_ratio" not in study.user_attrs:
         assert settings.latency_shape is not None
-        width = dense_width(blocks)
+        width = dense_width(prunable.blocks)
         kept = width_for_latency(
-            model,
-            blocks,
+            prunable,
             settings.target_latency,
             sensible_multiple(width, base.multiple_of),
             partial(forward_seconds, shape=settings.latency_shape),
@@ -248,86 +241,95 @@ def _at_latency(
 
 
 def _perplexity(
-    model: PreTrainedModel,
-    blocks: list[FFNBlock],
-    fit: Tensor,
-    heldout: Tensor,
-    batch_size: int,
-    factors: list[float | None],
-    config: OTPruningConfig,
+    prunable: PrunableModel, fit: Tensor, heldout: Tensor, batch_size: int, config: OTPruningConfig
 ) -> float:
     """Of the model pruned by a configuration; the model itself stays as it is."""
-    recipe = Recipe.resolve(with_pruning_ratio(config, model, blocks), {})
-    with unchanged(model, blocks):
-        prune_model(model, blocks, recipe, fit, PassSettings(batch_size, progress=False), NoStore(), factors)
-        perplexity = float(evaluate_perplexity(model, heldout, batch_size, progress=False)["perplexity"])
+    recipe = Recipe.resolve(with_pruning_ratio(config, prunable), {})
+    with unchanged(prunable):
+        prune_model(prunable, recipe, fit, PassSettings(batch_size, progress=False), NoStore())
+        perplexity = float(evaluate_perplexity(prunable.model, heldout, batch_size, progress=False)["perplexity"])
     if not math.isfinite(perplexity):
         raise NumericalError("The pruned model's perplexity on the held-out samples is infinite.")
     return perplexity
 
 
-def _search(
-    optuna: Any,
-    study: "optuna.Study",
-    base: OTPruningConfig,
-    space: Mapping[str, Domain],
-    objective: Callable[[OTPruningConfig], float],
-    settings: TuningSettings,
-    on_trial: Callable[[TuningResult], None],
-) -> TuningResult:
-    deadline = math.inf if settings.timeout is None else time.monotonic() + settings.timeout
-    result = TuningResult(base, _finished(optuna, study))
-    on_trial(result)
-    with tqdm(
-        total=settings.num_trials,
-        initial=len(result.trials),
-        desc="Tuning",
-        unit="trial",
-        disable=not settings.progress,
-    ) as bar:
-        while len(result.trials) < settings.num_trials and (not result.trials or time.monotonic() < deadline):
-            # A sampler of its own for each trial: an interrupted study goes on as if it had not been interrupted.
-            study.sampler = optuna.samplers.TPESampler(
-                seed=(settings.seed + _SEED_STRIDE * len(result.trials)) % _SEEDS
+class _Search(NamedTuple):
+    """A search, as far as it has come.
+
+    Attributes:
+        optuna: The module.
+        study: What was tried.
+        base: The start.
+        space: What is searched over.
+        objective: Of a configuration; less is better.
+    """
+
+    optuna: Any
+    study: "optuna.Study"
+    base: OTPruningConfig
+    space: Mapping[str, Domain]
+    objective: Callable[[OTPruningConfig], float]
+
+    def run(self, settings: TuningSettings, on_trial: Callable[[TuningResult], None]) -> TuningResult:
+        """Try configurations until there are enough trials, or time is up."""
+        deadline = math.inf if settings.timeout is None else time.monotonic() + settings.timeout
+        result = self._result()
+        on_trial(result)
+        with tqdm(
+            total=settings.num_trials,
+            initial=len(result.trials),
+            desc="Tuning",
+            unit="trial",
+            disable=not settings.progress,
+        ) as bar:
+            while len(result.trials) < settings.num_trials and (not result.trials or time.monotonic() < deadline):
+                # A sampler of its own for each trial: an interrupted study goes on as if it had not been interrupted.
+                seed = seed_of(settings.seed, len(result.trials)) % _SEEDS
+                self.study.sampler = self.optuna.samplers.TPESampler(seed=seed)
+                self._run_trial(is_first=not result.trials)
+                result = self._result()
+                trial = result.trials[-1]
+                logger.log(logging.WARNING if trial.error else logging.INFO, "%s", trial.describe(self.base))
+                bar.update()
+                on_trial(result)
+        return result
+
+    def _run_trial(self, is_first: bool) -> None:
+        """One trial; if anything but a failure of its configuration ends it, it does not count."""
+        states, base, space = self.optuna.trial.TrialState, self.base, self.space
+        if is_first and contains(space, base):
+            self.study.enqueue_trial(_own_values(base, space))
+        trial = self.study.ask()
+        is_sampled = not is_first or contains(space, base)
+        config = sample_config(base, space, partial(_suggest, trial)) if is_sampled else base
+        trial.set_user_attr("config", config.to_dict())
+        ended = False
+        try:
+            self.study.tell(trial, self.objective(config))
+            ended = True
+        except OTPruneError as error:
+            if is_first:
+                raise
+            trial.set_user_attr("error", str(error))
+            self.study.tell(trial, state=states.PRUNED)
+            ended = True
+        finally:
+            if not ended:
+                self.study.tell(trial, state=states.FAIL)
+
+    def _result(self) -> TuningResult:
+        states = (self.optuna.trial.TrialState.COMPLETE, self.optuna.trial.TrialState.PRUNED)
+        trials = (
+            Trial(
+                trial.number,
+                OTPruningConfig.from_dict(trial.user_attrs["config"]),
+                trial.value,
+                trial.user_attrs.get("error"),
+                0.0 if trial.duration is None else trial.duration.total_seconds(),
             )
-            _run_trial(optuna, study, base, space, objective, is_first=not result.trials)
-            result = TuningResult(base, _finished(optuna, study))
-            trial = result.trials[-1]
-            logger.log(logging.WARNING if trial.error else logging.INFO, "%s", trial.describe(base))
-            bar.update()
-            on_trial(result)
-    return result
-
-
-def _run_trial(
-    optuna: Any,
-    study: "optuna.Study",
-    base: OTPruningConfig,
-    space: Mapping[str, Domain],
-    objective: Callable[[OTPruningConfig], float],
-    is_first: bool,
-) -> None:
-    """One trial; if anything but a failure of its configuration ends it, it does not count."""
-    states = optuna.trial.TrialState
-    if is_first and contains(space, base):
-        study.enqueue_trial(_own_values(base, space))
-    trial = study.ask()
-    config = sample_config(base, space, partial(_suggest, trial)) if not is_first or contains(space, base) else base
-    trial.set_user_attr("config", config.to_dict())
-    ended = False
-    try:
-        perplexity = objective(config)
-        study.tell(trial, perplexity)
-        ended = True
-    except OTPruneError as error:
-        if is_first:
-            raise
-        trial.set_user_attr("error", str(error))
-        study.tell(trial, state=states.PRUNED)
-        ended = True
-    finally:
-        if not ended:
-            study.tell(trial, state=states.FAIL)
+            for trial in self.study.get_trials(deepcopy=False, states=states)
+        )
+        return TuningResult(self.base, tuple(trials))
 
 
 def _own_values(base: OTPruningConfig, space: Mapping[str, Domain]) -> dict[str, Any]:
@@ -349,20 +351,6 @@ def _suggest(trial: "optuna.Trial", name: str, label: str, domain: Domain) -> An
         return suggest(label, domain.low, domain.high)  # type: ignore[arg-type]
     by_name = {plain_value(value): value for value in domain.values}
     return by_name[trial.suggest_categorical(label, list(by_name))]
-
-
-def _finished(optuna: Any, study: "optuna.Study") -> tuple[Trial, ...]:
-    states = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
-    return tuple(
-        Trial(
-            trial.number,
-            OTPruningConfig.from_dict(trial.user_attrs["config"]),
-            trial.value,
-            trial.user_attrs.get("error"),
-            0.0 if trial.duration is None else trial.duration.total_seconds(),
-        )
-        for trial in study.get_trials(deepcopy=False, states=states)
-    )
 
 
 def _check_one_budget(config: OTPruningConfig, target_latency: float | None) -> None:

@@ -9,10 +9,11 @@ from optimum_otprune.errors import ConfigurationError
 from optimum_otprune.pruning import preparation, prune_layer
 from optimum_otprune.pruning.calibration.self_calibration import self_calibration_tokens
 from tests.conftest import VOCAB_SIZE, make_llama
+from tests.passes import quiet
 
 
 def write(model, tokens, times=2, batch_size=5, seed=0):
-    return self_calibration_tokens(model, tokens, times, batch_size, seed, progress=False)
+    return self_calibration_tokens(model, tokens, times, quiet(batch_size), seed)
 
 
 def test_samples_have_full_length_and_begin_with_a_piece_of_a_given_one(llama, tokens):
@@ -96,7 +97,7 @@ def test_what_is_written_does_not_depend_on_the_batch_size_of_a_run(tokens):
 
 def test_a_model_that_cannot_write_is_refused_before_any_pass(llama, tokens, monkeypatch):
     monkeypatch.setattr(type(llama), "can_generate", lambda self: False)
-    monkeypatch.setattr(preparation, "gradient_scores", None)  # a call would fail
+    monkeypatch.setattr(preparation, "layer_gradients", None)  # a call would fail
     config = OTPruningConfig(pruning_ratio=0.5, multiple_of=1, self_calibration=1, selection="top", importance="snip")
     with pytest.raises(ConfigurationError, match="lets the model write text"):
         OTPruner.from_pretrained(llama, config).prune(tokens, progress=False)

@@ -19,6 +19,7 @@ from optimum_otprune.errors import (
     StudyError,
 )
 from optimum_otprune.models.ffn_block import ffn_blocks
+from optimum_otprune.models.prunable_model import PrunableModel
 from optimum_otprune.models.timing import forward_seconds
 from optimum_otprune.pruning.tuning import search as tuning
 from optimum_otprune.pruning.tuning.latency import width_for_latency
@@ -466,7 +467,7 @@ def seconds_by_width(model) -> float:
 )
 def test_bisection_finds_the_largest_width_that_is_fast_enough(llama, target, multiple_of, width):
     before = copy.deepcopy(llama.state_dict())
-    assert width_for_latency(llama, ffn_blocks(llama), target + 1e-9, multiple_of, seconds_by_width) == width
+    assert width_for_latency(PrunableModel.of(llama), target + 1e-9, multiple_of, seconds_by_width) == width
     assert all(torch.equal(before[key], value) for key, value in llama.state_dict().items())
 
 
@@ -475,7 +476,7 @@ def test_bisection_finds_the_largest_width_that_is_fast_enough(llama, target, mu
 )
 def test_a_latency_that_cannot_be_met_or_is_met_already_is_an_error(llama, target, message):
     with pytest.raises(ConfigurationError, match=message):
-        width_for_latency(llama, ffn_blocks(llama), target, 1, seconds_by_width)
+        width_for_latency(PrunableModel.of(llama), target, 1, seconds_by_width)
 
 
 def test_a_forward_pass_takes_time(llama):

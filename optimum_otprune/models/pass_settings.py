@@ -1,0 +1,25 @@
+"""How passes over token ids are made; results do not depend on it, but for rounding."""
+
+import dataclasses
+
+from optimum_otprune.models.defaults import BATCH_SIZE
+from optimum_otprune.models.spill import TensorSpill
+
+
+@dataclasses.dataclass(frozen=True)
+class PassSettings:
+    """What a pass may vary without changing its result (but for rounding).
+
+    Attributes:
+        batch_size: Samples per forward pass.
+        progress: Whether to show progress bars.
+        spill: Where hidden states wait.
+    """
+
+    batch_size: int = BATCH_SIZE
+    progress: bool = True
+    spill: TensorSpill = dataclasses.field(default_factory=TensorSpill)
+
+    def by(self, batch_size: int) -> "PassSettings":
+        """The same for batches of another size, with the same spill."""
+        return dataclasses.replace(self, batch_size=batch_size)

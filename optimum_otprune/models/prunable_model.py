@@ -1,0 +1,81 @@
+"""`PrunableModel`: a model and its FFN blocks, as one value."""
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from optimum_otprune.models.architectures import FFNSpec, find_blocks
+from optimum_otprune.models.ffn_block import FFNBlock, check_loadable, dense_width, ffn_blocks
+
+
+@dataclasses.dataclass(frozen=True)
+class PrunableModel:
+    """A model with its FFN blocks.
+
+    Attributes:
+        model: The model.
+        blocks: All its FFN blocks, in the order of its forward pass.
+        factors: What each block adds of its FFN's output to the hidden states, or None where that is no plain
+            multiple of it; None as a whole as long as the model was not checked, see `measured_factors`.
+    """
+
+    model: PreTrainedModel
+    blocks: list[FFNBlock]
+    factors: Sequence[float | None] | None = None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "PrunableModel":
+        """Find the blocks of a model.
+
+        Raises:
+            UnsupportedModelError: See `ffn_blocks`.
+        """
+        return cls(model, ffn_blocks(model))
+
+    @classmethod
+    def loadable(cls, model: PreTrainedModel) -> "PrunableModel":
+        """Find the blocks of a model that can be loaded again once it is saved.
+
+        Raises:
+            UnsupportedModelError: See `ffn_blocks`, `dense_width` and `check_loadable`.
+        """
+        found = cls.of(model)
+        dense_width(found.blocks)
+        check_loadable(model)
+        return found
+
+    @property
+    def spec(self) -> FFNSpec:
+        """Where the FFNs are, and what the model's configuration calls their width."""
+        return self.blocks[0].spec
+
+    @property
+    def widths(self) -> list[int]:
+        """Channels of each FFN now."""
+        return [block.intermediate_size for block in self.blocks]
+
+    @functools.cached_property
+    def can_hold_intercept(self) -> bool:
+        """Whether the architecture can hold a bias on the down projection, so that plain loading finds it.
+
+        Found out by building the model from its configuration, with biases switched on, on the meta device.
+        """
+        if getattr(self.blocks[0].down, "bias", None) is not None:
+            return True
+        key = self.spec.bias_key
+        if key is None or not hasattr(self.model.config, key):
+            return False
+        config = copy.deepcopy(self.model.config)
+        setattr(config, key, True)
+        with torch.device("meta"):
+            probe = type(self.model)(config)
+        first = FFNBlock(find_blocks(probe, self.spec)[0], self.spec, 0)
+        return getattr(first.down, "bias", None) is not None
+
+    def checked(self, factors: Sequence[float | None]) -> "PrunableModel":
+        """The same after its check, of which `measured_factors` are known."""
+        return dataclasses.replace(self, factors=factors)
