@@ -39,7 +39,7 @@ def _values(option: Option) -> str:
         return f"some of {names}" if option.kind is tuple else names
     rules, bounds = option.rules, []
     if rules.units is not None:
-        return "number, share, or text with a unit (" + ", ".join(f"`{unit}`" for unit in rules.units) + ")"
+        return "number, share, or text with a unit (" + ", ".join(f"`{unit}`" for unit in rules.units if unit) + ")"
     for sign, bound in (("≥", rules.minimum), (">", rules.above), ("≤", rules.maximum), ("<", rules.below)):
         if bound is not None:
             bounds.append(f"{sign} {bound:,}")
