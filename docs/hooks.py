@@ -160,7 +160,11 @@ def errors_table() -> str:
         if inspect.isclass(value) and issubclass(value, errors.OTPruneError) and value.__module__ == errors.__name__
     ]
     rows = [
-        (f"`{found.__name__}`", ", ".join(f"`{base.__name__}`" for base in found.__bases__), _first_sentences(found.__doc__))
+        (
+            f"`{found.__name__}`",
+            ", ".join(f"`{base.__name__}`" for base in found.__bases__),
+            _first_sentences(found.__doc__),
+        )
         for found in classes
     ]
     return table(("error", "is also", "meaning"), rows)
@@ -182,7 +186,7 @@ def with_generated(markdown: str) -> str:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Called by mkdocs: put tables into a page, and turn links to results as the repository has them into the site's."""
+    """Called by mkdocs: put tables into a page, and turn the repository's links to results into the site's."""
     return with_generated(markdown).replace("](../benchmarks/results/", "](benchmarks/results/")
 
 

@@ -1,8 +1,8 @@
 """Every code block of the README and of docs/ runs, or is read by what would read it.
 
-Python blocks of a page run one after the other in one namespace, in an empty folder, with a tiny model under the name of
-the one on the Hub. Lines of `otprune` are read by the real parser, and run after the comment `<!-- run -->`. Blocks after
-`<!-- needs network -->` are compiled only.
+Python blocks of a page run one after the other in one namespace, in an empty folder, with a tiny model under the name
+of the one on the Hub. Lines of `otprune` are read by the real parser, and run after the comment `<!-- run -->`. Blocks
+after `<!-- needs network -->` are compiled only.
 """
 
 import argparse
@@ -217,7 +217,9 @@ def test_every_page_is_in_the_site_and_in_the_list_for_programs():
         name = page.relative_to(DOCS).as_posix()
         assert f": {name}\n" in site, name
         assert f"]({name})" in listed or name == "index.md", name
-    assert set(re.findall(r"\]\(([^)]+)\)", listed)) <= {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
+    assert set(re.findall(r"\]\(([^)]+)\)", listed)) <= {
+        path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")
+    }
 
 
 @pytest.mark.parametrize("page", names(PAGES))
@@ -252,7 +254,9 @@ def test_tables_are_made_from_the_package(hooks):
         assert all(f"| `{name}` |" in registered for name in registry.names())
     assert all(f"| `{name}` |" in registered for name in [*strategies, *ARCHITECTURES])
     listed = hooks.errors_table()
-    classes = [value for value in vars(errors).values() if isinstance(value, type) and value.__module__ == errors.__name__]
+    classes = [
+        value for value in vars(errors).values() if isinstance(value, type) and value.__module__ == errors.__name__
+    ]
     assert len(classes) > 20
     assert all(f"| `{error.__name__}` |" in listed for error in classes)
 
