@@ -25,7 +25,13 @@ def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     """A Markdown table; cells are Markdown."""
     lines = [list(header)]
     lines += [["---"] * len(lines[0]), *([str(cell) for cell in row] for row in rows)]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+    return "\n".join("| " + " | ".join(_without_bars(cell) for cell in line) + " |" for line in lines) + "\n"
+
+
+def _without_bars(cell: str) -> str:
+    """A cell whose bars separate no cells; within code they never do."""
+    parts = re.split(r"(`[^`]*`)", cell)
+    return "".join(part if part.startswith("`") else part.replace("|", "\\|") for part in parts)
 
 
 def _first_sentences(text: str | None) -> str:
@@ -185,9 +191,22 @@ def with_generated(markdown: str) -> str:
     return _PLACE.sub(lambda found: GENERATED[found[1]](), markdown)
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
+_PAGES: dict[str, str] = {}
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Called by mkdocs: put tables into a page, and turn the repository's links to results into the site's."""
-    return with_generated(markdown).replace("](../benchmarks/results/", "](benchmarks/results/")
+    text = with_generated(markdown).replace("](../benchmarks/results/", "](benchmarks/results/")
+    _PAGES[page.file.src_uri] = text
+    return text
+
+
+def on_post_build(config: Any) -> None:
+    """Called by mkdocs: lay the Markdown of every page, which `llms.txt` links to, beside its HTML."""
+    for name, text in _PAGES.items():
+        file = Path(config.site_dir) / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
 
 
 def on_files(files: Any, config: Any) -> Any:

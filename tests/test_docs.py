@@ -33,6 +33,7 @@ from optimum_otprune.functional.solvers import solvers
 from optimum_otprune.models.architectures import ARCHITECTURES
 from optimum_otprune.pruning.calibration import documents
 from tests.conftest import run_command
+from tests.test_layers import DOORS, FLOORS
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -238,11 +239,19 @@ def test_the_readme_is_one_page_with_both_commands():
     assert text.index("--target-parameters 70%") < text.index("## What it costs")
 
 
+def test_the_page_on_architecture_names_every_room_and_every_door():
+    text = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    for room in [room for floor in FLOORS for room in floor if not room.startswith("__")]:
+        assert f"| `{room}/` |" in text or f"| `{room}.py` |" in text, room
+    for door in {door for doors in DOORS.values() for door in doors}:
+        assert f"`{door}`" in text, door
+
+
 def test_tables_are_made_from_the_package(hooks):
     configuration = hooks.configuration_table()
     for option in OPTIONS:
         assert f"| `{option.name}` |" in configuration
-        assert option.help.replace("|", "\\|") in configuration
+        assert option.help in configuration
     line = hooks.command_line()
     for command in OTPruneCommand.SUBCOMMANDS:
         assert f"## otprune {command.name}\n" in line
@@ -259,6 +268,10 @@ def test_tables_are_made_from_the_package(hooks):
     ]
     assert len(classes) > 20
     assert all(f"| `{error.__name__}` |" in listed for error in classes)
+
+
+def test_bars_in_a_table_separate_no_cells(hooks):
+    assert hooks.table(["a"], [["`|x|` or |"]]) == "| a |\n| --- |\n| `|x|` or \\| |\n"
 
 
 def test_a_place_for_a_table_that_nobody_makes_is_an_error(hooks):
