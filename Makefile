@@ -4,10 +4,11 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 BENCH_READY = $(VENV)/.bench-ready
+DOCS_READY = $(VENV)/.docs-ready
 # Two processes that use all cores slow each other down many times over; the tests run one thread each.
 WORKERS ?= 2
 
-.PHONY: demo test test-slow test-newest quality style bench bench-quality bench-calibration bench-gpu bench-scale cards clean
+.PHONY: demo test test-slow test-newest quality style bench bench-quality bench-calibration bench-gpu bench-scale cards docs release-check clean
 
 demo: $(READY)
 	$(BIN)/otprune demo
@@ -24,7 +25,7 @@ test-slow: $(READY)
 NEWEST_VENV ?= .venv-newest
 NEWEST_BIN = $(NEWEST_VENV)/bin
 NOT_NEWEST = tests/functional tests/test_crashes.py tests/test_examples.py tests/benchmarks \
-  tests/commands/test_demo.py
+  tests/commands/test_demo.py tests/test_docs.py
 
 test-newest:
 	$(PYTHON) -m venv $(NEWEST_VENV)
@@ -73,6 +74,22 @@ bench: bench-quality
 cards: $(READY)
 	$(BIN)/python model_cards/render.py $(CARDS_ARGS)
 
+# The documentation as a site, with warnings as errors.
+SITE ?= site
+
+docs: $(DOCS_READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict --site-dir "$(abspath $(SITE))"
+
+# Wheel and source archive in $(DIST); the wheel runs the demo in a fresh environment.
+DIST ?= dist
+
+release-check:
+	PYTHON="$(PYTHON)" .ci/release-check "$(DIST)"
+
+$(DOCS_READY): $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	@touch $@
+
 $(BENCH_READY): $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
 	@touch $@
@@ -86,4 +103,4 @@ $(READY): pyproject.toml setup.py constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(NEWEST_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NEWEST_VENV) $(SITE) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
