@@ -14,7 +14,7 @@ from typing import Any
 from optimum_otprune import errors
 from optimum_otprune.commands.parser import OTPruneCommand
 from optimum_otprune.config.options import OPTIONS, Option
-from optimum_otprune.config.presets import METHODS, QUALITIES
+from optimum_otprune.config.presets import METHODS, QUALITIES, Preset
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 _CONFIGURATION_GROUP = "pruning configuration"
@@ -69,8 +69,9 @@ def presets_table() -> str:
     """What each method and each quality sets."""
     parts = []
     for title, presets in (("Methods", METHODS), ("Qualities", QUALITIES)):
-        fields = list(dict.fromkeys(field for values in presets.values() for field in values))
-        rows = ([f"`{field}`", *(_preset(values.get(field)) for values in presets.values())] for field in fields)
+        chosen = {name: preset.fields if isinstance(preset, Preset) else preset for name, preset in presets.items()}
+        fields = list(dict.fromkeys(field for values in chosen.values() for field in values))
+        rows = ([f"`{field}`", *(_preset(values.get(field)) for values in chosen.values())] for field in fields)
         parts.append(f"### {title}\n\n" + table(("field", *(f"`{name}`" for name in presets)), rows))
     return "\n".join(parts)
 
