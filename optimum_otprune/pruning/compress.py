@@ -28,17 +28,18 @@ from optimum_otprune.pruning.recipe import Recipe
 
 
 class LayerInputs(NamedTuple):
-    """What compression is given of one layer.
+    """What one layer is compressed from.
 
     Attributes:
-        weights: The dense FFN.
+        weights: The weights of the dense FFN.
         fit: Second moments of the calibration tokens that are fitted.
-        heldout: The same of the held-out tokens.
-        snip: Weight scores, or None when the recipe needs no gradients.
-        fo: Weight scores, or None.
-        seed: Of this layer.
-        can_hold_intercept: Whether the architecture has an output bias; `intercept="auto"` adds none where not.
-        remeasure: Second moments, fitted and held-out, of the channels of another FFN with the same targets.
+        heldout: Second moments of the calibration tokens that are held out.
+        snip: Scores of the weights by SNIP, or None when the recipe needs no gradients.
+        fo: Scores of the weights by FO, or None when the recipe does not read them.
+        seed: The random seed of this layer.
+        can_hold_intercept: Whether the architecture has an output bias; without one, `intercept="auto"` adds none.
+        remeasure: A function that returns the second moments, fitted and held-out, of the channels of another FFN with
+            the same targets.
     """
 
     weights: FFNWeights
@@ -84,9 +85,9 @@ def compress(inputs: LayerInputs, recipe: Recipe, kept_size: int) -> Compression
     """Compress one FFN to `kept_size` channels.
 
     Args:
-        inputs: Of the layer.
-        recipe: What to do.
-        kept_size: Channels to keep, at most as many as there are.
+        inputs: Weights, moments and scores of the layer.
+        recipe: The configuration with its functions.
+        kept_size: Number of channels to keep, at most as many as there are.
 
     Returns:
         The compressed FFN in the dtype of `inputs.weights`.
@@ -98,13 +99,13 @@ def compress(inputs: LayerInputs, recipe: Recipe, kept_size: int) -> Compression
 
 
 class _Sides(NamedTuple):
-    """What mass is moved, from where and where to.
+    """The two sides of a transport problem: the channels that mass leaves and those that it reaches.
 
     Attributes:
-        pruned: LongTensor, the channels that go.
-        sources: LongTensor, the channels that the plan's rows stand for: those that go, or all.
-        source: Marginal `(len(sources),)`.
-        target: Marginal `(kept_size,)`.
+        pruned: Indices of the channels that are removed, LongTensor.
+        sources: Indices of the channels that the plan's rows stand for, LongTensor: the removed ones, or all.
+        source: The mass of each source, `(len(sources),)`.
+        target: The mass of each kept channel, `(kept_size,)`.
     """
 
     pruned: Tensor

@@ -20,8 +20,8 @@ def guarded(field: str, entry: Entry) -> Entry:
     `CustomFunctionError` with the original as cause, but for those of memory, which are nobody's fault.
 
     Args:
-        field: Of the configuration, for messages.
-        entry: What was registered, or given.
+        field: Name of the configuration's field, for messages.
+        entry: The registered or given function.
     """
     function = entry.function.func if isinstance(entry.function, functools.partial) else entry.function
     # Where it was defined: `__module__` is what `functools.wraps` copies from another function.

@@ -18,7 +18,7 @@ _SHOWN = 60
 
 
 def model_digest(model: PreTrainedModel) -> str:
-    """Of all weights, wherever they are, in their dtype; names do not count."""
+    """Return a digest of all weights in their dtype, wherever they are; names do not count."""
     named = ((module, name) for module in model.modules() for name in module._parameters)
     return tensors_digest(value for module, name in named if (value := read_parameter(module, name)) is not None)
 
@@ -36,9 +36,9 @@ def describe_difference(known: Mapping[str, Any], now: Mapping[str, Any], opaque
     """Return what differs, such as `"device type ('cpu', now 'cuda'), and model differ too"`, or None.
 
     Args:
-        known: Of what was begun.
-        now: Of what is asked for.
-        opaque: Names whose values say nothing to a reader.
+        known: The fingerprint of the run that was begun.
+        now: The fingerprint of the run that is asked for.
+        opaque: Names of entries, such as digests, whose values say nothing to a reader.
 
     Example:
         >>> describe_difference({"threads": 1, "model": "3f"}, {"threads": 2, "model": "a0"}, ["model"])
@@ -65,9 +65,9 @@ def run_fingerprint(model: PreTrainedModel, recipe: Recipe, tokens: Tensor, batc
 
     Args:
         model: The dense model; its weights count, not its name.
-        recipe: What is done.
-        tokens: Calibration samples.
-        batch_size: Samples per forward pass; sums are rounded by it.
+        recipe: The configuration with its functions.
+        tokens: The calibration samples, LongTensor `(num_samples, seqlen)`.
+        batch_size: Number of samples per forward pass, which the rounding of sums depends on.
     """
     config = {name: value for name, value in recipe.config.to_dict().items() if name != "optimum_otprune_version"}
     settings = model.config.to_json_string(use_diff=True) + str(model.config._attn_implementation)

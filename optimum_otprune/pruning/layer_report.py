@@ -33,10 +33,10 @@ class LayerReport:
     `optimum_otprune.functional.ratios.RescueEnergies`.
 
     Attributes:
-        layer: Index.
-        intermediate_size_before: Channels before.
-        intermediate_size_after: Channels after.
-        kept_channels: Indices of the kept channels, sorted; for centroids, of the channels nearest to them.
+        layer: The layer's index, from 0.
+        intermediate_size_before: Number of channels before pruning.
+        intermediate_size_after: Number of channels after pruning.
+        kept_channels: Sorted indices of the kept channels; with centroids, of the channels nearest to them.
         rescue_ratio: Share of the pruned channels' output energy that is still delivered, on held-out tokens.
         dilution_ratio: Share of the kept channels' own contribution given up, on held-out tokens.
         transported_mass: Share of the pruned channels' mass that the plan moved; 0 without transport.
@@ -46,7 +46,7 @@ class LayerReport:
         relative_error_after_reconstruction: The same after reconstruction; without one, as before it.
         ridge_lambda: λ of the refit, None without one; infinity where the prior was best.
         intercept: Whether an output bias was added.
-        energies: What the two ratios are made of.
+        energies: The energies that the two ratios are computed from.
     """
 
     layer: int
@@ -92,15 +92,15 @@ class LayerReport:
 
     @classmethod
     def read(cls, values: Any, where: str, unknown: list[str]) -> "LayerReport":
-        """Make a report of an entry of a larger one.
+        """Make a report from an entry of a larger one.
 
         Args:
-            values: Of any origin.
+            values: The entry, which may be anything.
             where: What the layer is called in messages.
-            unknown: Is added the names of entries that this version does not know.
+            unknown: A list that the names of entries that this version does not know are added to.
 
         Raises:
-            ReportError: As for `from_dict`.
+            ReportError: If an entry is wrong; see `PruningReport.from_dict`.
         """
         fields = {field.name: field.type for field in dataclasses.fields(cls)}
         found = known_entries(values, fields, where, unknown)
@@ -145,16 +145,16 @@ class LayerReport:
 
 
 def known_entries(values: Any, names: Collection[str], where: str, unknown: list[str]) -> dict[str, Any]:
-    """Of an object of a report, the entries that it must have.
+    """Return the entries that an object of a report must have.
 
     Args:
-        values: Of any origin.
-        names: Of the entries.
+        values: The object, which may be anything.
+        names: The names of the entries.
         where: What the object is called in messages.
-        unknown: Is added the names of the others.
+        unknown: A list that the names of all other entries are added to.
 
     Raises:
-        ReportError: If it is no object, or an entry is missing.
+        ReportError: If it is not a JSON object, or an entry is missing.
     """
     check_entry(where, values, Mapping)
     missing = [name for name in names if name not in values]
@@ -174,17 +174,17 @@ def warn_of_unknown(unknown: Sequence[str]) -> None:
 
 
 def check_entry(name: str, value: object, kind: Any, least: float | None = None, is_finite: bool = True) -> None:
-    """Raise where an entry of a report holds something else than it should.
+    """Raise an error if an entry of a report has the wrong type or is out of range.
 
     Args:
-        name: For the message.
-        value: Of any origin.
+        name: What the entry is called in messages.
+        value: The value, which may be anything.
         kind: `float` takes integers, too; `int` and `float` do not take `bool`.
-        least: Smallest number.
+        least: The smallest number allowed; None for no limit.
         is_finite: Whether NaN, infinity and numbers whose sums may be infinite are refused.
 
     Raises:
-        ReportError: Names it.
+        ReportError: If the value is wrong; the message names the entry.
     """
     fits = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
     if fits and isinstance(value, float) and not abs(value) <= _LARGEST_NUMBER:
@@ -199,15 +199,15 @@ def check_entry(name: str, value: object, kind: Any, least: float | None = None,
 
 
 def check_follows(name: str, value: object, derived: float) -> None:
-    """Raise where an entry of a report is not what the others give.
+    """Raise an error if an entry of a report does not follow from the others.
 
     Args:
-        name: For the message.
-        value: Of any origin.
-        derived: What the others give.
+        name: What the entry is called in messages.
+        value: The value, which may be anything.
+        derived: The value that follows from the other entries.
 
     Raises:
-        ReportError: Names it.
+        ReportError: If the two differ; the message names the entry.
     """
     check_entry(name, value, float)
     assert isinstance(value, (int, float))

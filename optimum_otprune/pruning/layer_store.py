@@ -19,11 +19,11 @@ PREPARED_FILE = "prepared.safetensors"
 
 
 class FinishedLayer(NamedTuple):
-    """What pruning one layer left behind.
+    """The result of pruning one layer.
 
     Attributes:
-        weights: To install.
-        report: Its line.
+        weights: The weights to install.
+        report: The report of the layer.
     """
 
     weights: FFNWeights

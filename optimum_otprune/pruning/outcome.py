@@ -32,12 +32,12 @@ class PrunedLayers(NamedTuple):
         sizes_before: tuple[int, int],
         **known: Any,
     ) -> PruningReport:
-        """The report of the whole run.
+        """Return the report of the whole run.
 
         Args:
-            model: As it is now.
-            config: What was done.
-            data: Calibration samples.
+            model: The pruned model.
+            config: The configuration that it was pruned by.
+            data: The calibration samples and where they come from.
             sizes_before: Parameters and bytes of the dense model.
             **known: Other fields of the report.
         """

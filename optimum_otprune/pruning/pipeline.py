@@ -36,14 +36,14 @@ def prune_model(
     """Prune the FFN of every block in place and write the new widths into the model's configuration.
 
     Args:
-        prunable: The dense model; it is checked unless it was.
-        recipe: What to do.
+        prunable: The dense model; it is checked unless that was done before.
+        recipe: The configuration with its functions.
         tokens: Calibration samples, LongTensor `(num_samples, seqlen)`.
-        settings: Of the passes.
-        store: Where finished layers are found and kept.
+        settings: How the passes are run.
+        store: Where finished layers are looked up and kept.
 
     Raises:
-        OTPruneError: Of the kind that fits; the message names the layer.
+        OTPruneError: If the model cannot be pruned, of the fitting class; the message names the layer.
     """
     model, blocks, config = prunable.model, prunable.blocks, recipe.config
     widths = plan_widths(blocks, config)

@@ -8,15 +8,16 @@ from optimum_otprune.pruning.calibration.self_calibration import check_can_write
 
 
 def check_feasible(prunable: PrunableModel, config: OTPruningConfig, widths: list[int]) -> None:
-    """Raise where the result could not be made or saved.
+    """Raise an error if the result could not be made or saved.
 
     Args:
         prunable: The dense model; its weights are not read.
-        config: What is done.
-        widths: Of the layers after, from `plan_widths`.
+        config: The configuration to prune by.
+        widths: Channels of each layer after pruning, from `plan_widths`.
 
     Raises:
-        ConfigurationError: If an intercept is needed that the architecture cannot hold, or the model cannot write.
+        ConfigurationError: If an intercept is needed that the architecture cannot hold, or the model is to write
+            samples and cannot.
         UnsupportedModelError: If layers of different widths could not be saved as asked for.
     """
     if config.intercept == "always" and not prunable.can_hold_intercept:
@@ -32,11 +33,11 @@ def check_feasible(prunable: PrunableModel, config: OTPruningConfig, widths: lis
 
 
 def warn_of_empty(empty: int, channels: int) -> None:
-    """Warn where the ratio counts channels that hold nothing: a few may be dead, many are padding.
+    """Warn if the ratio counts channels whose weights are zero: a few may be dead, many are padding.
 
     Args:
-        empty: Channels of zeros in all FFNs.
-        channels: All channels.
+        empty: Number of channels of zeros in all FFNs.
+        channels: Number of channels of all FFNs.
     """
     if empty:
         warn_user(

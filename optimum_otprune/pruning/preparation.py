@@ -20,13 +20,14 @@ from optimum_otprune.pruning.widths import adaptive_widths
 
 
 class Prepared(NamedTuple):
-    """What the dense model is asked for before any layer is touched.
+    """What is computed with the whole dense model before any layer is pruned.
 
     Attributes:
-        widths: Of the layers after.
-        samples: Of all processes, those that the model wrote itself after the given ones.
-        scores: One entry per layer, or None where nothing reads them.
-        moments: Second moments of the loss's gradients by the FFNs' outputs, or None where nothing reads them.
+        widths: Channels of each layer after pruning.
+        samples: The samples of all processes; those that the model wrote itself follow the given ones.
+        scores: The gradient scores of each layer, or None where nothing reads them.
+        moments: For each layer, the second moments of the loss's gradients by the FFN's outputs, `(hidden_size,
+            hidden_size)`, or None where nothing reads them.
     """
 
     widths: list[int]
@@ -50,12 +51,12 @@ def to_tensors(prepared: Prepared) -> dict[str, Tensor]:
 
 
 class Expected(NamedTuple):
-    """What a run knows of its preparation beforehand.
+    """What a run knows of its preparation before it is computed.
 
     Attributes:
-        sizes: Channels of the dense layers.
+        sizes: Channels of each layer before pruning.
         tokens: The given calibration samples.
-        shapes: Of scores and moments, by name as in `to_tensors`.
+        shapes: Shapes of the scores and moments, by the names that `to_tensors` gives them.
     """
 
     sizes: list[int]
@@ -81,7 +82,7 @@ class Expected(NamedTuple):
 
 
 def from_tensors(tensors: Mapping[str, Tensor], expected: Expected) -> Prepared:
-    """The inverse of `to_tensors`.
+    """Return what `to_tensors` wrote.
 
     Raises:
         StateError: If a tensor is missing, too many, or of another shape or kind.
@@ -131,14 +132,14 @@ def _scores(tensors: Mapping[str, Tensor], layer: int) -> GradientScores:
 def prepare(
     prunable: PrunableModel, widths: list[int], recipe: Recipe, tokens: Tensor, settings: PassSettings
 ) -> Prepared:
-    """Ask the whole dense model, before its first layer is pruned, for gradients, widths and text.
+    """Compute gradients, widths and samples with the whole dense model, before its first layer is pruned.
 
     Args:
         prunable: The dense model.
-        widths: From `plan_widths`.
-        recipe: What to do.
+        widths: Channels of each layer after pruning, from `plan_widths`.
+        recipe: The configuration with its functions.
         tokens: Calibration samples, LongTensor `(num_samples, seqlen)`.
-        settings: Of the passes.
+        settings: How the passes are run.
     """
     config = recipe.config
     samples = Samples.split(tokens, config.holdout_share, config.seed)

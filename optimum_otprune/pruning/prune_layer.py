@@ -35,10 +35,10 @@ class Run(NamedTuple):
 
     Attributes:
         prunable: The model, checked; its layers are pruned one after the other.
-        recipe: What to do.
-        prepared: What the dense model was asked for.
-        stream: Of this process's calibration samples, before the next layer.
-        is_heldout: BoolTensor over all their tokens.
+        recipe: The configuration with its functions.
+        prepared: What was computed with the dense model.
+        stream: The hidden states of this process's calibration samples before the next layer.
+        is_heldout: Which of the samples' tokens are held out, BoolTensor.
     """
 
     prunable: PrunableModel
@@ -56,7 +56,7 @@ class Run(NamedTuple):
         return cls(prunable, recipe, prepared, stream, own.is_heldout)
 
     def seed(self, block: FFNBlock) -> int:
-        """Of one layer."""
+        """Return the random seed of one layer."""
         return seed_of(self.recipe.config.seed, block.layer)
 
 
@@ -64,10 +64,10 @@ def prune_layer(block: FFNBlock, dense: FFNWeights, width: int, run: Run) -> Fin
     """Prune one layer, on what the pruned layers below it produce; the block stays as it is.
 
     Args:
-        block: The next of the run's.
-        dense: Its FFN.
-        width: Channels to keep.
-        run: What all layers share.
+        block: The block that is next in the run.
+        dense: The weights of its FFN.
+        width: Number of channels to keep.
+        run: What all layers of the run share.
     """
     config = run.recipe.config
     correction = _correction(run.prunable, run.recipe, block)

@@ -17,8 +17,8 @@ class Recipe:
     """A configuration with its names looked up, or replaced by functions of the user's own.
 
     Attributes:
-        config: Names and numbers.
-        functions: By field, what is called; fields that the method does not use are absent.
+        config: The configuration with its names and numbers.
+        functions: The function to call, by field; fields that the method does not use are absent.
     """
 
     config: OTPruningConfig
@@ -29,11 +29,12 @@ class Recipe:
         """Look up every name of the configuration.
 
         Args:
-            config: The configuration.
+            config: The configuration whose names are looked up.
             custom: Functions (or registered names) by field, in place of the configuration's.
 
         Raises:
-            ConfigurationError: If a field takes no function, nothing would call it, or a number loses its reader.
+            ConfigurationError: If a field takes no function, nothing would call the function, or nothing would read a
+                number that was set.
             RegistryError: If a name is unknown.
         """
         functions = {

@@ -62,17 +62,17 @@ class PruningReport:
     Attributes:
         config: The configuration as a dictionary.
         layers: One report per layer, in order.
-        parameters_before: Of the whole model.
-        parameters_after: Of the whole model, zeros that only fill up layers not counted.
-        calibration: What it was calibrated on: `data`, `num_samples`, `seqlen`, `num_tokens`.
+        parameters_before: Parameters of the whole model before pruning.
+        parameters_after: Parameters of the whole model after pruning, zeros that only fill up layers not counted.
+        calibration: Description of the calibration data: `data`, `num_samples`, `seqlen`, `num_tokens`.
         base_model: Hub id of the model that was pruned, or None.
         evaluations: Results of `evaluate`, oldest first, each with its protocol.
         custom_functions: Functions given in place of registered names, by field.
-        versions: Of this package and its libraries.
+        versions: Versions of this package and its libraries.
         padding_parameters: Zeros saved with the model that fill up layers to a common width.
         size_before: Bytes of the dense model's weights, shared ones once; None where it was not recorded.
-        size_after: Bytes of the pruned model's.
-        model_type: Of the architecture, as transformers names it, or None.
+        size_after: Bytes of the pruned model's weights; None where it was not recorded.
+        model_type: The architecture, as transformers names it, or None.
         token_weighting: How tokens count in the energies of layers: `residual` as in the option of that name, or
             `uniform`, as in reports that do not say.
         base_card: License and language of the base model, as its card states them; see `base_card.read_base_card`.
@@ -107,7 +107,7 @@ class PruningReport:
 
     @functools.cached_property
     def energies(self) -> RescueEnergies:
-        """Of all layers together."""
+        """The energies of all layers, added up."""
         return pooled(layer.energies for layer in self.layers)
 
     @property
@@ -118,12 +118,12 @@ class PruningReport:
 
     @property
     def rescue_ratio(self) -> float:
-        """Of the whole model, pooled by energy."""
+        """The rescue ratio of the whole model, pooled by energy."""
         return rescue_ratio(self.energies)
 
     @property
     def dilution_ratio(self) -> float:
-        """Of the whole model, pooled by energy."""
+        """The dilution ratio of the whole model, pooled by energy."""
         return dilution_ratio(self.energies)
 
     @property

@@ -49,11 +49,11 @@ def _check_same(folder: Path, known: Mapping[str, Any], now: Mapping[str, Any]) 
 
 
 def forget(folder: Path, fingerprint: Mapping[str, Any]) -> None:
-    """Remove the state of a run whose result was saved; that of another run, or in use by one, stays.
+    """Remove the state of a run whose result was saved; another run's state, or one in use, stays.
 
     Args:
-        folder: Of the state.
-        fingerprint: Of the run.
+        folder: The folder of the state.
+        fingerprint: The fingerprint of the run.
     """
     try:
         with StateFolder.opened(folder) as state:
@@ -64,11 +64,11 @@ def forget(folder: Path, fingerprint: Mapping[str, Any]) -> None:
 
 
 def forget_if_saved(folder: Path, report: PruningReport) -> bool:
-    """Remove a state whose result is known to be saved, for its process ended before it could.
+    """Remove a state whose result is known to be saved, because its process ended before it could.
 
     Args:
-        folder: Of the state.
-        report: Of the saved folder.
+        folder: The folder of the state.
+        report: The report of the saved folder.
 
     Returns:
         Whether it was so: every layer of the report is finished in the state, with the same numbers, or the state was

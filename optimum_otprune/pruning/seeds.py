@@ -7,7 +7,7 @@ def seed_of(seed: int, part: int) -> int:
     """Return the seed of one layer, or one trial, of a run.
 
     Args:
-        seed: Of the run.
+        seed: The seed of the run.
         part: Number of the part, from 0.
 
     Example:

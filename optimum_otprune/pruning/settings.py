@@ -16,13 +16,14 @@ def pass_settings(
     """Return settings as a user gives them; only the first of several processes shows progress.
 
     Args:
-        batch_size: Samples per forward pass.
+        batch_size: Number of samples per forward pass.
         progress: Whether to show progress bars.
-        max_hidden_memory: Of hidden states that wait in memory, in bytes or as `"4GB"`; others wait in files.
-        spill_folder: Where those files are; default: the system's folder for temporary ones.
+        max_hidden_memory: How much memory waiting hidden states may take, in bytes or as `"4GB"`; the others wait in
+            files.
+        spill_folder: The folder for those files; default: the system's folder for temporary files.
 
     Raises:
-        ConfigurationError: If a limit is no size, or a folder is not there.
+        ConfigurationError: If a limit is not a size, or the folder does not exist.
     """
     spill = TensorSpill(hidden_memory(max_hidden_memory), spill_path(spill_folder))
     return PassSettings(batch_size, progress and is_main_process(), spill)

@@ -26,15 +26,15 @@ class Footprint(NamedTuple):
     """Parameters, or bytes, of a model as a function of the width that all its FFNs have.
 
     Attributes:
-        fixed: Of everything but the channels.
-        per_channel: Of one channel in every layer.
+        fixed: Parameters, or bytes, of everything but the channels.
+        per_channel: Parameters, or bytes, of one channel in every layer.
     """
 
     fixed: int
     per_channel: int
 
     def at(self, width: int) -> int:
-        """Of the model with FFNs of this width."""
+        """Return the parameters, or bytes, of the model with FFNs of this width."""
         return self.fixed + self.per_channel * width
 
     def widest(self, target: int, multiple_of: int) -> int:
@@ -128,7 +128,7 @@ def _check_format(config: OTPruningConfig, name: str, decided: Mapping[int, int]
 def _footprint(
     prunable: PrunableModel, unit: str, with_biases: bool, decided: Mapping[int, int] = MappingProxyType({})
 ) -> Footprint:
-    """Of the model as it is, or as it will be when its FFNs have gained the biases that they lack.
+    """Return the footprint of the model as it is, or with the biases that its FFNs may gain.
 
     Layers whose width is decided already are part of what is fixed.
     """
@@ -157,8 +157,8 @@ def channel_cost(block: FFNBlock, unit: str) -> int:
     """Return the parameters, or bytes, of one channel of one layer.
 
     Args:
-        block: The layer.
-        unit: `"parameters"` or `"bytes"`.
+        block: The block of the layer.
+        unit: Either `"parameters"` or `"bytes"`.
     """
     cost = 0
     for name, module in block.projections.items():
@@ -175,11 +175,11 @@ def _cost(tensor: Tensor, unit: str) -> int:
 
 
 def added_biases(block: FFNBlock, unit: str) -> tuple[int, int]:
-    """Return what zero biases cost that an FFN may gain: once, and for each channel.
+    """Return the cost of the zero biases that an FFN may gain: once, and for each channel.
 
     Args:
-        block: The layer.
-        unit: `"parameters"` or `"bytes"`.
+        block: The block of the layer.
+        unit: Either `"parameters"` or `"bytes"`.
     """
     once = each = 0
     for name, module in block.projections.items():

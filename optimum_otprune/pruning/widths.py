@@ -100,7 +100,7 @@ def adaptive_widths(
     widths: list[int],
     moments: Sequence[Tensor],
 ) -> list[int]:
-    """Share the channels of the layers that nothing else was said of by what removing them costs the loss.
+    """Share the channels of the layers without a width of their own by what removing them costs the loss.
 
     The cost of a removal is that of greedy elimination (OBS) with a refit of the others, on the dense model's hidden
     states: `tr(E[g gᵀ] E[e eᵀ])` with the output's error e, tokens weighted as everywhere, and the gradient g of the
@@ -108,11 +108,11 @@ def adaptive_widths(
 
     Args:
         prunable: The dense model.
-        samples: Calibration samples of this process.
-        settings: Of the pass.
-        config: What is done.
-        widths: From `plan_widths`.
-        moments: From `layer_gradients`.
+        samples: The calibration samples of this process.
+        settings: How the pass is run.
+        config: The configuration to prune by.
+        widths: Channels of each layer after pruning, from `plan_widths`.
+        moments: Second moments of the gradients for each layer, from `layer_gradients`.
 
     Returns:
         Widths by layer, in sum at most that of `widths`.

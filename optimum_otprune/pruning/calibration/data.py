@@ -105,9 +105,9 @@ def calibration_tokens(
             compressed or not, or token ids as .npy, .safetensors or .pt) or a folder of such or of a dataset, a list
             of strings, a dataset of `datasets`, or token ids `(num_samples, seqlen)` or as one stream. In place of
             strings, rows may be conversations, which the tokenizer's chat template renders, or lists of token ids.
-        config: Names dataset, number and length of samples, and the seed.
-        tokenizer: Needed for text only.
-        limits: Of the model.
+        config: Names the dataset, the number and length of samples, and the seed.
+        tokenizer: The tokenizer; only text needs one.
+        limits: The vocabulary size and the longest sequence of the model.
 
     Raises:
         CalibrationDataError: If the data cannot be found or used; the message says why.
@@ -134,10 +134,10 @@ def expected_samples(
     """Say what `calibration_tokens` would return, without downloading or tokenizing anything; token ids are read.
 
     Args:
-        data: As for `calibration_tokens`.
-        config: Names dataset, number and length of samples.
-        limits: Of the model.
-        has_tokenizer: None if that is not known.
+        data: The calibration data, as in `calibration_tokens`.
+        config: Names the dataset and the number and length of samples.
+        limits: The vocabulary size and the longest sequence of the model.
+        has_tokenizer: Whether there is a tokenizer; None if that is not known.
 
     Raises:
         CalibrationDataError: If the data are known to be of no use: not there, of the wrong kind, or too long.
@@ -170,11 +170,11 @@ def evaluation_tokens(
     data set without an end needs `max_windows`.
 
     Args:
-        data: As for `calibration_tokens`.
-        config: Names dataset and window length.
-        tokenizer: Needed for text only.
-        limits: Of the model.
-        max_windows: Only the first so many.
+        data: The evaluation data, as in `calibration_tokens`.
+        config: Names the dataset and the window length.
+        tokenizer: The tokenizer; only text needs one.
+        limits: The vocabulary size and the longest sequence of the model.
+        max_windows: How many windows to return at most, from the beginning; None for all of them.
 
     Raises:
         CalibrationDataError: If the data cannot be found or used.

@@ -70,7 +70,7 @@ class Documents(NamedTuple):
     is_streamed: bool = False
 
     def hold_ids(self) -> bool:
-        """Whether they are token ids, by the first one that is not null."""
+        """Return whether the documents are token ids, judged by the first one that is not null."""
         return next((kind for row in self._read() if (kind := _kind(row)) is not None), "text") == "token ids"
 
     def text(self) -> Iterator[str]:
@@ -91,7 +91,7 @@ class Documents(NamedTuple):
             yield id_row(row.value, row.where)
 
     def _read(self) -> Iterator[Row]:
-        """Every row; a stream is given up where it goes on and on without text."""
+        """Yield every row; stop with an error at a stream that holds no text for too long."""
         empty = 0
         for row in self.rows():
             empty = empty + 1 if _is_empty(row.value) else 0
@@ -103,7 +103,7 @@ class Documents(NamedTuple):
             yield row
 
     def _without_nulls(self, wanted: str) -> Iterator[Row]:
-        """Rows of one kind; nulls are counted, which is told at the end."""
+        """Yield the rows of one kind; log at the end how many rows were null."""
         rows, nulls = 0, 0
         try:
             for row in self._read():
@@ -170,14 +170,14 @@ def documents(
     """Return the documents of data that are not token ids as such; nothing is read or downloaded yet.
 
     Args:
-        data: As for `calibration_tokens`.
-        config: Names dataset, column, and the seed of shuffling.
-        split: Where there are several.
-        tokenizer: Its chat template renders conversations.
+        data: The calibration data, as in `calibration_tokens`.
+        config: Names the dataset, its text column, and the seed of shuffling.
+        split: The split to read where the dataset has several.
+        tokenizer: The tokenizer whose chat template renders conversations.
         shuffle: Whether a streamed data set is shuffled, as far as streams can be.
 
     Raises:
-        CalibrationDataError: If they are not there or of no kind that is known; reading them may raise it, too.
+        CalibrationDataError: If the data are not there or of no known kind; reading the documents may raise it, too.
     """
     column = config.text_column
     if data is None or isinstance(data, (str, os.PathLike)):
@@ -234,7 +234,7 @@ def _list_rows(values: Iterable[Any], column: str) -> Iterator[Row]:
 def _named(
     data: str | os.PathLike | None, config: OTPruningConfig, split: str, tokenizer: PreTrainedTokenizerBase | None
 ) -> Documents:
-    """Of a file, a folder, or a dataset of the Hub."""
+    """Return the documents of a file, a folder, or a dataset of the Hub."""
     column = config.text_column
     name = config.dataset if data is None else data
     path = local_path(name)

@@ -64,8 +64,8 @@ def layer_gradients(prunable: PrunableModel, tokens: Tensor, settings: PassSetti
     Args:
         prunable: The dense model.
         tokens: LongTensor `(num_samples, seqlen)`.
-        settings: Of the pass; FO depends on the batch size.
-        asked: What to find out.
+        settings: How the pass is run; FO depends on the batch size.
+        asked: Which scores and moments to compute.
 
     Raises:
         NumericalError: If an output or a gradient is NaN or infinite; the message names the module or layer.

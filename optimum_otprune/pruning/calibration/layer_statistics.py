@@ -22,11 +22,11 @@ _LEAST_ENERGY = 1e-2  # of the median
 
 
 class LayerStatistics(NamedTuple):
-    """Second moments of one layer, apart for tokens that are fitted and tokens that are held out.
+    """Second moments of one layer, separately for tokens that are fitted and tokens that are held out.
 
     Attributes:
-        fit: Of the tokens that are fitted.
-        heldout: Of the others.
+        fit: Second moments of the tokens that are fitted.
+        heldout: Second moments of the tokens that are held out.
     """
 
     fit: GramStatistics
@@ -34,7 +34,7 @@ class LayerStatistics(NamedTuple):
 
     @property
     def total(self) -> GramStatistics:
-        """Of all tokens."""
+        """Second moments of all tokens."""
         return self.fit + self.heldout
 
 
@@ -46,8 +46,8 @@ def residual_token_weights(energy: Tensor, is_heldout: Tensor) -> tuple[Tensor, 
     the median count as that.
 
     Args:
-        energy: From `CalibrationStream.energies`, `(num_tokens,)`.
-        is_heldout: BoolTensor `(num_tokens,)`.
+        energy: Squared norms of hidden states, `(num_tokens,)`, from `CalibrationStream.energies`.
+        is_heldout: Which tokens are held out, BoolTensor `(num_tokens,)`.
 
     Returns:
         `(num_tokens,)` float32, of mean 1 over the fitted tokens and over the held-out ones; and what a held-out
@@ -75,12 +75,12 @@ class TokenBatch(NamedTuple):
     """One batch of calibration tokens on its way through one FFN, float32, on the FFN's device.
 
     Attributes:
-        inputs: Of the FFN, `(num_tokens, hidden_size)`.
-        hidden: Channel activations of the dense FFN `(num_tokens, intermediate_size)`.
-        outputs: Of the dense FFN, without its bias, `(num_tokens, hidden_size)`.
-        correction: What the targets have beside them, or None.
-        is_heldout: BoolTensor `(num_tokens,)`.
-        weights: What each token's error counts, `(num_tokens,)`.
+        inputs: The FFN's inputs, `(num_tokens, hidden_size)`.
+        hidden: The channel activations of the dense FFN, `(num_tokens, intermediate_size)`.
+        outputs: The dense FFN's outputs without its bias, `(num_tokens, hidden_size)`.
+        correction: What is added to the outputs to get the targets, `(num_tokens, hidden_size)`, or None.
+        is_heldout: Which tokens are held out, BoolTensor `(num_tokens,)`.
+        weights: How much each token's error counts, `(num_tokens,)`.
     """
 
     inputs: Tensor
@@ -100,13 +100,13 @@ class LayerData(NamedTuple):
     """What one layer is compressed on.
 
     Attributes:
-        dense: The FFN before, float32, on the device to compute on.
-        activation: Elementwise function.
-        inputs: Of the FFN, `(num_tokens, hidden_size)` a batch.
-        corrections: What the targets have beside the dense FFN's own outputs: a share of the earlier layers' error;
-            None where nothing is corrected, or `statistics` are all that is asked for.
-        is_heldout: BoolTensor over all tokens.
-        token_weights: What each token's error counts, over all tokens.
+        dense: The FFN before pruning, float32, on the device to compute on.
+        activation: The FFN's elementwise activation function.
+        inputs: The FFN's inputs, `(num_tokens, hidden_size)` for each batch.
+        corrections: What is added to the dense FFN's own outputs to get the targets, for each batch: a share of the
+            earlier layers' error; None where nothing is corrected, or `statistics` are all that is asked for.
+        is_heldout: Which of all tokens are held out, BoolTensor.
+        token_weights: How much the error of each of all tokens counts.
         weight_unit: What a held-out token's weight of 1 stands for: 1 / the squared norm of a hidden state, so that
             energies of layers are shares of their hidden states and can be added up; 1 where all tokens count alike.
         statistics: Second moments of the dense FFN's channels and of the targets.
@@ -134,11 +134,11 @@ class LayerData(NamedTuple):
         """Run a block, its FFN still dense, and measure it.
 
         Args:
-            block: The block.
-            dense: Its FFN.
-            stream: Before the block.
-            is_heldout: BoolTensor over all tokens.
-            config: What is done; says what tokens count and whether targets are read again.
+            block: The block to measure.
+            dense: The weights of its FFN.
+            stream: The calibration samples' hidden states before the block.
+            is_heldout: Which of all tokens are held out, BoolTensor.
+            config: The configuration; it decides how tokens are weighted and whether targets are read again.
             correction: Share c of the earlier layers' error that the targets `W_d h + c · (dense − pruned)` contain,
                 divided by what the block adds of its FFN's output.
 
@@ -231,13 +231,13 @@ def _weights_among_all(energy: Tensor, is_heldout: Tensor) -> tuple[Tensor, floa
 
 
 def _accumulators(weights: FFNWeights) -> dict[bool, GramAccumulator]:
-    """Of an FFN's channels, by whether tokens are held out."""
+    """Return an accumulator of an FFN's channels for fitted tokens and one for held-out tokens."""
     n, d, like = weights.intermediate_size, weights.hidden_size, weights.up
     return {heldout: GramAccumulator(n, d, like.dtype, like.device) for heldout in (False, True)}
 
 
 def _all_statistics(sums: dict[bool, GramAccumulator]) -> LayerStatistics:
-    """Of the tokens of all processes."""
+    """Return the statistics of the tokens of all processes."""
     statistics = LayerStatistics(*(summed(sums[heldout].statistics()) for heldout in (False, True)))
     if not all(torch.isfinite(part.gram).all() and torch.isfinite(part.cross).all() for part in statistics):
         raise NumericalError(
@@ -251,7 +251,7 @@ def remeasured_statistics(data: LayerData, compressed: FFNWeights) -> LayerStati
     """Sum second moments of the channels of another FFN and of the targets.
 
     Args:
-        data: Of the layer.
+        data: What the layer is compressed on.
         compressed: An FFN whose channels are measured in place of the dense one's; the targets stay.
 
     Raises:
@@ -293,9 +293,9 @@ def measure_rescue(data: LayerData, compressed: Sequence[FFNWeights], kept_chann
     """Compare compressed FFNs with the dense one on the held-out tokens, weighed as the fit weighs tokens.
 
     Args:
-        data: Of the layer.
-        compressed: FFNs after, all with the same kept channels.
-        kept_channels: LongTensor `(kept_size,)`.
+        data: What the layer was compressed on.
+        compressed: The compressed FFNs, all with the same kept channels.
+        kept_channels: Indices of the kept channels, LongTensor `(kept_size,)`.
 
     Returns:
         One entry for each of `compressed`.

@@ -21,12 +21,13 @@ def seen_windows(tokens: Tensor, calibrated_on: Tensor | None, sketch: object) -
     """Return `seen_windows`, how many of the windows of an evaluation hold a passage of the calibration samples.
 
     Args:
-        tokens: `(num_windows, seqlen)`.
-        calibrated_on: The samples, where they are at hand.
-        sketch: Else their sketch, or None; then the number is a lower bound, and left out if it is 0.
+        tokens: The windows of the evaluation, `(num_windows, seqlen)`.
+        calibrated_on: The calibration samples, or None if they are not available.
+        sketch: The samples' sketch, read in their place, or None; then the number is a lower bound, and left out if it
+            is 0.
 
     Raises:
-        ReportError: If the sketch, which may come from a file, is none.
+        ReportError: If the sketch, which may come from a file, is not valid.
     """
     if calibrated_on is not None:
         return {"seen_windows": count_shared(tokens, calibrated_on)}
@@ -38,8 +39,9 @@ def count_shared(tokens: Tensor, others: Tensor) -> int:
     """Return how many windows share a passage with other windows.
 
     Args:
-        tokens: `(num_windows, seqlen)`.
-        others: `(num_others, other_seqlen)`; where either is shorter than a passage, passages are that short.
+        tokens: The windows to count, `(num_windows, seqlen)`.
+        others: The windows to compare with, `(num_others, other_seqlen)`; where either is shorter than a passage,
+            passages are that short.
 
     Example:
         >>> import torch

@@ -43,10 +43,10 @@ def heldout_mask(num_samples: int, seqlen: int, share: float, seed: int) -> Tens
     """Return which calibration tokens are held out: whole samples, or the ends of the samples if there are under four.
 
     Args:
-        num_samples: Calibration samples.
-        seqlen: Tokens of each.
-        share: To hold out.
-        seed: Of the choice.
+        num_samples: Number of calibration samples.
+        seqlen: Number of tokens of each sample.
+        share: Share of the tokens to hold out.
+        seed: Seed of the random choice.
 
     Returns:
         BoolTensor `(num_samples · seqlen,)`, at least one token on either side.

@@ -33,9 +33,9 @@ def self_calibration_tokens(
     Args:
         model: The dense model.
         tokens: LongTensor `(num_samples, seqlen)`.
-        times: New samples for each given one.
-        settings: Of the pass; other batches draw other numbers.
-        seed: Of prompts and sampling.
+        times: Number of new samples for each given one.
+        settings: How the model is run; another batch size draws other numbers.
+        seed: Seed of the prompts' places and of sampling.
 
     Returns:
         LongTensor `(times · num_samples, seqlen)`, on the CPU.

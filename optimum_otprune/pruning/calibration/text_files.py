@@ -68,8 +68,8 @@ class Row(NamedTuple):
     """One document as it was found.
 
     Attributes:
-        value: Of any type.
-        where: For messages, such as `"Line 3 of data.jsonl"`.
+        value: The document, a value of any type.
+        where: Where it was found, for messages, such as `"Line 3 of data.jsonl"`.
     """
 
     value: Any
@@ -229,7 +229,7 @@ def _first(values: Iterable[Any]) -> Any:
 
 
 def _json_rows(path: Path, encoding: str, text_column: str) -> Iterator[Row]:
-    """Of one value a line; where the first line is none, of one value in the whole file."""
+    """Read one JSON value from each line, or one from the whole file if the first line is not valid JSON."""
     with _opened_text(path, encoding, newline="\n") as text:
         is_first = True
         for number, line in enumerate(text, start=1):

@@ -18,29 +18,29 @@ _CHECKS = 20  # evaluations on held-out tokens while a layer is trained
 
 
 class Workload(NamedTuple):
-    """What the laws read.
+    """The sizes and choices of a run that the laws of time and memory read.
 
     Attributes:
-        num_layers: That are pruned.
-        hidden_size: Of the model.
-        intermediate_size: Channels before.
-        kept_size: Channels after, the mean over pruned layers.
-        num_projections: Of an FFN: 3 if it is gated, else 2.
-        tokens: Calibration tokens, those that the model writes included.
-        written_tokens: Of these, those that the model writes.
-        batch_tokens: Of a forward pass.
-        heldout_share: Of the tokens.
+        num_layers: Number of layers that are pruned.
+        hidden_size: The hidden size of the model.
+        intermediate_size: Channels of each FFN before pruning.
+        kept_size: Channels of each FFN after pruning, the mean over pruned layers.
+        num_projections: Projections of an FFN: 3 if it is gated, else 2.
+        tokens: Number of calibration tokens, those that the model writes included.
+        written_tokens: Number of calibration tokens that the model writes itself.
+        batch_tokens: Number of tokens of a forward pass.
+        heldout_share: Share of the tokens that is held out.
         element_size: Bytes of a number in the model's dtype.
-        block_bytes: Of the largest block.
+        block_bytes: Bytes of the largest block's weights.
         eliminates: Whether channels are eliminated greedily, or widths are shared out.
         tracks_dense: Whether the dense model's hidden states are kept beside the pruned one's.
         needs_scores: Whether weight × gradient scores are read.
         needs_moments: Whether second moments of gradients are read.
-        steps: Of reconstruction, for each layer.
-        step_tokens: Of one such step.
-        vocab_size: Of the model.
-        score_tokens: Of a batch whose gradients are read, or that the model writes at once.
-        cache_bytes: Of the keys and values that the model keeps of one token while it writes.
+        steps: Steps of reconstruction for each layer.
+        step_tokens: Number of tokens of one such step.
+        vocab_size: The vocabulary size of the model.
+        score_tokens: Number of tokens of a batch whose gradients are read, or that the model writes at once.
+        cache_bytes: Bytes of the keys and values that the model keeps for each token while it writes.
         refits: Whether the down projection is fitted anew.
         transports: Whether a transport problem is solved.
     """
@@ -70,12 +70,12 @@ class Workload(NamedTuple):
 
     @property
     def ffn_parameters(self) -> int:
-        """Of one layer, before."""
+        """Parameters of the FFN of one layer before pruning."""
         return self.num_projections * self.hidden_size * self.intermediate_size
 
     @property
     def kept_parameters(self) -> int:
-        """Of one layer, after."""
+        """Parameters of the FFN of one layer after pruning."""
         return self.num_projections * self.hidden_size * self.kept_size
 
 
@@ -101,7 +101,7 @@ def working_bytes(work: Workload) -> dict[str, int]:
 
 
 def _asking_bytes(work: Workload) -> list[dict[str, int]]:
-    """Of what the dense model is asked for before, one after the other."""
+    """Return the bytes of each pass over the dense model before pruning, which come one after the other."""
     stages: list[dict[str, int]] = []
     if work.needs_scores or work.needs_moments:
         logits = _LOSS_COPIES * _FLOAT * work.score_tokens * work.vocab_size
@@ -112,7 +112,7 @@ def _asking_bytes(work: Workload) -> list[dict[str, int]]:
 
 
 def _backward_bytes(work: Workload) -> dict[str, int]:
-    """Of one block on the way back: its graph, and what becomes of the gradients."""
+    """Return the bytes of one block in the backward pass: its graph, and what its gradients become."""
     inner = work.num_projections - 1
     # Outputs of gate and up, copies of them that the block goes on with, and what follows; their gradients; one on its
     # way.
@@ -130,7 +130,7 @@ def _backward_bytes(work: Workload) -> dict[str, int]:
 
 
 def _moment_bytes(work: Workload) -> int:
-    """Of the most demanding of elimination, transport and refit, which come one after the other."""
+    """Return the bytes of the largest of elimination, transport and refit, which come one after the other."""
     n, m = work.intermediate_size, work.kept_size
     sums = 2 * _FLOAT * n * n  # of fitted and of held-out tokens
     return sums + max(
@@ -201,10 +201,10 @@ def expected_seconds(work: Workload, forward_flops: int, decode_flops: int, rate
     """Return the expected time by stage, in seconds; saving and loading are not counted.
 
     Args:
-        work: What is done.
-        forward_flops: Of one dense forward pass over all calibration tokens.
-        decode_flops: Of writing what the model writes itself.
-        rates: Measured.
+        work: The sizes and choices of the run.
+        forward_flops: Floating point operations of one dense forward pass over all calibration tokens.
+        decode_flops: Floating point operations of writing the samples that the model writes itself.
+        rates: The measured speed of the device.
     """
     kept, tokens = work.kept_parameters * work.num_layers, work.tokens
     stages = {}

@@ -40,13 +40,13 @@ _LARGEST_SQUARE = 1024
 
 
 class Skeleton(NamedTuple):
-    """What a dry run knows of a model.
+    """What a dry run knows of a model without reading its weights.
 
     Attributes:
-        model: With shapes; weights are not read, and may be on the meta device.
-        places: `device_map` and `max_memory` of loading.
-        has_tokenizer: Whether one belongs to it; None where nobody looked.
-        is_loaded: Whether it is a model in memory, that can be changed as it is.
+        model: The model; its weights are not read and may be on the meta device.
+        places: The options `device_map` and `max_memory` of loading.
+        has_tokenizer: Whether the model has a tokenizer; None if nobody looked.
+        is_loaded: Whether the model is in memory and could be changed in place.
     """
 
     model: PreTrainedModel
@@ -72,12 +72,12 @@ def plan_pruning(
     """Say what pruning would do; see `OTPruner.plan`.
 
     Args:
-        skeleton: The model.
-        config: What is done.
-        calibration_data: As for `prune`.
-        settings: Of the passes.
+        skeleton: The model, in memory or on the meta device.
+        config: The configuration to prune by.
+        calibration_data: The calibration data, as in `OTPruner.prune`.
+        settings: How the passes are run.
         evaluate: Whether the model is evaluated before and after.
-        evaluation_data: As for `evaluate`.
+        evaluation_data: The evaluation data, as in `OTPruner.evaluate`.
 
     Raises:
         OTPruneError: Whatever `prune` would raise before it starts to work.

@@ -15,9 +15,9 @@ class MemoryUse(NamedTuple):
     """Bytes that one purpose takes on one device.
 
     Attributes:
-        device: Such as `"cuda:0"`; `"cpu"` is main memory, `"disk"` what is offloaded or spilled.
-        purpose: In words.
-        bytes: How many.
+        device: The device, such as `"cuda:0"`; `"cpu"` is main memory, `"disk"` what is offloaded or spilled.
+        purpose: The purpose in words.
+        bytes: The number of bytes.
     """
 
     device: str
@@ -30,23 +30,23 @@ class PruningPlan:
     """What `prune` would do and take; `str()` of it is for people.
 
     Attributes:
-        config: What is done; a target in parameters or bytes is resolved to a ratio.
+        config: The configuration to prune by; a target in parameters or bytes is resolved to a ratio.
         architecture: Name of the layout that was found.
-        model_class: Of transformers.
-        dtype: Of the weights.
-        hidden_size: Of the model.
-        widths_before: Channels of each layer.
-        widths_after: The same after; of `adaptive_layers` it is their mean.
-        adaptive_layers: Layers whose own width is only found by measuring.
-        parameters_before: Of the model.
-        parameters_after: The same after, without biases and zeros that only fill up.
-        bytes_before: Of the weights.
-        bytes_after: Of the saved weights, zeros that fill up layers included where they are known.
-        bias_parameters: That may come on top, where held-out tokens want an output bias.
+        model_class: Name of the model's class in transformers.
+        dtype: The dtype of the weights.
+        hidden_size: The hidden size of the model.
+        widths_before: Channels of each layer before pruning.
+        widths_after: Channels of each layer after pruning; for `adaptive_layers` their mean.
+        adaptive_layers: Indices of the layers whose own width is only found by measuring.
+        parameters_before: Parameters of the model before pruning.
+        parameters_after: Parameters after pruning, without biases and zeros that only fill up.
+        bytes_before: Bytes of the weights before pruning.
+        bytes_after: Bytes of the saved weights, zeros that fill up layers included where they are known.
+        bias_parameters: Parameters of output biases that may be added if held-out tokens show a benefit.
         samples: Calibration samples that are read.
         written_samples: Calibration samples that the model writes itself.
-        memory: Expected, by device and purpose.
-        computing_device: What most of the work is done on.
+        memory: Expected memory by device and purpose.
+        computing_device: The device that does most of the work.
         seconds: Expected time by stage, empty if nothing is pruned; None where the device is not on this machine.
     """
 

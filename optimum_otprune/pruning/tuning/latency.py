@@ -19,10 +19,10 @@ def width_for_latency(
     after each measurement. Assumes that more channels never make a model faster.
 
     Args:
-        prunable: The dense model, its FFNs of one width; the same afterwards.
-        target_latency: In seconds.
-        multiple_of: What the result is a multiple of.
-        measure: Seconds of a model as it is.
+        prunable: The dense model, whose FFNs have one width; it is the same afterwards.
+        target_latency: Seconds that a forward pass may take.
+        multiple_of: The number that the result is a multiple of.
+        measure: A function that returns the seconds that a model takes.
 
     Raises:
         ConfigurationError: If the dense model is as fast already, or no width is fast enough.

@@ -70,13 +70,14 @@ def tune_model(
 
     Args:
         prunable: The dense model.
-        base: The start; it is the first trial.
+        base: The configuration to start from, which is the first trial.
         tokens: Calibration samples, LongTensor `(num_samples, seqlen)`.
-        settings: Of the search.
-        on_trial: Called with the result so far when the search starts and after each trial.
+        settings: The limits of the search.
+        on_trial: A function called with the result so far when the search starts and after each trial.
 
     Raises:
-        OTPruneError: Of the kind that fits; errors of a trial other than the first one end that trial only.
+        OTPruneError: If the search cannot start or the first trial fails, of the fitting class; errors of other trials
+            end that trial only.
     """
     optuna = _optuna()
     _check_one_budget(base, settings.target_latency)
@@ -103,8 +104,8 @@ def split_samples(tokens: Tensor, validation_share: float, seed: int) -> tuple[T
 
     Args:
         tokens: LongTensor `(num_samples, seqlen)`.
-        validation_share: Of the samples, in (0, 1); at least one sample goes to either side.
-        seed: Of the split.
+        validation_share: Share of the samples to measure on, in (0, 1); at least one sample goes to either side.
+        seed: Seed of the split.
 
     Raises:
         CalibrationDataError: If there is only one sample.
@@ -142,7 +143,7 @@ def _quiet(optuna: Any) -> Iterator[None]:
 
 
 def _open_study(optuna: Any, path: Path | None) -> "optuna.Study":
-    """Of a file, go on; what a killed process left half done is closed."""
+    """Continue the study of a file, closing trials that a killed process left unfinished, or begin one."""
     if path is None:
         return optuna.create_study()
     reason = why_no_name(str(path))
@@ -243,7 +244,7 @@ def _at_latency(
 def _perplexity(
     prunable: PrunableModel, fit: Tensor, heldout: Tensor, batch_size: int, config: OTPruningConfig
 ) -> float:
-    """Of the model pruned by a configuration; the model itself stays as it is."""
+    """Return the perplexity of the model pruned by a configuration; the model itself stays as it is."""
     recipe = Recipe.resolve(with_pruning_ratio(config, prunable), {})
     with unchanged(prunable):
         prune_model(prunable, recipe, fit, PassSettings(batch_size, progress=False), NoStore())
@@ -254,14 +255,14 @@ def _perplexity(
 
 
 class _Search(NamedTuple):
-    """A search, as far as it has come.
+    """The state of a search.
 
     Attributes:
-        optuna: The module.
-        study: What was tried.
-        base: The start.
-        space: What is searched over.
-        objective: Of a configuration; less is better.
+        optuna: The module `optuna`.
+        study: The trials so far.
+        base: The configuration to start from.
+        space: The domain of each field that is searched over.
+        objective: The function of a configuration that is minimized.
     """
 
     optuna: Any

@@ -34,12 +34,12 @@ _WALKS = 200
 
 
 def default_search_space(config: OTPruningConfig, residual: bool, can_hold_intercept: bool) -> dict[str, Any]:
-    """Return what is searched over if nothing else is asked for: what the configuration's method leaves open.
+    """Return what is searched over by default: what the configuration's method leaves open.
 
     Args:
-        config: The start.
-        residual: Whether the FFN's output is added to the residual stream as it is; else `target_correction` does
-            nothing.
+        config: The configuration to start from.
+        residual: Whether the FFN's output is added to the residual stream unchanged; otherwise `target_correction` has
+            no effect.
         can_hold_intercept: Whether the architecture can hold an output bias.
 
     Returns:
@@ -74,8 +74,8 @@ def check_search_space(search_space: Mapping[str, Any], base: OTPruningConfig) -
     """Return the domains by field, in the order in which they are picked.
 
     Args:
-        search_space: By field, a tuple `(low, high)` of numbers or a list of choices.
-        base: Where all other fields come from.
+        search_space: For each field, a tuple `(low, high)` of numbers or a list of choices.
+        base: The configuration that all other fields come from.
 
     Raises:
         ConfigurationError: If a field is unknown, not searchable, or never read; or a value is out of range or cannot
@@ -170,14 +170,14 @@ def unread_fields(config: OTPruningConfig) -> dict[str, str]:
 
 
 def assemble(base: OTPruningConfig, sampled: Mapping[str, Any]) -> OTPruningConfig:
-    """Return the base with sampled fields; fields of the base that these leave without a use are dropped.
+    """Return the base with sampled fields; fields of the base that are then not used are dropped.
 
     Args:
-        base: The start.
-        sampled: By field.
+        base: The configuration to start from.
+        sampled: The sampled values by field.
 
     Raises:
-        ConfigurationError: If sampled fields contradict each other, or a field that the base has a use for.
+        ConfigurationError: If sampled fields contradict each other, or a field that the base uses.
     """
     values = {name: getattr(base, name) for name in OPTIONS_BY_NAME}
     if sampled.get("method", base.method) != base.method:

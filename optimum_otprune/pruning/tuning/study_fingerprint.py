@@ -19,11 +19,11 @@ def fingerprint(
     """Return everything that a trial's result depends on, JSON-ready.
 
     Args:
-        model: Its weights count, not its name.
-        tokens: Calibration samples.
-        base: The start.
-        space: What is searched over.
-        **others: Plain values by name.
+        model: The dense model; its weights count, not its name.
+        tokens: The calibration samples, LongTensor `(num_samples, seqlen)`.
+        base: The configuration to start from.
+        space: The domain of each field that is searched over.
+        **others: Other plain values by name.
     """
     config = {name: value for name, value in base.to_dict().items() if name != "optimum_otprune_version"}
     return {
@@ -41,14 +41,14 @@ def fingerprint(
 
 
 def check_same(known: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise where two fingerprints differ.
+    """Raise an error if two fingerprints differ.
 
     Args:
-        known: Of the study.
-        now: Of what was asked for.
+        known: The fingerprint of the study.
+        now: The fingerprint of the search that is asked for.
 
     Raises:
-        StudyError: Names everything that differs.
+        StudyError: If they differ; the message names everything that does.
     """
     difference = describe_difference(known, now, ["model", "calibration samples"])
     if difference is not None:

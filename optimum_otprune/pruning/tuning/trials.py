@@ -14,18 +14,18 @@ from optimum_otprune.errors import ConfigurationError
 
 
 class TuningSettings(NamedTuple):
-    """What a search is bounded by.
+    """The limits of a search.
 
     Attributes:
-        num_trials: Finished trials in all, those of earlier runs of the study included.
-        timeout: No trial starts after so many seconds, the first one excepted; None for no limit.
-        search_space: By field; None for the default.
-        study: File of the study; None keeps it in memory.
-        target_latency: Seconds of a forward pass, in place of the configuration's ratio.
+        num_trials: Number of finished trials in all, those of earlier runs of the study included.
+        timeout: Seconds after which no trial but the first one starts; None for no limit.
+        search_space: A domain for each field; None for the default.
+        study: The file of the study; None keeps it in memory.
+        target_latency: Seconds that a forward pass may take, in place of the configuration's ratio.
         latency_shape: `(batch_size, seqlen)` of that forward pass; None for one calibration sample.
         validation_share: Share of the samples that the objective is measured on.
-        seed: Of the split and of the sampler.
-        batch_size: Samples per forward pass.
+        seed: Seed of the split and of the sampler.
+        batch_size: Number of samples per forward pass.
         progress: Whether to show a progress bar.
     """
 
@@ -72,11 +72,11 @@ class Trial:
     """One configuration that was tried.
 
     Attributes:
-        number: In the study; numbers of interrupted trials are missing.
-        config: What was tried.
-        perplexity: On the held-out samples; None if it failed.
-        error: Why it failed, or None.
-        seconds: That it took.
+        number: The trial's number in the study; numbers of interrupted trials are missing.
+        config: The configuration that was tried.
+        perplexity: The perplexity on the held-out samples; None if the trial failed.
+        error: The reason why it failed, or None.
+        seconds: The seconds that it took.
     """
 
     number: int
@@ -116,13 +116,13 @@ class TuningResult:
 
     @property
     def base_perplexity(self) -> float:
-        """Of the given configuration, which is the first trial, on the held-out samples."""
+        """The perplexity of the given configuration, the first trial, on the held-out samples."""
         assert self.trials[0].perplexity is not None
         return self.trials[0].perplexity
 
     @property
     def best_perplexity(self) -> float:
-        """Of the best configuration, on the held-out samples; at most that of the given one."""
+        """The perplexity of the best configuration on the held-out samples, at most `base_perplexity`."""
         assert self.best.perplexity is not None
         return self.best.perplexity
 
