@@ -30,8 +30,8 @@ class FFNGradients(NamedTuple):
     """What one batch of tokens left behind in one FFN, by projection, on the FFN's device.
 
     Attributes:
-        inputs: Of the projections, `(num_tokens, in_features)`.
-        gradients: By objective, of the projections' outputs `(num_tokens, out_features)`.
+        inputs: The inputs of each projection, `(num_tokens, in_features)`.
+        gradients: The gradient by each projection's outputs, by objective, `(num_tokens, out_features)`.
     """
 
     inputs: dict[str, Tensor]
@@ -42,10 +42,10 @@ class ReversePass:
     """Gradients of one or both objectives by the outputs of every FFN projection.
 
     Args:
-        prunable: The model.
+        prunable: The model, dense.
         tokens: LongTensor `(num_samples, seqlen)`.
-        settings: Of the pass; what an objective is of a batch depends on the batch size.
-        objectives: Of `LOSS` and `SINGULAR_VALUES`.
+        settings: How the pass is run; the value of an objective on a batch depends on the batch size.
+        objectives: The objectives to differentiate, from `LOSS` and `SINGULAR_VALUES`.
     """
 
     def __init__(self, prunable: PrunableModel, tokens: Tensor, settings: PassSettings, objectives: Sequence[str]):
@@ -102,7 +102,7 @@ class ReversePass:
         raise _not_finite(self._names[block.module])
 
     def _head_gradient(self, objective: str, batch: Tensor, hidden: Tensor) -> Tensor:
-        """By the hidden states behind the last block."""
+        """Return the gradient by the hidden states behind the last block."""
         with torch.enable_grad():
             hidden = hidden.to(self._blocks[-1].device).detach().requires_grad_(True)
             if objective == LOSS:
@@ -114,7 +114,7 @@ class ReversePass:
             return torch.autograd.grad(value, hidden)[0]
 
     def _loss_scale(self, batch: Tensor) -> int:
-        """By what the loss is multiplied meanwhile: in float16 gradients of a mean over many tokens underflow."""
+        """Return the factor that scales the loss in float16, where gradients of a mean over many tokens underflow."""
         return 2 ** (batch.numel().bit_length() - 1) if self._blocks[0].up.weight.dtype == torch.float16 else 1
 
     def _backward(

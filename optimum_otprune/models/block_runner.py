@@ -39,9 +39,9 @@ class BlockRunner:
     positions are, is kept once.
 
     Args:
-        prunable: The model.
-        batches: Token ids `(batch, seqlen)` each.
-        spill: Where hidden states before the first block, and what batches do not share, wait.
+        prunable: The model whose blocks are called.
+        batches: The token ids of each batch, `(batch, seqlen)`.
+        spill: Where hidden states before the first block, and arguments that batches do not share, wait.
     """
 
     def __init__(self, prunable: PrunableModel, batches: Sequence[Tensor], spill: TensorSpill):
@@ -58,12 +58,12 @@ class BlockRunner:
         return taken
 
     def run(self, block: FFNBlock, hidden: Tensor, index: int) -> Tensor:
-        """Hidden states behind a block; differentiable where gradients are enabled.
+        """Return the hidden states behind a block; differentiable where gradients are enabled.
 
         Args:
-            block: As it is now.
-            hidden: `(batch, seqlen, hidden_size)` on any device; stays as it is.
-            index: Of the batch that they are of.
+            block: The block to call.
+            hidden: The hidden states before it, `(batch, seqlen, hidden_size)` on any device; they are not changed.
+            index: The index of the batch that they belong to.
         """
         args, kwargs = mapped(self._calls[index][block.layer], _loaded, _LEAVES)
         device = block.device

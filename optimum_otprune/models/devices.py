@@ -43,9 +43,9 @@ def planned_weights(
     """Return how many bytes of a model's weights loading would put where: by device, `"cpu"` and `"disk"` included.
 
     Args:
-        model: On any device, the meta device too; it stays as it is.
-        device_map: As in transformers; None is the CPU.
-        max_memory: By device, as in transformers; default: what is free on this machine.
+        model: The model, on any device including the meta device; it is not changed.
+        device_map: Where the weights go, as in transformers; None is the CPU.
+        max_memory: The memory of each device, as in transformers; default: what is free on this machine.
 
     Raises:
         RuntimeError: If `device_map` names no device.

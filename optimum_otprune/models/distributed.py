@@ -94,11 +94,11 @@ def check_single(what: str, instead: str) -> None:
 
 
 def own_samples(num_samples: int, batch_size: int) -> slice:
-    """Return which samples are this process's: whole batches, in order, about as many for each.
+    """Return the samples that this process works on: whole batches, in order, about as many for each process.
 
     Args:
-        num_samples: Of all processes together.
-        batch_size: Samples that must stay together.
+        num_samples: Number of samples of all processes together.
+        batch_size: Number of samples that must stay together.
 
     Raises:
         CalibrationDataError: If there are fewer batches than processes.

@@ -33,11 +33,11 @@ _ROUNDING = {torch.float64: 1e-7, torch.float32: 1e-5, torch.float16: 5e-3, torc
 
 
 class _Findings(NamedTuple):
-    """What the check of one process found.
+    """The result of the check in one process.
 
     Attributes:
-        error: Why the model is refused, or None.
-        factors: By layer, from `measured_factors`.
+        error: The error that refuses the model, or None.
+        factors: The factor of each layer, as from `measured_factors`.
     """
 
     error: OTPruneError | None
@@ -45,11 +45,11 @@ class _Findings(NamedTuple):
 
 
 class _Probe(NamedTuple):
-    """What one run of a block with given FFN outputs left behind.
+    """The outputs of one run of a block with given FFN outputs.
 
     Attributes:
-        block: Its output, `(num_tokens, hidden_size)`.
-        holder: That of the module inside the block that holds the whole FFN, or None where there is none.
+        block: The output of the block, `(num_tokens, hidden_size)`.
+        holder: The output of the module inside the block that holds the whole FFN, or None where there is none.
     """
 
     block: Tensor
@@ -92,14 +92,14 @@ def measured_factors(prunable: PrunableModel, tokens: Tensor) -> list[float | No
 
 
 def check_logits(model: PreTrainedModel, tokens: Tensor | None = None) -> None:
-    """Raise where a model's logits on a short sample are NaN or infinite; minus infinity rules a token out.
+    """Raise an error if logits on a short sample are NaN or infinite; minus infinity rules a token out.
 
     Args:
-        model: Any; its mode stays.
-        tokens: LongTensor `(num_samples, seqlen)`, of which the beginning is taken; default: the first token ids.
+        model: Any model; it stays in training or evaluation mode.
+        tokens: Token ids, LongTensor `(num_samples, seqlen)`, whose beginning is read; default: the first ids.
 
     Raises:
-        NumericalError: Says so.
+        NumericalError: If a logit is NaN or infinite.
     """
     if tokens is None:
         tokens = torch.arange(min(_FEW_TOKENS, model.get_input_embeddings().num_embeddings))[None]  # type: ignore
@@ -258,14 +258,14 @@ def _check_ffn(block: FFNBlock, runner: BlockRunner, hidden: Tensor) -> float | 
 
 
 def _factor(block: FFNBlock, runner: BlockRunner, hidden: Tensor, ordinary: Tensor, outputs: Tensor) -> float | None:
-    """What a block adds of its FFN's output, found by other values in its place.
+    """Return the multiple of its FFN's output that a block adds, found by replacing that output.
 
     Args:
-        block: The block.
-        runner: Of the sample.
-        hidden: Before the block.
-        ordinary: What it puts out.
-        outputs: Of its down projection, `(num_tokens, hidden_size)`.
+        block: The block to measure.
+        runner: Runs the block on the sample.
+        hidden: The hidden states before the block, `(batch, seqlen, hidden_size)`.
+        ordinary: The block's unchanged output.
+        outputs: The unchanged outputs of its down projection, `(num_tokens, hidden_size)`.
     """
     probe = _probe_outputs(outputs, ordinary)
     silent, loud = (_probed(block, runner, hidden, given) for given in (torch.zeros_like(probe), probe))

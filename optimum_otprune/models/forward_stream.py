@@ -17,15 +17,15 @@ from optimum_otprune.models.spill import StoredTensor
 
 
 class FFNTap(NamedTuple):
-    """What one batch of tokens left behind on its way through the dense FFN of a block, on the FFN's device.
+    """One batch of tokens on its way through the dense FFN of a block, on the FFN's device.
 
     Attributes:
-        inputs: Of the FFN, `(num_tokens, hidden_size)`.
-        stored_inputs: The same, where they wait.
-        hidden: Channel activations `(num_tokens, intermediate_size)`.
-        outputs: Of the down projection, its bias included, `(num_tokens, hidden_size)`.
-        missing: From the block's output to the dense model's, float32 `(num_tokens, hidden_size)`, or None when the
-            dense model's hidden states are not tracked.
+        inputs: The FFN's inputs, `(num_tokens, hidden_size)`.
+        stored_inputs: The same inputs, in memory or in a file.
+        hidden: The channel activations, `(num_tokens, intermediate_size)`.
+        outputs: The outputs of the down projection, its bias included, `(num_tokens, hidden_size)`.
+        missing: The dense model's output of the block minus the block's own, float32 `(num_tokens, hidden_size)`, or
+            None when the dense model's hidden states are not tracked.
     """
 
     inputs: Tensor
@@ -39,11 +39,11 @@ class CalibrationStream:
     """Hidden states of the calibration samples on their way through the blocks, kept on the CPU or in files.
 
     Args:
-        prunable: The model; blocks are changed by others between `taps` and `advance`.
-        tokens: LongTensor `(num_samples, seqlen)`.
-        settings: Of the pass.
+        prunable: The model; its blocks are changed by others between `taps` and `advance`.
+        tokens: Token ids, LongTensor `(num_samples, seqlen)`.
+        settings: How the pass is run.
         track_dense: Whether the hidden states of the dense model are streamed beside those of the pruned one.
-        stays_dense: Whether blocks stay as they are, so that `taps` also is what `advance` is for others.
+        stays_dense: Whether blocks are never changed, so that the outputs of `taps` serve `advance` as well.
     """
 
     def __init__(

@@ -53,13 +53,13 @@ def check_can_save(model: PreTrainedModel, spec: FFNSpec, non_uniform_format: st
 
 
 def needed_modeling_code(model: PreTrainedModel) -> ModelingCode | None:
-    """Write the modeling file that a finished model needs beside it; None where it loads without one.
+    """Write the modeling file that a finished model needs; return None if it loads without one.
 
     Args:
-        model: As it is saved.
+        model: The model as it is saved.
 
     Raises:
-        UnsupportedModelError: As for `modeling_code`.
+        UnsupportedModelError: If none can be written; see `modeling_code`.
     """
     for name in save_formats.names():
         template = save_format(name).modeling_template(model.config)

@@ -8,12 +8,12 @@ from optimum_otprune.models.spill import TensorSpill
 
 @dataclasses.dataclass(frozen=True)
 class PassSettings:
-    """What a pass may vary without changing its result (but for rounding).
+    """The options of a pass over token ids that do not change its result, except for rounding.
 
     Attributes:
-        batch_size: Samples per forward pass.
+        batch_size: Number of samples per forward pass.
         progress: Whether to show progress bars.
-        spill: Where hidden states wait.
+        spill: Where hidden states wait, in memory or in files.
     """
 
     batch_size: int = BATCH_SIZE
@@ -21,5 +21,5 @@ class PassSettings:
     spill: TensorSpill = dataclasses.field(default_factory=TensorSpill)
 
     def by(self, batch_size: int) -> "PassSettings":
-        """The same for batches of another size, with the same spill."""
+        """Return the same settings for batches of another size, with the same spill."""
         return dataclasses.replace(self, batch_size=batch_size)

@@ -17,10 +17,10 @@ class PrunableModel:
     """A model with its FFN blocks.
 
     Attributes:
-        model: The model.
-        blocks: All its FFN blocks, in the order of its forward pass.
-        factors: What each block adds of its FFN's output to the hidden states, or None where that is no plain
-            multiple of it; None as a whole as long as the model was not checked, see `measured_factors`.
+        model: The model that the blocks belong to.
+        blocks: All of its FFN blocks, in the order of the forward pass.
+        factors: The multiple of its FFN's output that each block adds to the hidden states, or None where it is no
+            plain multiple; None as a whole until the model is checked, see `measured_factors`.
     """
 
     model: PreTrainedModel
@@ -32,7 +32,7 @@ class PrunableModel:
         """Find the blocks of a model.
 
         Raises:
-            UnsupportedModelError: See `ffn_blocks`.
+            UnsupportedModelError: If there are none; see `ffn_blocks`.
         """
         return cls(model, ffn_blocks(model))
 

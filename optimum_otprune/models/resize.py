@@ -12,8 +12,8 @@ def finish_resize(model: PreTrainedModel, blocks: list[FFNBlock], non_uniform_fo
     """Make configuration and FFNs agree so that the model can be saved and loaded.
 
     Args:
-        model: The model.
-        blocks: All its FFN blocks, in order.
+        model: The pruned model.
+        blocks: All of its FFN blocks, in order.
         non_uniform_format: The registered name of the save format, which finishes layers of different widths.
 
     Returns:

@@ -147,8 +147,8 @@ def mapped(value: Any, function: Callable[[Any], Any], leaves: tuple[type, ...] 
 
     Args:
         value: A leaf, or tuples, named ones too, lists and dictionaries of leaves.
-        function: Of a leaf.
-        leaves: Their types.
+        function: The function to apply to each leaf.
+        leaves: The types that count as leaves.
     """
     if isinstance(value, leaves):
         return function(value)
