@@ -55,15 +55,15 @@ _FOREIGN = (
 
 
 class Checkpoint(NamedTuple):
-    """What a folder or repository holds.
+    """The contents of a folder or repository.
 
     Attributes:
-        model: The model.
-        tokenizer: Its tokenizer, or None.
-        config: The pruning configuration, if it was pruned by this package.
-        report: The report, if it was pruned by this package.
-        base_model: Hub id of the dense model, if that is known.
-        base_card: What its card, or else the card beside the model, says of license and language.
+        model: The loaded model.
+        tokenizer: The model's tokenizer, or None.
+        config: The pruning configuration, or None if the model was not pruned by this package.
+        report: The report, or None if the model was not pruned by this package.
+        base_model: The Hub id of the dense model, or None if that is not known.
+        base_card: License and language, from the base model's card or else from the card beside the model.
     """
 
     model: PreTrainedModel

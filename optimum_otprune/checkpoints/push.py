@@ -62,7 +62,7 @@ def push_saved(folder: Path, repo_id: str, **options: Unpack[PushOptions]) -> Pu
 
     Args:
         folder: A folder that `save_pretrained` wrote; it stays as it is.
-        repo_id: `user/name`.
+        repo_id: The repository, as `user/name`.
         **options: The options of pushing.
 
     Raises:

@@ -215,8 +215,8 @@ def cut_copy(model: PreTrainedModel, width: int) -> PreTrainedModel:
     For speed nothing matters but the width. The given model stays as it is.
 
     Args:
-        model: Not offloaded.
-        width: Channels of every FFN, at most as many as there are.
+        model: The model, which must not be offloaded.
+        width: Number of channels of every FFN, at most as many as there are.
     """
     tensors = itertools.chain(model.parameters(), model.buffers())
     copied = copy.deepcopy(model, memo={id(tensor): tensor for tensor in tensors})

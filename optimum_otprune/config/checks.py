@@ -52,12 +52,12 @@ def check_count(name: str, value: Any, least: int = 1) -> int:
     """Return a count as an int, or raise with the argument's name, what was got and what would be right.
 
     Args:
-        name: Of the argument.
+        name: The name of the argument.
         value: An integer of Python or NumPy.
-        least: The smallest that is allowed.
+        least: The smallest count that is allowed.
 
     Raises:
-        ConfigurationError: If it is none, or out of range.
+        ConfigurationError: If it is no integer, or out of range.
     """
     number = whole_number(value)
     if number is None or not least <= number <= LARGEST_COUNT:
@@ -69,12 +69,12 @@ def check_size(name: str, value: Any, least: int = 0) -> int:
     """Return a number of bytes as an int, or raise with the argument's name.
 
     Args:
-        name: Of the argument.
+        name: The name of the argument.
         value: A whole number of Python or NumPy, or a string such as `"4GB"`.
-        least: The smallest that is allowed.
+        least: The smallest size that is allowed, in bytes.
 
     Raises:
-        ConfigurationError: If it is none, or too small.
+        ConfigurationError: If it is no size, or too small.
     """
     number = real_number(value)
     try:

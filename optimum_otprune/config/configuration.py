@@ -65,14 +65,14 @@ class OTPruningConfig(PruningOptions, BaseConfig):
 
     @classmethod
     def assembled(cls, values: Mapping[str, Any], asked: Collection[str]) -> "OTPruningConfig":
-        """Make a configuration in which values that nobody asked for are dropped where nothing reads them.
+        """Make a configuration and drop values that nobody asked for where nothing reads them.
 
         Args:
-            values: By name, as for the constructor.
-            asked: Names of those that would be an error then.
+            values: Values by name, as for the constructor.
+            asked: Names of the values that were asked for; it is an error if nothing reads one of them.
 
         Raises:
-            ConfigurationError: As for the constructor.
+            ConfigurationError: If a name or value is wrong, as in the constructor.
         """
         config = cls.__new__(cls)
         config._fill(values, set(asked))
@@ -152,18 +152,18 @@ class OTPruningConfig(PruningOptions, BaseConfig):
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> Any:
-        """Make a configuration of a dictionary, such as a file's.
+        """Make a configuration from a dictionary, such as the content of a file.
 
         Options that this version does not know are left out with a warning if a newer version wrote them. So are
         numbers that nothing reads, where a version wrote the file: they were without effect when it did.
 
         Args:
-            config_dict: By name.
+            config_dict: Values by name.
             **kwargs: Options that override those of the dictionary, checked like those of the constructor;
                 `return_unused_kwargs=True` also returns the names that are no options.
 
         Raises:
-            ConfigurationError: As for the constructor.
+            ConfigurationError: If a name or value is wrong, as in the constructor.
         """
         return_unused = kwargs.pop("return_unused_kwargs", False)
         if not isinstance(config_dict, Mapping):
@@ -227,13 +227,13 @@ class OTPruningConfig(PruningOptions, BaseConfig):
         """Write `otprune_config.json` into a folder, and upload it if asked.
 
         Args:
-            save_directory: Made if it does not exist.
-            push_to_hub: Also upload the file to the repository `repo_id` (default: the folder's name).
-            **kwargs: For `push_to_hub`.
+            save_directory: The folder, which is made if it does not exist.
+            push_to_hub: Whether to upload the file to the repository `repo_id` as well (default: the folder's name).
+            **kwargs: The options of `push_to_hub`.
 
         Raises:
             OutputError: If the folder or the file in it cannot be written.
-            HubError: See `push_to_hub`.
+            HubError: If the upload fails; see `push_to_hub`.
         """
         folder = output_path(save_directory)
         try:
@@ -256,7 +256,7 @@ class OTPruningConfig(PruningOptions, BaseConfig):
                 `OTPruner.push_to_hub`.
 
         Raises:
-            HubError: Of the fitting kind.
+            HubError: If the upload fails; the class says why.
         """
         kwargs.setdefault("commit_message", "Upload a pruning configuration")
         with tempfile.TemporaryDirectory(prefix="otprune-push-") as folder:
@@ -265,7 +265,7 @@ class OTPruningConfig(PruningOptions, BaseConfig):
 
 
 def _absent_budgets(given: Mapping[str, Any]) -> set[str]:
-    """Of the ratio and the targets, those that another one stands in for."""
+    """Return those of the ratio and the targets that another one replaces."""
     budgets = [name for name in BUDGET_FIELDS if given.get(name) is not None]
     if len(budgets) > 1:
         both = " and ".join(f"`{name}={given[name]!r}`" for name in budgets)

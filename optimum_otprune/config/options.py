@@ -24,15 +24,16 @@ class Rules(NamedTuple):
     """What a field means and which values it takes beyond its type.
 
     Attributes:
-        help: For the command line and the documentation.
-        minimum: The smallest number, as `maximum` is the largest.
-        maximum: The largest number.
-        below: Numbers are smaller than it.
-        above: Numbers are larger than it.
-        choices: Names that are allowed, where the type does not say, or a function that lists those registered now.
-        units: Of numbers that may be given as strings, or as shares of what the dense model has.
-        registry: The kind of registered functions of which the field names one, as `otprune list` calls it.
-        shared: What the field decides, where it must be the same in all trials of a search.
+        help: The text for the command line and the documentation.
+        minimum: The smallest number that is allowed.
+        maximum: The largest number that is allowed.
+        below: A number that all values are smaller than.
+        above: A number that all values are larger than.
+        choices: The names that are allowed, where the type does not list them, or a function that returns those
+            registered now.
+        units: The multipliers by suffix, for numbers that may be given as strings, or as shares of the dense model's.
+        registry: The kind of registered function that the field names, as `otprune list` calls it.
+        shared: A phrase for what the field decides, if it must be the same in all trials of a search.
     """
 
     help: str

@@ -19,13 +19,13 @@ FOREIGN_KEYS = frozenset({"model_type", "transformers_version", "optimum_version
 
 
 def read_options(file: Path) -> PruningOptions:
-    """Read a configuration as it was saved: every value of the right kind, nothing filled in by the method.
+    """Read a configuration as it was saved: every value is of the right kind, no default of the method is added.
 
     Args:
-        file: `otprune_config.json`.
+        file: The path of `otprune_config.json`.
 
     Raises:
-        ConfigurationError: If it is damaged, or a name or value is wrong.
+        ConfigurationError: If the file is damaged, or a name or value is wrong.
     """
     values = read_options_file(file)
     known = known_options(values)
@@ -58,10 +58,10 @@ def read_options_file(file: Path) -> dict[str, Any]:
 
 
 def known_options(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those values that are options; what a newer version added is left out with a warning.
+    """Return the values that are options; those that a newer version added are left out with a warning.
 
     Args:
-        values: Of a file.
+        values: Values by name, as a file holds them.
 
     Raises:
         ConfigurationError: If an unknown name was written by this version, an older one, or by hand.

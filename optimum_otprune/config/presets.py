@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 
 class Preset(NamedTuple):
-    """What a method is.
+    """The values that a method sets.
 
     Attributes:
-        summary: One sentence.
-        fields: A value for each field that a method decides.
-        fixed: Names of those that make the method what its name says; setting another value is an error.
+        summary: What the method does, in one sentence.
+        fields: The value of each field that the method decides.
+        fixed: The fields that make the method what its name says; setting another value is an error.
     """
 
     summary: str

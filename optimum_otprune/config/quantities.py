@@ -67,10 +67,10 @@ def parse_share(value: object) -> Fraction | None:
 
 
 def whole_number(value: object) -> int | None:
-    """Return an integer, of NumPy or not, as an int; None if it is none. Truth values are none.
+    """Return an integer of Python or NumPy as an int, or None if the value is none; booleans are none.
 
     Args:
-        value: Anything.
+        value: The value, which may be anything.
     """
     return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
 

@@ -97,11 +97,11 @@ def resolve(values: dict[str, Any], explicit: set[str], asked: set[str]) -> dict
 
 
 def function_name(field: str, given: str | None) -> str | None:
-    """Return how a configuration names a registered function: with a value for every parameter of it.
+    """Return a registered function's name with a value for each of its parameters.
 
     Args:
-        field: That names the function.
-        given: Its name, with some of the parameters or none.
+        field: The field that names the function.
+        given: The name that was given, with some of the parameters or none.
 
     Raises:
         ConfigurationError: If the name or a parameter is unknown, or a value has the wrong type.
@@ -118,14 +118,14 @@ def function_name(field: str, given: str | None) -> str | None:
 
 
 def check_replaced(values: Mapping[str, Any], functions: Mapping[str, Any]) -> None:
-    """Raise where functions in place of a configuration's leave a number of it without a reader.
+    """Raise an error if functions that replace a configuration's leave one of its numbers unread.
 
     Args:
-        values: Every option.
-        functions: Functions, or names of registered ones, by field.
+        values: The value of every option.
+        functions: The given functions, or names of registered ones, by field.
 
     Raises:
-        ConfigurationError: Names the first such number that is not its default.
+        ConfigurationError: If a number that is not its default is read by none; the message names the first.
     """
     for name, reason in unused_numbers({**values, **functions}).items():
         if values[name] != _default(name, values["quality"]):

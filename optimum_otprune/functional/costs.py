@@ -115,8 +115,8 @@ def transport_cost(name: str | CostFunction | Entry, inputs: CostInputs, kept_ch
 
     Args:
         name: A registered name or a function `(inputs, kept_channels) -> TransportCost` (or a bare matrix).
-        inputs: The layer.
-        kept_channels: LongTensor `(kept_size,)`.
+        inputs: Weights and moments of the layer.
+        kept_channels: Indices of the kept channels, LongTensor `(kept_size,)`.
 
     Raises:
         ShapeError: If matrix or gain is no tensor `(intermediate_size, kept_size)`.
@@ -147,9 +147,9 @@ def centroid_cost(weights: FFNWeights, kept_size: int, seed: int, cost: str | No
     """Cluster the channels' unit weight vectors; centroids are what channels are transported to.
 
     Args:
-        weights: The FFN.
-        kept_size: Clusters.
-        seed: Of k-means++.
+        weights: The weights of the FFN.
+        kept_size: The number of clusters.
+        seed: The random seed of k-means++.
         cost: `"weight"` (p = 1) or `"weight_l2"`.
 
     Returns:

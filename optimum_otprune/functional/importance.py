@@ -17,9 +17,10 @@ class WeightScores(NamedTuple):
     """One score per weight, channel-first.
 
     Attributes:
-        up: `(intermediate_size, hidden_size)`.
-        down: `(intermediate_size, hidden_size)`, transposed, so that every row belongs to one channel.
-        gate: As `up`, or None.
+        up: Scores of the up projection, `(intermediate_size, hidden_size)`.
+        down: Scores of the down projection, `(intermediate_size, hidden_size)`, transposed, so that every row belongs
+            to one channel.
+        gate: Scores of the gate projection, `(intermediate_size, hidden_size)`, or None without one.
     """
 
     up: Tensor
@@ -35,7 +36,7 @@ class ChannelStatistics(NamedTuple):
     """What a calibration pass leaves behind of one layer; an importance function reads what it needs.
 
     Attributes:
-        weights: The FFN.
+        weights: The weights of the FFN.
         hidden_mean: Mean activation of each channel `(intermediate_size,)`, or None if not collected.
         hidden_second_moment: Mean squared activation `(intermediate_size,)`, or None.
         num_tokens: Tokens behind both.
@@ -83,7 +84,7 @@ def aggregate(scores: WeightScores, aggregation: str) -> Tensor:
     """Sum the scores of a channel's gate row, up row and down column.
 
     Args:
-        scores: Of one layer.
+        scores: The scores of one layer.
         aggregation: `"absolute"` sums magnitudes. `"signed"` sums the values, as the reference does: they cancel, and
             the result selects no better than chance (kept for fidelity).
 
@@ -155,7 +156,7 @@ def channel_importance(name: str | Importance | Entry, statistics: ChannelStatis
 
     Args:
         name: A registered name or a function `ChannelStatistics -> (intermediate_size,)`.
-        statistics: Of one layer.
+        statistics: The statistics of one layer.
 
     Returns:
         `(intermediate_size,)` on the device of the weights.

@@ -178,7 +178,7 @@ def marginal(name: str | Distribution | Entry, inputs: MarginalInputs) -> Tensor
 
     Args:
         name: A registered name or a function `MarginalInputs -> (k,)`.
-        inputs: Of the channels that the mass is spread over.
+        inputs: Statistics of the channels that the mass is spread over.
 
     Returns:
         Probability vector `(k,)`, float64.

@@ -27,9 +27,9 @@ class Parameter(NamedTuple):
     """A keyword-only parameter of a registered function.
 
     Attributes:
-        name: As in the signature.
-        kind: `bool`, `int`, `float` or `str`.
-        default: Of that type.
+        name: The name in the signature.
+        kind: The type: `bool`, `int`, `float` or `str`.
+        default: The default, a value of that type.
     """
 
     name: str
@@ -95,7 +95,7 @@ def checked_parameters(parameters: Mapping[str, Parameter], texts: Mapping[str, 
     """Return a value for every parameter, the default for one that is not given.
 
     Args:
-        parameters: Of the function.
+        parameters: The parameters of the function, by name.
         texts: Values by name, as a configuration holds them.
         what: Kind and name of the function, for messages.
 
@@ -117,7 +117,7 @@ def written(name: str, values: Mapping[str, object]) -> str:
     """Return a function's name with its parameters as one text, which is what a configuration holds.
 
     Args:
-        name: Of the function.
+        name: The name of the function.
         values: Booleans, numbers and texts by parameter.
 
     Raises:

@@ -54,7 +54,7 @@ def damped_inverse(matrix: Tensor, channels: Tensor, damping: float, what: str) 
         The upper triangle of the inverse, float64 `(count, count)`.
 
     Raises:
-        NumericalError: See `damped_cholesky`.
+        NumericalError: If no damping helps; see `damped_cholesky`.
     """
     _check_finite(matrix, what)
     for share in _dampings(damping):

@@ -83,9 +83,9 @@ def filled(options: Callable[..., T], given: Mapping[str, Any], what: str = "opt
     """Return all options of a `TypedDict`, those that were not given with their defaults.
 
     Args:
-        options: The `TypedDict`.
+        options: The `TypedDict` that declares the options.
         given: Values by name.
-        what: What a message calls an option.
+        what: The word for an option in messages.
 
     Raises:
         ConfigurationError: If there is no option of a given name.

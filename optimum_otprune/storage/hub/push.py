@@ -48,7 +48,7 @@ class PushResult(NamedTuple):
     """The result of a push.
 
     Attributes:
-        repo_id: `user/name`.
+        repo_id: The repository, as `user/name`.
         commit: The commit that holds the files; the head, where nothing had changed.
         url: Address of the repository, or of the pull request.
         changed: Whether there was anything to commit.
@@ -64,7 +64,7 @@ class _Push(NamedTuple):
     """What shall be in a repository afterwards.
 
     Attributes:
-        repo_id: `user/name`.
+        repo_id: The repository, as `user/name`.
         files: What is sent by name: a file, or bytes.
         entries: Sizes and digests by name.
         replaces_weights: Whether weights that are not among the files are deleted.
@@ -182,7 +182,7 @@ def verify_repository(repo_id: str, **options: Unpack[HubOptions]) -> str:
     """Download what a repository's manifest lists and compare it with the manifest.
 
     Args:
-        repo_id: `user/name`.
+        repo_id: The repository, as `user/name`.
         **options: How the repository is read.
 
     Returns:
