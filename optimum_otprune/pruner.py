@@ -229,7 +229,7 @@ class OTPruner(HubMixin):
         return report
 
     def _known(self, recipe: Recipe, custom: Mapping[str, Any]) -> dict[str, Any]:
-        """What a report says of the model and of functions that took the place of registered ones."""
+        """Return the report's fields about the model and about functions that replace registered ones."""
         return {
             "base_model": self.base_model,
             "base_card": self.base_card,
@@ -382,7 +382,7 @@ class OTPruner(HubMixin):
         return folder
 
     def _save_for_good(self, folder: Path, overwrite: bool, max_shard_size: int | str | None) -> Path:
-        """Save, and remove the state of the run, which is not needed any more."""
+        """Save the model, and remove the state of the run, which is not needed any more."""
         if is_main_process():
             self._save(folder, overwrite, max_shard_size)
         wait_for_all()

@@ -149,7 +149,7 @@ def load_skeleton(name: str, options: LoadingOptions) -> Skeleton:
 
 
 def _expanded(name: str, options: LoadingOptions) -> tuple[str, LoadingOptions]:
-    """Expand `~` in a name and in those options that are paths, once the name is known to be possible."""
+    """Expand `~` in a name and in options that are paths, after checking the name."""
     reason = why_no_name(os.path.expanduser(name))
     if reason is not None:
         raise ModelLoadError(

@@ -78,7 +78,7 @@ def _write_older_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, mod
 
 
 def _content(folder: Path) -> tuple[Any, ...] | None:
-    """All of a saved tokenizer that token ids depend on; None where it cannot be loaded."""
+    """Return everything in a saved tokenizer that token ids depend on, or None if it cannot be loaded."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, TypeError, LookupError):  # of a class that does not fit tokenizer.json
@@ -87,7 +87,7 @@ def _content(folder: Path) -> tuple[Any, ...] | None:
 
 
 def _source_class(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Any:
-    """Name of the tokenizer's class at its source, a folder or a repository in the cache, or None."""
+    """Return the name of the tokenizer's class in its source, a folder or a cached repository, or None."""
     source = tokenizer.name_or_path
     revision = getattr(model.config, "_commit_hash", None) if source == model.config.name_or_path else None
     for name in (_TOKENIZER, _CONFIG):
@@ -110,7 +110,7 @@ def _source_class(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) ->
 
 
 def _added(tokenizer: PreTrainedTokenizerBase | None) -> dict[str, bool]:
-    """Whether a tokenizer puts a beginning and an end around a text, found out by one."""
+    """Return whether a tokenizer puts a beginning and an end around a text, found by tokenizing one."""
     ids = [] if tokenizer is None else tokenizer("a", verbose=False)["input_ids"]
     if tokenizer is None or not ids:
         return {}
@@ -121,7 +121,7 @@ def _added(tokenizer: PreTrainedTokenizerBase | None) -> dict[str, bool]:
 
 
 def _save_model(model: PreTrainedModel, folder: Path, max_shard_size: int | str) -> None:
-    """The model, with a modeling file if its save format needs one."""
+    """Save the model, with a modeling file if its save format needs one."""
     code = needed_modeling_code(model)
     if code is None:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
@@ -134,7 +134,7 @@ def _save_model(model: PreTrainedModel, folder: Path, max_shard_size: int | str)
 
 @contextmanager
 def _copied_settings(model: PreTrainedModel) -> Iterator[GenerationConfig | None]:
-    """A block in which the model has copies of its configurations, for saving writes into them; gives the decoding's.
+    """Give a model copies of its configurations, which saving may change; yield its generation settings.
 
     The copy of that is a valid one in its place: transformers loads sampling parameters without sampling, as many
     models have them, but refuses to save them.
@@ -173,7 +173,7 @@ def with_readable_names(config: Mapping[str, Any], kind: type[PreTrainedConfig])
 
 
 def _ropes(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Rotary embeddings of a configuration and of the parts in it."""
+    """Return the settings of rotary embeddings of a configuration and of its parts."""
     parts = {
         name: _ropes(value) for name, value in config.items() if name.endswith("_config") and isinstance(value, dict)
     }
@@ -181,7 +181,7 @@ def _ropes(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _edit(file: Path, change: Callable[[dict[str, Any]], Mapping[str, Any]]) -> None:
-    """Change a JSON file that may be there."""
+    """Change a JSON file if it exists."""
     if file.is_file():
         values = change(json.loads(file.read_text(encoding="utf-8")))
         file.write_text(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -75,7 +75,7 @@ def push_saved(folder: Path, repo_id: str, **options: Unpack[PushOptions]) -> Pu
 
 
 def refuse_push_options(given: Mapping[str, Any]) -> None:
-    """Refuse options of pushing where nothing is pushed.
+    """Raise an error if options of pushing are given where nothing is pushed.
 
     Args:
         given: Values by name; beside the options of pushing, `repo_id`.

@@ -18,7 +18,7 @@ from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.config.options_file import CONFIG_FILE
 from optimum_otprune.errors import ConfigurationError
 from optimum_otprune.models.compatibility import reads_in_older_versions
-from optimum_otprune.models.devices import is_offloaded, known_as_offloaded, restore_ties, weight_bytes
+from optimum_otprune.models.devices import is_offloaded, savable_if_offloaded, restore_ties, weight_bytes
 from optimum_otprune.models.faithfulness import check_logits, check_parameters
 from optimum_otprune.models.ffn_block import check_loadable
 from optimum_otprune.models.wrappers import check_plain
@@ -42,7 +42,7 @@ def shard_size(model: PreTrainedModel, wanted: int | str | None) -> int | str:
 
 
 class Contents(NamedTuple):
-    """What is saved.
+    """A model with all that is saved beside it.
 
     Attributes:
         model: The model, pruned or not.
@@ -94,7 +94,7 @@ def save_checkpoint(
         check_parameters(model)
         check_logits(model)
         restore_ties(model)  # looking at offloaded weights has torn them
-        with known_as_offloaded(model):
+        with savable_if_offloaded(model):
             save_model_files(partial, model, tokenizer, shard_size(model, max_shard_size))
         (partial / CONFIG_FILE).write_text(config.to_json_string(), encoding="utf-8")
         if report is not None:

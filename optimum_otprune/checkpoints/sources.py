@@ -170,7 +170,7 @@ def _check_values(what: str, config: Mapping[str, Any]) -> None:
 
 
 def _auto_class(name: str) -> str | None:
-    """Auto class that loads a class of transformers, the causal one first; None for a class of somebody's own."""
+    """Return the auto class that loads a class of transformers, the causal one first; None for a custom class."""
     for auto in sorted(_AUTO_CLASSES, key=lambda auto: (auto != _CAUSAL, auto in _HEADLESS)):
         for known in _AUTO_CLASSES[auto].values():
             if name == known or (isinstance(known, (tuple, list)) and name in known):
@@ -264,7 +264,7 @@ _CAUSES: tuple[tuple[str, str], ...] = (
 
 
 def _field(text: str) -> str:
-    """The field that a check of types complains of, and what it says, in one line."""
+    """Return the field that a type check complains of, and its message, in one line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return visible(re.sub(r"^\w*Error: ", "", lines[1] if len(lines) > 1 else lines[0]))
 
@@ -279,7 +279,7 @@ def _raise_other_folder(folder: Path) -> None:
 
 
 def _first(folder: Path, kinds: tuple[tuple[str, str], ...]) -> str | None:
-    """Words of the first kind of which there is a file."""
+    """Return the words for the first kind of file that is in the folder, or None."""
     return next((words for pattern, words in kinds if any(folder.glob(pattern))), None)
 
 
@@ -295,7 +295,7 @@ def _check_pointers(folder: Path) -> None:
 
 
 def _check_shards(folder: Path) -> None:
-    """Shards are there, and lie in the folder: the loader would follow a name such as `../other` out of it."""
+    """Raise an error if a shard is missing or outside the folder: the loader would follow `../other`."""
     weight_map = _json(folder / INDEX_FILE).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise ModelLoadError(

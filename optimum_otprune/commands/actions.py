@@ -91,7 +91,7 @@ def _dry_run(args: argparse.Namespace, config: OTPruningConfig, output: Path) ->
 
 
 def _was_saved(model: str, output: Path, state: Path, config: OTPruningConfig) -> bool:
-    """Whether an earlier run of this command ended between saving its result and removing its state."""
+    """Return whether an earlier run of this command ended between saving its result and removing its state."""
     if not os.path.isdir(state) or not (output / REPORT_FILE).is_file():
         return False
     try:

@@ -101,12 +101,12 @@ def run_demo(pruning_ratio: float, output: Path | None, overwrite: bool = False)
 
 
 def _tell(stage: str) -> None:
-    """A line on standard error, since a stage takes seconds."""
+    """Print a line on standard error, since a stage takes seconds."""
     print(f"{stage} ...", file=sys.stderr, flush=True)
 
 
 def _pruners(pruning_ratio: float) -> dict[str, OTPruner]:
-    """The embedded model, once for itself and once for each method."""
+    """Yield the embedded model, once for itself and once for each method."""
 
     def load(method: str) -> OTPruner:
         config = OTPruningConfig(
@@ -120,7 +120,7 @@ def _pruners(pruning_ratio: float) -> dict[str, OTPruner]:
 
 @torch.no_grad()
 def _tokens_per_second(models: dict[str, PreTrainedModel], rounds: int = 5) -> dict[str, float]:
-    """Medians of forward passes over 8 windows, the models taking turns, after one round to warm up."""
+    """Return medians of forward passes over 8 windows, the models taking turns, after one warm-up round."""
     ids: Tensor = torch.zeros(8, _SEQLEN, dtype=torch.long)
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(rounds + 1):

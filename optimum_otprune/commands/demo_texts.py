@@ -53,7 +53,7 @@ def _is_validation(name: str) -> bool:
 
 
 def _without_seen(text: str, seen: set[str]) -> str:
-    """Drop the paragraphs of `text` that are in `seen` already, and add the others to it."""
+    """Return a text without the paragraphs that are in `seen`, and add its other paragraphs to `seen`."""
     kept = []
     for paragraph in text.split("\n\n"):
         key = " ".join(paragraph.split())
@@ -84,7 +84,7 @@ def _module_docstrings() -> tuple[tuple[str, str], ...]:
 
 @cache
 def _docstrings_below(root: Path) -> tuple[tuple[str, str], ...]:
-    """Names and docstrings of the modules in a folder; parsing takes seconds, so it is done once."""
+    """Return names and docstrings of a folder's modules; parsing takes seconds, so it is done once."""
     found = []
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).parts

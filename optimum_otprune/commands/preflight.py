@@ -112,7 +112,7 @@ def _check_windows(args: argparse.Namespace) -> None:
 
 
 def _check_options(args: argparse.Namespace) -> None:
-    """Each by itself; whether they fit together is known to a configuration."""
+    """Check each option by itself; whether they fit together is checked by the configuration."""
 
     def check() -> None:
         for name, value in config_options(args).items():

@@ -13,7 +13,7 @@ class Terminated(KeyboardInterrupt):
 
 @contextmanager
 def imports_interrupted() -> Iterator[None]:
-    """A block of imports that an interruption ends as such, whatever a half-imported library makes of it."""
+    """Let an interruption end imports as such, whatever error a half-imported library makes of it."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

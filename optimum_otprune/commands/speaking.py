@@ -56,7 +56,7 @@ class VisibleStream(io.TextIOBase):
             os.close(nowhere)
 
     def isatty(self) -> bool:
-        """Whether the stream is a terminal."""
+        """Return whether the stream is a terminal."""
         return self._stream.isatty()
 
 
@@ -64,7 +64,7 @@ class VisibleRecord(logging.LogRecord):
     """A message to any logger, of any library, without colors and with characters that can all be seen, in lines."""
 
     def getMessage(self) -> str:  # noqa: N802
-        """The message."""
+        """Return the message."""
         message = _COLOR.sub("", super().getMessage())
         return "\n".join(visible(line.expandtabs(), 8 * len(line) + 8) for line in message.splitlines())
 
@@ -73,7 +73,7 @@ class VisibleFormatter(logging.Formatter):
     """Log lines whose characters can all be seen."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line."""
+        """Return the record as one line."""
         return one_line(super().format(record))
 
 
@@ -105,7 +105,7 @@ def speaking() -> Iterator[None]:
 
 
 def one_line(message: object) -> str:
-    """A message of any origin as one line of characters that can be seen."""
+    """Return a message of any origin as one line of visible characters."""
     return visible(" ".join(str(message).split()), _LONGEST)
 
 

@@ -30,7 +30,7 @@ from optimum_otprune.pruning.calibration.data import ModelLimits
 
 
 class BenchmarkSettings(NamedTuple):
-    """What is measured.
+    """The settings of a speed measurement.
 
     Attributes:
         batch_sizes: Sequences at a time.
@@ -114,7 +114,7 @@ class Comparison(NamedTuple):
         return None if dense is None or pruned is None else pruned / dense
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, ratios included, JSON-ready."""
+        """Return all results, ratios included, JSON-ready."""
         ratios = ("prefill_speedup", "promised_speedup", "share_reached", "share_of_time_saved", "decode_speedup")
         return {
             "batch_size": self.batch_size,
@@ -246,7 +246,7 @@ def widths_by_multiple(dense: list[FFNBlock], pruned: list[FFNBlock], multiples:
 def _measure(
     models: Mapping[str, PreTrainedModel], batch_size: int, seqlen: int, settings: BenchmarkSettings
 ) -> dict[str, Speed]:
-    """All models at one shape: each round runs all of them, every second round in reverse order."""
+    """Measure all models at one shape: each round runs all of them, every second round in reverse order."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = min(ModelLimits.of(model).vocab_size for model in models.values())
     ids = torch.randint(vocabulary, (batch_size, seqlen), generator=generator)
@@ -269,7 +269,7 @@ class _Run(NamedTuple):
 
 @torch.no_grad()
 def _generate(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> _Run:
-    """Greedy generation of a fixed length with the cache of transformers."""
+    """Generate a fixed number of tokens greedily, with the cache of transformers."""
     device = input_device(model)
     token = ids.to(device)
     cache: Any = DynamicCache(config=model.config)
@@ -299,7 +299,7 @@ def _generate(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> _Run:
 
 
 def _start_of_peak(device: torch.device) -> int | None:
-    """Bytes in use at the start, other models' included; None where there is no record of the peak."""
+    """Return the bytes in use at the start, other models' included; None if no peak is recorded."""
     if device.type != "cuda":
         return None
     torch.cuda.reset_peak_memory_stats(device)
@@ -324,12 +324,12 @@ def _speed(model: PreTrainedModel, ids: Tensor, runs: list[_Run], settings: Benc
 
 
 def _keeps_logits(model: PreTrainedModel) -> bool:
-    """Whether the head can be left out for all tokens but the last, as `generate` does where it can."""
+    """Return whether the head may skip all tokens but the last, as in `generate`."""
     return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
 def _cache_argument(model: PreTrainedModel) -> str:
-    """What the model calls its cache: `cache` from transformers 5.24 on, before that `past_key_values`."""
+    """Return the name of the model's argument for its cache: `cache` or, before 5.24, `past_key_values`."""
     return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
 
 

@@ -13,11 +13,11 @@ from optimum_otprune.commands.speaking import VisibleFormatter
 
 @contextmanager
 def showing_progress(quiet: bool, silent: str | None = None) -> Iterator[None]:
-    """One line per layer.
+    """Show one line per layer while the block of code runs.
 
     Args:
-        quiet: Without lines per layer and progress bars of loading.
-        silent: A logger of this package that says nothing but errors.
+        quiet: Whether to leave out lines per layer and progress bars of loading.
+        silent: The name of a logger of this package that then logs nothing but errors.
     """
     package = logging.getLogger("optimum_otprune")
     with ExitStack() as stack:
@@ -41,7 +41,7 @@ def _set_level(stack: ExitStack, logger: logging.Logger, level: int) -> None:
 
 @contextmanager
 def _no_bars() -> Iterator[None]:
-    """Neither of transformers nor of the Hub's client, whose switch is the same but for its environment variable."""
+    """Hide progress bars of transformers and of the Hub's client, which share a switch but for one variable."""
     is_on, is_hub_off = transformers_logging.is_progress_bar_enabled(), are_progress_bars_disabled()
     transformers_logging.disable_progress_bar()
     try:

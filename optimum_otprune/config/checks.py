@@ -89,7 +89,7 @@ def check_size(name: str, value: Any, least: int = 0) -> int:
 
 
 def _checked_quantity(option: Option, value: str, problem: ConfigurationError) -> str:
-    """The string as it was given, once it is known to be a quantity in range."""
+    """Return the string as it was given, after checking that it is a quantity in range."""
     assert option.rules.units is not None
     try:
         quantity = parse_quantity(value, option.rules.units)
@@ -101,7 +101,7 @@ def _checked_quantity(option: Option, value: str, problem: ConfigurationError) -
 
 
 def _checked_function(option: Option, value: Any, problem: ConfigurationError) -> str:
-    """The name of a function with its parameters as one text; whether they are known is not asked here."""
+    """Return a function's name with its parameters as one text, without checking that they are known."""
     if not isinstance(value, str | Mapping):
         raise problem
     try:
@@ -132,7 +132,7 @@ def _checked_layers(value: Any, problem: ConfigurationError) -> tuple[int, ...]:
 
 
 def _checked_by_layer(option: Option, value: Any, problem: ConfigurationError) -> dict[int, float]:
-    """Numbers by layer; files have the layers as strings."""
+    """Return numbers by layer; files hold the layers as strings."""
     if not isinstance(value, Mapping):
         raise problem
     checked = {}

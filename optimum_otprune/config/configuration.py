@@ -99,7 +99,7 @@ class OTPruningConfig(PruningOptions, BaseConfig):
         self.optimum_otprune_version = str(options.get(VERSION_KEY, version("optimum_otprune")))
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """The same as `to_dict`: a file that names every value stays true when defaults change."""
+        """Return the same as `to_dict`: a file that names every value stays true when defaults change."""
         return self.to_dict()
 
     def __eq__(self, other: object) -> bool:
@@ -111,7 +111,7 @@ class OTPruningConfig(PruningOptions, BaseConfig):
         return f"OTPruningConfig {self.to_json_string()}"
 
     def replace(self, **changes: Any) -> "OTPruningConfig":
-        """A copy with some options changed.
+        """Return a copy with some options changed.
 
         A changed `method` or `quality` decides its fields again; a new ratio or target takes the old one's place; what
         a change leaves without a use is dropped.
@@ -218,7 +218,7 @@ class OTPruningConfig(PruningOptions, BaseConfig):
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:
-        """What the base class reads a file with."""
+        """Read a file, as the base class asks for it."""
         return read_options_file(Path(json_file))
 
     def save_pretrained(

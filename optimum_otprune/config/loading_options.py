@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class PlacementOptions(TypedDict, total=False):
-    """What the weights are loaded as, and where to."""
+    """The dtype and the devices of the loaded weights."""
 
     dtype: Annotated[
         "str | torch.dtype | None",
@@ -26,7 +26,7 @@ class PlacementOptions(TypedDict, total=False):
 
 
 class LoadingOptions(PlacementOptions, HubOptions, total=False):
-    """What loading may be told."""
+    """The options of loading a model."""
 
     trust_remote_code: Annotated[bool, About(False, "run modeling code from the repository")]
     verify: Annotated[

@@ -21,7 +21,7 @@ VERSION_KEY = "optimum_otprune_version"
 
 
 class Rules(NamedTuple):
-    """What a field means and which values it takes beyond its type.
+    """The meaning of a field and the values that it takes beyond its type.
 
     Attributes:
         help: The text for the command line and the documentation.
@@ -81,7 +81,7 @@ def _field(default: Any, help: str, minimum: float | None = None, **bounds: Any)
 
 
 def _decided(help: str, minimum: float | None = None, **bounds: Any) -> Any:
-    """A field that the method or the quality decides where it is left unset."""
+    """Make a field that the method or the quality sets unless the user does."""
     return _field(None, help, minimum, **bounds)
 
 
@@ -259,7 +259,7 @@ class PruningOptions:
     optimum_otprune_version: str = dataclasses.field(default=version("optimum_otprune"), init=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Every option and the version that wrote them, JSON-ready."""
+        """Return every option and the version that wrote them, JSON-ready."""
         values: dict[str, Any] = {name: copy.deepcopy(getattr(self, name)) for name in OPTIONS_BY_NAME}
         values["fuse"], values["skip_layers"] = list(values["fuse"]), list(values["skip_layers"])
         values["layer_ratios"] = {str(layer): ratio for layer, ratio in values["layer_ratios"].items()}
@@ -267,7 +267,7 @@ class PruningOptions:
         return values
 
     def to_json_string(self, use_diff: bool = True) -> str:
-        """The file's text: sorted keys, so that equal configurations give equal files."""
+        """Return the text of the file: keys are sorted, so that equal configurations give equal files."""
         del use_diff
         return json.dumps(self.to_dict(), indent=2, sort_keys=True, allow_nan=False) + "\n"
 

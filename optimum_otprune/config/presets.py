@@ -52,7 +52,7 @@ METHOD_FIELDS = tuple(_OTPRUNE)
 
 
 def _baseline(summary: str, importance: str, fixed: tuple[str, ...], **fields: object) -> Preset:
-    """A method that drops channels and moves none of what they did."""
+    """Return a method that drops channels and moves none of their function to others."""
     decided: dict[str, object] = {
         "quality": "fast",
         "token_weighting": "uniform",

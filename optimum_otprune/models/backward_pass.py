@@ -27,7 +27,7 @@ SINGULAR_VALUES = "singular values"  # the sum of the mean singular values of al
 
 
 class FFNGradients(NamedTuple):
-    """What one batch of tokens left behind in one FFN, by projection, on the FFN's device.
+    """The gradients of one batch of tokens in one FFN, by projection, on the FFN's device.
 
     Attributes:
         inputs: The inputs of each projection, `(num_tokens, in_features)`.
@@ -60,7 +60,7 @@ class ReversePass:
         self._runner = BlockRunner(prunable, self.batches, self._spill)
 
     def blocks(self) -> Iterator[tuple[FFNBlock, Iterator[FFNGradients]]]:
-        """Every block, the last one first, with the gradients of each batch; they are to be read in this order.
+        """Yield every block, the last one first, with its batches' gradients, which must be read in this order.
 
         Raises:
             NumericalError: If an output is NaN or infinite; names the module.
@@ -82,7 +82,7 @@ class ReversePass:
 
     @torch.no_grad()
     def _forward(self) -> list[list[StoredTensor]]:
-        """Hidden states before every block and behind the last one, by block and batch."""
+        """Return the hidden states before every block and behind the last one, by block and batch."""
         hidden = [self._runner.take_first_hidden()]
         for block in tqdm(self._blocks, desc="Forward", unit="layer", disable=not self._progress):
             outputs = []
@@ -120,7 +120,7 @@ class ReversePass:
     def _backward(
         self, block: FFNBlock, before: list[StoredTensor], gradients: dict[str, list[StoredTensor]]
     ) -> Iterator[FFNGradients]:
-        """Through one block: the gradients by its outputs give way to those by its inputs."""
+        """Go back through one block: replace the gradients by its outputs by those by its inputs."""
         for index, states in enumerate(before):
             above = {objective: parts[index].load() for objective, parts in gradients.items()}
             found, below = self._through(block, states.load(), index, above)

@@ -53,7 +53,7 @@ class BlockRunner:
         self._note_calls(batches)
 
     def take_first_hidden(self) -> list[StoredTensor]:
-        """Hand over the hidden states `(batch, seqlen, hidden_size)` before the first block, by batch; once."""
+        """Hand over the hidden states `(batch, seqlen, hidden_size)` before the first block, by batch, once."""
         taken, self._first_hidden = self._first_hidden, []
         return taken
 
@@ -73,11 +73,11 @@ class BlockRunner:
         return output[0] if isinstance(output, tuple) else output
 
     def given(self, block: FFNBlock, index: int) -> list[Tensor]:
-        """All tensors that a block is given beside the hidden states of a batch."""
+        """Return all tensors that a block receives beside the hidden states of a batch."""
         return [_loaded(leaf) for leaf in _leaves(self._calls[index][block.layer])]
 
     def _sharing(self, calls: list[_Call], like: list[_Call]) -> list[_Call]:
-        """Calls in which every tensor is the one of `like` if it equals that, and waits in the spill else."""
+        """Return calls whose tensors are those of `like` where they are equal, and wait in the spill otherwise."""
         known: dict[int, Any] = {}  # blocks are often given the same tensor: it is compared, and kept, once
         for own, other in zip(_leaves(calls), _leaves(like)):
             if id(own) not in known and _is_equal(own, other):
@@ -91,12 +91,12 @@ class BlockRunner:
         return mapped(calls, kept, _LEAVES)
 
     def finish(self, batch: Tensor, hidden: Tensor, **kwargs: Any) -> Any:
-        """The model's output for the hidden states behind its last block, differentiable by them.
+        """Return the model's output for the hidden states behind its last block, differentiable by them.
 
         Args:
             batch: Token ids `(batch, seqlen)`.
-            hidden: `(batch, seqlen, hidden_size)`.
-            **kwargs: Of the model, such as `labels`.
+            hidden: The hidden states behind the last block, `(batch, seqlen, hidden_size)`.
+            **kwargs: Other arguments of the model, such as `labels`.
         """
 
         def stand_in(block: FFNBlock, before: Tensor, args: tuple, rest: dict[str, Any]) -> Any:
@@ -110,7 +110,7 @@ class BlockRunner:
 
     @torch.no_grad()
     def _note_calls(self, batches: Sequence[Tensor]) -> None:
-        """Hidden states before the first block, and what each block is given beside them, of every batch."""
+        """Record each batch's hidden states before the first block and every block's other arguments."""
         calls: list[_Call] = []
 
         def note(block: FFNBlock, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -133,7 +133,7 @@ class BlockRunner:
 
     @contextmanager
     def _replaced_blocks(self, function: Callable[[FFNBlock, Tensor, tuple, dict[str, Any]], Any]) -> Iterator[None]:
-        """A function `(block, hidden, other args, other kwargs)` in place of each block; it may call the block."""
+        """Call `function(block, hidden, other args, other kwargs)` in place of each block; it may call the block."""
 
         def stand_in(block: FFNBlock, own: Callable | None) -> Callable:
             def forward(*args: Any, **kwargs: Any) -> Any:
@@ -158,7 +158,7 @@ class BlockRunner:
 
 
 def _leaves(value: Any) -> list[Any]:
-    """The tensors that `mapped` finds, in order."""
+    """Return the tensors that `mapped` finds, in order."""
     found: list[Any] = []
     mapped(value, found.append, _LEAVES)
     return found
@@ -183,5 +183,5 @@ def _set_forward(module: nn.Module, forward: Callable | None) -> None:
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    """Where token ids go."""
+    """Return the device that token ids go to."""
     return execution_device(model.get_input_embeddings())

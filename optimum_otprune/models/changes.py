@@ -15,7 +15,7 @@ _PRUNED_WITH, _PACKAGE = "pruned_with", "optimum_otprune"  # an entry of config.
 
 @contextmanager
 def unchanged(prunable: PrunableModel) -> Iterator[None]:
-    """A block of code that may prune the model, which is afterwards as it was before, bit for bit.
+    """Let a block of code prune the model, and put everything back afterwards, bit for bit.
 
     Args:
         prunable: The model; of offloaded FFN weights copies are kept on the CPU.
@@ -29,7 +29,7 @@ def unchanged(prunable: PrunableModel) -> Iterator[None]:
 
 @contextmanager
 def all_or_nothing(model: PreTrainedModel) -> Iterator[None]:
-    """A block of code that prunes the model; if anything ends it early, the model is what it was before, bit for bit.
+    """Let a block of code prune the model; if anything ends it early, put everything back, bit for bit.
 
     The dense parameters are kept in memory for that long. An offloaded model is left half-pruned once its weights have
     begun to change, for copies of them might not fit: every later use is refused, see `check_whole`.

@@ -86,7 +86,7 @@ def device_label(device: str | int | torch.device) -> str:
 
 
 def _inferred_map(model: nn.Module, kind: str, max_memory: Mapping | None) -> dict:
-    """What accelerate makes of it, also for the memory of a machine that is not this one."""
+    """Return the device map that accelerate infers, also for the memory of another machine."""
     whole = list(getattr(model, "_no_split_modules", None) or ())
     accelerate_logger = logging.getLogger("accelerate.utils.modeling")
     level = accelerate_logger.level
@@ -170,8 +170,8 @@ def model_sizes(model: PreTrainedModel) -> tuple[int, int]:
 
 
 @contextmanager
-def known_as_offloaded(model: PreTrainedModel) -> Iterator[None]:
-    """A block of code that saves a model: transformers reads its device map, which `cpu_offload` does not make."""
+def savable_if_offloaded(model: PreTrainedModel) -> Iterator[None]:
+    """Let a block of code save a model: transformers reads a device map, which `cpu_offload` does not make."""
     own = getattr(model, "hf_device_map", None)
     if own is None and is_offloaded(model):
         model.hf_device_map = {"": "cpu"}  # type: ignore[assignment]
@@ -187,7 +187,7 @@ def known_as_offloaded(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def onloaded(module: nn.Module) -> Iterator[None]:
-    """All weights of a module are on its device for a while, so that it can be run often and is loaded once.
+    """Keep all weights of a module on its device for a while: it runs often and is loaded once.
 
     Args:
         module: Offloaded or not, as a whole or in parts; nothing is written back.
@@ -255,7 +255,7 @@ _USUAL = 2**25  # bytes: where glibc's own adjusting ends, and is in a process t
 
 @contextmanager
 def large_blocks_returned(is_wanted: bool = True) -> Iterator[None]:
-    """A block of code in which every large block is memory of its own, which the system has back when it is freed.
+    """Allocate large blocks of memory one by one, so that the system has each back when it is freed.
 
     By itself glibc keeps freed blocks of up to 32 MB and, since tensors are aligned, often finds none of them fit for
     the next tensor of the same size: a run over many layers then takes more memory with every layer. Afterwards it

@@ -24,14 +24,14 @@ _ENGINES = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_FSDP": "FSD
 
 
 def num_processes() -> int:
-    """Processes of this run."""
+    """Return the number of processes of this run."""
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_world_size()
     return int(os.environ["WORLD_SIZE"]) if {"RANK", "WORLD_SIZE"} <= os.environ.keys() else 1
 
 
 def process_index() -> int:
-    """Number of this process, from 0."""
+    """Return the number of this process, from 0."""
     if num_processes() == 1:
         return 0
     _state()
@@ -39,12 +39,12 @@ def process_index() -> int:
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one that writes and speaks."""
+    """Return whether this process is the one that writes files and messages."""
     return process_index() == 0
 
 
 def own_device() -> torch.device | None:
-    """The accelerator of this process; None in a run of one process, or without accelerators."""
+    """Return the accelerator of this process; None in a run of one process, or without accelerators."""
     if num_processes() == 1 or _state().device.type == "cpu":
         return None
     return _state().device
@@ -163,7 +163,7 @@ def _on_cpu(value: Any) -> Any:
 
 @contextmanager
 def _among_all() -> Iterator[None]:
-    """A block of code that all processes have to reach."""
+    """Enclose a block of code that all processes have to reach."""
     try:
         yield
     except RuntimeError as error:
@@ -180,5 +180,5 @@ def wait_for_all() -> None:
 
 
 def _state() -> PartialState:
-    """Where this process computes; the first call joins the others."""
+    """Return where this process computes; the first call joins the other processes."""
     return PartialState(cpu=not torch.accelerator.is_available())

@@ -153,7 +153,7 @@ def _sample(tokens: Tensor) -> Tensor:
 
 
 def _output(model: PreTrainedModel, batch: Tensor) -> Tensor:
-    """Logits, or what else comes first where a model has none."""
+    """Return the logits, or a model's first output if it has none."""
     return model(input_ids=batch.to(input_device(model)), use_cache=False)[0]
 
 
@@ -184,7 +184,7 @@ def _checked(prunable: PrunableModel, sample: Tensor) -> list[float | None]:
 
 
 def _inputs_in_whole(prunable: PrunableModel, batch: Tensor) -> list[Tensor]:
-    """Inputs `(num_tokens, hidden_size)` of every FFN in a forward pass of the model, on the CPU."""
+    """Return the inputs `(num_tokens, hidden_size)` of every FFN in a pass of the whole model, on the CPU."""
     seen: dict[int, list[Tensor]] = {block.layer: [] for block in prunable.blocks}
 
     def note(block: FFNBlock, name: str, inputs: Tensor, outputs: Tensor) -> None:
@@ -279,7 +279,7 @@ def _factor(block: FFNBlock, runner: BlockRunner, hidden: Tensor, ordinary: Tens
 
 
 def _probe_outputs(outputs: Tensor, ordinary: Tensor) -> Tensor:
-    """Noise of about the size of the block's output, another size for each token: a norm would not keep that."""
+    """Return noise of the output's size, another size for each token, since a norm would undo a common one."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(outputs.shape, generator=generator).to(outputs)
     sizes = torch.linspace(0.5, 2.0, len(outputs)).to(outputs)[:, None]
@@ -303,7 +303,7 @@ def _probed(block: FFNBlock, runner: BlockRunner, hidden: Tensor, given: Tensor)
 
 
 def _holder(block: FFNBlock) -> nn.Module | None:
-    """The smallest module inside a block that holds all projections."""
+    """Return the smallest module inside a block that holds all projections."""
     spec = block.spec
     paths = [path.split(".")[:-1] for path in (spec.gate, spec.up, spec.down) if path is not None]
     common = os.path.commonprefix(paths)
@@ -312,7 +312,7 @@ def _holder(block: FFNBlock) -> nn.Module | None:
 
 @contextmanager
 def _amplified(block: FFNBlock, scale: float) -> Iterator[None]:
-    """A block whose FFN gets larger inputs."""
+    """Multiply the inputs of a block's FFN during a block of code."""
 
     def enlarge(module: nn.Module, args: tuple) -> tuple:
         return (args[0] * scale, *args[1:])
@@ -323,7 +323,7 @@ def _amplified(block: FFNBlock, scale: float) -> Iterator[None]:
 
 
 def _multiple(found: Tensor, of: Tensor) -> float | None:
-    """The factor by which one tensor is a multiple of another, or None if it is none; rounding is left away from 1."""
+    """Return the factor between two tensors, or None if there is none; 1 is returned for 1 within rounding."""
     rounding = _rounding(found)
     found, of = found.double(), of.double()
     factor = float((found * of).sum() / of.square().sum())
@@ -335,7 +335,7 @@ def _multiple(found: Tensor, of: Tensor) -> float | None:
 
 
 def _difference(found: Tensor, wanted: Tensor) -> float:
-    """Norm of the difference by the norm, over what is finite in both."""
+    """Return the norm of the difference divided by the norm, over entries that are finite in both."""
     found, wanted = found.double(), wanted.to(found.device).double()
     finite = torch.isfinite(found) & torch.isfinite(wanted)
     found, wanted = found[finite], wanted[finite]

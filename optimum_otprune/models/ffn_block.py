@@ -137,7 +137,7 @@ def named(block: FFNBlock) -> Iterator[None]:
 
 
 def _set_features(module: nn.Module, in_features: int, out_features: int) -> None:
-    """Correct a linear module's own record of its shape (`nn.Linear`, transformers' `Conv1D`)."""
+    """Correct the shape that a linear module records (`nn.Linear`, transformers' `Conv1D`)."""
     for attribute, value in zip(_FEATURES, (in_features, out_features) * 2):
         if hasattr(module, attribute):
             setattr(module, attribute, value)

@@ -15,7 +15,7 @@ Watcher = Callable[[str, Tensor, Tensor], Tensor | None]
 
 @contextmanager
 def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
-    """A block of code during which modules have these hooks, and after which they do not."""
+    """Keep hooks on modules during a block of code and remove them afterwards."""
     handles = list(handles)
     try:
         yield
@@ -26,7 +26,7 @@ def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
 
 @contextmanager
 def watched(*watchers: tuple[FFNBlock, Watcher]) -> Iterator[None]:
-    """A block of code during which functions see every run of the projections of blocks.
+    """Let functions see every run of the projections of blocks during a block of code.
 
     Args:
         *watchers: Blocks, each with a function of a projection's name, input and output. What it returns takes the
@@ -46,7 +46,7 @@ def watched(*watchers: tuple[FFNBlock, Watcher]) -> Iterator[None]:
 
 @contextmanager
 def noted(block: FFNBlock) -> Iterator[dict[str, Tensor]]:
-    """A dictionary that each run of the block fills with the FFN's inputs, activations and outputs.
+    """Yield a dictionary that each run of the block fills with the FFN's inputs, activations and outputs.
 
     Inputs and outputs are copies: a block may add to them in place.
     """
@@ -64,7 +64,7 @@ def noted(block: FFNBlock) -> Iterator[dict[str, Tensor]]:
 
 @contextmanager
 def unchunked(model: PreTrainedModel) -> Iterator[None]:
-    """A block of code during which FFNs see a whole sequence at once, which takes more memory and changes nothing.
+    """Let FFNs see a whole sequence at once for a while, which takes more memory and changes no result.
 
     BERT and its relatives run them piece by piece where `chunk_size_feed_forward` is set: hooks would see each piece.
     """

@@ -129,7 +129,7 @@ class CalibrationStream:
             self.advance(block)
 
     def replay(self, block: FFNBlock) -> None:
-        """Do what measuring a block, its FFN still dense, does to the hidden states, to the bit."""
+        """Change the hidden states as measuring a block with a dense FFN would, to the bit."""
         self.follow_dense(block)
         for _ in self.taps(block):
             pass

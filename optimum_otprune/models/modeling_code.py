@@ -16,7 +16,7 @@ _AUTO_CLASS = "AutoModelForCausalLM"
 
 
 class ModelingCode(NamedTuple):
-    """What a folder needs to be loaded with `trust_remote_code=True`.
+    """The files and entries that a folder needs to be loaded with `trust_remote_code=True`.
 
     Attributes:
         text: The text of the modeling file.
@@ -88,7 +88,7 @@ def modeling_code(model: PreTrainedModel, spec: FFNSpec, template: str) -> Model
 
 
 def _library_class(model: PreTrainedModel, spec: FFNSpec) -> str:
-    """Name of the model's class, or of the class of transformers that a modeling file made it of."""
+    """Return the name of the model's class in transformers, or of the one that a modeling file extends."""
     if spec in (ARCHITECTURES[known] for known in BUILT_IN):
         for kind in type(model).__mro__:
             is_listed = getattr(transformers, kind.__name__, None) is kind

@@ -77,5 +77,5 @@ class PrunableModel:
         return getattr(first.down, "bias", None) is not None
 
     def checked(self, factors: Sequence[float | None]) -> "PrunableModel":
-        """The same after its check, of which `measured_factors` are known."""
+        """Return the same model with its factors, after the check in `measured_factors`."""
         return dataclasses.replace(self, factors=factors)

@@ -28,7 +28,7 @@ def finish_resize(model: PreTrainedModel, blocks: list[FFNBlock], non_uniform_fo
 
 
 def switches_biases(model: PreTrainedModel, spec: FFNSpec) -> bool:
-    """Whether a switch in the model's configuration gives its FFNs biases."""
+    """Return whether a switch in the model's configuration gives its FFNs biases."""
     return spec.bias_key is not None and bool(getattr(model.config, spec.bias_key, False))
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class SaveFormat:
-    """How the layers of a pruned model are saved where their widths differ; register a subclass to add one.
+    """A way to save layers of different widths; register a subclass to add one.
 
     Layers of one width are saved as they are, whatever the format.
 

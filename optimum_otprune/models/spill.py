@@ -35,7 +35,7 @@ class StoredTensor:
             weakref.finalize(self, self._path.unlink, missing_ok=True)
 
     def load(self) -> Tensor:
-        """The tensor; one from a file is mapped, and takes memory only while it is referred to."""
+        """Return the tensor; one from a file is mapped, and takes memory only while it is referred to."""
         if self._path is None:
             assert self._tensor is not None
             return self._tensor

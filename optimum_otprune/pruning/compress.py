@@ -28,7 +28,7 @@ from optimum_otprune.pruning.recipe import Recipe
 
 
 class LayerInputs(NamedTuple):
-    """What one layer is compressed from.
+    """The data that one layer is compressed from.
 
     Attributes:
         weights: The weights of the dense FFN.
@@ -121,7 +121,7 @@ def _importance(inputs: LayerInputs, recipe: Recipe) -> Tensor | None:
 
 
 def _fused(inputs: LayerInputs, recipe: Recipe, importance: Tensor | None, kept: Tensor) -> Compression:
-    """Before the refit; the maps, which are as large as the plan, are gone when it returns."""
+    """Return the FFN before the refit; the maps, as large as the plan, are freed when it returns."""
     maps, moved, kept = _maps(inputs, recipe, importance, kept)
     fused = fuse(inputs.weights, maps, kept, recipe.config.fuse or ())
     share = 1.0 if maps.inward is None else self_share(maps.inward.cpu(), kept.cpu())
@@ -153,7 +153,7 @@ def select_channels(inputs: LayerInputs, config: OTPruningConfig, importance: Te
 def _maps(
     inputs: LayerInputs, recipe: Recipe, importance: Tensor | None, kept: Tensor
 ) -> tuple[FusionMaps, float, Tensor]:
-    """Fusion maps, the share of pruned mass that was moved, and the kept channels (new ones for centroids)."""
+    """Return fusion maps, the share of pruned mass that was moved, and the kept channels (centroids are new)."""
     n = inputs.weights.intermediate_size
     if not recipe.transports or len(kept) == n:
         selected = selection_map(kept, n)
@@ -175,7 +175,7 @@ def _maps(
 
 
 def _cost(inputs: LayerInputs, recipe: Recipe, kept: Tensor) -> tuple[TransportCost, Tensor]:
-    """The cost of moving each channel to each kept one; and the kept channels, new ones for centroids."""
+    """Return the cost of moving each channel to each kept one, and the kept channels, new for centroids."""
     if recipe.config.target == "cluster_centroid":
         return centroid_cost(inputs.weights, len(kept), inputs.seed, recipe.functions["cost"].name)
     total = inputs.total
@@ -196,7 +196,7 @@ def _sides(inputs: LayerInputs, recipe: Recipe, importance: Tensor | None, kept:
 
 
 def _plan(recipe: Recipe, matrix: Tensor, sides: _Sides) -> Tensor:
-    """The transport plan, of the shape of the cost matrix."""
+    """Return the transport plan, of the shape of the cost matrix."""
     settings = SolverSettings(recipe.config.epsilon, recipe.config.mass_share, recipe.config.marginal_penalty)
     solved = solve_transport(recipe.functions["solver"], matrix, sides.source, sides.target, settings)
     if not solved.converged:
@@ -208,7 +208,7 @@ def _plan(recipe: Recipe, matrix: Tensor, sides: _Sides) -> Tensor:
 
 
 def _among_all(plan: Tensor, sides: _Sides, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """A plan of the pruned channels, and its source marginal, among all channels, of which the kept ones stay."""
+    """Extend a plan of pruned channels and its source marginal to all channels; the kept ones stay."""
     kept, pruned = kept.cpu(), sides.pruned.cpu()
     n = len(kept) + len(pruned)
     shares = (len(kept) / n, len(pruned) / n)
@@ -218,7 +218,7 @@ def _among_all(plan: Tensor, sides: _Sides, kept: Tensor) -> tuple[Tensor, Tenso
 
 
 def _own_gain_one(gain: Tensor, kept: Tensor) -> Tensor:
-    """A kept channel stands in for itself as it is, also where it was never active or shrunk by chance."""
+    """Set the gain of each kept channel by itself to 1, also if it was never active or shrunk by chance."""
     gain = gain.clone()
     gain[kept, torch.arange(len(kept))] = 1.0
     return gain

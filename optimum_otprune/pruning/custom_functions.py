@@ -50,7 +50,7 @@ def _guarded(field: str, name: str, function: Callable) -> Callable:
 
 
 def _copied(value: Any) -> Any:
-    """With every tensor cloned, in named tuples and mappings too."""
+    """Return a value with every tensor cloned, in named tuples and mappings too."""
     if isinstance(value, Tensor):
         return value.clone()
     if isinstance(value, tuple):

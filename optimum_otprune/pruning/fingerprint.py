@@ -24,7 +24,7 @@ def model_digest(model: PreTrainedModel) -> str:
 
 
 def tensors_digest(tensors: Iterable[Tensor]) -> str:
-    """SHA-256 of shapes, dtypes and bytes."""
+    """Return a SHA-256 digest of shapes, dtypes and bytes."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())

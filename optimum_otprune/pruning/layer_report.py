@@ -27,7 +27,7 @@ _SIGNED = frozenset({"rescue_ratio", "transported_mass", "self_share"})
 
 @dataclasses.dataclass(frozen=True)
 class LayerReport:
-    """What happened to one layer.
+    """The result of pruning one layer, in numbers.
 
     Errors and energies are sums over held-out tokens, each weighed as where the layer was fitted; see
     `optimum_otprune.functional.ratios.RescueEnergies`.
@@ -70,7 +70,7 @@ class LayerReport:
         return self.intermediate_size_before - self.intermediate_size_after
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, infinity as `"inf"`."""
+        """Return the report JSON-ready, infinity as `"inf"`."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values["kept_channels"] = list(self.kept_channels)
         values["energies"] = self.energies._asdict()

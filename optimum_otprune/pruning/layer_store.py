@@ -103,7 +103,7 @@ class FolderStore:
 
 
 def layer_files(layer: int) -> tuple[str, str]:
-    """Names of the files of a layer's weights and report.
+    """Return the names of the files of a layer's weights and report.
 
     Example:
         >>> layer_files(17)
@@ -129,7 +129,7 @@ def _tensors(blob: bytes) -> dict[str, Tensor]:
 
 
 def _weights(tensors: Mapping[str, Tensor], dense: FFNWeights, width: int) -> FFNWeights:
-    """Checked against the dense layer; a bias may have been added."""
+    """Return the weights, checked against the dense layer; a bias may have been added."""
     n, d = width, dense.hidden_size
     shapes = {"up": (n, d), "down": (d, n), "gate": (n, d), "up_bias": (n,), "gate_bias": (n,), "down_bias": (d,)}
     needed = {name for name, _ in dense.items()}
@@ -144,7 +144,7 @@ def _weights(tensors: Mapping[str, Tensor], dense: FFNWeights, width: int) -> FF
 
 
 def _report(values: Any, layer: int, dense: FFNWeights, width: int) -> LayerReport:
-    """Checked: numbers where numbers belong, of this layer and these widths."""
+    """Return the report, checked to hold the right kinds of numbers for this layer and these widths."""
     unknown: list[str] = []
     try:
         report = LayerReport.read(values, "layer", unknown)

@@ -12,10 +12,10 @@ from optimum_otprune.pruning.report import LayerReport, PruningReport, versions
 
 
 class PrunedLayers(NamedTuple):
-    """What pruning all layers left behind.
+    """The results of pruning all layers.
 
     Attributes:
-        reports: One per layer.
+        reports: The report of each layer.
         padding_parameters: Zeros in the model that only fill up layers to a common width.
         added_biases: Whether the model's configuration had no biases before and has them now.
     """

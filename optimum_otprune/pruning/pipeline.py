@@ -76,7 +76,7 @@ def _check(prunable: PrunableModel, config: OTPruningConfig, widths: list[int], 
 
 
 def _prune_layers(run: Run, store: LayerStore, progress: bool) -> list[LayerReport]:
-    """All layers in order, each on what those below it, pruned now or before, produce."""
+    """Prune all layers in order, each on the outputs of those below it, pruned now or before."""
     layers = list(zip(run.prunable.blocks, run.prepared.widths))
     with logging_redirect_tqdm([logging.getLogger("optimum_otprune")]):
         bar = tqdm(layers, desc="Pruning", unit="layer", disable=not progress)

@@ -20,7 +20,7 @@ from optimum_otprune.pruning.widths import adaptive_widths
 
 
 class Prepared(NamedTuple):
-    """What is computed with the whole dense model before any layer is pruned.
+    """The results of the whole dense model's passes before any layer is pruned.
 
     Attributes:
         widths: Channels of each layer after pruning.
@@ -37,7 +37,7 @@ class Prepared(NamedTuple):
 
 
 def to_tensors(prepared: Prepared) -> dict[str, Tensor]:
-    """Everything by name, for a safetensors file."""
+    """Return all tensors by name, for a safetensors file."""
     tensors = {
         "widths": torch.tensor(prepared.widths),
         "tokens": prepared.samples.tokens,
@@ -51,7 +51,7 @@ def to_tensors(prepared: Prepared) -> dict[str, Tensor]:
 
 
 class Expected(NamedTuple):
-    """What a run knows of its preparation before it is computed.
+    """The part of a run's preparation that is known before it is computed.
 
     Attributes:
         sizes: Channels of each layer before pruning.
@@ -65,7 +65,7 @@ class Expected(NamedTuple):
 
     @classmethod
     def of(cls, dense: Iterable[FFNWeights], tokens: Tensor, has_scores: bool, has_moments: bool) -> "Expected":
-        """Work it out from the dense FFNs, in order."""
+        """Compute the expected shapes from the dense FFNs, in order."""
         sizes: list[int] = []
         shapes: dict[str, tuple[int, ...]] = {}
         for layer, weights in enumerate(dense):

@@ -31,7 +31,7 @@ from optimum_otprune.pruning.seeds import seed_of
 
 
 class Run(NamedTuple):
-    """What all layers of a run share.
+    """The values that all layers of a run share.
 
     Attributes:
         prunable: The model, checked; its layers are pruned one after the other.
@@ -49,7 +49,7 @@ class Run(NamedTuple):
 
     @classmethod
     def begun(cls, prunable: PrunableModel, recipe: Recipe, prepared: Prepared, settings: PassSettings) -> "Run":
-        """The calibration samples are before the first layer; how they get there, the settings say."""
+        """Return a run whose calibration samples are before the first layer."""
         own = prepared.samples.own()
         corrects = any(_correction(prunable, recipe, block) for block in prunable.blocks)
         stream = CalibrationStream(prunable, own.tokens, settings, track_dense=corrects)
@@ -99,7 +99,7 @@ def _layer_inputs(block: FFNBlock, dense: FFNWeights, data: LayerData, run: Run)
 
 
 def _reconstructed(block: FFNBlock, compression: Compression, data: LayerData, run: Run) -> Compression:
-    """The compression after local optimization, or as it was where held-out tokens gain nothing."""
+    """Return the compression after local optimization, or unchanged if held-out tokens gain nothing."""
     like, config, moments = compression.judged, run.recipe.config, run.prepared.moments
     generator = torch.Generator().manual_seed(run.seed(block))
     assert config.reconstruction_steps is not None
@@ -121,7 +121,7 @@ def _reconstructed(block: FFNBlock, compression: Compression, data: LayerData, r
 
 
 def _refitted_once_more(trained: FFNWeights, data: LayerData) -> tuple[FFNWeights, FFNWeights]:
-    """The down projection shrunk towards the trained one, fitted to all tokens, and without the held-out ones."""
+    """Return the down projection, shrunk towards the trained one, fitted to all and to fitted tokens alone."""
     fit, heldout = remeasured_statistics(data, trained)
     if trained.down_bias is not None:
         bias = trained.down_bias if data.dense.down_bias is None else trained.down_bias - data.dense.down_bias

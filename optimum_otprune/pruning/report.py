@@ -57,7 +57,7 @@ _CALIBRATION: Mapping[str, type] = {"data": str, "num_samples": int, "seqlen": i
 
 @dataclasses.dataclass(frozen=True)
 class PruningReport:
-    """What pruning did to a model.
+    """The result of pruning a model, in numbers.
 
     Attributes:
         config: The configuration as a dictionary.
@@ -177,7 +177,7 @@ class PruningReport:
         return tuple(touched[index] for index in outliers([layer.rescue_ratio for layer in touched]))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings, lists and dictionaries; infinity as `"inf"`."""
+        """Return plain numbers, strings, lists and dictionaries; infinity as `"inf"`."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values["layers"] = [layer.to_dict() for layer in self.layers]
         values["evaluations"] = [dict(evaluation) for evaluation in self.evaluations]
@@ -289,13 +289,13 @@ class PruningReport:
 
 
 def versions() -> dict[str, str]:
-    """Versions of this package and of the libraries that a result depends on."""
+    """Return the versions of this package and of the libraries that a result depends on."""
     names = ("torch", "transformers", "POT", "datasets")
     return {"optimum_otprune": metadata.version("optimum_otprune"), **{name: metadata.version(name) for name in names}}
 
 
 def _check_parameters(report: PruningReport) -> None:
-    """Pruning takes away and adds fewer biases than there are weights; zeros fill up layers of different widths."""
+    """Raise an error if biases added more parameters, or zeros filled up more, than is possible."""
     before, after, padding = report.parameters_before, report.parameters_after, report.padding_parameters
     has_biases = report.added_biases or any(layer.intercept for layer in report.layers)
     if after > before * (2 if has_biases else 1):
@@ -310,7 +310,7 @@ def _check_parameters(report: PruningReport) -> None:
 
 
 def named_layers(layers: Sequence[LayerReport]) -> str:
-    """Such as "layer 1 (-80.2) and layer 5 (-0.1)", the first ten of them."""
+    """Return a phrase such as "layer 1 (-80.2) and layer 5 (-0.1)", the first ten of them."""
     named = [f"layer {layer.layer} ({layer.rescue_ratio:.3g})" for layer in layers[:10]]
     if len(layers) > len(named):
         return f"{', '.join(named)} and {len(layers) - len(named)} others"

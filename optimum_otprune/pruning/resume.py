@@ -20,7 +20,7 @@ _OPAQUE = ("model", "model configuration", "calibration samples")
 
 @contextmanager
 def resumable(folder: Path | None, fingerprint: Mapping[str, Any]) -> Iterator[LayerStore]:
-    """What a run keeps its layers in while it runs; without a folder, nothing.
+    """Yield the store that keeps the layers of a running run; without a folder, it keeps nothing.
 
     Raises:
         StateError: If the folder is in use, damaged, or of another run; names what differs.

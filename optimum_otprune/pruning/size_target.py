@@ -116,7 +116,7 @@ def target_count(config: OTPruningConfig, model: PreTrainedModel) -> int:
 
 
 def _check_format(config: OTPruningConfig, name: str, decided: Mapping[int, int]) -> None:
-    """Filling up with zeros would miss the target; what a layer is filled up to is known only in the end."""
+    """Raise an error if layers are filled up with zeros to a width that is unknown before the end."""
     if (config.allocation == "adaptive" or decided) and save_format(config.non_uniform_format).fills_up:
         raise ConfigurationError(
             f"`{name}` cannot be met by layers of different widths that are filled up to the widest. Use "
@@ -194,7 +194,7 @@ def added_biases(block: FFNBlock, unit: str) -> tuple[int, int]:
 
 
 def _saved_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Parameters by name, tied ones once: also those that offloading has torn apart."""
+    """Return parameters by name, tied ones once, also those that offloading has separated."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     own = {id(tensor): name for name, tensor in parameters.items() if tied.get(name) not in parameters}
@@ -202,7 +202,7 @@ def _saved_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def _header_bytes(tensors: dict[str, Tensor], added: int) -> int:
-    """An upper bound of what a weights file holds besides numbers: names, types, shapes and places of tensors."""
+    """Return an upper bound of a weights file's header: names, types, shapes and places of tensors."""
     longest = max(tensors, key=len)
     entries = [_header_entry(name, tensor) for name, tensor in tensors.items()]
     return _FILE_BYTES + sum(map(len, entries)) + added * len(_header_entry(longest, tensors[longest]))

@@ -41,7 +41,7 @@ class TokenData(NamedTuple):
     source: str
 
     def describe(self) -> dict[str, Any]:
-        """Entries for a report."""
+        """Return the entries for a report."""
         num_samples, seqlen = self.tokens.shape
         entries = {"data": self.source, "num_samples": num_samples, "seqlen": seqlen}
         sketch = passage_sketch(self.tokens)
@@ -49,13 +49,13 @@ class TokenData(NamedTuple):
 
 
 class ExpectedSamples(NamedTuple):
-    """How many calibration tokens there will be.
+    """The expected number of calibration tokens.
 
     Attributes:
-        num_samples: Samples; of text at most so many.
-        seqlen: Tokens of each.
-        source: As in `TokenData`.
-        is_exact: Whether that was read, rather than concluded from the configuration.
+        num_samples: The number of samples; of text, the largest possible number.
+        seqlen: The number of tokens of each sample.
+        source: The origin of the data, as in `TokenData`.
+        is_exact: Whether the numbers were read, rather than concluded from the configuration.
     """
 
     num_samples: int
@@ -65,7 +65,7 @@ class ExpectedSamples(NamedTuple):
 
 
 class ModelLimits(NamedTuple):
-    """What a model accepts.
+    """The token ids and sequence lengths that a model accepts.
 
     Attributes:
         vocab_size: Ids are below this.
@@ -77,12 +77,12 @@ class ModelLimits(NamedTuple):
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "ModelLimits":
-        """Those of a model, read from its embeddings and configuration."""
+        """Return the limits of a model, read from its embeddings and configuration."""
         embeddings = model.get_input_embeddings()
         return cls(embeddings.num_embeddings, getattr(model.config, "max_position_embeddings", None))  # type: ignore
 
     def seqlen(self, config: OTPruningConfig) -> int:
-        """Tokens per window: the configuration's, or 2 048 or the model's positions, whichever is less."""
+        """Return the tokens per window: as configured, or at most 2 048 and the model's positions."""
         if config.seqlen is not None:
             return config.seqlen
         return DEFAULT_SEQLEN if self.max_positions is None else min(DEFAULT_SEQLEN, self.max_positions)
@@ -197,7 +197,7 @@ def evaluation_tokens(
 def _text_samples(
     found: Documents, config: OTPruningConfig, tokenizer: PreTrainedTokenizerBase, seqlen: int
 ) -> np.ndarray:
-    """Windows drawn over all of a text; of a short text from all its windows.
+    """Return windows drawn from all over a text; from a short text, all its windows are candidates.
 
     Pieces are drawn in one pass, by reservoir sampling. They are cut longer where they hold too few windows, so that
     in the end there is nothing left out of which a window could be made.
@@ -226,7 +226,7 @@ def _text_samples(
 def _piece_windows(
     pieces: list[tuple[int, str]], tokenizer: PreTrainedTokenizerBase, config: OTPruningConfig, seqlen: int
 ) -> list[np.ndarray]:
-    """At most `num_samples` windows in the order of the text: of each piece the first, of each the second, ..."""
+    """Return at most `num_samples` windows in text order: the first of each piece, then the second, ..."""
     random.Random(config.seed).shuffle(pieces)
     found: list[tuple[int, int, np.ndarray]] = []
     whole = 0
@@ -244,7 +244,7 @@ def _piece_windows(
 
 
 def _all_tokens(pieces: list[str], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """The token ids of a text; of a long one piece by piece, since one call for all needs much time and memory."""
+    """Return the token ids of a text, a long one piece by piece: one call needs much time and memory."""
     if len(pieces) <= _BATCH or not any(map(str.strip, pieces)):
         return first_tokens(pieces, tokenizer)
     stream = []
@@ -281,7 +281,7 @@ def _drawn(windows: np.ndarray, config: OTPruningConfig) -> np.ndarray:
 
 
 def _id_windows(rows: Iterable[np.ndarray], seqlen: int) -> Iterator[np.ndarray]:
-    """Windows of the rows one after another, the tail dropped."""
+    """Return windows of the rows one after another, the tail dropped."""
     rest = np.zeros(0, dtype=np.int64)
     count = 0
     for row in rows:
@@ -309,7 +309,7 @@ def _too_short(num_tokens: int, seqlen: int) -> CalibrationDataError:
 
 
 def _checked(ids: np.ndarray, limits: ModelLimits) -> Tensor:
-    """Samples as a LongTensor of their own; ids of 64 bits without a sign are compared before they could wrap."""
+    """Return samples as a new LongTensor; unsigned ids are compared before they could wrap."""
     if ids.shape[1] < 2:
         raise CalibrationDataError("Samples of one token predict nothing: give sequences of at least 2 tokens.")
     _check_seqlen(ids.shape[1], limits)

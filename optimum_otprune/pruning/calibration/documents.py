@@ -141,7 +141,7 @@ def _is_empty(value: object) -> bool:
 
 
 def _kind(row: Row) -> str | None:
-    """What a row is, None for a null: the one place where that is decided, whatever the data are."""
+    """Return the kind of a row, None for a null; all kinds of data are judged here alone."""
     value, where = row
     if isinstance(value, (str, TextParts)):
         return "text"
@@ -209,7 +209,7 @@ def _valid(text: str, where: str) -> str:
 
 
 def _values(data: object) -> Sequence[Any]:
-    """A list, or what is like one: a column of a data set, an array of strings, a series of pandas."""
+    """Return the values of a list, or of a data set's column, an array of strings, or a pandas series."""
     kind = type(data).__name__
     if isinstance(data, np.ma.MaskedArray):
         raise CalibrationDataError(f"Data of type {kind} are not understood. Give `data.compressed()` or a list.")
@@ -257,7 +257,7 @@ def _named(
 
 
 def _folder(path: Path, column: str, split: str) -> Callable[[], Iterator[Row]]:
-    """What reads a folder: a dataset that was saved there, or its files one after another."""
+    """Return a reader of a folder: of a dataset that was saved there, or of its files one after another."""
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
         try:
             loaded = datasets.load_from_disk(str(path))
@@ -278,7 +278,7 @@ def _folder(path: Path, column: str, split: str) -> Callable[[], Iterator[Row]]:
 
 
 def _folder_files(path: Path) -> tuple[list[Path], list[str]]:
-    """Files of documents, in order, and names of others; hidden ones and README.md are neither."""
+    """Return files of documents, in order, and names of others; hidden ones and README.md are neither."""
     found, others = [], []
     for folder, folders, names in os.walk(path):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -294,7 +294,7 @@ def _folder_files(path: Path) -> tuple[list[Path], list[str]]:
 
 
 def _hub_table(name: str, dataset_config: str | None, split: str) -> datasets.Dataset:
-    """A split, downloaded whole, once, to the cache of `datasets`, and from there read row by row.
+    """Return a split, downloaded whole to the cache of `datasets` and from there read row by row.
 
     It is not streamed. Samples are drawn over all of a split, for which every row has to be read; a stream is shuffled
     within its first rows only, so that they would come from its head. And what is in the cache is read without a
@@ -321,7 +321,7 @@ def _split(loaded: Any, split: str) -> Any:
 
 
 def _table_rows(table: Any, column: str) -> Iterator[Row]:
-    """As plain Python values, whatever format the user set."""
+    """Yield rows as plain Python values, whatever format the user set."""
     names = table.column_names
     if names is not None and column not in names:  # a stream may know its columns by its rows only
         raise _no_column(column, names)

@@ -31,7 +31,7 @@ class GradientScores(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """What a pass of gradients is made for.
+    """The results that a pass of gradients has to give.
 
     Attributes:
         scores: Whether weight × gradient scores are.
@@ -43,7 +43,7 @@ class Asked(NamedTuple):
 
 
 class LayerGradients(NamedTuple):
-    """What gradients say of every layer.
+    """The results of a pass of gradients, for every layer.
 
     Attributes:
         scores: One entry per layer, or None where they were not asked for.
@@ -104,7 +104,7 @@ def _add_products(sums: dict[str, dict[str, Tensor]], batch: FFNGradients) -> No
 
 
 def _scores(block: FFNBlock, sums: dict[str, Tensor], num_batches: int) -> WeightScores:
-    """Weight × mean gradient, channel-first."""
+    """Return weight × mean gradient, channel-first."""
     weights = block.read()
     result: dict[str, Tensor | None] = {"gate": None}
     for name, total in sums.items():

@@ -97,7 +97,7 @@ class TokenBatch(NamedTuple):
 
 
 class LayerData(NamedTuple):
-    """What one layer is compressed on.
+    """The calibration data of one layer that is compressed.
 
     Attributes:
         dense: The FFN before pruning, float32, on the device to compute on.
@@ -174,7 +174,7 @@ class LayerData(NamedTuple):
         return cls(exact, activation, inputs, kept, is_heldout, token_weights, weight_unit, statistics)
 
     def batches(self, only_heldout: bool = False) -> Iterator[TokenBatch]:
-        """The calibration tokens once more, a batch at a time.
+        """Yield the calibration tokens once more, a batch at a time.
 
         Args:
             only_heldout: Leave out the others.
@@ -200,14 +200,14 @@ class LayerData(NamedTuple):
 
 
 def _reads_targets_again(config: OTPruningConfig) -> bool:
-    """Whether anything but the first statistics needs to know what the FFN should put out."""
+    """Return whether targets are needed after the first statistics."""
     return bool(config.reconstruction_steps) or bool({"gate", "up"} & set(config.fuse or ()))
 
 
 def _exact_activations(
     tap: FFNTap, dense: FFNWeights, activation: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Activations and outputs without bias in float32: the module's own, or computed anew if it is less precise."""
+    """Return activations and outputs without bias in float32, computed anew if the module's are coarser."""
     if tap.hidden.dtype != torch.float32:
         hidden = channel_activations(dense, tap.inputs.float(), activation)
         return hidden, hidden @ dense.down.T
@@ -215,7 +215,7 @@ def _exact_activations(
 
 
 def _sides(is_heldout: Tensor) -> Iterator[tuple[bool, Tensor | slice]]:
-    """Which tokens of a batch are fitted, and which held out; a slice where it is all of them."""
+    """Return the fitted and the held-out tokens of a batch, by index; a slice for all of them."""
     if is_heldout.all() or not is_heldout.any():
         yield bool(is_heldout.any()), slice(None)
         return
@@ -224,7 +224,7 @@ def _sides(is_heldout: Tensor) -> Iterator[tuple[bool, Tensor | slice]]:
 
 
 def _weights_among_all(energy: Tensor, is_heldout: Tensor) -> tuple[Tensor, float]:
-    """Token weights of this process's tokens, among those of all processes, and their unit."""
+    """Return the weights of this process's tokens among those of all processes, and their unit."""
     parts = gathered(energy)
     weights, unit = residual_token_weights(torch.cat(parts), torch.cat(gathered(is_heldout)))
     return weights.split([len(part) for part in parts])[process_index()], unit
@@ -319,7 +319,7 @@ def measure_rescue(data: LayerData, compressed: Sequence[FFNWeights], kept_chann
 
 
 def _is_selection(weights: FFNWeights, selected: FFNWeights) -> bool:
-    """Whether the channels are those of the dense FFN, untouched."""
+    """Return whether the channels are those of the dense FFN, unchanged."""
     return all(
         one is other if one is None or other is None else torch.equal(one, other)
         for name, one, other in zip(FFNWeights._fields, weights, selected)

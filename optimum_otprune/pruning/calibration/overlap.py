@@ -85,7 +85,7 @@ def _count(tokens: Tensor, known: np.ndarray, length: int) -> int:
 
 
 def _passages(tokens: Tensor, length: int) -> Iterator[np.ndarray]:
-    """Hashes of all passages `(num_windows, num_passages)`, some windows at a time; 0 for one token repeated."""
+    """Return hashes of all passages, `(num_windows, num_passages)`; 0 for one token repeated."""
     for part in tokens.split(_ROWS):
         ids = part.cpu().numpy().astype(np.uint64)
         count = ids.shape[1] - length + 1

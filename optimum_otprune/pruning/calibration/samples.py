@@ -25,7 +25,7 @@ class Samples(NamedTuple):
         return cls(tokens, heldout_mask(len(tokens), tokens.shape[1], share, seed))
 
     def own(self, together: int = 1) -> "Samples":
-        """The part of this process.
+        """Return the samples of this process.
 
         Args:
             together: Samples that must stay in one process.
@@ -34,7 +34,7 @@ class Samples(NamedTuple):
         return Samples(self.tokens[own], self.is_heldout.view(self.tokens.shape)[own].flatten())
 
     def followed_by(self, tokens: Tensor) -> "Samples":
-        """These and others of the same length, of which none is held out."""
+        """Return these samples and others of the same length, of which none is held out."""
         fitted = torch.zeros(tokens.numel(), dtype=torch.bool)
         return Samples(torch.cat([self.tokens, tokens]), torch.cat([self.is_heldout, fitted]))
 

@@ -76,7 +76,7 @@ def check_can_write(model: PreTrainedModel, times: int) -> None:
 
 @contextmanager
 def _plain_sampling(model: PreTrainedModel, new_tokens: int) -> Iterator[None]:
-    """Samples are of the model's own distribution and of full length, whatever its own settings are.
+    """Sample full-length texts from the model's own distribution, whatever its generation settings are.
 
     Settings that are passed to `generate` are completed by the model's, so they are put in their place instead.
     """

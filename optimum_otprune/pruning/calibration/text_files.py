@@ -77,7 +77,7 @@ class Row(NamedTuple):
 
 
 def data_suffix(path: Path) -> str:
-    """The suffix that says what a file holds, in small letters, without that of a compression."""
+    """Return the suffix that names a file's format, in lower case, without that of a compression."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in _COMPRESSED_SUFFIXES:
         suffixes.pop()
@@ -90,13 +90,13 @@ def file_rows(path: Path, text_column: str) -> Iterator[Row]:
     Raises:
         CalibrationDataError: If the file is damaged, is no text, or has no such column.
     """
-    with _told(path):
+    with _reading_errors_raised(path):
         yield from _rows(path, text_column)
 
 
 @contextmanager
-def _told(path: Path) -> Iterator[None]:
-    """What is wrong with a file is one error of ours, also where it is found long after its beginning was read."""
+def _reading_errors_raised(path: Path) -> Iterator[None]:
+    """Turn every error of reading a file into one of ours, also where it is found after the beginning."""
     try:
         yield
     except UnicodeError as error:
@@ -135,7 +135,7 @@ def _rows(path: Path, text_column: str) -> Iterator[Row]:
 
 
 def _opener(path: Path) -> Callable[[Path, str], Any]:
-    """What opens a file so that its bytes come decompressed: `Path.open` if they are not compressed."""
+    """Return the function that opens a file decompressed: `Path.open` if it is not compressed."""
     with path.open("rb") as file:
         head = file.read(10)
     return next((opener for mark, opener in _DECOMPRESSORS if head.startswith(mark)), Path.open)
@@ -143,7 +143,7 @@ def _opener(path: Path) -> Callable[[Path, str], Any]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[IO[bytes]]:
-    """The file's bytes, decompressed if they are compressed, whatever its name says."""
+    """Open a file, decompressed if it is compressed, whatever its name says."""
     with _opener(path)(path, "rb") as opened:
         yield opened
 
@@ -165,7 +165,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _first_lines(path: Path, head: bytes, encoding: str) -> str:
-    """What the file begins with, as text; the last line may be cut."""
+    """Return the beginning of the file as text; the last line may be cut."""
     text = head.decode(encoding, errors="ignore" if len(head) == _HEAD else "strict")
     if "\x00" in text or text.startswith("%PDF-"):
         raise _no_text(path, "it holds binary data")
@@ -173,7 +173,7 @@ def _first_lines(path: Path, head: bytes, encoding: str) -> str:
 
 
 def _text_parts(path: Path, encoding: str) -> Iterator[str]:
-    with _told(path), _opened_text(path, encoding, newline=None) as text:
+    with _reading_errors_raised(path), _opened_text(path, encoding, newline=None) as text:
         while part := text.read(_PART):
             if "\x00" in part:
                 raise _no_text(path, "it holds binary data")
@@ -181,7 +181,7 @@ def _text_parts(path: Path, encoding: str) -> Iterator[str]:
 
 
 def _is_json(path: Path, first: str, is_cut: bool) -> bool:
-    """Whether it is named so, or its beginning is JSON that holds documents: a value a line, or one value.
+    """Return whether a file is named as JSON or begins with JSON documents: one per line, or one value.
 
     An object in the first line is enough; strings and ids are JSON if every line is, since a text may begin so, too.
     """
@@ -218,13 +218,13 @@ def _holds_objects(value: Any) -> bool:
 
 
 def _is_document(value: Any) -> bool:
-    """Whether a value of JSON is a text, a row of ids, a null, or an array of such."""
+    """Return whether a JSON value is a text, a row of ids, a null, or an array of such."""
     entries = value if isinstance(value, list) and not is_id_row(value) else [value]
     return all(entry is None or isinstance(entry, str) or is_id_row(entry) for entry in entries) and bool(entries)
 
 
 def _first(values: Iterable[Any]) -> Any:
-    """The first that is not null, else None."""
+    """Return the first value that is not null, or None."""
     return next((value for value in values if value is not None), None)
 
 
@@ -259,7 +259,7 @@ def _not_json(where: str, error: BaseException) -> CalibrationDataError:
 
 
 def _entries(value: Any, where: str, text_column: str) -> Iterator[Row]:
-    """The rows that a JSON value holds: those of an array, of the array in `{"data": […]}`, or the value itself."""
+    """Return the rows in a JSON value: those of an array, of `{"data": […]}`, or the value itself."""
     if isinstance(value, dict) and text_column not in value:
         inner = value.get("data", next(iter(value.values())) if len(value) == 1 else None)
         first = _first(inner) if isinstance(inner, list) else None
@@ -295,7 +295,7 @@ def listed(names: Iterable[object]) -> str:
 
 
 def is_conversation(value: object) -> bool:
-    """Whether a value is a list of messages, each with `role` and `content`.
+    """Return whether a value is a list of messages, each with `role` and `content`.
 
     Example:
         >>> is_conversation([{"role": "user", "content": "Hello"}]), is_conversation(["Hello"])
@@ -309,7 +309,7 @@ def is_conversation(value: object) -> bool:
 
 
 def is_null(value: object) -> bool:
-    """Whether a value is none: None, no number, a null of pandas, or an empty list.
+    """Return whether a value is null: None, NaN, a null of pandas, or an empty list.
 
     Example:
         >>> is_null(None), is_null([]), is_null(""), is_null(0)
@@ -321,7 +321,7 @@ def is_null(value: object) -> bool:
 
 
 def _delimiter(path: Path, first: str, text_column: str) -> str | None:
-    """What separates the columns: of a file that is named so, or whose first line names the column of the text."""
+    """Return the delimiter of a table, if the file is named as one or its first line names the text's column."""
     line = next(iter(first.splitlines()), "")
     headers = {mark: next(csv.reader([line], delimiter=mark), []) for mark in (",", "\t", ";", "|")}
     fitting = [mark for mark, names in headers.items() if text_column in names and len(names) > 1]
@@ -346,7 +346,7 @@ def _csv_rows(path: Path, encoding: str, text_column: str, delimiter: str) -> It
 
 
 def _next_chunk(path: Path, reader: Iterator[pd.DataFrame], read: int) -> pd.DataFrame | None:
-    """The next rows of a table, None after the last; pandas warns of fields beyond the columns and drops them."""
+    """Return the next rows of a table, or None; pandas warns of fields beyond the columns and drops them."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", pd.errors.ParserWarning)
         try:
@@ -372,7 +372,7 @@ def _parquet_rows(path: Path, text_column: str) -> Iterator[Row]:
 
 
 def _arrow_rows(path: Path, text_column: str) -> Iterator[Row]:
-    """Both kinds of Arrow file: with a mark (Feather), and the plain stream that `datasets` writes."""
+    """Yield the rows of an Arrow file, either Feather or the plain stream that `datasets` writes."""
     with pa.memory_map(str(path)) as source:
         if source.read(6) == b"ARROW1":
             file = pa.ipc.open_file(source)

@@ -42,14 +42,14 @@ def local_path(name: str | os.PathLike) -> Path:
 
 
 def is_id_row(value: object) -> bool:
-    """Whether a value is one row of token ids: a list or array of integers, not empty.
+    """Return whether a value is one row of token ids: a list or array of integers, not empty.
 
     Example:
         >>> is_id_row([1, 2]), is_id_row([True]), is_id_row([]), is_id_row("12")
         (True, False, False, False)
     """
     if isinstance(value, (np.ndarray, Tensor)):
-        return _unread(value) is None and value.ndim == 1 and len(value) > 0 and _dtype_kind(value) in "iu"
+        return _why_unreadable(value) is None and value.ndim == 1 and len(value) > 0 and _dtype_kind(value) in "iu"
     if not isinstance(value, (list, tuple)) or not value:
         return False
     return all(isinstance(entry, (int, np.integer)) and not isinstance(entry, bool) for entry in value)
@@ -94,7 +94,7 @@ def _is_token_file(path: Path) -> bool:
 
 
 def _dtype_kind(ids: np.ndarray | Tensor) -> str:
-    """NumPy's letter for a kind of number: `i` and `u` are integers."""
+    """Return NumPy's letter for a kind of number: `i` and `u` are integers."""
     if isinstance(ids, np.ndarray):
         return ids.dtype.kind
     if ids.is_floating_point() or ids.is_complex() or ids.is_quantized:
@@ -102,8 +102,8 @@ def _dtype_kind(ids: np.ndarray | Tensor) -> str:
     return "b" if ids.dtype == torch.bool else "i"
 
 
-def _unread(ids: np.ndarray | Tensor) -> str | None:
-    """Why the numbers of an array cannot be read as they are, None if they can."""
+def _why_unreadable(ids: np.ndarray | Tensor) -> str | None:
+    """Return the reason why an array's numbers cannot be read as they are, or None if they can."""
     if isinstance(ids, np.ndarray):
         return "masked" if isinstance(ids, np.ma.MaskedArray) else None
     if ids.is_meta:
@@ -112,7 +112,7 @@ def _unread(ids: np.ndarray | Tensor) -> str | None:
 
 
 def _checked(ids: np.ndarray | Tensor) -> np.ndarray:
-    if (reason := _unread(ids)) is not None:
+    if (reason := _why_unreadable(ids)) is not None:
         raise CalibrationDataError(f"Token ids are {reason}. Give a plain array or tensor of integers.")
     if _dtype_kind(ids) not in "iu":
         raise CalibrationDataError(f"Token ids are {ids.dtype}; want integers.")

@@ -101,7 +101,7 @@ def _end(text: str, start: int, size: int) -> int:
 
 
 def _longer(text: str, read: Iterator[str], size: int) -> tuple[str, bool]:
-    """A text with so many characters, more of it read where it has fewer; and whether that is all there is."""
+    """Return a text with at least `size` characters, reading on if needed, and whether nothing follows it."""
     joined, length = [text], len(text)
     while length < size:
         piece = next(read, None)
@@ -117,7 +117,7 @@ def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
 
 
 def _common_end(first: np.ndarray, second: np.ndarray) -> int:
-    """How many ids two rows have in common at their ends."""
+    """Return how many ids two rows have in common at their ends."""
     length = min(len(first), len(second))
     differing = np.flatnonzero(first[len(first) - length :] != second[len(second) - length :])
     return length - 1 - int(differing[-1]) if len(differing) else length

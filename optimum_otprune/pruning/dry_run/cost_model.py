@@ -172,7 +172,7 @@ def calibration_bytes(work: Workload) -> dict[str, int]:
 
 
 def _gradient_bytes(work: Workload) -> dict[str, int]:
-    """What gradients leave behind for all layers."""
+    """Return the bytes of all layers' scores and moments after the pass of gradients."""
     found = {}
     if work.needs_scores:
         found["scores of all FFN weights"] = 2 * _FLOAT * work.ffn_parameters * work.num_layers

@@ -40,7 +40,7 @@ _LARGEST_SQUARE = 1024
 
 
 class Skeleton(NamedTuple):
-    """What a dry run knows of a model without reading its weights.
+    """A model as a dry run sees it, without its weights being read.
 
     Attributes:
         model: The model; its weights are not read and may be on the meta device.
@@ -56,7 +56,7 @@ class Skeleton(NamedTuple):
 
     @classmethod
     def of_loaded(cls, model: PreTrainedModel) -> "Skeleton":
-        """A model in memory, which stays where it is."""
+        """Return the skeleton of a model in memory, which stays where it is."""
         where = getattr(model, "hf_device_map", None) or execution_device(model)
         return cls(model, {"device_map": where, "max_memory": None}, is_loaded=True)
 
@@ -112,7 +112,7 @@ def plan_pruning(
 
 
 def _shapes(prunable: PrunableModel, config: OTPruningConfig, widths: list[int]) -> dict[str, Any]:
-    """Fields of the plan that say what the model is, and will be."""
+    """Return the fields of the plan about the model before and after."""
     model, blocks = prunable.model, prunable.blocks
     adaptive = set(range(len(blocks))) - set(given_widths(blocks, config)) if config.allocation == "adaptive" else ()
     saved = saved_widths(config.non_uniform_format, widths)
@@ -133,7 +133,7 @@ def _shapes(prunable: PrunableModel, config: OTPruningConfig, widths: list[int])
 
 
 def _bias_parameters(prunable: PrunableModel, config: OTPruningConfig, widths: list[int]) -> int:
-    """How many may be added; raises what pruning would raise before any work."""
+    """Return how many biases may be added; raise what pruning would raise before any work."""
     check_feasible(prunable, config, widths)
     if not prunable.can_hold_intercept or config.intercept not in ("auto", "always"):
         return 0
@@ -152,7 +152,7 @@ def _weights_by_device(model: PreTrainedModel, options: Mapping[str, Any]) -> di
 
 
 def _written(config: OTPruningConfig) -> int:
-    """Samples that the model writes for each given one."""
+    """Return how many samples the model writes for each given one."""
     return int(config.self_calibration or 0)
 
 
@@ -200,7 +200,7 @@ def _workload(
 
 
 def _cache_bytes(model: PreTrainedModel, layers: int) -> int:
-    """Keys and values of one token in all layers."""
+    """Return the bytes of keys and values of one token in all layers."""
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -208,7 +208,7 @@ def _cache_bytes(model: PreTrainedModel, layers: int) -> int:
 
 
 def _resting_memory(blocks: list[FFNBlock], widths: list[int], weights: Mapping[str, int]) -> list[MemoryUse]:
-    """What is there all the time; dense FFNs stay to be put back if anything fails, unless they are offloaded."""
+    """Return memory that is used all the time; dense FFNs are kept to undo failures, unless offloaded."""
     uses = [MemoryUse("cpu", "Python and its libraries", IMPORT_BYTES)]
     uses += [MemoryUse(name, "weights", size) for name, size in weights.items()]
     if len(weights) > 1 and {"cpu", "disk"} & set(weights):
@@ -228,7 +228,7 @@ def _evaluation_memory(
     pruning: list[MemoryUse],
     device: str,
 ) -> list[MemoryUse]:
-    """What evaluation needs beyond what pruning does, on the device that computes: one comes after the other."""
+    """Return the memory that evaluation needs beyond that of pruning on the computing device."""
     shape = (windows.seqlen, work.vocab_size, model.dtype.itemsize)
     tokens = windows_together(batch_size, *shape) * windows.seqlen
     needed = evaluation_bytes(batch_size, *shape) + activation_bytes(work, tokens)
@@ -237,7 +237,7 @@ def _evaluation_memory(
 
 
 def _working_memory(work: Workload, weights: Mapping[str, int], max_hidden_memory: int) -> list[MemoryUse]:
-    """Beside the weights, on every device that computes, in main memory, and spilled to disk."""
+    """Return the memory beside the weights: on computing devices, in main memory, and on disk."""
     computing = [name for name in weights if name not in ("cpu", "disk")] or ["cpu"]
     uses = [MemoryUse(name, purpose, size) for name in computing for purpose, size in working_bytes(work).items()]
     if set(weights) <= set(computing):

@@ -27,7 +27,7 @@ class MemoryUse(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class PruningPlan:
-    """What `prune` would do and take; `str()` of it is for people.
+    """The expected widths, sizes, memory and time of `prune`; `str()` of it is a text for people.
 
     Attributes:
         config: The configuration to prune by; a target in parameters or bytes is resolved to a ratio.
@@ -148,7 +148,7 @@ class PruningPlan:
 
 
 def _layers(layers: Sequence[int], count: int) -> str:
-    """`"all 4 layers"`, `"layers 0, 3"` or `"28 layers"`."""
+    """Return a phrase such as `"all 4 layers"`, `"layers 0, 3"` or `"28 layers"`."""
     if len(layers) == count:
         return f"all {count} layers"
     if len(layers) > 8:

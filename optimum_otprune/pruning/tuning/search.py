@@ -133,7 +133,7 @@ def _optuna() -> Any:
 
 @contextmanager
 def _quiet(optuna: Any) -> Iterator[None]:
-    """Without optuna's own log: trials are logged here."""
+    """Silence optuna's own log for a while: trials are logged here."""
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
@@ -181,7 +181,7 @@ def _no_study(path: Path, reason: str) -> StudyError:
 
 
 def _prepare_journal(path: Path) -> None:
-    """Refuse a file of another kind before anything is written to it, and mend one that a process was killed over.
+    """Refuse a file of another kind before writing to it, and repair one that a killed process left.
 
     Raises:
         StudyError: If it does not begin as a study of `tune` does.
@@ -198,7 +198,7 @@ def _prepare_journal(path: Path) -> None:
 
 
 def _conditions(settings: TuningSettings) -> dict[str, Any]:
-    """Settings that a trial's result depends on."""
+    """Return the settings that a trial's result depends on."""
     assert settings.latency_shape is not None
     shape = None if settings.target_latency is None else list(settings.latency_shape)
     return {
@@ -218,7 +218,7 @@ def _check_same(study: "optuna.Study", now: dict[str, Any]) -> None:
 def _at_latency(
     study: "optuna.Study", prunable: PrunableModel, base: OTPruningConfig, settings: TuningSettings
 ) -> OTPruningConfig:
-    """The base with the ratio that meets the target latency, measured once for all runs of a study."""
+    """Return the base with the ratio that meets the target latency, measured once for all runs of a study."""
     if settings.target_latency is None:
         return base
     may_differ = base.allocation != "uniform" or base.skip_layers or base.layer_ratios
@@ -296,7 +296,7 @@ class _Search(NamedTuple):
         return result
 
     def _run_trial(self, is_first: bool) -> None:
-        """One trial; if anything but a failure of its configuration ends it, it does not count."""
+        """Run one trial; if anything but a failure of its configuration ends it, it does not count."""
         states, base, space = self.optuna.trial.TrialState, self.base, self.space
         if is_first and contains(space, base):
             self.study.enqueue_trial(_own_values(base, space))
@@ -334,7 +334,7 @@ class _Search(NamedTuple):
 
 
 def _own_values(base: OTPruningConfig, space: Mapping[str, Domain]) -> dict[str, Any]:
-    """What the sampler would have suggested to arrive at the given configuration."""
+    """Return the suggestions of the sampler that give the configuration of the user."""
     values: dict[str, Any] = {}
 
     def own(name: str, label: str, domain: Domain) -> Any:

@@ -117,7 +117,7 @@ def _domain(name: str, domain: Any) -> Domain:
 
 
 def _check_reachable(space: Mapping[str, Domain], base: OTPruningConfig) -> None:
-    """Every field, and every choice, must be taken in some trial."""
+    """Raise an error if a field or a choice is never taken in any trial."""
     seen: dict[str, set] = {}
     rng = random.Random(0)
 
@@ -148,7 +148,7 @@ def _check_reachable(space: Mapping[str, Domain], base: OTPruningConfig) -> None
 
 
 def _contradiction(base: OTPruningConfig, sampled: Mapping[str, Any]) -> str:
-    """Why fields cannot be combined; empty if they can."""
+    """Return the reason why fields cannot be combined; empty if they can."""
     try:
         assemble(base, sampled)
     except ConfigurationError as error:
@@ -232,7 +232,7 @@ def sample_config(base: OTPruningConfig, space: Mapping[str, Domain], pick: Pick
 def _completion(
     base: OTPruningConfig, sampled: Mapping[str, Any], rest: Mapping[str, Domain]
 ) -> dict[str, Any] | None:
-    """What must be added for fields not to contradict each other: nothing, or a choice of one that is yet to come."""
+    """Return the choice of a later field that resolves a contradiction, empty if there is none to resolve."""
     later = [{name: value} for name, domain in rest.items() if isinstance(domain, Choices) for value in domain.values]
     return next((added for added in ({}, *later) if not _contradiction(base, {**sampled, **added})), None)
 

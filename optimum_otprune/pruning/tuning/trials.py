@@ -41,7 +41,7 @@ class TuningSettings(NamedTuple):
     progress: bool
 
     def checked(self) -> "TuningSettings":
-        """The same with plain numbers.
+        """Return the same settings with plain numbers.
 
         Raises:
             ConfigurationError: Names what is of the wrong kind or out of range.
@@ -86,12 +86,12 @@ class Trial:
     seconds: float
 
     def changes(self, base: OTPruningConfig) -> dict[str, Any]:
-        """Fields that differ from those of another configuration."""
+        """Return the fields that differ from those of another configuration."""
         values, others = self.config.to_dict(), base.to_dict()
         return {name: value for name, value in values.items() if value != others[name]}
 
     def describe(self, base: OTPruningConfig) -> str:
-        """One line."""
+        """Return one line about the trial."""
         changes = ", ".join(f"{name}={_shown(value)}" for name, value in self.changes(base).items())
         outcome = f"failed: {self.error}" if self.perplexity is None else f"perplexity {self.perplexity:.3f}"
         return f"Trial {self.number}: {outcome} ({changes or 'the given configuration'}; {self.seconds:.1f} s)"
@@ -99,7 +99,7 @@ class Trial:
 
 @dataclasses.dataclass(frozen=True)
 class TuningResult:
-    """What a search has found so far.
+    """The result of a search so far.
 
     Attributes:
         base: The configuration that it started from, with the ratio that a target latency led to.
@@ -137,7 +137,7 @@ def _shown(value: Any) -> str:
 
 
 def _between(name: str, value: Any, maximum: float = math.inf) -> Any:
-    """A number above 0 and below the maximum as a float; None stays None."""
+    """Return a number above 0 and below the maximum as a float; None stays None."""
     number = real_number(value)
     if value is not None and (number is None or not 0 < number < maximum):
         below = "" if math.isinf(maximum) else f" and < {maximum:g}"

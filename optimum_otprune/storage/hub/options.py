@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class About(NamedTuple):
-    """What is written beside the type of an option.
+    """The help text and default of an option, written beside its type.
 
     Attributes:
         default: The value that stands where none is given.
@@ -34,7 +34,7 @@ class About(NamedTuple):
 
 
 class HubOptions(TypedDict, total=False):
-    """How a repository of the Hub is read."""
+    """The options of reading a repository of the Hub."""
 
     revision: Annotated[str | None, About(None, "branch, tag or commit of the repository")]
     token: Annotated[str | bool | None, About(None, "Hub token (default: the one that `hf auth login` saved)")]
@@ -43,7 +43,7 @@ class HubOptions(TypedDict, total=False):
 
 
 class PushOptions(TypedDict, total=False):
-    """How a repository of the Hub is written."""
+    """The options of writing a repository of the Hub."""
 
     private: Annotated[bool | None, About(None, "make the repository private if it is new")]
     revision: Annotated[str | None, About(None, "branch; made if it does not exist (default: the main one)")]
