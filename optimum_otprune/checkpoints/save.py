@@ -18,7 +18,7 @@ from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.config.options_file import CONFIG_FILE
 from optimum_otprune.errors import ConfigurationError
 from optimum_otprune.models.compatibility import reads_in_older_versions
-from optimum_otprune.models.devices import is_offloaded, savable_if_offloaded, restore_ties, weight_bytes
+from optimum_otprune.models.devices import is_offloaded, restore_ties, savable_if_offloaded, weight_bytes
 from optimum_otprune.models.faithfulness import check_logits, check_parameters
 from optimum_otprune.models.ffn_block import check_loadable
 from optimum_otprune.models.wrappers import check_plain

@@ -58,7 +58,9 @@ def parse_share(value: object) -> Fraction | None:
         (Fraction(7, 10), Fraction(7, 10), Fraction(7, 10), None, None)
     """
     number = real_number(value)
-    text = str(number) if number is not None else value if isinstance(value, str) else ""
+    text = value if isinstance(value, str) else ""
+    if number is not None:
+        text = str(number)
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e-\d+)?)\s*(%?)\s*", text, flags=re.ASCII)
     if match is None:
         return None

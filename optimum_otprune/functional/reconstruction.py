@@ -67,6 +67,21 @@ class Share(NamedTuple):
     summed: Callable[[Tensor], Tensor]
 
 
+class TrainingTokens(NamedTuple):
+    """The tokens that an FFN is trained and judged on.
+
+    Attributes:
+        fit: The tokens to train on.
+        heldout: The tokens that decide which weights are kept.
+        share: Which of the tokens to train on this process has, if others have more of them; all processes take the
+            same steps. None if there is one process.
+    """
+
+    fit: TokenSet
+    heldout: TokenSet
+    share: Share | None = None
+
+
 class Reconstruction(NamedTuple):
     """The result of a reconstruction.
 
@@ -118,13 +133,11 @@ def _squared_errors(outputs: Tensor, targets: Tensor, metric: Tensor | None) -> 
 
 def reconstruct(
     weights: FFNWeights,
-    fit: TokenSet,
-    heldout: TokenSet,
+    tokens: TrainingTokens,
     activation: Callable[[Tensor], Tensor],
     settings: ReconstructionSettings,
     generator: torch.Generator | None = None,
     metric: Tensor | None = None,
-    share: Share | None = None,
 ) -> Reconstruction:
     """Train all projections of an FFN on its output error.
 
@@ -133,13 +146,11 @@ def reconstruct(
 
     Args:
         weights: The weights to start from, float32.
-        fit: The tokens to train on.
-        heldout: The tokens that decide which weights are kept.
+        tokens: The tokens to train on, and those that decide which weights are kept.
         activation: The FFN's elementwise activation function, which must be differentiable.
         settings: How long and how fast the FFN is trained.
         generator: The random generator that draws minibatches, on the CPU.
         metric: A matrix that errors are multiplied by, as in `output_error`.
-        share: Which of the tokens this process has, if others have more of them; all processes take the same steps.
 
     Returns:
         The best weights on the held-out tokens, and their error.
@@ -147,6 +158,7 @@ def reconstruct(
     Raises:
         NumericalError: If the held-out error of the start is not finite.
     """
+    fit, heldout, share = tokens
     share = share or Share(0, len(fit.inputs), lambda tensor: tensor)
     before = output_error(weights, heldout, activation, metric, share.summed)
     best = Reconstruction(weights, before, before, best_step=0)

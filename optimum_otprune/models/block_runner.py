@@ -185,3 +185,10 @@ def _set_forward(module: nn.Module, forward: Callable | None) -> None:
 def input_device(model: PreTrainedModel) -> torch.device:
     """Return the device that token ids go to."""
     return execution_device(model.get_input_embeddings())
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Return the number of token ids that the model's input embeddings hold."""
+    size = model.get_input_embeddings().num_embeddings
+    assert isinstance(size, int)
+    return size

@@ -8,10 +8,11 @@ import tempfile
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager
 
 import torch
+from accelerate.hooks import AlignDevicesHook
 from accelerate.utils import (
     align_module_device,
     get_balanced_memory,
@@ -114,7 +115,9 @@ def read_parameter(module: nn.Module, name: str) -> Tensor | None:
     if module._parameters.get(name) is None:
         return None
     with align_module_device(module, execution_device=execution_device(module)):
-        return module._parameters[name].detach().clone()  # type: ignore[union-attr]
+        aligned = module._parameters[name]
+        assert aligned is not None
+        return aligned.detach().clone()
 
 
 def replace_parameter(module: nn.Module, name: str, value: Tensor) -> None:
@@ -132,7 +135,7 @@ def replace_parameter(module: nn.Module, name: str, value: Tensor) -> None:
     assert like is not None
     value = value.detach().to(like.dtype)
     if has_offloaded_params(module):
-        _store(module._hf_hook.weights_map, name, value.cpu().contiguous())  # type: ignore[union-attr, arg-type]
+        _store(_offloading(module).weights_map, name, value.cpu().contiguous())
         value = torch.empty_like(value, device="meta")
     else:
         value = value.to(like.device).contiguous()
@@ -196,9 +199,9 @@ def onloaded(module: nn.Module) -> Iterator[None]:
         for part in module.modules():
             if has_offloaded_params(part):
                 stack.enter_context(align_module_device(part))
-                hook = part._hf_hook
+                hook = _offloading(part)
                 stack.callback(setattr, hook, "offload", True)
-                hook.offload = False  # type: ignore[union-attr] # else each forward pass loads, and drops, them again
+                hook.offload = False  # else each forward pass loads, and drops, them again
         yield
 
 
@@ -225,12 +228,20 @@ def keep_parameters(module: nn.Module) -> Callable[[], None]:
     return put_back
 
 
+def _offloading(module: nn.Module) -> AlignDevicesHook:
+    """Return accelerate's hook of a module for which `has_offloaded_params` is true."""
+    hook = module._hf_hook
+    assert isinstance(hook, AlignDevicesHook)
+    return hook
+
+
 def _store(store: object, key: str, value: Tensor) -> None:
     """Write into accelerate's map of offloaded weights; files of the original checkpoint are never touched."""
     while isinstance(store, PrefixedDataset):
         key, store = store.prefix + key, store.dataset
     if not isinstance(store, OffloadedWeightsLoader):
-        store[key] = value  # type: ignore[index]
+        assert isinstance(store, MutableMapping)
+        store[key] = value
         return
     if not {key, f"{key.rpartition('.')[0]}.weight"} & set(store.state_dict):
         if store.save_folder is None:  # weights are read from the checkpoint's own files

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from optimum_otprune.errors import NumericalError, OTPruneError, UnsupportedModelError
 from optimum_otprune.functional.ffn import check_weights, empty_channels, ffn_forward
 from optimum_otprune.models.architectures import submodule
-from optimum_otprune.models.block_runner import BlockRunner, input_device
+from optimum_otprune.models.block_runner import BlockRunner, input_device, vocabulary_size
 from optimum_otprune.models.devices import onloaded, read_parameter
 from optimum_otprune.models.distributed import from_main
 from optimum_otprune.models.ffn_block import FFNBlock, named
@@ -102,7 +102,7 @@ def check_logits(model: PreTrainedModel, tokens: Tensor | None = None) -> None:
         NumericalError: If a logit is NaN or infinite.
     """
     if tokens is None:
-        tokens = torch.arange(min(_FEW_TOKENS, model.get_input_embeddings().num_embeddings))[None]  # type: ignore
+        tokens = torch.arange(min(_FEW_TOKENS, vocabulary_size(model)))[None]
     with torch.no_grad():
         _check_output(_output(model, _sample(tokens)))
 
@@ -340,7 +340,9 @@ def _difference(found: Tensor, wanted: Tensor) -> float:
     finite = torch.isfinite(found) & torch.isfinite(wanted)
     found, wanted = found[finite], wanted[finite]
     difference, size = float((found - wanted).norm()), float(wanted.norm())
-    return difference / size if size else (math.inf if difference else 0.0)
+    if size:
+        return difference / size
+    return math.inf if difference else 0.0
 
 
 def _rounding(like: Tensor) -> float:

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from optimum_otprune.errors import NumericalError
-from optimum_otprune.models.block_runner import input_device
+from optimum_otprune.models.block_runner import input_device, vocabulary_size
 from optimum_otprune.models.defaults import BATCH_SIZE
 from optimum_otprune.models.distributed import gathered, own_samples
 
@@ -81,7 +81,7 @@ def evaluate_perplexity(
     model.eval()
     device = input_device(model)
     metric = TokenPerplexity(keep_in_memory=True)
-    together = windows_together(batch_size, tokens.shape[1], _vocabulary(model), model.dtype.itemsize)
+    together = windows_together(batch_size, tokens.shape[1], vocabulary_size(model), model.dtype.itemsize)
     batches = tokens[own_samples(len(tokens), 1)].split(together)
     found = []
     for batch in tqdm(batches, desc="Evaluating", unit="batch", disable=not progress):
@@ -131,10 +131,6 @@ def evaluation_bytes(batch_size: int, seqlen: int, vocab_size: int, element_size
     """
     windows = windows_together(batch_size, seqlen, vocab_size, element_size)
     return windows * seqlen * vocab_size * element_size + 2 * _CHUNK_BYTES
-
-
-def _vocabulary(model: PreTrainedModel) -> int:
-    return model.get_input_embeddings().num_embeddings  # type: ignore[union-attr, return-value]
 
 
 def _summed_nll(logits: Tensor, batch: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ class NoStore:
         return make()
 
     def finished(self, layer: int, dense: FFNWeights, width: int) -> FinishedLayer | None:
-        """None."""
+        """Return None, since no layer is kept."""
         return None
 
     def save(self, finished: FinishedLayer) -> None:

@@ -10,7 +10,7 @@ from optimum_otprune.functional.compensation import refit_down
 from optimum_otprune.functional.error_metric import error_metric
 from optimum_otprune.functional.ffn import FFNWeights
 from optimum_otprune.functional.ratios import RescueEnergies, dilution_ratio, relative_error, rescue_ratio
-from optimum_otprune.functional.reconstruction import ReconstructionSettings, Share, reconstruct
+from optimum_otprune.functional.reconstruction import ReconstructionSettings, Share, TrainingTokens, reconstruct
 from optimum_otprune.models.distributed import gathered, process_index, summed
 from optimum_otprune.models.ffn_block import FFNBlock
 from optimum_otprune.models.forward_stream import CalibrationStream
@@ -106,11 +106,11 @@ def _reconstructed(block: FFNBlock, compression: Compression, data: LayerData, r
     assert config.reconstruction_batch_tokens is not None
     settings = ReconstructionSettings(config.reconstruction_steps, batch_tokens=config.reconstruction_batch_tokens)
     metric = None if moments is None else error_metric(moments[block.layer].to(block.device))
-    sets = token_sets(data, run.stream.spill)
-    counts = gathered(len(sets[0].inputs))
-    share = Share(sum(counts[: process_index()]), sum(counts), summed)
+    fit, heldout = token_sets(data, run.stream.spill)
+    counts = gathered(len(fit.inputs))
+    tokens = TrainingTokens(fit, heldout, Share(sum(counts[: process_index()]), sum(counts), summed))
     with torch.enable_grad():
-        result = reconstruct(like.map(Tensor.float), *sets, block.activation, settings, generator, metric, share)
+        result = reconstruct(like.map(Tensor.float), tokens, block.activation, settings, generator, metric)
     if result.best_step == 0:
         return compression
     weights, judged = _refitted_once_more(result.weights, data)

@@ -185,7 +185,8 @@ def added_biases(block: FFNBlock, unit: str) -> tuple[int, int]:
     for name, module in block.projections.items():
         if getattr(module, "bias", None) is not None:
             continue
-        weight: Tensor = module.weight  # type: ignore[assignment]
+        weight = module.weight
+        assert isinstance(weight, Tensor)
         if name == "down":
             once += weight.numel() // block.intermediate_size * _cost(weight, unit)
         else:

@@ -8,6 +8,7 @@ from optimum_otprune.functional.ffn import FFNWeights, ffn_forward
 from optimum_otprune.functional.reconstruction import (
     ReconstructionSettings,
     TokenSet,
+    TrainingTokens,
     output_error,
     reconstruct,
 )
@@ -33,7 +34,7 @@ def run(weights, dense, steps=200, seed=0, **settings):
     fit, heldout = make_tokens(dense, 400, seed=5), make_tokens(dense, 100, seed=6)
     generator = torch.Generator().manual_seed(seed)
     settings = ReconstructionSettings(steps, batch_tokens=64, **settings)
-    return reconstruct(weights, fit, heldout, ACTIVATION, settings, generator)
+    return reconstruct(weights, TrainingTokens(fit, heldout), ACTIVATION, settings, generator)
 
 
 @pytest.mark.parametrize(("gated", "biases"), [(True, False), (False, False), (True, True), (False, True)])
@@ -63,7 +64,7 @@ def test_mixed_precision_multiplies_in_bfloat16_and_keeps_float32_weights():
 
     fit, heldout = make_tokens(dense, 400, seed=5), make_tokens(dense, 100, seed=6)
     settings = ReconstructionSettings(200, batch_tokens=64, mixed_precision=True)
-    result = reconstruct(start, fit, heldout, noted, settings, torch.Generator().manual_seed(0))
+    result = reconstruct(start, TrainingTokens(fit, heldout), noted, settings, torch.Generator().manual_seed(0))
     assert seen.count(torch.bfloat16) == 200
     assert seen.count(torch.float32) == 21  # the start and twenty checks on held-out tokens
     assert result.weights.up.dtype == torch.float32
@@ -106,7 +107,9 @@ def test_scaling_a_channel_and_back_changes_the_function_little():
     fit, heldout = make_tokens(dense, 400, seed=5), make_tokens(dense, 100, seed=6)
     settings = ReconstructionSettings(50, batch_tokens=64)
     errors = [
-        reconstruct(weights, fit, heldout, relu, settings, torch.Generator().manual_seed(0)).heldout_error_after
+        reconstruct(
+            weights, TrainingTokens(fit, heldout), relu, settings, torch.Generator().manual_seed(0)
+        ).heldout_error_after
         for weights in (start, scaled)
     ]
     assert errors[0] == pytest.approx(errors[1], rel=1e-3)

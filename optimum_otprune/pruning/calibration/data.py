@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.errors import CalibrationDataError
+from optimum_otprune.models.block_runner import vocabulary_size
 from optimum_otprune.pruning.calibration.documents import Documents, TokenSource, documents
 from optimum_otprune.pruning.calibration.overlap import passage_sketch
 from optimum_otprune.pruning.calibration.token_ids import given_ids
@@ -78,8 +79,7 @@ class ModelLimits(NamedTuple):
     @classmethod
     def of(cls, model: PreTrainedModel) -> "ModelLimits":
         """Return the limits of a model, read from its embeddings and configuration."""
-        embeddings = model.get_input_embeddings()
-        return cls(embeddings.num_embeddings, getattr(model.config, "max_position_embeddings", None))  # type: ignore
+        return cls(vocabulary_size(model), getattr(model.config, "max_position_embeddings", None))
 
     def seqlen(self, config: OTPruningConfig) -> int:
         """Return the tokens per window: as configured, or at most 2 048 and the model's positions."""

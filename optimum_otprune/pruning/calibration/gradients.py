@@ -106,7 +106,7 @@ def _add_products(sums: dict[str, dict[str, Tensor]], batch: FFNGradients) -> No
 def _scores(block: FFNBlock, sums: dict[str, Tensor], num_batches: int) -> WeightScores:
     """Return weight × mean gradient, channel-first."""
     weights = block.read()
-    result: dict[str, Tensor | None] = {"gate": None}
+    result: dict[str, Tensor] = {}
     for name, total in sums.items():
         score = getattr(weights, name).float() * summed(total) / num_batches
         if not torch.isfinite(score).all():
@@ -114,7 +114,7 @@ def _scores(block: FFNBlock, sums: dict[str, Tensor], num_batches: int) -> Weigh
                 f"Layer {block.layer}: the gradient of `{name}` is NaN or infinite. Load the model in float32."
             )
         result[name] = score.T if name == "down" else score
-    return WeightScores(**result)  # type: ignore[arg-type]
+    return WeightScores(**result)
 
 
 def _moment_with(moment: Tensor, batch: FFNGradients) -> Tensor:

@@ -291,7 +291,9 @@ def picked(value: Any, where: str, text_column: str) -> Any:
 def listed(names: Iterable[object]) -> str:
     """Return names for a message, as many as fit."""
     text = ", ".join(str(name) for name in names)
-    return (text if len(text) <= 100 else text[:99] + "…") if text else "none"
+    if not text:
+        return "none"
+    return text if len(text) <= 100 else text[:99] + "…"
 
 
 def is_conversation(value: object) -> bool:

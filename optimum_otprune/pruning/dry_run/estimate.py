@@ -157,8 +157,7 @@ def _written(config: OTPruningConfig) -> int:
 
 
 def _hidden_size(blocks: list[FFNBlock]) -> int:
-    weight = blocks[0].up.weight
-    return weight.numel() // blocks[0].intermediate_size  # type: ignore[union-attr, operator, return-value]
+    return blocks[0].up_weight.numel() // blocks[0].intermediate_size
 
 
 def _removed(blocks: list[FFNBlock], widths: list[int], unit: str) -> int:
@@ -183,7 +182,7 @@ def _workload(
         written_tokens=given * _written(config),
         batch_tokens=min(batch_size, samples.num_samples) * samples.seqlen,
         heldout_share=config.holdout_share / (1 + _written(config)),
-        element_size=blocks[0].up.weight.element_size(),  # type: ignore[union-attr, operator]
+        element_size=blocks[0].up_weight.element_size(),
         block_bytes=max(sum(part.numel() * part.element_size() for part in parts) for parts in parameters),
         eliminates=config.selection == "obs" or is_adaptive,
         tracks_dense=bool(config.target_correction) and blocks[0].spec.residual,

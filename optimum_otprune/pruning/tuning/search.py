@@ -348,8 +348,9 @@ def _own_values(base: OTPruningConfig, space: Mapping[str, Domain]) -> dict[str,
 
 def _suggest(trial: "optuna.Trial", name: str, label: str, domain: Domain) -> Any:
     if isinstance(domain, Range):
-        suggest = trial.suggest_int if isinstance(domain.low, int) else trial.suggest_float
-        return suggest(label, domain.low, domain.high)  # type: ignore[arg-type]
+        if isinstance(domain.low, int) and isinstance(domain.high, int):
+            return trial.suggest_int(label, domain.low, domain.high)
+        return trial.suggest_float(label, domain.low, domain.high)
     by_name = {plain_value(value): value for value in domain.values}
     return by_name[trial.suggest_categorical(label, list(by_name))]
 
