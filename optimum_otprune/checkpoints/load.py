@@ -164,7 +164,7 @@ def _expanded(name: str, options: LoadingOptions) -> tuple[str, LoadingOptions]:
     return os.path.expanduser(name), expanded
 
 
-def _dtype(asked: Any, config: PreTrainedConfig) -> torch.dtype:
+def _dtype(asked: object, config: PreTrainedConfig) -> torch.dtype:
     if isinstance(asked, torch.dtype):
         return asked
     named = getattr(config, "dtype", None) if asked in (None, "auto") else asked

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
@@ -15,7 +14,7 @@ from optimum_otprune.storage.hub.options import HubOptions, filled, keywords, pa
 _PLACES = ("auto", "balanced", "balanced_low_0", "sequential", "disk")
 
 
-def check_loading_options(given: Mapping[str, Any]) -> LoadingOptions:
+def check_loading_options(given: Mapping[str, object]) -> LoadingOptions:
     """Return all options of loading, those that were not given with their defaults.
 
     Raises:
@@ -34,7 +33,7 @@ def check_loading_options(given: Mapping[str, Any]) -> LoadingOptions:
     return options
 
 
-def _check_dtype(dtype: Any) -> None:
+def _check_dtype(dtype: object) -> None:
     kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype not in (None, "auto") and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
         raise ConfigurationError(
@@ -42,7 +41,7 @@ def _check_dtype(dtype: Any) -> None:
         )
 
 
-def _check_place(place: Any, places: Any) -> None:
+def _check_place(place: object, places: object) -> None:
     """Raise for what is no device; whether this machine has it, only loading needs to know."""
     is_known = isinstance(place, torch.device) or isinstance(place, int) and not isinstance(place, bool) and place >= 0
     if isinstance(place, str) and not is_known:
@@ -57,7 +56,7 @@ def _check_place(place: Any, places: Any) -> None:
         )
 
 
-def as_config(config: Any, options: LoadingOptions) -> OTPruningConfig:
+def as_config(config: object, options: LoadingOptions) -> OTPruningConfig:
     """Return a configuration from whatever stands for one.
 
     Args:

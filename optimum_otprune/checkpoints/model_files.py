@@ -154,7 +154,7 @@ def _copied_settings(model: PreTrainedModel) -> Iterator[GenerationConfig | None
             model.generation_config = generation
 
 
-def with_readable_names(config: Mapping[str, Any], kind: type[PreTrainedConfig]) -> dict[str, Any]:
+def with_readable_names(config: Mapping[str, object], kind: type[PreTrainedConfig]) -> dict[str, Any]:
     """Return a model's configuration with the older names, or without, where the present transformers would misread.
 
     It lets `rope_scaling` replace `rope_parameters`, although that of some architectures holds less.
@@ -172,7 +172,7 @@ def with_readable_names(config: Mapping[str, Any], kind: type[PreTrainedConfig])
     return older if found == wanted else dict(config)
 
 
-def _ropes(config: Mapping[str, Any]) -> dict[str, Any]:
+def _ropes(config: Mapping[str, object]) -> dict[str, Any]:
     """Return the settings of rotary embeddings of a configuration and of its parts."""
     parts = {
         name: _ropes(value) for name, value in config.items() if name.endswith("_config") and isinstance(value, dict)

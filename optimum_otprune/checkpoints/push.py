@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
 from transformers import PreTrainedModel
 
@@ -74,7 +74,7 @@ def push_saved(folder: Path, repo_id: str, **options: Unpack[PushOptions]) -> Pu
     return push_folder(folder, repo_id, own_card=own_card, **options)
 
 
-def refuse_push_options(given: Mapping[str, Any]) -> None:
+def refuse_push_options(given: Mapping[str, object]) -> None:
     """Raise an error if options of pushing are given where nothing is pushed.
 
     Args:
@@ -90,7 +90,7 @@ def refuse_push_options(given: Mapping[str, Any]) -> None:
             raise ConfigurationError(f"`{name}` would be ignored without `push_to_hub=True`. Set it, or leave it out.")
 
 
-def check_push(repo_id: str, given: Mapping[str, Any]) -> str:
+def check_push(repo_id: str, given: Mapping[str, object]) -> str:
     """Check before any work that a push with these options will be allowed.
 
     Args:

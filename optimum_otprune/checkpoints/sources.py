@@ -111,7 +111,7 @@ def check_file(file: Path) -> None:
     raise ModelLoadError(f"{file.name!r} is a file. Give the folder that holds it, with its config.json.")
 
 
-def check_config(what: str, config: Mapping[str, Any], has_adapter: bool) -> None:
+def check_config(what: str, config: Mapping[str, object], has_adapter: bool) -> None:
     """Raise where a configuration is not of a causal language model with plain weights.
 
     Args:
@@ -151,7 +151,7 @@ def check_config(what: str, config: Mapping[str, Any], has_adapter: bool) -> Non
         )
 
 
-def _check_values(what: str, config: Mapping[str, Any]) -> None:
+def _check_values(what: str, config: Mapping[str, object]) -> None:
     """Raise for what would end in an error of Python's, or go on building without an end."""
     model_type = config.get("model_type")
     if model_type is not None and not isinstance(model_type, str):

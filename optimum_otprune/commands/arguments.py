@@ -81,7 +81,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add_options(group, LoadingOptions)
 
 
-def add_options(group: Any, options: Callable[..., Any], without: Collection[str] = ()) -> None:
+def add_options(group: argparse._ActionsContainer, options: Callable[..., Any], without: Collection[str] = ()) -> None:
     """Add the options of loading or pushing.
 
     Args:
@@ -204,6 +204,6 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_debug_option(parser: Any) -> None:
+def add_debug_option(parser: argparse._ActionsContainer) -> None:
     """Add `--debug`."""
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

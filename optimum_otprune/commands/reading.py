@@ -5,7 +5,6 @@ import json
 import os
 import sys
 from collections.abc import Mapping
-from typing import Any
 
 from optimum_otprune.checkpoints.card.folder import folder_card, replace_card
 from optimum_otprune.checkpoints.card.results import seen_before
@@ -52,13 +51,13 @@ def verify(args: argparse.Namespace) -> None:
     print(f"All files are as they were saved{'' if commit is None else f' (commit {commit})'}.")
 
 
-def tell_seen(saved: PruningReport | None, metrics: Mapping[str, Any]) -> None:
+def tell_seen(saved: PruningReport | None, metrics: Mapping[str, object]) -> None:
     """Print whether a pruned model was measured on text that it was calibrated on."""
     if saved is not None and metrics["stage"] == "pruned" and (sentence := seen_before(saved, metrics)):
         print(sentence)
 
 
-def protocol(metrics: Mapping[str, Any]) -> str:
+def protocol(metrics: Mapping[str, object]) -> str:
     """Say in words how a perplexity was measured."""
     return (
         f"{metrics['num_tokens']:,} tokens of {metrics['data']} in windows of {metrics['seqlen']}, {metrics['dtype']}"

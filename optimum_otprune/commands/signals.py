@@ -4,7 +4,6 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 
 class Terminated(KeyboardInterrupt):
@@ -19,7 +18,7 @@ def imports_interrupted() -> Iterator[None]:
         return
     seen: list[KeyboardInterrupt] = []
 
-    def stop(number: int, frame: Any) -> None:
+    def stop(number: int, frame: object) -> None:
         seen.append(Terminated() if number == signal.SIGTERM else KeyboardInterrupt())
         raise seen[-1]
 
@@ -41,7 +40,7 @@ def sigterm_interrupts() -> Iterator[None]:
         yield
         return
 
-    def stop(*arguments: Any) -> None:
+    def stop(*arguments: object) -> None:
         raise Terminated
 
     before = signal.signal(signal.SIGTERM, stop)

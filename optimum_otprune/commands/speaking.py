@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from typing import Any, TextIO
+from typing import TextIO
 
 from optimum_otprune.errors import OutputError
 from optimum_otprune.storage.untrusted import visible
@@ -109,5 +109,5 @@ def one_line(message: object) -> str:
     return visible(" ".join(str(message).split()), _LONGEST)
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **kwargs: Any) -> None:
+def _show_warning(message: Warning | str, category: type[Warning], *where: object, **kwargs: object) -> None:
     print(f"warning: {one_line(message)}", file=sys.stderr)

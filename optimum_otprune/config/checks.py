@@ -19,7 +19,7 @@ from optimum_otprune.functional.parameters import as_text, split_name
 _DIGITS = 9  # of a layer's index
 
 
-def check_option(option: Option, value: Any) -> Any:
+def check_option(option: Option, value: object) -> Any:
     """Return the value in the option's type, or raise with the option's name, what was got and what would be right."""
     if value is None:
         if option.optional:
@@ -48,7 +48,7 @@ def check_option(option: Option, value: Any) -> Any:
     return value
 
 
-def check_count(name: str, value: Any, least: int = 1) -> int:
+def check_count(name: str, value: object, least: int = 1) -> int:
     """Return a count as an int, or raise with the argument's name, what was got and what would be right.
 
     Args:
@@ -100,7 +100,7 @@ def _checked_quantity(option: Option, value: str, problem: ConfigurationError) -
     return value
 
 
-def _checked_function(option: Option, value: Any, problem: ConfigurationError) -> str:
+def _checked_function(option: Option, value: object, problem: ConfigurationError) -> str:
     """Return a function's name with its parameters as one text, without checking that they are known."""
     if not isinstance(value, str | Mapping):
         raise problem
@@ -112,7 +112,7 @@ def _checked_function(option: Option, value: Any, problem: ConfigurationError) -
     return text
 
 
-def _checked_names(option: Option, value: Any, problem: ConfigurationError) -> tuple[str, ...]:
+def _checked_names(option: Option, value: object, problem: ConfigurationError) -> tuple[str, ...]:
     assert option.choices is not None
     if isinstance(value, str) or not isinstance(value, (list, tuple, set, frozenset)):
         raise problem
@@ -122,7 +122,7 @@ def _checked_names(option: Option, value: Any, problem: ConfigurationError) -> t
     return tuple(name for name in option.choices if name in value)
 
 
-def _checked_layers(value: Any, problem: ConfigurationError) -> tuple[int, ...]:
+def _checked_layers(value: object, problem: ConfigurationError) -> tuple[int, ...]:
     if isinstance(value, str) or not isinstance(value, (list, tuple, set, frozenset)):
         raise problem
     layers = {whole_number(layer) for layer in value}
@@ -131,7 +131,7 @@ def _checked_layers(value: Any, problem: ConfigurationError) -> tuple[int, ...]:
     return tuple(sorted(layer for layer in layers if layer is not None))
 
 
-def _checked_by_layer(option: Option, value: Any, problem: ConfigurationError) -> dict[int, float]:
+def _checked_by_layer(option: Option, value: object, problem: ConfigurationError) -> dict[int, float]:
     """Return numbers by layer; files hold the layers as strings."""
     if not isinstance(value, Mapping):
         raise problem

@@ -64,7 +64,7 @@ class OTPruningConfig(PruningOptions, BaseConfig):
         self._fill(options, asked=set(options))
 
     @classmethod
-    def assembled(cls, values: Mapping[str, Any], asked: Collection[str]) -> "OTPruningConfig":
+    def assembled(cls, values: Mapping[str, object], asked: Collection[str]) -> "OTPruningConfig":
         """Make a configuration and drop values that nobody asked for where nothing reads them.
 
         Args:
@@ -78,7 +78,7 @@ class OTPruningConfig(PruningOptions, BaseConfig):
         config._fill(values, set(asked))
         return config
 
-    def _fill(self, options: Mapping[str, Any], asked: set[str]) -> None:
+    def _fill(self, options: Mapping[str, object], asked: set[str]) -> None:
         given = {name: value for name, value in options.items() if name not in FOREIGN_KEYS and name != VERSION_KEY}
         for name in given:
             if name not in OPTIONS_BY_NAME:
@@ -177,7 +177,7 @@ class OTPruningConfig(PruningOptions, BaseConfig):
         return (config, unused) if return_unused else config
 
     @classmethod
-    def _of_file(cls, values: Mapping[str, Any]) -> "OTPruningConfig":
+    def _of_file(cls, values: Mapping[str, object]) -> "OTPruningConfig":
         config = cls.assembled(values, asked=METHOD_FIELDS)
         unused = unused_numbers({name: getattr(config, name) for name in OPTIONS_BY_NAME})
         given = {name: values[name] for name in unused if values.get(name) is not None}
@@ -264,7 +264,7 @@ class OTPruningConfig(PruningOptions, BaseConfig):
             return push_file(Path(folder) / CONFIG_FILE, repo_id, **kwargs)
 
 
-def _absent_budgets(given: Mapping[str, Any]) -> set[str]:
+def _absent_budgets(given: Mapping[str, object]) -> set[str]:
     """Return those of the ratio and the targets that another one replaces."""
     budgets = [name for name in BUDGET_FIELDS if given.get(name) is not None]
     if len(budgets) > 1:
@@ -273,6 +273,6 @@ def _absent_budgets(given: Mapping[str, Any]) -> set[str]:
     return set(BUDGET_FIELDS) - set(budgets) if budgets else set()
 
 
-def _without_replaced_budget(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def _without_replaced_budget(values: Mapping[str, object], changes: Mapping[str, object]) -> dict[str, Any]:
     replaced = BUDGET_FIELDS if any(changes.get(name) is not None for name in BUDGET_FIELDS) else ()
     return {name: value for name, value in values.items() if name not in replaced}

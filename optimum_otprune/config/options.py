@@ -272,7 +272,7 @@ class PruningOptions:
         return json.dumps(self.to_dict(), indent=2, sort_keys=True, allow_nan=False) + "\n"
 
 
-def _option(field: dataclasses.Field[Any], annotation: Any) -> Option:
+def _option(field: dataclasses.Field[Any], annotation: object) -> Option:
     rules: Rules = field.metadata["rules"]
     members = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
     kind, names = members[0], rules.choices

@@ -57,7 +57,7 @@ def read_options_file(file: Path) -> dict[str, Any]:
     return values
 
 
-def known_options(values: Mapping[str, Any]) -> dict[str, Any]:
+def known_options(values: Mapping[str, object]) -> dict[str, Any]:
     """Return the values that are options; those that a newer version added are left out with a warning.
 
     Args:

@@ -117,7 +117,7 @@ def function_name(field: str, given: str | None) -> str | None:
         raise ConfigurationError(f"`{field}`: {error}") from error
 
 
-def check_replaced(values: Mapping[str, Any], functions: Mapping[str, Any]) -> None:
+def check_replaced(values: Mapping[str, object], functions: Mapping[str, object]) -> None:
     """Raise an error if functions that replace a configuration's leave one of its numbers unread.
 
     Args:
@@ -132,11 +132,11 @@ def check_replaced(values: Mapping[str, Any], functions: Mapping[str, Any]) -> N
             raise _ignored(name, values[name], reason)
 
 
-def _default(name: str, quality: Any) -> Any:
+def _default(name: str, quality: object) -> Any:
     return QUALITIES[str(quality)].get(name, OPTIONS_BY_NAME[name].default)
 
 
-def _ignored(name: str, value: Any, reason: str) -> ConfigurationError:
+def _ignored(name: str, value: object, reason: str) -> ConfigurationError:
     return ConfigurationError(f"`{name}={value!r}` would be ignored: {reason}. Leave it out.")
 
 

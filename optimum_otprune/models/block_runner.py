@@ -90,7 +90,7 @@ class BlockRunner:
 
         return mapped(calls, kept, _LEAVES)
 
-    def finish(self, batch: Tensor, hidden: Tensor, **kwargs: Any) -> Any:
+    def finish(self, batch: Tensor, hidden: Tensor, **kwargs: object) -> Any:
         """Return the model's output for the hidden states behind its last block, differentiable by them.
 
         Args:
@@ -157,7 +157,7 @@ class BlockRunner:
                 _set_forward(block.module, own[block.layer])
 
 
-def _leaves(value: Any) -> list[Any]:
+def _leaves(value: object) -> list[Any]:
     """Return the tensors that `mapped` finds, in order."""
     found: list[Any] = []
     mapped(value, found.append, _LEAVES)

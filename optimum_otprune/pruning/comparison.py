@@ -52,7 +52,7 @@ def compared(evaluations: Iterable[Mapping[str, Any]]) -> list[Comparison]:
     return sorted(pairs, key=lambda pair: pair.dense is None or pair.pruned is None)
 
 
-def check_numbers(where: str, values: Mapping[str, Any], kinds: Mapping[str, type], is_finite: bool) -> None:
+def check_numbers(where: str, values: Mapping[str, object], kinds: Mapping[str, type], is_finite: bool) -> None:
     """Raise `ReportError` where a value is no string, or a number that is negative."""
     for name, kind in kinds.items():
         check_entry(f"{where}.{name}", values.get(name), kind, None if kind is str else 0, is_finite)

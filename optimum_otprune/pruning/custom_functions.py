@@ -33,7 +33,7 @@ def guarded(field: str, entry: Entry) -> Entry:
 
 def _guarded(field: str, name: str, function: Callable) -> Callable:
     @functools.wraps(function)
-    def call(*inputs: Any) -> Any:
+    def call(*inputs: object) -> Any:
         copies = [_copied(part) for part in inputs]
         try:
             return function(*copies)
@@ -49,7 +49,7 @@ def _guarded(field: str, name: str, function: Callable) -> Callable:
     return call
 
 
-def _copied(value: Any) -> Any:
+def _copied(value: object) -> Any:
     """Return a value with every tensor cloned, in named tuples and mappings too."""
     if isinstance(value, Tensor):
         return value.clone()

@@ -32,7 +32,7 @@ def tensors_digest(tensors: Iterable[Tensor]) -> str:
     return digest.hexdigest()
 
 
-def describe_difference(known: Mapping[str, Any], now: Mapping[str, Any], opaque: Sequence[str]) -> str | None:
+def describe_difference(known: Mapping[str, object], now: Mapping[str, object], opaque: Sequence[str]) -> str | None:
     """Return what differs, such as `"device type ('cpu', now 'cuda'), and model differ too"`, or None.
 
     Args:
@@ -55,7 +55,7 @@ def describe_difference(known: Mapping[str, Any], now: Mapping[str, Any], opaque
     return shown + (f", and {others} differ too" if others else "")
 
 
-def _short(values: Mapping[str, Any], name: str) -> str:
+def _short(values: Mapping[str, object], name: str) -> str:
     text = repr(values.get(name))
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 

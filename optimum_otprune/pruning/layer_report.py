@@ -79,7 +79,7 @@ class LayerReport:
         return values
 
     @classmethod
-    def from_dict(cls, values: Any) -> "LayerReport":
+    def from_dict(cls, values: object) -> "LayerReport":
         """Make a report of what `to_dict` gave; entries that this version does not know are left out with a warning.
 
         Raises:
@@ -91,7 +91,7 @@ class LayerReport:
         return layer
 
     @classmethod
-    def read(cls, values: Any, where: str, unknown: list[str]) -> "LayerReport":
+    def read(cls, values: object, where: str, unknown: list[str]) -> "LayerReport":
         """Make a report from an entry of a larger one.
 
         Args:
@@ -173,7 +173,7 @@ def warn_of_unknown(unknown: Sequence[str]) -> None:
         )
 
 
-def check_entry(name: str, value: object, kind: Any, least: float | None = None, is_finite: bool = True) -> None:
+def check_entry(name: str, value: object, kind: type | tuple[type, ...], least: float | None = None, is_finite: bool = True) -> None:
     """Raise an error if an entry of a report has the wrong type or is out of range.
 
     Args:

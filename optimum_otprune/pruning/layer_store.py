@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -143,7 +143,7 @@ def _weights(tensors: Mapping[str, Tensor], dense: FFNWeights, width: int) -> FF
     return FFNWeights(**tensors)
 
 
-def _report(values: Any, layer: int, dense: FFNWeights, width: int) -> LayerReport:
+def _report(values: object, layer: int, dense: FFNWeights, width: int) -> LayerReport:
     """Return the report, checked to hold the right kinds of numbers for this layer and these widths."""
     unknown: list[str] = []
     try:

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.config.options import OPTIONS_BY_NAME
@@ -25,7 +24,7 @@ class Recipe:
     functions: Mapping[str, Entry]
 
     @classmethod
-    def resolve(cls, config: OTPruningConfig, custom: Mapping[str, Any]) -> "Recipe":
+    def resolve(cls, config: OTPruningConfig, custom: Mapping[str, object]) -> "Recipe":
         """Look up every name of the configuration.
 
         Args:

@@ -185,7 +185,7 @@ class PruningReport:
         return {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "PruningReport":
+    def from_dict(cls, values: Mapping[str, object]) -> "PruningReport":
         """Make a report of what `to_dict` gave; entries that this version does not know are left out with a warning.
 
         Raises:

@@ -5,7 +5,6 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from optimum_otprune.errors import OutputError, StateError, warn_user
 from optimum_otprune.pruning.fingerprint import describe_difference
@@ -19,7 +18,7 @@ _OPAQUE = ("model", "model configuration", "calibration samples")
 
 
 @contextmanager
-def resumable(folder: Path | None, fingerprint: Mapping[str, Any]) -> Iterator[LayerStore]:
+def resumable(folder: Path | None, fingerprint: Mapping[str, object]) -> Iterator[LayerStore]:
     """Yield the store that keeps the layers of a running run; without a folder, it keeps nothing.
 
     Raises:
@@ -39,7 +38,7 @@ def resumable(folder: Path | None, fingerprint: Mapping[str, Any]) -> Iterator[L
         yield FolderStore(state)
 
 
-def _check_same(folder: Path, known: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def _check_same(folder: Path, known: Mapping[str, object], now: Mapping[str, object]) -> None:
     difference = describe_difference(known, now, _OPAQUE)
     if difference is not None:
         raise StateError(
@@ -48,7 +47,7 @@ def _check_same(folder: Path, known: Mapping[str, Any], now: Mapping[str, Any]) 
         )
 
 
-def forget(folder: Path, fingerprint: Mapping[str, Any]) -> None:
+def forget(folder: Path, fingerprint: Mapping[str, object]) -> None:
     """Remove the state of a run whose result was saved; another run's state, or one in use, stays.
 
     Args:

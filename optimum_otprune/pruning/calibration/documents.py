@@ -225,7 +225,7 @@ def _values(data: object) -> Sequence[Any]:
     return data
 
 
-def _list_rows(values: Iterable[Any], column: str) -> Iterator[Row]:
+def _list_rows(values: Iterable[object], column: str) -> Iterator[Row]:
     for number, value in enumerate(values, start=1):
         where = f"Entry {number} of the list"
         yield Row(picked(value, where, column), where)
@@ -312,7 +312,7 @@ def _hub_table(name: str, dataset_config: str | None, split: str) -> datasets.Da
         ) from error
 
 
-def _split(loaded: Any, split: str) -> Any:
+def _split(loaded: object, split: str) -> Any:
     if not isinstance(loaded, dict):
         return loaded
     if split not in loaded:

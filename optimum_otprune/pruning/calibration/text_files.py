@@ -213,17 +213,17 @@ def _is_json(path: Path, first: str, is_cut: bool) -> bool:
     return _holds_objects(value) or (not is_table and _is_document(value))
 
 
-def _holds_objects(value: Any) -> bool:
+def _holds_objects(value: object) -> bool:
     return isinstance(value, dict) or (isinstance(value, list) and isinstance(_first(value), dict))
 
 
-def _is_document(value: Any) -> bool:
+def _is_document(value: object) -> bool:
     """Return whether a JSON value is a text, a row of ids, a null, or an array of such."""
     entries = value if isinstance(value, list) and not is_id_row(value) else [value]
     return all(entry is None or isinstance(entry, str) or is_id_row(entry) for entry in entries) and bool(entries)
 
 
-def _first(values: Iterable[Any]) -> Any:
+def _first(values: Iterable[object]) -> Any:
     """Return the first value that is not null, or None."""
     return next((value for value in values if value is not None), None)
 
@@ -258,7 +258,7 @@ def _not_json(where: str, error: BaseException) -> CalibrationDataError:
     return CalibrationDataError(f"{where} is not JSON ({reason}). Want one object a line, or one array.")
 
 
-def _entries(value: Any, where: str, text_column: str) -> Iterator[Row]:
+def _entries(value: object, where: str, text_column: str) -> Iterator[Row]:
     """Return the rows in a JSON value: those of an array, of `{"data": […]}`, or the value itself."""
     if isinstance(value, dict) and text_column not in value:
         inner = value.get("data", next(iter(value.values())) if len(value) == 1 else None)
@@ -273,7 +273,7 @@ def _entries(value: Any, where: str, text_column: str) -> Iterator[Row]:
         yield Row(picked(entry, place, text_column), place)
 
 
-def picked(value: Any, where: str, text_column: str) -> Any:
+def picked(value: object, where: str, text_column: str) -> Any:
     """Return the entry of a column where a row has columns, else the row.
 
     Raises:

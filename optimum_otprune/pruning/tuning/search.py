@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -121,7 +122,7 @@ def split_samples(tokens: Tensor, validation_share: float, seed: int) -> tuple[T
     return tokens[order[heldout:].sort().values], tokens[order[:heldout].sort().values]
 
 
-def _optuna() -> Any:
+def _optuna() -> ModuleType:
     try:
         import optuna
     except ImportError as error:
@@ -132,7 +133,7 @@ def _optuna() -> Any:
 
 
 @contextmanager
-def _quiet(optuna: Any) -> Iterator[None]:
+def _quiet(optuna: ModuleType) -> Iterator[None]:
     """Silence optuna's own log for a while: trials are logged here."""
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -142,7 +143,7 @@ def _quiet(optuna: Any) -> Iterator[None]:
         optuna.logging.set_verbosity(verbosity)
 
 
-def _open_study(optuna: Any, path: Path | None) -> "optuna.Study":
+def _open_study(optuna: ModuleType, path: Path | None) -> "optuna.Study":
     """Continue the study of a file, closing trials that a killed process left unfinished, or begin one."""
     if path is None:
         return optuna.create_study()
@@ -265,7 +266,7 @@ class _Search(NamedTuple):
         objective: The function of a configuration that is minimized.
     """
 
-    optuna: Any
+    optuna: ModuleType
     study: "optuna.Study"
     base: OTPruningConfig
     space: Mapping[str, Domain]

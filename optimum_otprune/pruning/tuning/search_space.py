@@ -70,7 +70,7 @@ def default_search_space(config: OTPruningConfig, residual: bool, can_hold_inter
     return space
 
 
-def check_search_space(search_space: Mapping[str, Any], base: OTPruningConfig) -> dict[str, Domain]:
+def check_search_space(search_space: Mapping[str, object], base: OTPruningConfig) -> dict[str, Domain]:
     """Return the domains by field, in the order in which they are picked.
 
     Args:
@@ -92,7 +92,7 @@ def check_search_space(search_space: Mapping[str, Any], base: OTPruningConfig) -
     return space
 
 
-def _domain(name: str, domain: Any) -> Domain:
+def _domain(name: str, domain: object) -> Domain:
     if name not in OPTIONS_BY_NAME:
         raise ConfigurationError(unknown_name("field of `search_space`:", name, OPTIONS_BY_NAME))
     option = OPTIONS_BY_NAME[name]
@@ -147,7 +147,7 @@ def _check_reachable(space: Mapping[str, Domain], base: OTPruningConfig) -> None
     )
 
 
-def _contradiction(base: OTPruningConfig, sampled: Mapping[str, Any]) -> str:
+def _contradiction(base: OTPruningConfig, sampled: Mapping[str, object]) -> str:
     """Return the reason why fields cannot be combined; empty if they can."""
     try:
         assemble(base, sampled)
@@ -169,7 +169,7 @@ def unread_fields(config: OTPruningConfig) -> dict[str, str]:
     return unread
 
 
-def assemble(base: OTPruningConfig, sampled: Mapping[str, Any]) -> OTPruningConfig:
+def assemble(base: OTPruningConfig, sampled: Mapping[str, object]) -> OTPruningConfig:
     """Return the base with sampled fields; fields of the base that are then not used are dropped.
 
     Args:
@@ -230,7 +230,7 @@ def sample_config(base: OTPruningConfig, space: Mapping[str, Domain], pick: Pick
 
 
 def _completion(
-    base: OTPruningConfig, sampled: Mapping[str, Any], rest: Mapping[str, Domain]
+    base: OTPruningConfig, sampled: Mapping[str, object], rest: Mapping[str, Domain]
 ) -> dict[str, Any] | None:
     """Return the choice of a later field that resolves a contradiction, empty if there is none to resolve."""
     later = [{name: value} for name, domain in rest.items() if isinstance(domain, Choices) for value in domain.values]

@@ -14,7 +14,7 @@ from optimum_otprune.pruning.tuning.trials import plain_value
 
 
 def fingerprint(
-    model: PreTrainedModel, tokens: Tensor, base: OTPruningConfig, space: Mapping[str, Domain], **others: Any
+    model: PreTrainedModel, tokens: Tensor, base: OTPruningConfig, space: Mapping[str, Domain], **others: object
 ) -> dict[str, Any]:
     """Return everything that a trial's result depends on, JSON-ready.
 
@@ -40,7 +40,7 @@ def fingerprint(
     }
 
 
-def check_same(known: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def check_same(known: Mapping[str, object], now: Mapping[str, object]) -> None:
     """Raise an error if two fingerprints differ.
 
     Args:

@@ -127,16 +127,16 @@ class TuningResult:
         return self.best.perplexity
 
 
-def plain_value(value: Any) -> Any:
+def plain_value(value: object) -> Any:
     """Return a value of a field as a string or number; the names in a list joined."""
     return "+".join(value) or "none" if isinstance(value, (tuple, list)) else value
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(plain_value(value))
 
 
-def _between(name: str, value: Any, maximum: float = math.inf) -> Any:
+def _between(name: str, value: object, maximum: float = math.inf) -> Any:
     """Return a number above 0 and below the maximum as a float; None stays None."""
     number = real_number(value)
     if value is not None and (number is None or not 0 < number < maximum):

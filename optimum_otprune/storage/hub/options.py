@@ -74,12 +74,12 @@ def keywords(options: Callable[..., Any]) -> Mapping[str, Keyword]:
     return {name: _keyword(*get_args(annotation)) for name, annotation in options.__annotations__.items()}
 
 
-def _keyword(annotation: Any, about: About) -> Keyword:
+def _keyword(annotation: object, about: About) -> Keyword:
     first = get_args(annotation)[0] if get_origin(annotation) in (Union, UnionType) else annotation
     return Keyword(first if first in (bool, float) else str, about)
 
 
-def filled(options: Callable[..., T], given: Mapping[str, Any], what: str = "option") -> T:
+def filled(options: Callable[..., T], given: Mapping[str, object], what: str = "option") -> T:
     """Return all options of a `TypedDict`, those that were not given with their defaults.
 
     Args:
@@ -97,6 +97,6 @@ def filled(options: Callable[..., T], given: Mapping[str, Any], what: str = "opt
     return options(**{name: given.get(name, keyword.about.default) for name, keyword in known.items()})
 
 
-def part(options: Callable[..., T], values: Mapping[str, Any]) -> T:
+def part(options: Callable[..., T], values: Mapping[str, object]) -> T:
     """Return those values that are options of a `TypedDict` and not None."""
     return options(**{name: values[name] for name in keywords(options) if values.get(name) is not None})
