@@ -267,7 +267,7 @@ def _optional_file(name: str, file: str, hub: HubOptions) -> str | None:
         )
 
 
-def _base_card(name: str, hub: HubOptions) -> dict[str, Any]:
+def _base_card(name: str, hub: HubOptions) -> dict[str, object]:
     """Read the card, which is welcome but not needed: without one, or out of reach, a repository says nothing."""
     if Path(name).is_dir():
         file = _optional_file(name, CARD_FILE, hub)

@@ -77,7 +77,7 @@ def _write_older_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, mod
         _edit(file, lambda _: with_older_tokenizer(config, added))
 
 
-def _content(folder: Path) -> tuple[Any, ...] | None:
+def _content(folder: Path) -> tuple[object, ...] | None:
     """Return everything in a saved tokenizer that token ids depend on, or None if it cannot be loaded."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -86,7 +86,7 @@ def _content(folder: Path) -> tuple[Any, ...] | None:
     return tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, len(tokenizer)
 
 
-def _source_class(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Any:
+def _source_class(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> object:
     """Return the name of the tokenizer's class in its source, a folder or a cached repository, or None."""
     source = tokenizer.name_or_path
     revision = getattr(model.config, "_commit_hash", None) if source == model.config.name_or_path else None
@@ -172,7 +172,7 @@ def with_readable_names(config: Mapping[str, object], kind: type[PreTrainedConfi
     return older if found == wanted else dict(config)
 
 
-def _ropes(config: Mapping[str, object]) -> dict[str, Any]:
+def _ropes(config: Mapping[str, object]) -> dict[str, object]:
     """Return the settings of rotary embeddings of a configuration and of its parts."""
     parts = {
         name: _ropes(value) for name, value in config.items() if name.endswith("_config") and isinstance(value, dict)
@@ -187,7 +187,7 @@ def _edit(file: Path, change: Callable[[dict[str, Any]], Mapping[str, Any]]) -> 
         file.write_text(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _with_code_of_its_own(values: dict[str, Any], folder: Path, custom: tuple[str, ...]) -> dict[str, Any]:
+def _with_code_of_its_own(values: dict[str, Any], folder: Path, custom: tuple[str, ...]) -> dict[str, object]:
     """Return a configuration that points to code in its folder only, and only for classes that code defines.
 
     A model that runs on a class of transformers would, loaded with `trust_remote_code=True`, run on the code of the

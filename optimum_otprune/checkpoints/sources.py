@@ -317,7 +317,7 @@ def _check_shards(folder: Path) -> None:
         )
 
 
-def _json(file: Path) -> dict[str, Any]:
+def _json(file: Path) -> dict[str, object]:
     blob = file.read_bytes()
     if blob.startswith(_BYTE_ORDER_MARK):
         raise ModelLoadError(

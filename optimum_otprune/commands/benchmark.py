@@ -117,7 +117,7 @@ def _load(name: str, args: argparse.Namespace, device: torch.device, dtype: str)
     return load_checkpoint(name, filled(LoadingOptions, given)).model.eval()
 
 
-def _describe(model: PreTrainedModel, blocks: Sequence[FFNBlock]) -> dict[str, Any]:
+def _describe(model: PreTrainedModel, blocks: Sequence[FFNBlock]) -> dict[str, object]:
     return {
         "parameters": model.num_parameters(),
         "weight_bytes": weight_bytes(model),
@@ -177,9 +177,9 @@ def _print_ratios(comparisons: Sequence[Comparison]) -> None:
 
 def _measure_multiples(
     dense: PreTrainedModel, widths: Mapping[int, int], settings: BenchmarkSettings
-) -> list[dict[str, Any]]:
+) -> list[dict[str, object]]:
     """Compare the dense model cut to each width with the dense model; one width is measured once."""
-    found: list[dict[str, Any]] = []
+    found: list[dict[str, object]] = []
     for width in dict.fromkeys(widths.values()):
         multiples = [multiple for multiple, of_this in widths.items() if of_this == width]
         comparisons = compare(dense, cut_copy(dense, width), settings)

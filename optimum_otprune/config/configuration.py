@@ -217,7 +217,7 @@ class OTPruningConfig(PruningOptions, BaseConfig):
             ) from error
 
     @classmethod
-    def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:
+    def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, object]:
         """Read a file, as the base class asks for it."""
         return read_options_file(Path(json_file))
 
@@ -273,6 +273,6 @@ def _absent_budgets(given: Mapping[str, object]) -> set[str]:
     return set(BUDGET_FIELDS) - set(budgets) if budgets else set()
 
 
-def _without_replaced_budget(values: Mapping[str, object], changes: Mapping[str, object]) -> dict[str, Any]:
+def _without_replaced_budget(values: Mapping[str, object], changes: Mapping[str, object]) -> dict[str, object]:
     replaced = BUDGET_FIELDS if any(changes.get(name) is not None for name in BUDGET_FIELDS) else ()
     return {name: value for name, value in values.items() if name not in replaced}

@@ -132,7 +132,7 @@ def check_replaced(values: Mapping[str, object], functions: Mapping[str, object]
             raise _ignored(name, values[name], reason)
 
 
-def _default(name: str, quality: object) -> Any:
+def _default(name: str, quality: object) -> object:
     return QUALITIES[str(quality)].get(name, OPTIONS_BY_NAME[name].default)
 
 

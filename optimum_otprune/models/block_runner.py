@@ -105,7 +105,7 @@ class BlockRunner:
         with self._replaced_blocks(stand_in):
             return self._model(input_ids=batch.to(input_device(self._model)), use_cache=False, **kwargs)
 
-    def _as_output(self, hidden: Tensor) -> Any:
+    def _as_output(self, hidden: Tensor) -> object:
         return (hidden, *(self._form or ())) if self._is_tuple else hidden
 
     @torch.no_grad()

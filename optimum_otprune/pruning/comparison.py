@@ -44,7 +44,7 @@ class Comparison(NamedTuple):
 
 def compared(evaluations: Iterable[Mapping[str, Any]]) -> list[Comparison]:
     """Return the latest evaluations by data and protocol, those of both models first."""
-    found: dict[tuple, dict[str, Mapping[str, Any]]] = {}
+    found: dict[tuple, dict[str, Mapping[str, object]]] = {}
     for evaluation in evaluations:
         key = tuple(evaluation[name] for name in ("data", "seqlen", "num_tokens", "dtype", "protocol"))
         found.setdefault(key, {})[evaluation["stage"]] = evaluation

@@ -208,7 +208,7 @@ def _valid(text: str, where: str) -> str:
     return text
 
 
-def _values(data: object) -> Sequence[Any]:
+def _values(data: object) -> Sequence[object]:
     """Return the values of a list, or of a data set's column, an array of strings, or a pandas series."""
     kind = type(data).__name__
     if isinstance(data, np.ma.MaskedArray):
@@ -312,7 +312,7 @@ def _hub_table(name: str, dataset_config: str | None, split: str) -> datasets.Da
         ) from error
 
 
-def _split(loaded: object, split: str) -> Any:
+def _split(loaded: object, split: str) -> object:
     if not isinstance(loaded, dict):
         return loaded
     if split not in loaded:

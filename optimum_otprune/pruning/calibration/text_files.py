@@ -223,7 +223,7 @@ def _is_document(value: object) -> bool:
     return all(entry is None or isinstance(entry, str) or is_id_row(entry) for entry in entries) and bool(entries)
 
 
-def _first(values: Iterable[object]) -> Any:
+def _first(values: Iterable[object]) -> object:
     """Return the first value that is not null, or None."""
     return next((value for value in values if value is not None), None)
 

@@ -198,7 +198,7 @@ def _prepare_journal(path: Path) -> None:
         os.truncate(path, content.rfind(b"\n") + 1)
 
 
-def _conditions(settings: TuningSettings) -> dict[str, Any]:
+def _conditions(settings: TuningSettings) -> dict[str, object]:
     """Return the settings that a trial's result depends on."""
     assert settings.latency_shape is not None
     shape = None if settings.target_latency is None else list(settings.latency_shape)
@@ -334,9 +334,9 @@ class _Search(NamedTuple):
         return TuningResult(self.base, tuple(trials))
 
 
-def _own_values(base: OTPruningConfig, space: Mapping[str, Domain]) -> dict[str, Any]:
+def _own_values(base: OTPruningConfig, space: Mapping[str, Domain]) -> dict[str, object]:
     """Return the suggestions of the sampler that give the configuration of the user."""
-    values: dict[str, Any] = {}
+    values: dict[str, object] = {}
 
     def own(name: str, label: str, domain: Domain) -> Any:
         value = getattr(base, name)
@@ -347,7 +347,7 @@ def _own_values(base: OTPruningConfig, space: Mapping[str, Domain]) -> dict[str,
     return values
 
 
-def _suggest(trial: "optuna.Trial", name: str, label: str, domain: Domain) -> Any:
+def _suggest(trial: "optuna.Trial", name: str, label: str, domain: Domain) -> object:
     if isinstance(domain, Range):
         if isinstance(domain.low, int) and isinstance(domain.high, int):
             return trial.suggest_int(label, domain.low, domain.high)

@@ -48,7 +48,7 @@ def default_search_space(config: OTPruningConfig, residual: bool, can_hold_inter
     Raises:
         ConfigurationError: If the method leaves nothing open.
     """
-    space: dict[str, Any] = {}
+    space: dict[str, object] = {}
     if "importance" not in METHODS[config.method].fixed:
         cheap = ["fluctuation", "wanda", "magnitude"]  # no backward pass
         space["selection"] = ["obs", "top"]
@@ -205,8 +205,8 @@ def sample_config(base: OTPruningConfig, space: Mapping[str, Domain], pick: Pick
         space: As `check_search_space` returns it.
         pick: Called with field, label and domain.
     """
-    sampled: dict[str, Any] = {}
-    completion: dict[str, Any] = {}
+    sampled: dict[str, object] = {}
+    completion: dict[str, object] = {}
     config = base
     rest = dict(space)
     for name, domain in space.items():
@@ -231,7 +231,7 @@ def sample_config(base: OTPruningConfig, space: Mapping[str, Domain], pick: Pick
 
 def _completion(
     base: OTPruningConfig, sampled: Mapping[str, object], rest: Mapping[str, Domain]
-) -> dict[str, Any] | None:
+) -> dict[str, object] | None:
     """Return the choice of a later field that resolves a contradiction, empty if there is none to resolve."""
     later = [{name: value} for name, domain in rest.items() if isinstance(domain, Choices) for value in domain.values]
     return next((added for added in ({}, *later) if not _contradiction(base, {**sampled, **added})), None)

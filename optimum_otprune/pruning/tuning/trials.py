@@ -57,7 +57,7 @@ class TuningSettings(NamedTuple):
         )
 
     def _checked_shape(self) -> tuple[int, int] | None:
-        shape: Any = self.latency_shape
+        shape: object = self.latency_shape
         if shape is None:
             return None
         if self.target_latency is None:

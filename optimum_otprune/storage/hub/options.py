@@ -69,7 +69,7 @@ class Keyword(NamedTuple):
 
 
 @cache
-def keywords(options: Callable[..., Any]) -> Mapping[str, Keyword]:
+def keywords(options: Callable[..., object]) -> Mapping[str, Keyword]:
     """Return the options of a `TypedDict` by name, in the order in which they are written."""
     return {name: _keyword(*get_args(annotation)) for name, annotation in options.__annotations__.items()}
 
