@@ -157,7 +157,7 @@ def warn_user(message: str) -> None:
     It is looked for from the outermost call on, since library code such as a context manager may stand in between.
 
     Args:
-        message: What is wrong, and what to do.
+        message: The warning, which says what is wrong, and what to do.
     """
     frame, depth, called = sys._getframe(), 1, 1
     while frame.f_back is not None:

@@ -52,10 +52,10 @@ class OTPruner(HubMixin):
 
     Attributes:
         model: The model, pruned after `prune`.
-        config: What is, or was, done to the model.
-        tokenizer: Its tokenizer, or None.
-        report: What `prune` did, or None before; restored for a pruned folder.
-        tuning: What `tune` tried, or None before.
+        config: The configuration that the model is, or was, pruned by.
+        tokenizer: The model's tokenizer, or None.
+        report: The report of `prune`, or None before; restored for a pruned folder.
+        tuning: The result of `tune`, or None before.
     """
 
     def __init__(
@@ -144,10 +144,10 @@ class OTPruner(HubMixin):
             model_name_or_path: The model, as `from_pretrained` takes it.
             config: The configuration, as `from_pretrained` takes it; None is the default one.
             calibration_data: The calibration samples, as `prune` takes them.
-            batch_size: Samples per forward pass.
+            batch_size: Number of samples per forward pass.
             max_hidden_memory: Bytes of hidden states in main memory; what is more is spilled to disk.
             evaluate: Whether the model is evaluated before and after.
-            evaluation_data: What it is evaluated on, as `evaluate` takes it.
+            evaluation_data: The evaluation data, as in `evaluate`.
             **loading: Options of `from_pretrained`, such as `dtype`, `device_map` and `max_memory`.
 
         Raises:
@@ -268,10 +268,10 @@ class OTPruner(HubMixin):
             study: File of the trials; one process at a time continues an existing one of the same search.
             target_latency: Median seconds of a forward pass on the model's device, in place of the ratio, which is
                 found first by bisection: FFNs are cut to a width, for speed depends on nothing else.
-            latency_shape: `(batch_size, seqlen)` of that forward pass; default: one calibration sample.
+            latency_shape: The shape `(batch_size, seqlen)` of that forward pass; default: one calibration sample.
             validation_share: Share of the samples that trials are judged on.
             seed: The seed of the split and of the sampler; default: the configuration's.
-            batch_size: Samples per forward pass.
+            batch_size: Number of samples per forward pass.
             progress: Whether to show a progress bar.
             on_trial: A function that gets the result so far, `self.tuning`, at the start and after each trial.
 
@@ -356,9 +356,9 @@ class OTPruner(HubMixin):
 
         Args:
             save_directory: A folder that does not exist, or is empty, unless `overwrite`.
-            overwrite: Replace a folder that holds a saved model and nothing else, in one step.
+            overwrite: Whether to replace a folder that holds a saved model and nothing else, in one step.
             max_shard_size: The most bytes of a file; default: 5 GB, or a twentieth of a model with offloaded weights.
-            push_to_hub: Also push the folder; whether that will be allowed is checked before saving.
+            push_to_hub: Whether to push the folder as well; whether that will be allowed is checked before saving.
             repo_id: The repository; default: the folder's name, under the token's own user.
             **push_options: The options of pushing, as `push_to_hub` takes them.
 

@@ -1,1 +1,1 @@
-"""Saved models: what is written, read, described and shared."""
+"""Saved models: written, read, described and shared."""

@@ -1,4 +1,4 @@
-"""Load a model, pruned or not, with its tokenizer and what pruning left beside it, and name what is damaged."""
+"""Load a model, pruned or not, with its tokenizer and the files of pruning, and name what is damaged."""
 
 import os
 import re

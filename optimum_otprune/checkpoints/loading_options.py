@@ -1,4 +1,4 @@
-"""Check what `OTPruner.from_pretrained` is told besides a model."""
+"""Check the options of `OTPruner.from_pretrained`."""
 
 import os
 from collections.abc import Mapping
@@ -42,7 +42,7 @@ def _check_dtype(dtype: object) -> None:
 
 
 def _check_place(place: object, places: object) -> None:
-    """Raise for what is no device; whether this machine has it, only loading needs to know."""
+    """Raise an error for what is no device; whether this machine has it, only loading needs to know."""
     is_known = isinstance(place, torch.device) or isinstance(place, int) and not isinstance(place, bool) and place >= 0
     if isinstance(place, str) and not is_known:
         try:
@@ -78,7 +78,7 @@ def as_config(config: object, options: LoadingOptions) -> OTPruningConfig:
 
 
 def refuse_loading_options(options: LoadingOptions) -> None:
-    """Raise where a model in memory comes with options of loading.
+    """Raise an error if a model in memory comes with options of loading.
 
     Raises:
         ConfigurationError: If one is not its default; the message names all of them.

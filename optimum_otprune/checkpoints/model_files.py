@@ -33,7 +33,7 @@ def save_model_files(
     Args:
         folder: An empty folder.
         model: The model, pruned or not.
-        tokenizer: Its tokenizer, or None.
+        tokenizer: The model's tokenizer, or None.
         max_shard_size: The most bytes of one safetensors file.
     """
     with _copied_settings(model) as generation:
@@ -160,7 +160,7 @@ def with_readable_names(config: Mapping[str, object], kind: type[PreTrainedConfi
     It lets `rope_scaling` replace `rope_parameters`, although that of some architectures holds less.
 
     Args:
-        config: What config.json holds.
+        config: The content of config.json.
         kind: Class of the configuration.
     """
     older = with_older_names(config)
@@ -194,7 +194,7 @@ def _with_code_of_its_own(values: dict[str, Any], folder: Path, custom: tuple[st
     repository that it once came from.
 
     Args:
-        values: What the file of a configuration holds.
+        values: The content of a configuration file.
         folder: The folder of that file and of the code that was saved.
         custom: Beginnings of the names of auto classes whose object has a class of its own.
     """

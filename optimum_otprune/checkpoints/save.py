@@ -46,9 +46,9 @@ class Contents(NamedTuple):
 
     Attributes:
         model: The model, pruned or not.
-        tokenizer: Its tokenizer, or None.
-        config: What was, or will be, done to the model.
-        report: What came of it; None for a model that was not pruned yet.
+        tokenizer: The model's tokenizer, or None.
+        config: The configuration that the model was, or will be, pruned by.
+        report: The report of pruning; None for a model that is not pruned yet.
     """
 
     model: PreTrainedModel
@@ -69,11 +69,11 @@ def save_checkpoint(
 
     Args:
         folder: The folder to write; it must not exist, or be empty, unless `overwrite`.
-        contents: What is saved.
+        contents: The model and what is saved with it.
         overwrite: Whether a folder that holds a saved model and nothing else is replaced.
         max_shard_size: The most bytes of one safetensors file; None is the default of `shard_size`.
         places: Folders and files of the user that must not be written into, by what they are.
-        name: What the card calls the model; None is the folder's name.
+        name: The model's name on its card; None is the folder's name.
 
     Returns:
         The folder.

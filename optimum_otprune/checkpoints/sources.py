@@ -1,4 +1,4 @@
-"""What a folder or configuration holds that cannot be pruned: each kind is named, with what to do about it."""
+"""Name each kind of folder or configuration that cannot be pruned, with what to do about it."""
 
 import json
 import re
@@ -77,14 +77,14 @@ _OTHER_WEIGHTS: tuple[tuple[str, str], ...] = (
 
 
 def check_folder(folder: Path, needs_weights: bool = True) -> None:
-    """Raise where a folder holds no causal language model in safetensors files.
+    """Raise an error if a folder holds no causal language model in safetensors files.
 
     Args:
         folder: A folder of this machine.
-        needs_weights: Whether its configuration alone is not enough.
+        needs_weights: Whether weights must be there besides the configuration.
 
     Raises:
-        ModelLoadError: Says what it holds, and what to do.
+        ModelLoadError: If there is none; the message says what the folder holds, and what to do.
     """
     if not (folder / "config.json").is_file():
         _raise_other_folder(folder)
@@ -101,10 +101,10 @@ def check_folder(folder: Path, needs_weights: bool = True) -> None:
 
 
 def check_file(file: Path) -> None:
-    """Raise for a file in place of a folder.
+    """Raise an error that says that a folder is needed in place of a file.
 
     Raises:
-        ModelLoadError: Says what it is.
+        ModelLoadError: In every case; the message says what kind of file it is.
     """
     if file.suffix.lower() == ".gguf":
         raise ModelLoadError(f"{file.name!r} is a GGUF file, which is made for llama.cpp: {_DEQUANTIZE}.")
@@ -112,15 +112,15 @@ def check_file(file: Path) -> None:
 
 
 def check_config(what: str, config: Mapping[str, object], has_adapter: bool) -> None:
-    """Raise where a configuration is not of a causal language model with plain weights.
+    """Raise an error if a configuration is not of a causal language model with plain weights.
 
     Args:
-        what: The model, in messages.
-        config: What its config.json holds.
+        what: The words for the model in messages.
+        config: The content of config.json.
         has_adapter: Whether `ADAPTER_FILE` lies beside it.
 
     Raises:
-        ModelLoadError: Says of what it is, and what to do.
+        ModelLoadError: If it is of another kind; the message names the kind, and what to do.
     """
     if has_adapter:
         raise ModelLoadError(
@@ -152,7 +152,7 @@ def check_config(what: str, config: Mapping[str, object], has_adapter: bool) -> 
 
 
 def _check_values(what: str, config: Mapping[str, object]) -> None:
-    """Raise for what would end in an error of Python's, or go on building without an end."""
+    """Raise an error for what would end in an error of Python's, or go on building without an end."""
     model_type = config.get("model_type")
     if model_type is not None and not isinstance(model_type, str):
         raise ModelLoadError(
@@ -182,9 +182,9 @@ def explanation(error: BaseException, local: bool, is_tokenizer: bool = False) -
     """Say in words why loading failed, and what to do.
 
     Args:
-        error: From transformers, torch or code of the model's own.
+        error: The error, from transformers, torch or code of the model's own.
         local: Whether a folder was loaded.
-        is_tokenizer: Whether its tokenizer was.
+        is_tokenizer: Whether the tokenizer was loaded, not the model.
     """
     text = str(error)
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):

@@ -1,4 +1,4 @@
-"""What the subcommands do."""
+"""The work of each subcommand."""
 
 import argparse
 import functools

@@ -37,11 +37,11 @@ class DemoResult(NamedTuple):
     """One line of the table.
 
     Attributes:
-        name: Method, or `dense`.
-        perplexity: On the validation documents.
-        parameters: How many the whole model has.
+        name: The name of the method, or `dense`.
+        perplexity: The perplexity on the validation documents.
+        parameters: Number of parameters of the whole model.
         tokens_per_second: The speed of a forward pass.
-        rescue_ratio: None for the dense model.
+        rescue_ratio: The rescue ratio; None for the dense model.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""`otprune list`: what can be named in a configuration, registered here or by a plugin."""
+"""`otprune list`: the functions that a configuration can name, from this package or a plugin."""
 
 import argparse
 from collections.abc import Iterator, Mapping

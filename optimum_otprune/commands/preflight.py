@@ -1,4 +1,4 @@
-"""What a command refuses before anything heavy is imported: options that do not fit, and outputs that would harm."""
+"""Checks before anything heavy is imported: options that do not fit, and outputs that would do harm."""
 
 import argparse
 from collections.abc import Callable
@@ -95,10 +95,10 @@ def demo(args: argparse.Namespace) -> None:
 
 
 def usage(make: Callable[[], T]) -> T:
-    """Return what is made; a configuration that cannot be made of the options is wrong usage.
+    """Return the result of a function; a configuration error in it is wrong usage.
 
     Raises:
-        UsageError: If it cannot.
+        UsageError: If the function raises a `ConfigurationError`.
     """
     try:
         return make()

@@ -1,4 +1,4 @@
-"""What the subcommands do that only read a saved folder; no torch is imported for them."""
+"""Subcommands that only read a saved folder; torch is not imported for them."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""How commands speak: what they print may come from a stranger's file, and steers no terminal."""
+"""Messages of commands: they may quote a stranger's file, so control characters are made visible."""
 
 import io
 import logging

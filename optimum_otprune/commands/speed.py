@@ -51,8 +51,8 @@ class Speed(NamedTuple):
     """Medians over the repeats of one model at one shape.
 
     Attributes:
-        first_token_seconds: From the prompt to its first token.
-        prefill_tokens_per_second: Tokens of the prompts by that time.
+        first_token_seconds: Seconds from the prompt to its first token.
+        prefill_tokens_per_second: Tokens of the prompts divided by that time.
         decode_tokens_per_second: Speed of all sequences together from the second generated token on; None without one.
         peak_bytes: Largest memory of the device while it ran: its weights and what came on top. None on a CPU, which
             keeps no such record.
@@ -72,10 +72,10 @@ class Comparison(NamedTuple):
     """A dense and a smaller model at one shape.
 
     Attributes:
-        batch_size: Sequences at a time.
-        seqlen: Tokens of a prompt.
-        dense: The dense model.
-        pruned: The smaller one.
+        batch_size: Number of sequences at a time.
+        seqlen: Number of tokens of a prompt.
+        dense: The speed of the dense model.
+        pruned: The speed of the smaller model.
     """
 
     batch_size: int
@@ -126,14 +126,14 @@ class Comparison(NamedTuple):
 
 
 def check_numbers(settings: BenchmarkSettings, multiples: Sequence[int] = ()) -> None:
-    """Raise where a number is out of range, whatever the models.
+    """Raise an error if a number is out of range for all models.
 
     Args:
-        settings: What is asked for.
-        multiples: What `widths_by_multiple` takes.
+        settings: The settings of the measurement.
+        multiples: The multiples that `widths_by_multiple` takes.
 
     Raises:
-        UsageError: Names the number.
+        UsageError: If there is such a number; the message names it.
     """
     least = {"batch_sizes": 1, "seqlens": 1, "repeats": 1, "new_tokens": 0, "warm_up": 0}
     for name, bound in least.items():
@@ -146,11 +146,11 @@ def check_numbers(settings: BenchmarkSettings, multiples: Sequence[int] = ()) ->
 
 
 def check_settings(models: Mapping[str, PreTrainedModel], settings: BenchmarkSettings) -> None:
-    """Raise where a shape cannot be run.
+    """Raise an error if a shape cannot be run.
 
     Args:
         models: The models by the name that the message gives them.
-        settings: What is asked for.
+        settings: The settings of the measurement.
 
     Raises:
         UsageError: If a number is too small, or prompts with what follows them are longer than a model's positions.
@@ -167,14 +167,14 @@ def check_settings(models: Mapping[str, PreTrainedModel], settings: BenchmarkSet
 
 
 def check_comparable(dense: list[FFNBlock], pruned: list[FFNBlock]) -> None:
-    """Raise unless one model is the other with narrower FFNs, or the same.
+    """Raise an error unless one model is the other with narrower FFNs, or the same.
 
     Args:
         dense: All FFN blocks of the dense model.
         pruned: All FFN blocks of the pruned one.
 
     Raises:
-        UsageError: Says what differs.
+        UsageError: If it is not; the message says what differs.
     """
     if len(dense) != len(pruned):
         raise UsageError(
@@ -195,7 +195,7 @@ def compare(dense: PreTrainedModel, pruned: PreTrainedModel, settings: Benchmark
     Args:
         dense: The model before, put into evaluation mode.
         pruned: The model after, the same, on the same device.
-        settings: What is measured.
+        settings: The settings of the measurement.
 
     Raises:
         UsageError: If a shape cannot be run.

@@ -1,4 +1,4 @@
-"""What a command says on standard error while it runs; when it is done, the process speaks as before."""
+"""Messages on standard error while a command runs; afterwards, the settings of the process are restored."""
 
 import logging
 import warnings

@@ -1,1 +1,1 @@
-"""What is done to a model, as names and numbers."""
+"""The configuration of pruning: names and numbers."""

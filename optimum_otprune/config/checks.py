@@ -1,4 +1,4 @@
-"""Is the value of one option, or of one argument, of the right type and in range?"""
+"""Check that the value of an option or argument has the right type and is in range."""
 
 import math
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""`OTPruningConfig`: what is done to a model, as names and numbers only."""
+"""`OTPruningConfig`: the configuration of pruning, names and numbers only."""
 
 import functools
 import os
@@ -194,7 +194,7 @@ class OTPruningConfig(PruningOptions, BaseConfig):
         """Read `otprune_config.json` from a folder, a repository of the Hub, or a file of any name.
 
         Args:
-            pretrained_model_name_or_path: Where it is.
+            pretrained_model_name_or_path: The folder, repository or file.
             **kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, and options that override the file's.
 
         Raises:

@@ -1,4 +1,4 @@
-"""What `OTPruner.from_pretrained` may be told besides a model; no torch here, so that `otprune --help` is fast."""
+"""The options of `OTPruner.from_pretrained`; torch is not imported, so that `otprune --help` is fast."""
 
 import os
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict

@@ -26,9 +26,10 @@ def parse_quantity(value: float | str, units: Mapping[str, int]) -> int:
     """Return the whole number that a string such as `"1.2B"` stands for, fractions cut off.
 
     Args:
-        value: With or without a unit, in upper or lower case; what is no string is returned as an int.
-        units: What each unit stands for: `COUNT_UNITS`, or `SIZE_UNITS` (GB is 10⁹ bytes as in
-            `max_shard_size` of transformers, GiB is 2³⁰).
+        value: A number with or without a unit, in upper or lower case; a value that is no string is returned as an
+            int.
+        units: The value of each unit: `COUNT_UNITS`, or `SIZE_UNITS` (GB is 10⁹ bytes as in `max_shard_size` of
+            transformers, GiB is 2³⁰).
 
     Raises:
         ValueError: If it is no such string; the caller names the option.

@@ -1,4 +1,4 @@
-"""How the method, the strategy and the quality fill in the options that are left unset, and what contradicts what."""
+"""Fill in unset options by the method, the strategy and the quality, and refuse contradictions."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -41,15 +41,15 @@ def resolve(values: dict[str, Any], explicit: set[str], asked: set[str]) -> dict
     """Fill in what the method decides, and refuse what contradicts it or another option.
 
     Args:
-        values: Every option, None where the method decides.
-        explicit: Options that were given.
-        asked: Those of them that are an error where nothing reads them; others are dropped then.
+        values: The value of every option, None where the method decides.
+        explicit: Names of the options that were given.
+        asked: Names of the given options that are an error if nothing reads them; others are dropped then.
 
     Returns:
         The options that were filled in or dropped.
 
     Raises:
-        ConfigurationError: Names the option.
+        ConfigurationError: If options contradict each other; the message names the option.
     """
     _check_layers(values)
     values = {name: function_name(name, value) if name in FUNCTION_FIELDS else value for name, value in values.items()}

@@ -47,7 +47,7 @@ def register_architecture(name: str, spec: FFNSpec) -> None:
 
     Args:
         name: The name of the architecture in messages and reports.
-        spec: Where the FFN is in a model of this architecture.
+        spec: The place of the FFN in a model of this architecture.
 
     Raises:
         RegistryError: If the name is taken already.

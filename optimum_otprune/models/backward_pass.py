@@ -42,8 +42,8 @@ class ReversePass:
     """Gradients of one or both objectives by the outputs of every FFN projection.
 
     Args:
-        prunable: The model, dense.
-        tokens: LongTensor `(num_samples, seqlen)`.
+        prunable: The dense model.
+        tokens: Token ids, LongTensor `(num_samples, seqlen)`.
         settings: How the pass is run; the value of an objective on a batch depends on the batch size.
         objectives: The objectives to differentiate, from `LOSS` and `SINGULAR_VALUES`.
     """

@@ -17,11 +17,11 @@ _Call = tuple[tuple, dict[str, Any]]  # what a block is given beside the hidden 
 
 
 class _OwnTensor(NamedTuple):
-    """A tensor that one batch alone is given, where it waits.
+    """A stored tensor that a block receives with one batch alone.
 
     Attributes:
-        stored: On the CPU or in a file.
-        device: Where the block is given it.
+        stored: The tensor, on the CPU or in a file.
+        device: The device on which the block receives it.
     """
 
     stored: StoredTensor

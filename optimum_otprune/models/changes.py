@@ -1,4 +1,4 @@
-"""What pruning has made of a model, a half-pruned or a pruned one, and how it becomes again what it was."""
+"""Marks of half-pruned and pruned models, and ways to put a model back as it was."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -67,10 +67,10 @@ def is_pruned(model: PreTrainedModel) -> bool:
 
 
 def check_whole(model: PreTrainedModel) -> None:
-    """Raise where a model is neither dense nor pruned.
+    """Raise an error if a model is neither dense nor pruned.
 
     Raises:
-        HalfPrunedError: Says how to go on.
+        HalfPrunedError: If the model is half-pruned; the message says how to go on.
     """
     if is_marked_half_pruned(model):
         raise HalfPrunedError(
@@ -80,7 +80,7 @@ def check_whole(model: PreTrainedModel) -> None:
 
 
 def check_dense(model: PreTrainedModel) -> None:
-    """Raise where a model cannot be pruned any more.
+    """Raise an error if a model cannot be pruned any more.
 
     Raises:
         HalfPrunedError: If it is half-pruned.

@@ -1,4 +1,4 @@
-"""What older versions of transformers read in the files of a model: names that newer ones no longer write."""
+"""Names that older versions of transformers read in the files of a model and newer ones no longer write."""
 
 from collections.abc import Mapping
 from pathlib import Path

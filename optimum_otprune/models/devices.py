@@ -110,7 +110,7 @@ def read_parameter(module: nn.Module, name: str) -> Tensor | None:
 
     Args:
         module: The module that holds it directly.
-        name: Such as `"weight"`.
+        name: The name in the module, such as `"weight"`.
     """
     if module._parameters.get(name) is None:
         return None
@@ -127,8 +127,9 @@ def replace_parameter(module: nn.Module, name: str, value: Tensor) -> None:
 
     Args:
         module: The module that holds it directly.
-        name: Such as `"weight"`; made if it was not there.
-        value: Cast to the dtype, and moved to the device, of the old one, or of the module's weight.
+        name: The name in the module, such as `"weight"`; the parameter is made if it does not exist.
+        value: The new value; it is cast to the dtype, and moved to the device, of the old one, or of the module's
+            weight.
     """
     like = module._parameters.get(name)
     like = module._parameters["weight"] if like is None else like
@@ -193,7 +194,7 @@ def onloaded(module: nn.Module) -> Iterator[None]:
     """Keep all weights of a module on its device for a while: it runs often and is loaded once.
 
     Args:
-        module: Offloaded or not, as a whole or in parts; nothing is written back.
+        module: The module, offloaded or not, as a whole or in parts; nothing is written back.
     """
     with ExitStack() as stack:
         for part in module.modules():

@@ -51,10 +51,10 @@ def own_device() -> torch.device | None:
 
 
 def check_launch() -> None:
-    """Raise where the processes were started in a way that cuts the weights themselves into pieces.
+    """Raise an error if the processes were started in a way that cuts the weights themselves into pieces.
 
     Raises:
-        ConfigurationError: Says what to use instead.
+        ConfigurationError: If they were; the message says what to use instead.
     """
     for variable, engine in _ENGINES.items():
         if os.environ.get(variable, "false").lower() in ("true", "1"):
@@ -66,10 +66,10 @@ def check_launch() -> None:
 
 
 def check_model(model: PreTrainedModel) -> None:
-    """Raise where several processes were started for a model that is spread or offloaded.
+    """Raise an error if several processes were started for a model that is spread or offloaded.
 
     Raises:
-        ConfigurationError: Says what to use instead.
+        ConfigurationError: If they were; the message says what to use instead.
     """
     check_launch()
     if num_processes() > 1 and is_spread(model):
@@ -80,14 +80,14 @@ def check_model(model: PreTrainedModel) -> None:
 
 
 def check_single(what: str, instead: str) -> None:
-    """Raise where more than one process does what is for one alone.
+    """Raise an error if several processes do what is for one alone.
 
     Args:
-        what: As a user calls it.
-        instead: What to do.
+        what: The name of the call, as a user writes it.
+        instead: A sentence that says what to do instead.
 
     Raises:
-        ConfigurationError: Says what to do instead.
+        ConfigurationError: If there are several processes.
     """
     if num_processes() > 1:
         raise ConfigurationError(f"{what} works in one process, but {num_processes()} were started. {instead}")

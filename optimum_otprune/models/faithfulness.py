@@ -1,4 +1,4 @@
-"""Whether a model is what pruning takes it for, tried on one short sample before any work; whether it is finite."""
+"""Checks, on one short sample before any work, that a model computes what pruning assumes, and is finite."""
 
 import math
 import os
@@ -72,7 +72,7 @@ def measured_factors(prunable: PrunableModel, tokens: Tensor) -> list[float | No
         is, or None where it is no plain multiple: where a norm follows, or a scale by channel.
 
     Raises:
-        UnsupportedModelError: Names the first layer that is otherwise, and what differs.
+        UnsupportedModelError: If a layer computes something else; the message names the first one and what differs.
         NumericalError: If inputs of an FFN, or the logits, are NaN or infinite.
     """
     modes = [(module, module.training) for module in prunable.model.modules()]
@@ -108,17 +108,17 @@ def check_logits(model: PreTrainedModel, tokens: Tensor | None = None) -> None:
 
 
 def check_parameters(model: PreTrainedModel, blocks: Sequence[FFNBlock] = ()) -> int:
-    """Raise where a parameter is NaN or infinite, or a saved buffer NaN; offloaded ones are loaded once, one by one.
+    """Raise an error if a parameter is NaN or infinite, or a saved buffer NaN; offloaded ones are loaded one by one.
 
     Args:
-        model: Wherever its weights are.
-        blocks: Those whose FFNs are known; their shapes are checked, too.
+        model: The model, wherever its weights are.
+        blocks: The blocks whose FFNs are known; their shapes are checked, too.
 
     Returns:
         How many channels of these FFNs hold nothing but zeros.
 
     Raises:
-        NumericalError: Names the parameter, or the layer of an FFN.
+        NumericalError: If there is one; the message names the parameter, or the layer of an FFN.
         ShapeError: If the weights of an FFN do not belong together.
     """
     empty = 0

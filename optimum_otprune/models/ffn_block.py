@@ -25,7 +25,7 @@ class FFNBlock:
     Attributes:
         layer: The index of the block, from 0.
         module: The module of the whole block.
-        spec: Where the FFN is in the block.
+        spec: The place of the FFN in the block.
     """
 
     def __init__(self, module: nn.Module, spec: FFNSpec, layer: int):

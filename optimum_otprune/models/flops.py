@@ -1,4 +1,4 @@
-"""How many floating-point operations a forward pass takes, counted from shapes; works on the meta device."""
+"""Count the floating-point operations of a forward pass from shapes; works on the meta device."""
 
 from typing import NamedTuple
 

@@ -28,11 +28,11 @@ class ModelingCode(NamedTuple):
 
 
 def check_can_save(model: PreTrainedModel, spec: FFNSpec, non_uniform_format: str) -> None:
-    """Raise where layers of different widths could not be saved as asked for.
+    """Raise an error if layers of different widths could not be saved as asked for.
 
     Args:
         model: The dense model; its weights are not read.
-        spec: Where its FFN is.
+        spec: The place of the FFN in its blocks.
         non_uniform_format: The registered name of the save format.
 
     Raises:
@@ -73,7 +73,7 @@ def modeling_code(model: PreTrainedModel, spec: FFNSpec, template: str) -> Model
 
     Args:
         model: An instance of a class of transformers.
-        spec: Where its FFN is; one that the package brings.
+        spec: The place of the FFN in its blocks, for an architecture of this package.
         template: The file's text with placeholders, from `SaveFormat.modeling_template`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""How passes over token ids are made; results do not depend on it, but for rounding."""
+"""The settings of passes over token ids; results do not depend on them, except for rounding."""
 
 import dataclasses
 

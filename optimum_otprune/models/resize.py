@@ -1,4 +1,4 @@
-"""What a model's configuration must say, and its FFNs must hold, after their widths changed."""
+"""Make a model's configuration and its FFNs agree after their widths changed."""
 
 from torch import Tensor
 from transformers import PreTrainedModel

@@ -30,7 +30,7 @@ class SaveFormat:
     needs_transformers: ClassVar[str | None] = None
 
     def check(self, model: "PreTrainedModel") -> None:
-        """Raise where the result could not be saved; called before any work.
+        """Raise an error if the result could not be saved; called before any work.
 
         Whether the installed transformers is new enough, and whether modeling code can be written where it is needed,
         is checked for every format. Nothing more is refused by default.

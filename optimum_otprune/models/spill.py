@@ -44,11 +44,11 @@ class StoredTensor:
 
 
 class TensorSpill:
-    """Where tensors wait.
+    """A place where tensors wait, in memory or in files.
 
     Args:
-        limit: Bytes that are kept in memory, of all tensors together.
-        folder: Where the others are written, in a temporary folder of this object's; default: the system's.
+        limit: Bytes of all tensors together that are kept in memory.
+        folder: The folder in which a temporary folder is made for the other tensors; default: the system's.
     """
 
     def __init__(self, limit: int = HIDDEN_MEMORY, folder: Path | None = None):
@@ -119,10 +119,10 @@ class TensorSpill:
 
 
 class StoredList(Sequence):
-    """A list of tensors, or of named tuples of them, of which each entry is read when it is asked for.
+    """A list of tensors, or of named tuples of them, whose entries are read when they are asked for.
 
     Args:
-        entries: Made by `store`.
+        entries: The entries, made by `store`.
     """
 
     def __init__(self, entries: Iterable[Any]):

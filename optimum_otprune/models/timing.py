@@ -1,4 +1,4 @@
-"""How long a forward pass takes, and how fast a device multiplies matrices."""
+"""Measure how long a forward pass takes, and how fast a device multiplies matrices."""
 
 import statistics
 import time

@@ -1,4 +1,4 @@
-"""Evaluations as a report holds them: checked, and perplexity of the dense and the pruned model side by side."""
+"""Evaluations in a report: their check, and the perplexities of the dense and the pruned model side by side."""
 
 import math
 from collections.abc import Iterable, Mapping

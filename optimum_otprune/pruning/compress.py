@@ -58,16 +58,16 @@ class LayerInputs(NamedTuple):
 
 
 class Compression(NamedTuple):
-    """A compressed FFN and how it came about.
+    """A compressed FFN with the numbers of its report.
 
     Attributes:
-        weights: Refitted to all calibration tokens: what is saved.
-        judged: The same, refitted without the held-out tokens: what is measured on them.
-        fused: Before the refit.
-        kept_channels: LongTensor `(kept_size,)`, sorted.
+        weights: The weights to save, refitted to all calibration tokens.
+        judged: The weights to measure on held-out tokens, refitted without these.
+        fused: The weights before the refit.
+        kept_channels: Sorted indices of the kept channels, LongTensor `(kept_size,)`.
         transported_mass: Share of the pruned channels' mass that the plan moved; 0 without transport.
         self_share: Mean share of a kept channel's gate and up weights that comes from itself.
-        ridge: λ of the refit, or None.
+        ridge: The λ of the refit, or None.
         intercept: Whether an output bias was added.
     """
 

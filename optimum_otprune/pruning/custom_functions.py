@@ -1,4 +1,4 @@
-"""Functions that are not of this package: they are given copies, and their errors say whose they are."""
+"""Functions of users and plugins: they get copies of tensors, and their errors name them."""
 
 import functools
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""What a run's result depends on, as digests and plain values, and how two of them differ."""
+"""Everything that a run's result depends on, as digests and plain values, and how two such sets differ."""
 
 import hashlib
 import json

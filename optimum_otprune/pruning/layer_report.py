@@ -1,4 +1,4 @@
-"""What pruning did to one layer: a line of the log, and an entry of the report that is checked when it is read."""
+"""The report of one layer: a line of the log, and an entry of a report that is checked when it is read."""
 
 import dataclasses
 import math
@@ -113,14 +113,14 @@ class LayerReport:
         return layer
 
     def check(self, where: str, is_finite: bool = True) -> None:
-        """Raise where an entry, say of a file, is of another kind, or counts do not add up.
+        """Raise an error if an entry, which may come from a file, has the wrong type, or counts do not add up.
 
         Args:
             where: What the layer is called in messages.
-            is_finite: Whether NaN and infinity are refused, and what contradicts other entries, as in files.
+            is_finite: Whether to refuse NaN, infinity and contradictions between entries, as in files.
 
         Raises:
-            ReportError: Names the first such entry.
+            ReportError: If there is one; the message names the first such entry.
         """
         for field in dataclasses.fields(self):
             if field.type in (int, float, bool):
@@ -173,7 +173,9 @@ def warn_of_unknown(unknown: Sequence[str]) -> None:
         )
 
 
-def check_entry(name: str, value: object, kind: type | tuple[type, ...], least: float | None = None, is_finite: bool = True) -> None:
+def check_entry(
+    name: str, value: object, kind: type | tuple[type, ...], least: float | None = None, is_finite: bool = True
+) -> None:
     """Raise an error if an entry of a report has the wrong type or is out of range.
 
     Args:

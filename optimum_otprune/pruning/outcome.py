@@ -1,4 +1,4 @@
-"""What a finished run left behind, and the report of it."""
+"""The results of a finished run, and its report."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple

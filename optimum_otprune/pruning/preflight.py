@@ -1,4 +1,4 @@
-"""What can be told to be impossible from a configuration and a model's architecture, before any work."""
+"""Checks of a configuration against a model's architecture, before any work."""
 
 from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.errors import ConfigurationError, warn_user

@@ -1,4 +1,4 @@
-"""What the dense model is asked for before any layer is touched, and the same as named tensors."""
+"""The passes of the whole dense model before any layer is pruned, and their results as named tensors."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple

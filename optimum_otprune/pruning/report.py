@@ -1,4 +1,4 @@
-"""What pruning did, layer by layer: the source of every number in a log line, summary or model card."""
+"""The report of pruning, layer by layer: the source of every number in a log line, summary or model card."""
 
 import dataclasses
 import functools
@@ -219,13 +219,13 @@ class PruningReport:
         return report
 
     def check(self, is_finite: bool = True) -> None:
-        """Raise where an entry, say of a file, is of another kind, or counts do not add up.
+        """Raise an error if an entry, which may come from a file, has the wrong type, or counts do not add up.
 
         Args:
-            is_finite: Whether NaN and infinity are refused, and what contradicts other entries, as in files.
+            is_finite: Whether to refuse NaN, infinity and contradictions between entries, as in files.
 
         Raises:
-            ReportError: Names the first such entry.
+            ReportError: If there is one; the message names the first such entry.
         """
         for index, layer in enumerate(self.layers):
             layer.check(f"layers[{index}]", is_finite)

@@ -1,4 +1,4 @@
-"""Begin a run that can be resumed, or go on with one: whether the state is of the same run, and what becomes of it."""
+"""Runs that can be resumed: checking that a state belongs to the same run, continuing and removing it."""
 
 import json
 import logging

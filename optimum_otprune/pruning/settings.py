@@ -1,4 +1,4 @@
-"""How a user says how passes over the calibration data are made."""
+"""The settings of passes over the calibration data, from the arguments of a user."""
 
 import os
 from pathlib import Path

@@ -54,7 +54,7 @@ def with_pruning_ratio(config: OTPruningConfig, prunable: PrunableModel) -> OTPr
     `multiple_of`, and where the configuration may add biases to the FFNs (`intercept`), they are counted.
 
     Args:
-        config: With `pruning_ratio`, `target_parameters` or `target_size`.
+        config: A configuration with `pruning_ratio`, `target_parameters` or `target_size`.
         prunable: The dense model.
 
     Raises:
@@ -104,7 +104,7 @@ def target_count(config: OTPruningConfig, model: PreTrainedModel) -> int:
     one is cut off.
 
     Args:
-        config: With `target_parameters` or `target_size`.
+        config: A configuration with `target_parameters` or `target_size`.
         model: The dense model.
     """
     given, unit, units = config.target_size, "bytes", SIZE_UNITS

@@ -1,4 +1,4 @@
-"""How many channels each layer keeps: the same number, what was asked of a layer, or what its removal costs allow."""
+"""The number of channels that each layer keeps: equal, set for a layer, or found from the cost of removing them."""
 
 from collections.abc import Sequence
 
@@ -69,7 +69,7 @@ def plan_widths(blocks: list[FFNBlock], config: OTPruningConfig) -> list[int]:
 
 
 def _check_multiple(width: int, config: OTPruningConfig) -> None:
-    """Raise where the multiple that was asked for cannot be met, and warn where it is lowered."""
+    """Raise an error if the multiple that was asked for cannot be met, and warn where it is lowered."""
     ratios = [config.pruning_ratio, *config.layer_ratios.values()]
     multiple = config.multiple_of
     if not any(ratios):

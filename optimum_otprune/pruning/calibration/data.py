@@ -34,7 +34,7 @@ class TokenData(NamedTuple):
     """Token ids and where they came from.
 
     Attributes:
-        tokens: LongTensor `(num_samples, seqlen)`.
+        tokens: Token ids, LongTensor `(num_samples, seqlen)`.
         source: For reports: a Hub id, or what kind of data it was; never a local path.
     """
 
@@ -105,7 +105,7 @@ def calibration_tokens(
             compressed or not, or token ids as .npy, .safetensors or .pt) or a folder of such or of a dataset, a list
             of strings, a dataset of `datasets`, or token ids `(num_samples, seqlen)` or as one stream. In place of
             strings, rows may be conversations, which the tokenizer's chat template renders, or lists of token ids.
-        config: Names the dataset, the number and length of samples, and the seed.
+        config: The configuration, which names the dataset, the number and length of samples, and the seed.
         tokenizer: The tokenizer; only text needs one.
         limits: The vocabulary size and the longest sequence of the model.
 
@@ -135,7 +135,7 @@ def expected_samples(
 
     Args:
         data: The calibration data, as in `calibration_tokens`.
-        config: Names the dataset and the number and length of samples.
+        config: The configuration, which names the dataset and the number and length of samples.
         limits: The vocabulary size and the longest sequence of the model.
         has_tokenizer: Whether there is a tokenizer; None if that is not known.
 
@@ -171,7 +171,7 @@ def evaluation_tokens(
 
     Args:
         data: The evaluation data, as in `calibration_tokens`.
-        config: Names the dataset and the window length.
+        config: The configuration, which names the dataset and the window length.
         tokenizer: The tokenizer; only text needs one.
         limits: The vocabulary size and the longest sequence of the model.
         max_windows: How many windows to return at most, from the beginning; None for all of them.

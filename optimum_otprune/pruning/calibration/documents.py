@@ -57,7 +57,7 @@ class Documents(NamedTuple):
         source: For reports: a Hub id, or what kind of data it is; never a local path.
         rows: Reads every document as it was found.
         column: Name of the column of texts.
-        tokenizer: Its chat template renders conversations.
+        tokenizer: The tokenizer whose chat template renders conversations.
         is_local: Whether they can be read without asking the Hub.
         is_streamed: Whether they may have no end, so that only some are read.
     """
@@ -171,7 +171,7 @@ def documents(
 
     Args:
         data: The calibration data, as in `calibration_tokens`.
-        config: Names the dataset, its text column, and the seed of shuffling.
+        config: The configuration, which names the dataset, its text column, and the seed of shuffling.
         split: The split to read where the dataset has several.
         tokenizer: The tokenizer whose chat template renders conversations.
         shuffle: Whether a streamed data set is shuffled, as far as streams can be.

@@ -1,4 +1,4 @@
-"""What gradients through the dense model say of its FFNs: weight × gradient scores, and moments at their outputs."""
+"""Gradients of the dense model at its FFNs: weight × gradient scores, and moments at their outputs."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -22,8 +22,8 @@ class GradientScores(NamedTuple):
     """Weight × gradient of one layer, on the CPU in float32.
 
     Attributes:
-        snip: Under the language-model loss.
-        fo: Under the sum of the mean singular values of all modules' outputs.
+        snip: The scores by the gradient of the language-model loss.
+        fo: The scores by the gradient of the sum of the mean singular values of all modules' outputs.
     """
 
     snip: WeightScores
@@ -34,8 +34,8 @@ class Asked(NamedTuple):
     """The results that a pass of gradients has to give.
 
     Attributes:
-        scores: Whether weight × gradient scores are.
-        moments: Whether second moments are.
+        scores: Whether to compute weight × gradient scores.
+        moments: Whether to compute second moments of the gradients by the FFNs' outputs.
     """
 
     scores: bool
@@ -63,7 +63,7 @@ def layer_gradients(prunable: PrunableModel, tokens: Tensor, settings: PassSetti
 
     Args:
         prunable: The dense model.
-        tokens: LongTensor `(num_samples, seqlen)`.
+        tokens: Token ids, LongTensor `(num_samples, seqlen)`.
         settings: How the pass is run; FO depends on the batch size.
         asked: Which scores and moments to compute.
 

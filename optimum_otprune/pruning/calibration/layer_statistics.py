@@ -1,4 +1,4 @@
-"""What one layer is compressed on: its calibration tokens, their weights, and the statistics of them."""
+"""The calibration data of one layer: its tokens, their weights, and their statistics."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple

@@ -12,8 +12,8 @@ class Samples(NamedTuple):
     """Calibration samples, and which of their tokens are held out.
 
     Attributes:
-        tokens: LongTensor `(num_samples, seqlen)`.
-        is_heldout: BoolTensor `(num_samples · seqlen,)`.
+        tokens: The token ids, LongTensor `(num_samples, seqlen)`.
+        is_heldout: Whether each token is held out, BoolTensor `(num_samples · seqlen,)`.
     """
 
     tokens: Tensor

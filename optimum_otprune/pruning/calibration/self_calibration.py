@@ -32,7 +32,7 @@ def self_calibration_tokens(
 
     Args:
         model: The dense model.
-        tokens: LongTensor `(num_samples, seqlen)`.
+        tokens: The calibration samples, LongTensor `(num_samples, seqlen)`.
         times: Number of new samples for each given one.
         settings: How the model is run; another batch size draws other numbers.
         seed: Seed of the prompts' places and of sampling.
@@ -62,10 +62,10 @@ def self_calibration_tokens(
 
 
 def check_can_write(model: PreTrainedModel, times: int) -> None:
-    """Raise where a model cannot generate text.
+    """Raise an error if a model cannot generate text.
 
     Raises:
-        ConfigurationError: Says what to set.
+        ConfigurationError: If it cannot; the message says what to set.
     """
     if not model.can_generate():
         raise ConfigurationError(

@@ -29,9 +29,9 @@ def first_tokens(
     did not change. Where there is no such run of tokens, the chunk grows until there is.
 
     Args:
-        parts: The text, read no further than needed.
-        tokenizer: Its special tokens stand at the beginning and at the end of the whole, as it puts them there.
-        num_tokens: How many are wanted.
+        parts: The text in parts, read no further than needed.
+        tokenizer: The tokenizer; its special tokens are put at the beginning and at the end of the whole text.
+        num_tokens: Number of tokens that are wanted; None for all.
         has_no_end: Whether the text may go on for ever, so that one without tokens is given up.
 
     Raises:

@@ -1,1 +1,1 @@
-"""What a run will need, told before it starts."""
+"""The expected needs of a run, computed before it starts."""

@@ -1,4 +1,4 @@
-"""How much memory and time pruning will take: laws of shapes, good for a decision, not for a bill."""
+"""Expected memory and time of pruning, by laws of shapes: good enough for a decision."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -83,7 +83,7 @@ def working_bytes(work: Workload) -> dict[str, int]:
     """Return what the device that computes needs beside the weights that live there, by purpose.
 
     Args:
-        work: What is done.
+        work: The sizes and choices of the run.
     """
     pruning = {
         "one FFN in float32, before and after": 2 * _FLOAT * work.ffn_parameters,
@@ -144,7 +144,7 @@ def activation_bytes(work: Workload, tokens: int) -> int:
     """Return what some tokens leave behind on their way through one block.
 
     Args:
-        work: What is done.
+        work: The sizes and choices of the run.
         tokens: How many go through it at once.
     """
     return _FLOAT * tokens * ((work.num_projections + 1) * work.intermediate_size + 8 * work.hidden_size)
@@ -154,7 +154,7 @@ def calibration_bytes(work: Workload) -> dict[str, int]:
     """Return what waits in main memory, or in files, of the stage that needs most, by purpose.
 
     Args:
-        work: What is done.
+        work: The sizes and choices of the run.
     """
     states = work.tokens * work.hidden_size * work.element_size
     pruning = {"hidden states": states * (2 if work.tracks_dense else 1), "inputs of one FFN": states}
@@ -182,13 +182,13 @@ def _gradient_bytes(work: Workload) -> dict[str, int]:
 
 
 class Rates(NamedTuple):
-    """Floating-point operations a second that matrix products reach on the device that computes.
+    """The floating-point operations per second that matrix products reach on the computing device.
 
     Attributes:
-        model: In the model's dtype, many rows.
-        single: In float32, many rows.
-        double: In float64, square matrices.
-        generation: In the model's dtype, as few rows as sequences are written at once.
+        model: The rate in the model's dtype with many rows.
+        single: The rate in float32 with many rows.
+        double: The rate in float64 for square matrices.
+        generation: The rate in the model's dtype with as few rows as sequences are written at once.
     """
 
     model: float

@@ -1,4 +1,4 @@
-"""`PruningPlan`: what `prune` would do and take."""
+"""`PruningPlan`: the expected result and needs of `prune`."""
 
 import dataclasses
 from collections import Counter

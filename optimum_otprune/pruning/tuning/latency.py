@@ -1,4 +1,4 @@
-"""The widest FFNs with which a forward pass takes no longer than asked."""
+"""Find the widest FFNs with which a forward pass takes no longer than asked."""
 
 from collections.abc import Callable
 

@@ -104,7 +104,7 @@ def split_samples(tokens: Tensor, validation_share: float, seed: int) -> tuple[T
     """Return the samples that trials prune on and those that they are measured on, each in their order.
 
     Args:
-        tokens: LongTensor `(num_samples, seqlen)`.
+        tokens: The samples, LongTensor `(num_samples, seqlen)`.
         validation_share: Share of the samples to measure on, in (0, 1); at least one sample goes to either side.
         seed: Seed of the split.
 
@@ -357,7 +357,7 @@ def _suggest(trial: "optuna.Trial", name: str, label: str, domain: Domain) -> ob
 
 
 def _check_one_budget(config: OTPruningConfig, target_latency: float | None) -> None:
-    """Raise where a target latency competes with another target."""
+    """Raise an error if a target latency competes with another target."""
     given = [name for name in BUDGET_FIELDS[1:] if getattr(config, name) is not None]
     if target_latency is not None and given:
         raise ConfigurationError(

@@ -1,4 +1,4 @@
-"""Which configurations a search may try, put together so that their fields do not contradict each other."""
+"""The configurations that a search may try, composed so that their fields do not contradict each other."""
 
 import random
 from collections.abc import Callable, Mapping
@@ -201,9 +201,9 @@ def sample_config(base: OTPruningConfig, space: Mapping[str, Domain], pick: Pick
     that can be combined with them.
 
     Args:
-        base: Where all other fields come from.
-        space: As `check_search_space` returns it.
-        pick: Called with field, label and domain.
+        base: The configuration that all other fields come from.
+        space: The domains by field, from `check_search_space`.
+        pick: A function of field, label and domain that returns the value to try.
     """
     sampled: dict[str, object] = {}
     completion: dict[str, object] = {}

@@ -1,4 +1,4 @@
-"""Whether a study of an earlier run can go on: what its trials' results depend on."""
+"""Check whether a study of an earlier run can be continued: everything that its trials' results depend on."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a search over configurations is bounded by, what it tried, and what came of it."""
+"""The limits, the trials and the result of a search over configurations."""
 
 import dataclasses
 import math
@@ -22,7 +22,7 @@ class TuningSettings(NamedTuple):
         search_space: A domain for each field; None for the default.
         study: The file of the study; None keeps it in memory.
         target_latency: Seconds that a forward pass may take, in place of the configuration's ratio.
-        latency_shape: `(batch_size, seqlen)` of that forward pass; None for one calibration sample.
+        latency_shape: The shape `(batch_size, seqlen)` of that forward pass; None for one calibration sample.
         validation_share: Share of the samples that the objective is measured on.
         seed: Seed of the split and of the sampler.
         batch_size: Number of samples per forward pass.
@@ -44,7 +44,7 @@ class TuningSettings(NamedTuple):
         """Return the same settings with plain numbers.
 
         Raises:
-            ConfigurationError: Names what is of the wrong kind or out of range.
+            ConfigurationError: If a setting has the wrong type or is out of range; the message names it.
         """
         return self._replace(
             num_trials=check_count("num_trials", self.num_trials),

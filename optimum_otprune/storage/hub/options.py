@@ -21,10 +21,10 @@ class About(NamedTuple):
     """The help text and default of an option, written beside its type.
 
     Attributes:
-        default: The value that stands where none is given.
-        help: What it means, for the command line and the documentation.
-        metavar: What the command line calls its value; None is the option's name.
-        is_flag: Whether commands have it.
+        default: The value of an option that is not given.
+        help: The meaning of the option, for the command line and the documentation.
+        metavar: The word for its value on the command line; None is the option's name.
+        is_flag: Whether commands have the option.
     """
 
     default: Any
@@ -61,7 +61,7 @@ class Keyword(NamedTuple):
 
     Attributes:
         kind: `bool` and `float` as the type says, `str` for all that a command line can only give as text.
-        about: What is written beside its type.
+        about: The help text and default that are written beside its type.
     """
 
     kind: type
