@@ -36,7 +36,7 @@ from optimum_otprune.storage.manifest import CARD_FILE, TOKENIZER_FILES
 from optimum_otprune.storage.untrusted import visible, why_no_name
 
 _FOLDERS = re.compile(r"(?<![\w:/.])/(?:[^\s'\"/]+/)+")  # of absolute paths, such as the cache's, but not of addresses
-_LONGEST = 2000  # characters of a message of others
+_LONGEST = 2000  # the longest quoted message in characters
 # Whatever transformers, torch and the code of a model raise where its files are not what that code expects.
 _FOREIGN = (
     OSError,
@@ -93,7 +93,7 @@ def load_checkpoint(name: str, options: LoadingOptions) -> Checkpoint:
     if options["verify"]:
         commit = verify_saved(name, **hub)
         if commit is not None:
-            hub["revision"] = commit  # what was verified is what is loaded
+            hub["revision"] = commit  # load exactly the verified commit
     _check_repository(name, hub)
     remote = {"trust_remote_code": bool(options["trust_remote_code"])}
     placement = part(PlacementOptions, options)

@@ -81,7 +81,7 @@ def _content(folder: Path) -> tuple[object, ...] | None:
     """Return everything in a saved tokenizer that token ids depend on, or None if it cannot be loaded."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, LookupError):  # of a class that does not fit tokenizer.json
+    except (OSError, ValueError, TypeError, LookupError):  # raised by a class that does not fit tokenizer.json
         return None
     return tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, len(tokenizer)
 
@@ -103,7 +103,7 @@ def _source_class(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) ->
         try:
             values = read_json(path) if path.is_file() else None
         except ValueError:
-            continue  # damaged since
+            continue  # the source was damaged since it was loaded
         if isinstance(values, dict) and values.get("tokenizer_class") is not None:
             return values["tokenizer_class"]
     return None

@@ -93,7 +93,7 @@ def save_checkpoint(
     with writing_folder(folder, overwrite, weight_bytes(model), places) as partial, _known_failures():
         check_parameters(model)
         check_logits(model)
-        restore_ties(model)  # looking at offloaded weights has torn them
+        restore_ties(model)  # reading offloaded weights has separated tied ones
         with savable_if_offloaded(model):
             save_model_files(partial, model, tokenizer, shard_size(model, max_shard_size))
         (partial / CONFIG_FILE).write_text(config.to_json_string(), encoding="utf-8")

@@ -35,7 +35,7 @@ ADAPTER_FILE = "adapter_config.json"
 _POINTER = b"version https://git-lfs"
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-_MOST_LAYERS = 10_000  # as many as a report may have
+_MOST_LAYERS = 10_000  # the most layers that a report may have
 _SMALL = 1024  # bytes; a pointer has fewer
 _DEQUANTIZE = "dequantize it by `AutoModelForCausalLM.from_pretrained(folder, gguf_file=...)`, save that, and prune it"
 _CONVERT = (

@@ -111,7 +111,7 @@ def _prune_and_save(args: argparse.Namespace, config: OTPruningConfig, output: P
     check_model(pruner.model)
     check_dense(pruner.model)
     check_output_folder(output, args.overwrite, weight_bytes(pruner.model))
-    wait_for_all()  # before the first one writes there
+    wait_for_all()  # all processes check before the first one writes there
     passes = {"batch_size": args.batch_size, "progress": not args.quiet}
     measured = {**passes, "max_windows": args.max_windows}
     if args.eval:

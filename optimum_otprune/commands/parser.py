@@ -46,7 +46,7 @@ class _Command(BaseOptimumCLICommand):
     """
 
     actions = "optimum_otprune.commands.actions"
-    _has_begun = False  # what is not imported whole yet cannot be asked, nor imported again
+    _has_begun = False  # a half-imported module can be neither used nor imported again
 
     def run(self) -> None:
         assert self.args is not None

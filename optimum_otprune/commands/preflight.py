@@ -18,7 +18,7 @@ from optimum_otprune.storage.outputs import (
     output_path,
 )
 
-# Of files that a command wrote, and that a newer one may replace: a configuration, and what a benchmark measured.
+# First keys of files that a newer command may replace: a configuration, and results of a benchmark.
 CONFIGURATION_KEYS = ("optimum_otprune_version", "pruning_ratio")
 BENCHMARK_KEYS = ("comparisons", "multiples", "versions")
 
@@ -37,7 +37,7 @@ def prune(args: argparse.Namespace) -> None:
     usage(lambda: check_size("max_hidden_memory", args.max_hidden_memory))
     _check_windows(args)
     output, state = output_path(args.output), state_folder(args)
-    check_place(output, {})  # before the state, which is named after it
+    check_place(output, {})  # checked before the state, which is named after it
     places = noted_places(
         source_model=args.model,
         calibration_data=args.calibration_data,
@@ -47,7 +47,7 @@ def prune(args: argparse.Namespace) -> None:
         offload_folder=args.offload_folder,
     )
     check_place(output, places)
-    if state is None or args.overwrite or args.dry_run:  # else an earlier run may have saved its result there
+    if state is None or args.overwrite or args.dry_run:  # otherwise it may be the result of an earlier run
         check_output_folder(output, args.overwrite)
     _check_options(args)
 

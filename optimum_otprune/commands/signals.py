@@ -23,7 +23,7 @@ def imports_interrupted() -> Iterator[None]:
         raise seen[-1]
 
     signals = [number for number in (signal.SIGINT, signal.SIGTERM) if callable(signal.getsignal(number))]
-    before = {number: signal.signal(number, stop) for number in signals}  # one that is ignored stays so
+    before = {number: signal.signal(number, stop) for number in signals}  # an ignored signal stays ignored
     try:
         yield
     finally:

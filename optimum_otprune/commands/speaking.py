@@ -52,7 +52,7 @@ class VisibleStream(io.TextIOBase):
         except OSError as error:
             self.failure = error
             nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())  # else what is in the buffer fails again when the process ends
+            os.dup2(nowhere, self._stream.fileno())  # otherwise flushing the buffer fails again at exit
             os.close(nowhere)
 
     def isatty(self) -> bool:
@@ -86,7 +86,7 @@ def speaking() -> Iterator[None]:
         SystemExit: At the end, if nobody reads what is printed.
     """
     factory = logging.getLogRecordFactory()
-    stream = VisibleStream(sys.stdout or io.StringIO())  # a process without standard output prints for nobody
+    stream = VisibleStream(sys.stdout or io.StringIO())  # the process has no standard output
     with warnings.catch_warnings(), redirect_stdout(stream):
         warnings.showwarning = _show_warning
         logging.setLogRecordFactory(VisibleRecord)

@@ -48,7 +48,7 @@ def _no_bars() -> Iterator[None]:
         yield
     finally:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the variable decides, and the client says so each time
+            warnings.simplefilter("ignore")  # the client warns each time that the variable decides
             if is_on:
                 transformers_logging.enable_progress_bar()
             if is_hub_off:

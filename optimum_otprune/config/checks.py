@@ -16,7 +16,7 @@ from optimum_otprune.config.quantities import (
 from optimum_otprune.errors import ConfigurationError, RegistryError, unknown_name
 from optimum_otprune.functional.parameters import as_text, split_name
 
-_DIGITS = 9  # of a layer's index
+_DIGITS = 9  # the most digits of a layer's index
 
 
 def check_option(option: Option, value: object) -> Any:

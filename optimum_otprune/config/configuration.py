@@ -143,7 +143,7 @@ class OTPruningConfig(PruningOptions, BaseConfig):
 
     def _is_made_by(self, options: Mapping[str, Any]) -> bool:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # making this configuration warned
+            warnings.simplefilter("ignore")  # the constructor of this configuration has warned already
             try:
                 made = OTPruningConfig(**options)
             except ConfigurationError:  # an option that only makes sense beside one that was left out

@@ -285,7 +285,7 @@ def _option(field: dataclasses.Field[Any], annotation: object) -> Option:
     elif origin is Literal:
         kind, names = str, get_args(kind)
     default = {} if field.default is dataclasses.MISSING else field.default
-    optional = type(None) in members and field.name != "pruning_ratio"  # None there only beside a target
+    optional = type(None) in members and field.name != "pruning_ratio"  # it may be None only beside a target
     return Option(field.name, kind, default, rules, names, optional)
 
 

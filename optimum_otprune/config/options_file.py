@@ -13,7 +13,7 @@ from optimum_otprune.storage.untrusted import read_json, visible
 
 CONFIG_FILE = "otprune_config.json"
 
-_LARGEST = 1 << 18  # bytes of a file
+_LARGEST = 1 << 18  # the largest file in bytes
 # Keys that transformers and optimum write into, or pass to, any configuration.
 FOREIGN_KEYS = frozenset({"model_type", "transformers_version", "optimum_version", "name_or_path", "_commit_hash"})
 

@@ -8,8 +8,8 @@ from fractions import Fraction
 from numbers import Integral, Real
 from types import MappingProxyType
 
-LARGEST_COUNT = 2**31 - 1  # of samples, tokens, steps, …
-LARGEST_SEED = 2**63 - 1  # what is added to it for a layer stays below the 2⁶⁴ of torch's generators
+LARGEST_COUNT = 2**31 - 1  # the largest count of samples, tokens or steps
+LARGEST_SEED = 2**63 - 1  # a layer's number is added, and torch's generators take seeds below 2⁶⁴
 
 COUNT_UNITS: Mapping[str, int] = MappingProxyType({"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12})
 SIZE_UNITS: Mapping[str, int] = MappingProxyType(

@@ -82,7 +82,7 @@ def resolve(values: dict[str, Any], explicit: set[str], asked: set[str]) -> dict
             ]  # switched on by an override of a method that has no use for it
     _check_combinations(chosen)
     for name in QUALITY_FIELDS:
-        decides = name not in METHOD_FIELDS or chosen[name]  # not where the method says none
+        decides = name not in METHOD_FIELDS or chosen[name]  # a method that sets none keeps none
         if values[name] is None and decides:
             chosen[name] = QUALITIES[str(chosen["quality"])][name]
         elif name not in METHOD_FIELDS:
@@ -164,7 +164,7 @@ def _apply_strategy(chosen: dict[str, Any], values: dict[str, Any], explicit: se
         )
     chosen |= {name: value for name, value in strategy.items() if name not in explicit}
     if contradicted:
-        chosen["strategy"] = None  # the method's strategy, no longer what is done
+        chosen["strategy"] = None  # the strategy of the method, which an option replaced
 
 
 def unused_fields(chosen: Mapping[str, Any]) -> dict[str, str]:

@@ -184,7 +184,7 @@ def _singular_values(
     def note(module: nn.Module, args: tuple, output: object) -> None:
         if not isinstance(output, Tensor) or output.ndim < 2 or not (output.requires_grad or every_output):
             return
-        # A copy, for a block may add to the output in place.
+        # A copy, since a block may add to the output in place.
         matrix = output.to(torch.float32, copy=True).reshape(output.shape[0], -1)
         value = mean_singular_value(matrix)
         if torch.isnan(value):

@@ -13,7 +13,7 @@ from optimum_otprune.models.ffn_block import FFNBlock
 from optimum_otprune.models.prunable_model import PrunableModel
 from optimum_otprune.models.spill import StoredTensor, TensorSpill, mapped
 
-_Call = tuple[tuple, dict[str, Any]]  # what a block is given beside the hidden states
+_Call = tuple[tuple, dict[str, Any]]  # a block's arguments besides the hidden states
 
 
 class _OwnTensor(NamedTuple):
@@ -117,7 +117,7 @@ class BlockRunner:
             if not calls:
                 self._first_hidden.append(self._spill.put(hidden.clone()))
             calls.append((args, kwargs))
-            if self._form is None:  # of the first block and the first batch: it is that of all
+            if self._form is None:  # the first block and batch show the form of all
                 output = block.module(hidden, *args, **kwargs)
                 self._is_tuple = isinstance(output, tuple)
                 self._form = output[1:] if self._is_tuple else ()
@@ -146,7 +146,7 @@ class BlockRunner:
 
             return forward
 
-        # A forward of the instance's own is accelerate's, which moves weights and inputs.
+        # If an instance has its own `forward`, it is accelerate's, which moves weights and inputs.
         own = {block.layer: block.module.__dict__.get("forward") for block in self._blocks}
         for block in self._blocks:
             _set_forward(block.module, stand_in(block, own[block.layer]))

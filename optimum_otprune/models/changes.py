@@ -9,8 +9,8 @@ from optimum_otprune.errors import HalfPrunedError, UnsupportedModelError
 from optimum_otprune.models.devices import is_offloaded
 from optimum_otprune.models.prunable_model import PrunableModel
 
-_HALF_PRUNED = "_otprune_half_pruned"  # of the model object: it goes with it from one pruner to the next
-_PRUNED_WITH, _PACKAGE = "pruned_with", "optimum_otprune"  # an entry of config.json: it goes with every copy
+_HALF_PRUNED = "_otprune_half_pruned"  # an attribute of the model, which any later pruner sees
+_PRUNED_WITH, _PACKAGE = "pruned_with", "optimum_otprune"  # an entry of config.json, which every copy keeps
 
 
 @contextmanager

@@ -66,7 +66,7 @@ def with_older_names(config: Mapping[str, object]) -> dict[str, object]:
     if model_type in _TWO_BASES:
         return {**_of_two(rope, *_TWO_BASES[model_type]), **whole}
     if any(isinstance(value, Mapping) for value in rope.values()):
-        return whole  # of a kind that no older version knows
+        return whole  # no older version knows this kind
     return {**_of_one(rope, model_type, config), **whole}
 
 
@@ -145,7 +145,7 @@ def reads_in_older_versions(folder: Path) -> bool:
     try:
         config = read_json(folder / _CONFIG_FILE)
     except ValueError:
-        return False  # damaged
+        return False  # the file is damaged
     return isinstance(config, dict) and has_older_names(config)
 
 

@@ -91,7 +91,7 @@ def _inferred_map(model: nn.Module, kind: str, max_memory: Mapping | None) -> di
     whole = list(getattr(model, "_no_split_modules", None) or ())
     accelerate_logger = logging.getLogger("accelerate.utils.modeling")
     level = accelerate_logger.level
-    accelerate_logger.setLevel(logging.ERROR)  # it warns of devices that are not here
+    accelerate_logger.setLevel(logging.ERROR)  # it warns of devices that this machine lacks
     try:
         given = None if max_memory is None else dict(max_memory)
         if kind == "sequential":
@@ -202,7 +202,7 @@ def onloaded(module: nn.Module) -> Iterator[None]:
                 stack.enter_context(align_module_device(part))
                 hook = _offloading(part)
                 stack.callback(setattr, hook, "offload", True)
-                hook.offload = False  # else each forward pass loads, and drops, them again
+                hook.offload = False  # otherwise each forward pass loads and drops them again
         yield
 
 
@@ -256,7 +256,7 @@ def _store(store: object, key: str, value: Tensor) -> None:
         store.all_keys.append(key)
 
 
-_M_MMAP_THRESHOLD = -3  # of glibc's <malloc.h>
+_M_MMAP_THRESHOLD = -3  # from glibc's <malloc.h>
 
 
 _LARGE = 2**20  # bytes

@@ -153,7 +153,7 @@ def from_main(value: Value) -> Value:
     _state()
     sent: list[Any] = [_on_cpu(value) if is_main_process() else None]
     with _among_all():
-        distributed.broadcast_object_list(sent, src=0)  # as a whole: what is None here may be a tensor there
+        distributed.broadcast_object_list(sent, src=0)  # sent as a whole, since None here may be a tensor elsewhere
     return value if is_main_process() else sent[0]
 
 

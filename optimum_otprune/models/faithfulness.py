@@ -27,7 +27,7 @@ _HANDED_ON = (
     "The block changes, or needs, what blocks hand on beside the hidden states, as layers that share keys and values "
     "do, so blocks cannot be pruned one by one. Choose a model whose layers hand on nothing but hidden states."
 )
-_FEW_TOKENS = 8  # where no calibration sample is at hand
+_FEW_TOKENS = 8  # number of token ids to use without a calibration sample
 _AMPLIFIED = 16.0  # clamps of activations lie where the sample does not reach
 _ROUNDING = {torch.float64: 1e-7, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}  # of the norm
 
@@ -85,7 +85,7 @@ def measured_factors(prunable: PrunableModel, tokens: Tensor) -> list[float | No
     finally:
         for module, training in modes:
             module.training = training
-    found = from_main(found)  # others may have rounded otherwise
+    found = from_main(found)  # other processes may have rounded differently
     if found.error is not None:
         raise found.error
     return found.factors
@@ -134,7 +134,7 @@ def check_parameters(model: PreTrainedModel, blocks: Sequence[FFNBlock] = ()) ->
                 continue
             value = read_parameter(module, name) if parameter.is_meta else parameter.detach()
             assert value is not None
-            if not all(bool(torch.isfinite(bound)) for bound in value.aminmax()):  # without a copy of the size
+            if not all(bool(torch.isfinite(bound)) for bound in value.aminmax()):  # avoids a copy of the whole tensor
                 raise NumericalError(
                     f"The parameter {f'{path}.{name}'.lstrip('.')!r} holds NaN or infinity. The checkpoint is "
                     "damaged, or its dtype overflowed: reload it, or load it in float32."
@@ -158,7 +158,7 @@ def _output(model: PreTrainedModel, batch: Tensor) -> Tensor:
 
 
 def _check_output(logits: Tensor) -> None:
-    _check_finite("the model's logits", logits.masked_fill(logits == -math.inf, 0))  # that rules out a token
+    _check_finite("the model's logits", logits.masked_fill(logits == -math.inf, 0))  # minus infinity rules out a token
 
 
 def _check_finite(what: str, values: Tensor) -> None:
@@ -170,7 +170,7 @@ def _check_finite(what: str, values: Tensor) -> None:
 
 
 def _checked(prunable: PrunableModel, sample: Tensor) -> list[float | None]:
-    batches = [sample, sample.flip(1)]  # of one size, and different text
+    batches = [sample, sample.flip(1)]  # two batches of one size with different text
     whole = [_inputs_in_whole(prunable, batch) for batch in batches]
     runner = BlockRunner(prunable, batches, TensorSpill())
     hidden = [stored.load() for stored in runner.take_first_hidden()]
@@ -213,7 +213,7 @@ def _check_run(block: FFNBlock, runner: BlockRunner, hidden: Tensor, inputs: lis
     try:
         with noted(block) as seen:
             output = runner.run(block, hidden, index)
-    except LookupError as error:  # a block looks for what another one did not hand on
+    except LookupError as error:  # a block needs a value that another block did not pass on
         raise UnsupportedModelError(_HANDED_ON) from error
     if seen.keys() != {"inputs", "hidden", "outputs"}:
         raise UnsupportedModelError(

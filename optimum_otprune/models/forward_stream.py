@@ -59,7 +59,7 @@ class CalibrationStream:
         self._factors = prunable.factors or [None] * len(prunable.blocks)
         self._hidden = self._runner.take_first_hidden()
         self._dense_hidden = list(self._hidden) if track_dense else None
-        self._ffn_inputs: list[StoredTensor] | None = None  # then `_hidden` is what a block puts out beside its FFN
+        self._ffn_inputs: list[StoredTensor] | None = None  # if set, `_hidden` is a block's output without its FFN
 
     @torch.no_grad()
     def energies(self, block: FFNBlock) -> Tensor:

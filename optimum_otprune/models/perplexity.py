@@ -22,7 +22,7 @@ from optimum_otprune.models.defaults import BATCH_SIZE
 from optimum_otprune.models.distributed import gathered, own_samples
 
 _LOGIT_BYTES = 2**28  # of one forward pass, as far as whole windows allow
-_CHUNK_BYTES = 2**25  # of log-probabilities at a time
+_CHUNK_BYTES = 2**25  # bytes of log-probabilities at a time
 _FLOAT32_BYTES = 4
 _LARGEST_EXPONENT = 700  # nats; `math.exp` overflows from 710 on
 

@@ -24,7 +24,7 @@ class StoredTensor:
 
     def __init__(self, tensor: Tensor, spill: "TensorSpill"):
         self._shape, self._dtype = tensor.shape, tensor.dtype
-        self._spill = spill  # whose folder is there as long as it is
+        self._spill = spill  # the object that owns the folder, kept alive by this reference
         size = tensor.numel() * tensor.element_size()
         self._tensor: Tensor | None = tensor
         self._path: Path | None = None

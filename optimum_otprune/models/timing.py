@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from optimum_otprune.models.block_runner import input_device
 
 _WARM_UP = 2  # passes that are not counted: the first ones choose kernels and allocate memory
-_REPEATS = 9  # an odd number, of which the median leaves out disturbed passes
+_REPEATS = 9  # an odd number, so that the median is one pass and disturbed ones do not count
 
 
 @torch.no_grad()

@@ -161,7 +161,7 @@ def _maps(
     cost, kept = _cost(inputs, recipe, kept)
     sides = _sides(inputs, recipe, importance, kept)
     matrix, gain = cost.matrix[sides.sources] if len(sides.sources) < n else cost.matrix, cost.gain
-    del cost  # of matrices of this size, what is not needed any more makes room
+    del cost  # frees the memory of a large matrix
     plan, source = _plan(recipe, matrix, sides), sides.source
     del matrix
     if recipe.config.normalization == "identity":
@@ -246,7 +246,7 @@ def _compensated(inputs: LayerInputs, config: OTPruningConfig, result: Compressi
         return result
     fit, heldout = inputs.fit.select(kept), inputs.heldout.select(kept)
     if {"gate", "up"} & set(config.fuse or ()):
-        fit, heldout = inputs.remeasure(fused)  # the kept channels are no longer what they were
+        fit, heldout = inputs.remeasure(fused)  # the kept channels have changed, so moments are measured again
     if config.compensation == "bias":
         weights, judged = (
             _with_bias(fused, fused.down, constant_bias(statistics, fused.down)) for statistics in (fit + heldout, fit)

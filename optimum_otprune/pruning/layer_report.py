@@ -21,7 +21,7 @@ REPORT_FILE = "otprune_report.json"
 _LARGEST_COUNT = 1 << 62
 _LARGEST_NUMBER = 1e150  # the squares of so many layers' numbers still have a finite sum
 _TOLERANCE = 1e-6
-_ROUNDED_TO_ZERO = 1e-5  # what differs in rounding alone
+_ROUNDED_TO_ZERO = 1e-5  # the largest relative difference that rounding explains
 _SIGNED = frozenset({"rescue_ratio", "transported_mass", "self_share"})
 
 

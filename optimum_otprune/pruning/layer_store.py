@@ -117,7 +117,7 @@ def _warn(what: str, error: StateError) -> None:
 
 
 def _blob(tensors: Mapping[str, Tensor]) -> bytes:
-    # Cloned, for safetensors refuses tensors that share memory.
+    # Cloned because safetensors refuses tensors that share memory.
     return save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()})
 
 

@@ -99,10 +99,10 @@ def _next_layer(block: FFNBlock, width: int, run: Run, store: LayerStore) -> Lay
             run.stream.replay(block)
         mark_half_pruned(run.prunable.model)
         block.install(finished.weights)
-        if block is not run.prunable.blocks[-1]:  # nobody asks what comes out of the last one
+        if block is not run.prunable.blocks[-1]:  # the output of the last block is not needed
             run.stream.advance(block)
     logger.info("%s", finished.report)
-    return_freed_memory()  # else a run takes more with every layer
+    return_freed_memory()  # otherwise memory grows with every layer
     return finished.report
 
 

@@ -150,7 +150,7 @@ def prepare(
     if config.allocation == "adaptive":
         assert found.moments is not None
         shared = adaptive_widths(prunable, own, settings, config, widths, found.moments)
-        widths = from_main(shared)  # others may have rounded otherwise
+        widths = from_main(shared)  # other processes may have rounded differently
     if config.self_calibration:
         written = self_calibration_tokens(prunable.model, tokens, config.self_calibration, scoring, config.seed)
         samples = samples.followed_by(from_main(written))

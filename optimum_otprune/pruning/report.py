@@ -38,7 +38,7 @@ from optimum_otprune.pruning.layer_report import (
 from optimum_otprune.storage.files import replace_file
 from optimum_otprune.storage.untrusted import read_json
 
-# Of a model whose FFNs had no biases: there are programs that read no `mlp_bias`, and say nothing.
+# For a model whose FFNs had no biases: some programs ignore `mlp_bias` without a message.
 ADDED_BIASES = (
     "The FFNs have gained biases (`mlp_bias`), which transformers reads. SGLang and TGI drop them without a word, and "
     "the model is worse there; `intercept='never'` adds none."

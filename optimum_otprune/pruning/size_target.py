@@ -18,8 +18,8 @@ from optimum_otprune.models.prunable_model import PrunableModel
 from optimum_otprune.models.save_formats import save_format
 from optimum_otprune.pruning.widths import given_widths
 
-_LARGE_OFFSET = 10**15  # no weights file is longer
-_FILE_BYTES = 256  # length field, format note and padding of a weights file
+_LARGE_OFFSET = 10**15  # larger than any weights file
+_FILE_BYTES = 256  # bytes of the length field, format note and padding of a weights file
 
 
 class Footprint(NamedTuple):
@@ -140,7 +140,7 @@ def _footprint(
     for block in blocks:
         now = channel_cost(block, unit)
         added_once, added_each = added_biases(block, unit) if with_biases else (0, 0)
-        # What is there of the channels now is taken off; biases that come are on top.
+        # Subtract the present channels, and add biases that pruning may add.
         fixed += added_once - now * block.intermediate_size
         if block.layer in decided:
             fixed += (now + added_each) * decided[block.layer]

@@ -75,7 +75,7 @@ def _check_multiple(width: int, config: OTPruningConfig) -> None:
     if not any(ratios):
         return
     if multiple > width and multiple != OPTIONS_BY_NAME["multiple_of"].default:
-        kept_width(width, 0.5, multiple)  # raises, and says why
+        kept_width(width, 0.5, multiple)  # called for its error
     sensible = sensible_multiple(width, multiple)
     if sensible != multiple:
         warn_user(

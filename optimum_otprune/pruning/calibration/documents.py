@@ -323,7 +323,7 @@ def _split(loaded: object, split: str) -> object:
 def _table_rows(table: Any, column: str) -> Iterator[Row]:
     """Yield rows as plain Python values, whatever format the user set."""
     names = table.column_names
-    if names is not None and column not in names:  # a stream may know its columns by its rows only
+    if names is not None and column not in names:  # some streams only know their columns from their rows
         raise _no_column(column, names)
     if isinstance(table, datasets.Dataset):
         table = table.with_format(None).select_columns([column])

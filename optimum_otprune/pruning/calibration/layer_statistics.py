@@ -18,7 +18,7 @@ from optimum_otprune.models.ffn_block import FFNBlock
 from optimum_otprune.models.forward_stream import CalibrationStream, FFNTap
 from optimum_otprune.models.spill import StoredTensor, TensorSpill
 
-_LEAST_ENERGY = 1e-2  # of the median
+_LEAST_ENERGY = 1e-2  # the least squared norm, as a share of the median
 
 
 class LayerStatistics(NamedTuple):

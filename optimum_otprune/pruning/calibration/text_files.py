@@ -200,7 +200,7 @@ def _is_json(path: Path, first: str, is_cut: bool) -> bool:
         if values:
             return any(map(_holds_objects, values)) or (not is_table and all(map(_is_document, values)))
     except (ValueError, RecursionError):
-        pass  # one value in several lines, or text
+        pass  # it may be one JSON value in several lines, or text
     try:
         value = json.loads(first)
     except RecursionError:

@@ -4,14 +4,14 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 _FLOAT, _DOUBLE = 4, 8  # bytes
-IMPORT_BYTES = 620_000_000  # of Python, torch (its code is read as it is needed), transformers, datasets, a tokenizer
+IMPORT_BYTES = 620_000_000  # Python, torch (its code is read when needed), transformers, datasets, tokenizer
 _REFIT_MATRICES = 15  # float32 ones of kept by kept channels: second moments in both precisions, factors, their copies
 _TRAINED_COPIES = 8  # of a trained FFN: weights, gradients, both moments of Adam, and the best so far
 _TRAINING_ACTIVATIONS = 8  # of a minibatch, each as large as its channel activations
 _LOSS_COPIES = 3  # of a batch's logits: logarithms of probabilities, the gradient by them, and the one by the logits
 _GRAPH_STATES = 16  # as large as a batch's hidden states, that a block run with gradients keeps beside its channels
-_SINGULAR_STATES = 32  # more of them where gradients of singular values are taken, too
-_PASSES = 4  # forward passes over the calibration tokens that the closed form of all layers amounts to
+_SINGULAR_STATES = 32  # additional such copies for gradients of singular values
+_PASSES = 4  # cost of the closed form of all layers, in forward passes over the calibration tokens
 _MOMENT_PASSES = 3  # forward and backward
 _SCORE_PASSES = 6  # the same for SNIP and for FO
 _CHECKS = 20  # evaluations on held-out tokens while a layer is trained
@@ -91,7 +91,7 @@ def working_bytes(work: Workload) -> dict[str, int]:
         "activations of one batch": activation_bytes(work, work.batch_tokens),
     }
     stages = [pruning, *_asking_bytes(work)]
-    if work.steps:  # comes after the fit, of which the sums alone are left
+    if work.steps:  # this follows the fit, of which only the sums are left
         trained = _TRAINED_COPIES * work.kept_parameters + _TRAINING_ACTIVATIONS * work.step_tokens * work.kept_size
         sums = 2 * _FLOAT * work.intermediate_size**2
         after = {"second moments of channels": sums, "training of one FFN": _FLOAT * trained}
@@ -122,9 +122,9 @@ def _backward_bytes(work: Workload) -> dict[str, int]:
     if work.needs_scores:  # copies of outputs in float32, gradients of a second objective, one more on its way
         channels, states = channels + work.num_projections + inner + 1, states + _SINGULAR_STATES
         results += inner
-        sums += 3 * _FLOAT * work.ffn_parameters  # of both objectives, and the weights
+        sums += 3 * _FLOAT * work.ffn_parameters  # products of both objectives, and the weights
     if work.tokens - work.written_tokens > work.score_tokens:
-        channels += results  # of the batch before
+        channels += results  # gradients of the previous batch
     graph = work.score_tokens * (channels * work.intermediate_size + states * work.hidden_size)
     return {"one block with its gradients": _FLOAT * graph, "sums of gradients": sums}
 
@@ -132,7 +132,7 @@ def _backward_bytes(work: Workload) -> dict[str, int]:
 def _moment_bytes(work: Workload) -> int:
     """Return the bytes of the largest of elimination, transport and refit, which come one after the other."""
     n, m = work.intermediate_size, work.kept_size
-    sums = 2 * _FLOAT * n * n  # of fitted and of held-out tokens
+    sums = 2 * _FLOAT * n * n  # one sum of fitted and one of held-out tokens
     return sums + max(
         (_FLOAT + 2 * _DOUBLE) * n * n if work.eliminates else 0,
         3 * _DOUBLE * n * m if work.transports else 0,
@@ -208,7 +208,7 @@ def expected_seconds(work: Workload, forward_flops: int, decode_flops: int, rate
     """
     kept, tokens = work.kept_parameters * work.num_layers, work.tokens
     stages = {}
-    gradients = _SCORE_PASSES if work.needs_scores else _MOMENT_PASSES * work.needs_moments  # of one walk for both
+    gradients = _SCORE_PASSES if work.needs_scores else _MOMENT_PASSES * work.needs_moments  # one walk serves both
     if gradients:
         stages["gradients"] = gradients * forward_flops * (tokens - work.written_tokens) / tokens / rates.model
     if work.written_tokens:

@@ -34,8 +34,8 @@ from optimum_otprune.pruning.recipe import Recipe
 from optimum_otprune.pruning.size_target import added_biases, channel_cost, with_pruning_ratio
 from optimum_otprune.pruning.widths import given_widths, plan_widths
 
-_MEASURE_SECONDS = 0.12  # for each of four rates
-_LARGEST_SIDE = 4096  # of a matrix whose product is timed
+_MEASURE_SECONDS = 0.12  # seconds of measuring for each of four rates
+_LARGEST_SIDE = 4096  # the size of the square matrices whose product is timed
 _LARGEST_SQUARE = 1024
 
 

@@ -48,7 +48,7 @@ def width_for_latency(
             f"`target_latency={target_latency!r}` cannot be met: with only {multiple_of} of {width} channels left in "
             f"every FFN a forward pass still takes {fastest:.4g} s. Give a longer time."
         )
-    fits, too_slow = 1, -(-width // multiple_of)  # in multiples
+    fits, too_slow = 1, -(-width // multiple_of)  # widths in units of `multiple_of`
     while too_slow - fits > 1:
         middle = (fits + too_slow) // 2
         if seconds(middle * multiple_of) <= target_latency:

@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _STUDY_NAME = "otprune"
-_SEEDS = 2**32  # of NumPy, which optuna draws with
+_SEEDS = 2**32  # NumPy takes smaller seeds only, and optuna draws with it
 
 
 def tune_model(
@@ -91,7 +91,7 @@ def tune_model(
     settings = settings._replace(latency_shape=settings.latency_shape or (1, tokens.shape[1]))
     fit, heldout = split_samples(tokens, settings.validation_share, settings.seed)
     if settings.target_latency is None:
-        with_pruning_ratio(base, prunable)  # raises where the target cannot be met
+        with_pruning_ratio(base, prunable)  # called for its error if the target cannot be met
     with _quiet(optuna):
         study = _open_study(optuna, settings.study)
         _check_same(study, fingerprint(prunable.model, tokens, base, space, **_conditions(settings)))
@@ -194,7 +194,7 @@ def _prepare_journal(path: Path) -> None:
         raise _no_study(path, "its first line is not JSON") from error
     if not isinstance(first, dict) or first.get("study_name") != _STUDY_NAME:
         raise _no_study(path, "it does not begin with one")
-    if not content.endswith(b"\n"):  # half a line, which nothing could be appended to
+    if not content.endswith(b"\n"):  # an incomplete line, after which nothing can be appended
         os.truncate(path, content.rfind(b"\n") + 1)
 
 

@@ -50,7 +50,7 @@ def default_search_space(config: OTPruningConfig, residual: bool, can_hold_inter
     """
     space: dict[str, object] = {}
     if "importance" not in METHODS[config.method].fixed:
-        cheap = ["fluctuation", "wanda", "magnitude"]  # no backward pass
+        cheap = ["fluctuation", "wanda", "magnitude"]  # this needs no backward pass
         space["selection"] = ["obs", "top"]
         space["importance"] = [*dict.fromkeys([config.importance, *cheap])]
     if config.compensation == "ridge":
@@ -190,7 +190,7 @@ def assemble(base: OTPruningConfig, sampled: Mapping[str, object]) -> OTPruningC
         values["strategy"] = None
     values |= sampled
     if values["compensation"] == "bias" and "intercept" not in sampled:
-        values["intercept"] = None  # it is always there
+        values["intercept"] = None  # the base always has it
     return OTPruningConfig.assembled(values, asked=sampled)
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, NamedTuple, TypedDict, TypeVar, Union, get_ar
 
 from optimum_otprune.errors import ConfigurationError, unknown_name
 
-PUSH_OPTION = "push option"  # as a message calls one
+PUSH_OPTION = "push option"  # the word for an option in messages
 
 T = TypeVar("T")
 
