@@ -154,7 +154,8 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
 def warn_user(message: str) -> None:
     """Warn with a `UserWarning` that points to the line by which this package was called.
 
-    It is looked for from the outermost call on, since library code such as a context manager may stand in between.
+    The caller's line is searched from the outermost call on, since library code such as a context manager may stand in
+    between.
 
     Args:
         message: The warning, which says what is wrong, and what to do.

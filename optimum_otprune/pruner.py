@@ -136,9 +136,9 @@ class OTPruner(HubMixin):
         evaluation_data: TokenSource | None = None,
         **loading: Unpack[LoadingOptions],
     ) -> PruningPlan:
-        """Say in seconds what `prune` would do and take: widths, sizes, memory on each device, time.
+        """Return within seconds what `prune` would do and take: widths, sizes, memory on each device, time.
 
-        Only `config.json` of a Hub id is read, no weights are, and nothing is written. Memory and time are rough.
+        Of a Hub id only `config.json` is read; no weights are read, and nothing is written. Memory and time are rough.
 
         Args:
             model_name_or_path: The model, as `from_pretrained` takes it.

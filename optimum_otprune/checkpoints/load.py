@@ -75,7 +75,7 @@ class Checkpoint(NamedTuple):
 
 
 def load_checkpoint(name: str, options: LoadingOptions) -> Checkpoint:
-    """Load a model, and what pruning left beside it.
+    """Load a model with its tokenizer and the files that pruning left beside it.
 
     Args:
         name: Hub id or local folder.
@@ -268,7 +268,7 @@ def _optional_file(name: str, file: str, hub: HubOptions) -> str | None:
 
 
 def _base_card(name: str, hub: HubOptions) -> dict[str, object]:
-    """Read the card, which is welcome but not needed: without one, or out of reach, a repository says nothing."""
+    """Read license and language from the card, if there is one and it can be reached; it is not required."""
     if Path(name).is_dir():
         file = _optional_file(name, CARD_FILE, hub)
     else:

@@ -42,7 +42,7 @@ def _check_dtype(dtype: object) -> None:
 
 
 def _check_place(place: object, places: object) -> None:
-    """Raise an error for what is no device; whether this machine has it, only loading needs to know."""
+    """Raise an error for a value that is no device; only loading finds out whether the machine has it."""
     is_known = isinstance(place, torch.device) or isinstance(place, int) and not isinstance(place, bool) and place >= 0
     if isinstance(place, str) and not is_known:
         try:
@@ -57,7 +57,7 @@ def _check_place(place: object, places: object) -> None:
 
 
 def as_config(config: object, options: LoadingOptions) -> OTPruningConfig:
-    """Return a configuration from whatever stands for one.
+    """Return a configuration, made from a dictionary or a saved one if needed.
 
     Args:
         config: A configuration, a dictionary, or where one is saved.

@@ -28,7 +28,7 @@ _CONFIG, _GENERATION, _TOKENIZER = "config.json", "generation_config.json", "tok
 def save_model_files(
     folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, max_shard_size: int | str
 ) -> None:
-    """Write weights, configurations, tokenizer and whatever code they need; what is in memory stays as it is.
+    """Write weights, configurations, tokenizer and the code they need; the objects in memory do not change.
 
     Args:
         folder: An empty folder.
@@ -59,8 +59,8 @@ def save_model_files(
 def _write_older_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
     """Change a saved tokenizer's configuration so that older transformers read it, as the source's class if they can.
 
-    Newer ones may make a tokenizer of that class anew where they did not at the source: its name stands only where it
-    gives the very same one here, too.
+    Newer versions may build a tokenizer of that class differently than from its source. The class is therefore only
+    written if it gives the very same tokenizer here, too.
     """
     file, plain = folder / _TOKENIZER, folder / "tokenizer.json"
     if not file.is_file():
@@ -136,8 +136,8 @@ def _save_model(model: PreTrainedModel, folder: Path, max_shard_size: int | str)
 def _copied_settings(model: PreTrainedModel) -> Iterator[GenerationConfig | None]:
     """Give a model copies of its configurations, which saving may change; yield its generation settings.
 
-    The copy of that is a valid one in its place: transformers loads sampling parameters without sampling, as many
-    models have them, but refuses to save them.
+    The model gets a valid copy of the generation settings meanwhile: transformers loads sampling parameters without
+    sampling, as many models have them, but refuses to save them.
     """
     config, generation = model.config, getattr(model, "generation_config", None)
     model.config = copy.deepcopy(config)
@@ -190,8 +190,8 @@ def _edit(file: Path, change: Callable[[dict[str, Any]], Mapping[str, Any]]) -> 
 def _with_code_of_its_own(values: dict[str, Any], folder: Path, custom: tuple[str, ...]) -> dict[str, object]:
     """Return a configuration that points to code in its folder only, and only for classes that code defines.
 
-    A model that runs on a class of transformers would, loaded with `trust_remote_code=True`, run on the code of the
-    repository that it once came from.
+    Without this, a model of a transformers class that is loaded with `trust_remote_code=True` would run the code of
+    the repository that it once came from.
 
     Args:
         values: The content of a configuration file.

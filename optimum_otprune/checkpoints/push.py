@@ -20,7 +20,7 @@ from optimum_otprune.storage.hub.push import PushResult, push_folder
 
 
 class HubMixin(ABC):
-    """Pushes whatever can be saved."""
+    """Pushes a model or a configuration that can be saved."""
 
     model: PreTrainedModel
 
@@ -31,10 +31,10 @@ class HubMixin(ABC):
     def push_to_hub(
         self, repo_id: str, *, max_shard_size: int | str | None = None, **options: Unpack[PushOptions]
     ) -> PushResult:
-        """Push what is in memory, in one commit, by way of a temporary folder that is removed again.
+        """Push the model in one commit, from a temporary folder that is removed again.
 
-        That takes room for the model where `TMPDIR` points to. To keep a folder of one's own use
-        `save_pretrained(..., push_to_hub=True)`; one that is saved already is pushed by `otprune push`.
+        The temporary folder needs room for the model where `TMPDIR` points to. To keep the folder, use
+        `save_pretrained(..., push_to_hub=True)`; `otprune push` pushes a folder that is saved already.
 
         Args:
             repo_id: `user/name`, or a name alone for the token's own user; made if it does not exist.

@@ -31,7 +31,7 @@ _SHARDS, _LEAST_SHARD = 20, 100 * 10**6  # of a model with offloaded weights
 
 
 def shard_size(model: PreTrainedModel, wanted: int | str | None) -> int | str:
-    """Return what `max_shard_size` is by default: a shard of offloaded weights is loaded as a whole to be written.
+    """Return the default of `max_shard_size`; a shard of offloaded weights is loaded whole to be written.
 
     Raises:
         ConfigurationError: If what is wanted is no size.

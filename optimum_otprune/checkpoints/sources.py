@@ -152,7 +152,7 @@ def check_config(what: str, config: Mapping[str, object], has_adapter: bool) -> 
 
 
 def _check_values(what: str, config: Mapping[str, object]) -> None:
-    """Raise an error for what would end in an error of Python's, or go on building without an end."""
+    """Raise an error for values that would fail deep inside Python, or build layers without an end."""
     model_type = config.get("model_type")
     if model_type is not None and not isinstance(model_type, str):
         raise ModelLoadError(
@@ -179,7 +179,7 @@ def _auto_class(name: str) -> str | None:
 
 
 def explanation(error: BaseException, local: bool, is_tokenizer: bool = False) -> str:
-    """Say in words why loading failed, and what to do.
+    """Return the reason why loading failed, and what to do, in words.
 
     Args:
         error: The error, from transformers, torch or code of the model's own.

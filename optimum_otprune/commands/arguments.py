@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
-    """Add an option for each field of the configuration; the file, the method or the default says what is left out."""
+    """Add an option for each field of the configuration; unset ones come from file, method or default."""
     group = parser.add_argument_group("pruning configuration")
     group.add_argument("--config", metavar="FILE", help="configuration to start from: a file, a folder or a Hub id")
     for option in OPTIONS:
@@ -104,7 +104,7 @@ def chosen(args: argparse.Namespace, options: Callable[..., T]) -> T:
 
 
 def add_benchmark_options(parser: argparse.ArgumentParser) -> None:
-    """Add what `otprune benchmark` measures."""
+    """Add the arguments of `otprune benchmark`."""
     parser.add_argument("dense", metavar="DENSE", help="the model before pruning: Hub id or local folder")
     parser.add_argument("pruned", metavar="PRUNED", help="the model after: Hub id or local folder")
     group = parser.add_argument_group("measuring")
@@ -191,7 +191,7 @@ def add_windows_option(parser: argparse.ArgumentParser) -> None:
 
 
 def add_memory_options(parser: argparse.ArgumentParser) -> None:
-    """Add what is done with hidden states that do not fit into main memory."""
+    """Add the options for hidden states that do not fit into main memory."""
     group = parser.add_argument_group("memory")
     group.add_argument(
         "--max-hidden-memory",

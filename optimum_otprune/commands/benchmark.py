@@ -39,7 +39,7 @@ _HEAD = (
 
 
 def run_benchmark(args: argparse.Namespace) -> None:
-    """Measure, print, and write a file if asked.
+    """Measure, print the results, and write them to a file if one is given.
 
     Args:
         args: Values of the options that `add_benchmark_options` adds.
@@ -105,7 +105,7 @@ def checked_device(name: str) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """Return what to call a device in a table."""
+    """Return the name of a device for a table."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} CPU" if device.type == "cpu" else str(device)

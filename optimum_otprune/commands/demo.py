@@ -52,7 +52,7 @@ class DemoResult(NamedTuple):
 
 
 def run_demo(pruning_ratio: float, output: Path | None, overwrite: bool = False) -> list[DemoResult]:
-    """Prune the embedded model by three methods, print what came of it, save and reload the default's result.
+    """Prune the embedded model by three methods, print the results, save and reload that of the default.
 
     Args:
         pruning_ratio: Share of every FFN's channels to remove.

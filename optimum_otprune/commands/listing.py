@@ -13,7 +13,7 @@ from optimum_otprune.functional.registry import Entry
 
 
 def list(args: argparse.Namespace) -> None:
-    """Print the names of one kind, or of all, with what is known of each."""
+    """Print the names of one kind, or of all, with their descriptions and references."""
     load_plugins()
     kinds = [*REGISTRIES, "strategies", "methods"] if args.kind is None else [args.kind]
     for kind in kinds:

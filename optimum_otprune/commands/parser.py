@@ -66,7 +66,7 @@ class _Command(BaseOptimumCLICommand):
             raise SystemExit(code) from None
 
     def _advice(self, error: BaseException) -> str:
-        """Say what to do after a failure that left finished layers behind, or an interruption that did not."""
+        """Return what to do after a failure that kept finished layers, or an interruption that lost them."""
         assert self.args is not None
         folder = state_folder(self.args)
         if folder is None and isinstance(error, KeyboardInterrupt) and self._lost_layers():
@@ -76,7 +76,7 @@ class _Command(BaseOptimumCLICommand):
         return f" Finished layers are in {str(folder)!r}: run the same command again to go on."
 
     def _lost_layers(self) -> bool:
-        """Tell whether `--resume` would have kept what an interruption lost."""
+        """Return whether `--resume` would have kept layers that an interruption lost."""
         assert self.args is not None
         if "resume" not in self.args or self.args.dry_run or not self._has_begun:
             return False

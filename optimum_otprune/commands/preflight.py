@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 def prune(args: argparse.Namespace) -> None:
-    """Look at what `otprune prune` was given."""
+    """Check the arguments of `otprune prune`."""
     if args.eval_data is not None and not args.eval:
         raise UsageError("`--eval-data` would be ignored without `--eval`.")
     if args.max_windows is not None and not args.eval:
@@ -53,7 +53,7 @@ def prune(args: argparse.Namespace) -> None:
 
 
 def tune(args: argparse.Namespace) -> None:
-    """Look at what `otprune tune` was given."""
+    """Check the arguments of `otprune tune`."""
     given = [name for name in BUDGET_FIELDS if getattr(args, name) is not None]
     if args.target_latency is not None and given:
         option = given[0].replace("_", "-")
@@ -66,20 +66,20 @@ def tune(args: argparse.Namespace) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Look at what `otprune evaluate` was given."""
+    """Check the arguments of `otprune evaluate`."""
     usage(lambda: check_count("batch_size", args.batch_size))
     usage(lambda: check_option(OPTIONS_BY_NAME["seqlen"], args.seqlen))
     _check_windows(args)
 
 
 def push(args: argparse.Namespace) -> None:
-    """Look at what `otprune push` was given."""
+    """Check the arguments of `otprune push`."""
     if args.deadline is not None:
         usage(lambda: Deadline(args.deadline))
 
 
 def benchmark(args: argparse.Namespace) -> None:
-    """Look at what `otprune benchmark` was given."""
+    """Check the arguments of `otprune benchmark`."""
     if args.json is not None:
         output = output_path(args.json)
         for model in (args.dense, args.pruned):
@@ -88,7 +88,7 @@ def benchmark(args: argparse.Namespace) -> None:
 
 
 def demo(args: argparse.Namespace) -> None:
-    """Look at what `otprune demo` was given."""
+    """Check the arguments of `otprune demo`."""
     usage(lambda: check_option(OPTIONS_BY_NAME["pruning_ratio"], args.pruning_ratio))
     if args.output is not None:
         check_output_folder(output_path(args.output), args.overwrite)

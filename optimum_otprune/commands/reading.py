@@ -16,7 +16,7 @@ from optimum_otprune.storage.hub.push import verify_saved
 
 
 def report(args: argparse.Namespace) -> None:
-    """Print what pruning did to a saved model."""
+    """Print the report of a saved model."""
     folder = saved_folder(args)
     if not os.path.isfile(folder / REPORT_FILE):
         raise ReportError(f"{folder.name!r} has no {REPORT_FILE}: it is no folder that `otprune prune` wrote.")
@@ -58,7 +58,7 @@ def tell_seen(saved: PruningReport | None, metrics: Mapping[str, object]) -> Non
 
 
 def protocol(metrics: Mapping[str, object]) -> str:
-    """Say in words how a perplexity was measured."""
+    """Return a phrase for how a perplexity was measured."""
     return (
         f"{metrics['num_tokens']:,} tokens of {metrics['data']} in windows of {metrics['seqlen']}, {metrics['dtype']}"
     )

@@ -20,7 +20,7 @@ _COLOR = re.compile(r"\x1b\[[0-9;]*m")  # libraries color their own messages
 class VisibleStream(io.TextIOBase):
     """A stream whose characters can all be seen; line breaks and tabulators stay.
 
-    A stream that cannot be written ends no work: the first failure is kept, and what follows is dropped.
+    An error of writing ends no work: the first one is kept, and later output is dropped.
 
     Args:
         stream: The stream that is written to.
@@ -34,7 +34,7 @@ class VisibleStream(io.TextIOBase):
         self.failure: OSError | None = None
 
     def write(self, text: str) -> int:
-        """Write it with escapes in place of what cannot be seen."""
+        """Write text with escapes in place of invisible characters."""
         parts = text.split("\n")
         shown = "\n".join(visible(part.expandtabs(), len(text) + 8 * text.count("\t")) for part in parts)
         self._try(lambda: self._stream.write(shown))
@@ -79,7 +79,7 @@ class VisibleFormatter(logging.Formatter):
 
 @contextmanager
 def speaking() -> Iterator[None]:
-    """Print and log what can be seen, and each warning as one line on standard error, while a command runs.
+    """Make all output visible characters, and each warning one line on standard error, while a command runs.
 
     Raises:
         OutputError: At the end, if not all could be printed.

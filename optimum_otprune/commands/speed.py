@@ -100,9 +100,9 @@ class Comparison(NamedTuple):
 
     @property
     def share_of_time_saved(self) -> float | None:
-        """Time that the prefill saves as a share of what the removed operations promise; None if there are none.
+        """The share of the promised saving that the prefill reaches; None if no operations were removed.
 
-        The stricter of the two: a model that became no faster reaches 0.
+        This is the stricter of two possible measures: a model that became no faster reaches 0.
         """
         promised = 1 - 1 / self.promised_speedup
         return (1 - 1 / self.prefill_speedup) / promised if promised else None

@@ -20,7 +20,7 @@ _DIGITS = 9  # the most digits of a layer's index
 
 
 def check_option(option: Option, value: object) -> Any:
-    """Return the value in the option's type, or raise with the option's name, what was got and what would be right."""
+    """Return the value in the option's type, or raise an error with the option, the value and what is right."""
     if value is None:
         if option.optional:
             return None
@@ -49,7 +49,7 @@ def check_option(option: Option, value: object) -> Any:
 
 
 def check_count(name: str, value: object, least: int = 1) -> int:
-    """Return a count as an int, or raise with the argument's name, what was got and what would be right.
+    """Return a count as an int, or raise an error with the argument, the value and what is right.
 
     Args:
         name: The name of the argument.

@@ -35,7 +35,7 @@ def _typed_as(init: Callable[_P, None]) -> Callable[[Callable[..., None]], Calla
 
 
 class OTPruningConfig(PruningOptions, BaseConfig):
-    """Everything that decides what pruning does; saved beside the pruned model as `otprune_config.json`.
+    """The options of pruning; saved beside the pruned model as `otprune_config.json`.
 
     Every option has a default that works. Fields that a method decides are None when given as None or left unset, and
     are filled in from the method, so a configuration always shows what will be done; a field stays None where the
@@ -125,7 +125,7 @@ class OTPruningConfig(PruningOptions, BaseConfig):
         return OTPruningConfig.assembled({**values, **changes}, asked=changes)
 
     def fewest_options(self) -> dict[str, Any]:
-        """Return the fewest options that make an equal configuration: method, ratio or target, and what differs.
+        """Return the fewest options that make an equal configuration: method, ratio or target, and changed ones.
 
         Example:
             >>> OTPruningConfig(method="flap", pruning_ratio=0.5, seed=3).fewest_options()
@@ -154,8 +154,9 @@ class OTPruningConfig(PruningOptions, BaseConfig):
     def from_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> Any:
         """Make a configuration from a dictionary, such as the content of a file.
 
-        Options that this version does not know are left out with a warning if a newer version wrote them. So are
-        numbers that nothing reads, where a version wrote the file: they were without effect when it did.
+        Options that this version does not know are left out with a warning if a newer version wrote them. Numbers that
+        nothing reads are left out if the dictionary is a saved one, since they had no effect either when it was
+        written.
 
         Args:
             config_dict: Values by name.
@@ -224,7 +225,7 @@ class OTPruningConfig(PruningOptions, BaseConfig):
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
     ) -> None:
-        """Write `otprune_config.json` into a folder, and upload it if asked.
+        """Write `otprune_config.json` into a folder, and upload it if `push_to_hub` is set.
 
         Args:
             save_directory: The folder, which is made if it does not exist.

@@ -69,7 +69,7 @@ class Option(NamedTuple):
 
     @property
     def help(self) -> str:
-        """What the option means."""
+        """The meaning of the option."""
         return self.rules.help
 
 
@@ -98,7 +98,7 @@ def _function(registry: str, help: str) -> Any:
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class PruningOptions:
-    """Everything that decides what pruning does, as names and numbers.
+    """All options of pruning, names and numbers only.
 
     A field comes after those that decide whether it is read and which of its values are allowed.
     """

@@ -38,7 +38,7 @@ def read_options(file: Path) -> PruningOptions:
 
 
 def read_options_file(file: Path) -> dict[str, Any]:
-    """Read a file as a dictionary whose names and values nobody has looked at.
+    """Read a file as a dictionary, without checking its names and values.
 
     Raises:
         ConfigurationError: If it is no JSON object, or very large.

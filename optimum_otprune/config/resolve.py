@@ -38,7 +38,7 @@ FUNCTION_FIELDS: Mapping[str, Registry[Any]] = MappingProxyType(
 
 
 def resolve(values: dict[str, Any], explicit: set[str], asked: set[str]) -> dict[str, Any]:
-    """Fill in what the method decides, and refuse what contradicts it or another option.
+    """Fill in the options that the method decides, and refuse those that contradict it or another option.
 
     Args:
         values: The value of every option, None where the method decides.
@@ -189,9 +189,9 @@ def unused_fields(chosen: Mapping[str, Any]) -> dict[str, str]:
 
 
 def unused_numbers(chosen: Mapping[str, Any]) -> dict[str, str]:
-    """Return the numbers, and what goes with them, that nothing reads, given all other options, with the reason.
+    """Return the numbers, and options that go with them, that nothing reads given all others, with the reason.
 
-    They have a value there too, which is their default.
+    Such options have a value as well, their default.
     """
     unused: dict[str, str] = {}
     entries = {name: registry.entry(chosen[name]) for name, registry in FUNCTION_FIELDS.items() if chosen[name]}

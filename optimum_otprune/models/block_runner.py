@@ -34,9 +34,9 @@ _LEAVES = (Tensor, _OwnTensor)
 class BlockRunner:
     """Calls of a model's blocks, one at a time.
 
-    What a block is given beside the hidden states is noted for each batch, for it may depend on the token ids, as the
-    embeddings that some models have for each layer do. What is the same for all batches of a size, as masks and
-    positions are, is kept once.
+    A block's arguments besides the hidden states are recorded for each batch, since they may depend on the token ids,
+    as the embeddings that some models have for each layer do. Arguments that are equal for all batches of a size, such
+    as masks and positions, are kept once.
 
     Args:
         prunable: The model whose blocks are called.

@@ -32,7 +32,7 @@ def all_or_nothing(model: PreTrainedModel) -> Iterator[None]:
     """Let a block of code prune the model; if anything ends it early, put everything back, bit for bit.
 
     The dense parameters are kept in memory for that long. An offloaded model is left half-pruned once its weights have
-    begun to change, for copies of them might not fit: every later use is refused, see `check_whole`.
+    begun to change, since copies of them might not fit: every later use is refused, see `check_whole`.
     """
     put_back, is_kept = _kept_state(model), not is_offloaded(model)
     try:
@@ -127,7 +127,7 @@ def _kept_attributes(owner: object) -> Callable[[], None]:
 
 
 def _run_all(steps: list[Callable[[], None]]) -> None:
-    """Run every step; an interruption waits, and what it may have cut short is begun anew."""
+    """Run every step; an interruption waits, and a step that it may have cut short is run again."""
     interruption: KeyboardInterrupt | None = None
     is_done = False
     while not is_done:

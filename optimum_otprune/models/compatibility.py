@@ -71,7 +71,7 @@ def with_older_names(config: Mapping[str, object]) -> dict[str, object]:
 
 
 def has_older_names(config: Mapping[str, object]) -> bool:
-    """Return whether a saved configuration tells older versions all that it tells newer ones."""
+    """Return whether a saved configuration means the same to older versions as to newer ones."""
     return with_older_names(config) == config
 
 

@@ -123,7 +123,7 @@ def read_parameter(module: nn.Module, name: str) -> Tensor | None:
 def replace_parameter(module: nn.Module, name: str, value: Tensor) -> None:
     """Replace a parameter by one that may have another shape, in memory or in the store it is offloaded to.
 
-    A plain assignment to an offloaded module is undone by its hook without a word.
+    A plain assignment to an offloaded module would be undone silently by its hook.
 
     Args:
         module: The module that holds it directly.
@@ -156,7 +156,7 @@ def is_offloaded(model: PreTrainedModel) -> bool:
 def restore_ties(model: PreTrainedModel) -> None:
     """Make offloaded weights that are shared one parameter again; a forward pass leaves one for each of its places.
 
-    Else they are counted, and saved, more than once.
+    Otherwise tied parameters are counted, and saved, more than once.
     """
     for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         path, _, name = target.rpartition(".")
@@ -167,7 +167,7 @@ def restore_ties(model: PreTrainedModel) -> None:
 
 
 def model_sizes(model: PreTrainedModel) -> tuple[int, int]:
-    """Return how many parameters a model has, and their bytes; what is shared counts once, wherever it is."""
+    """Return how many parameters a model has, and their bytes; shared ones count once, wherever they are."""
     restore_ties(model)
     sizes = [(parameter.numel(), parameter.element_size()) for parameter in model.parameters()]
     return sum(count for count, _ in sizes), sum(count * size for count, size in sizes)
@@ -209,7 +209,7 @@ def onloaded(module: nn.Module) -> Iterator[None]:
 def keep_parameters(module: nn.Module) -> Callable[[], None]:
     """Return a function that undoes every `replace_parameter` from now on: the same values, bit for bit.
 
-    Parameters in memory are put back as the objects that they are now; of offloaded ones copies are kept on the CPU.
+    Parameters in memory are put back as the objects that they are now; offloaded ones are copied to the CPU.
 
     Args:
         module: The module that holds them directly.
@@ -269,9 +269,9 @@ _USUAL = 2**25  # bytes: where glibc's own adjusting ends, and is in a process t
 def large_blocks_returned(is_wanted: bool = True) -> Iterator[None]:
     """Allocate large blocks of memory one by one, so that the system has each back when it is freed.
 
-    By itself glibc keeps freed blocks of up to 32 MB and, since tensors are aligned, often finds none of them fit for
-    the next tensor of the same size: a run over many layers then takes more memory with every layer. Afterwards it
-    keeps them again. Does nothing where the C library is another.
+    Otherwise glibc keeps freed blocks of up to 32 MB and, since tensors are aligned, often finds none that fits the
+    next tensor of the same size, so that a run takes more memory with every layer. The previous behavior is restored
+    afterwards. With another C library nothing is done.
 
     Args:
         is_wanted: Whether to do anything.
@@ -289,7 +289,7 @@ def large_blocks_returned(is_wanted: bool = True) -> Iterator[None]:
 
 
 def return_freed_memory() -> None:
-    """Give the system back what this process has freed and glibc keeps; nothing where the C library is another."""
+    """Give memory that glibc keeps after it is freed back to the system; do nothing with another C library."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -80,7 +80,7 @@ def check_model(model: PreTrainedModel) -> None:
 
 
 def check_single(what: str, instead: str) -> None:
-    """Raise an error if several processes do what is for one alone.
+    """Raise an error if several processes run a call that needs a single one.
 
     Args:
         what: The name of the call, as a user writes it.
@@ -136,7 +136,7 @@ def _summed(value: Any) -> Any:
 
 
 def gathered(value: Value) -> list[Value]:
-    """Return what each process has, in the order of processes."""
+    """Return the values of all processes, in the order of processes."""
     if num_processes() == 1:
         return [value]
     _state()
@@ -147,7 +147,7 @@ def gathered(value: Value) -> list[Value]:
 
 
 def from_main(value: Value) -> Value:
-    """Return what the main process has; in the others, its tensors are on the CPU."""
+    """Return the value of the main process; in the others, its tensors are on the CPU."""
     if num_processes() == 1:
         return value
     _state()

@@ -57,7 +57,7 @@ class _Probe(NamedTuple):
 
 
 def measured_factors(prunable: PrunableModel, tokens: Tensor) -> list[float | None]:
-    """Check that a model's blocks and FFNs compute what they are taken to compute, and measure what FFNs add.
+    """Check that a model's blocks and FFNs compute what pruning assumes, and measure what FFNs add.
 
     Two short batches of different text are run through the whole model and block by block: the inputs of every FFN
     must be the same. Every FFN must put out `down(act(gate x) * up x)` of its own weights, on inputs of ordinary and

@@ -117,7 +117,7 @@ class FFNBlock:
                 setattr(owner, attribute, weights.intermediate_size)
 
     def keep(self) -> Callable[[], None]:
-        """Return a function that restores the FFN's present parameters bit for bit, on whatever device they are."""
+        """Return a function that restores the FFN's present parameters bit for bit, on any device."""
         put_back = [keep_parameters(module) for module in self.projections.values()]
 
         def undo() -> None:

@@ -63,9 +63,9 @@ class CalibrationStream:
 
     @torch.no_grad()
     def energies(self, block: FFNBlock) -> Tensor:
-        """Run a block, its FFN still dense, and return what the hidden states behind it amount to.
+        """Run a block with its dense FFN, and return the squared norms of the hidden states behind it.
 
-        Where the dense model is tracked, its hidden states are those, and they are then behind the block.
+        If the dense model is tracked, its hidden states are measured, and they are behind the block afterwards.
 
         Returns:
             ‖h‖² `(num_tokens,)`, float32, on the CPU.
@@ -106,7 +106,7 @@ class CalibrationStream:
     def advance(self, block: FFNBlock) -> None:
         """Run a block as it is now, so that the next one sees its outputs; behind `taps` its FFN alone, if it can be.
 
-        That is where the block adds a multiple of the FFN's output, in float32: else rounding would add up.
+        Where the block adds a multiple of the FFN's output, that is done in float32; otherwise rounding would add up.
         """
         factor = self._exact_factor(block)
         if self._ffn_inputs is None or factor is None:

@@ -50,7 +50,7 @@ class PrunableModel:
 
     @property
     def spec(self) -> FFNSpec:
-        """Where the FFNs are, and what the model's configuration calls their width."""
+        """The place of the FFNs, and the name of their width in the model's configuration."""
         return self.blocks[0].spec
 
     @property
@@ -62,7 +62,7 @@ class PrunableModel:
     def can_hold_intercept(self) -> bool:
         """Whether the architecture can hold a bias on the down projection, so that plain loading finds it.
 
-        Found out by building the model from its configuration, with biases switched on, on the meta device.
+        This is found by building the model from its configuration, with biases switched on, on the meta device.
         """
         if getattr(self.blocks[0].down, "bias", None) is not None:
             return True

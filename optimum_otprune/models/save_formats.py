@@ -51,7 +51,7 @@ class SaveFormat:
         return list(widths)
 
     def finish(self, model: "PreTrainedModel", blocks: Sequence["FFNBlock"]) -> int:
-        """Make the pruned model and its configuration what is saved; the outputs of the model stay as they are.
+        """Change the pruned model and its configuration to what is saved; the outputs of the model do not change.
 
         By default every layer is filled up with channels of zeros to its saved width.
 

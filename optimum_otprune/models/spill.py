@@ -143,7 +143,7 @@ def store(value: Any, spill: TensorSpill) -> Any:
 def mapped(value: Any, function: Callable[[Any], Any], leaves: tuple[type, ...] = (Tensor, StoredTensor)) -> Any:
     """Return nested containers with a function applied to the leaves in them; other objects stay the same.
 
-    Of mappings other than dictionaries there are copies: what is written there later does not reach the given ones.
+    Mappings other than dictionaries are copied, so that later writes do not reach the given ones.
 
     Args:
         value: A leaf, or tuples, named ones too, lists and dictionaries of leaves.

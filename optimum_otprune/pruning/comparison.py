@@ -28,7 +28,7 @@ class Comparison(NamedTuple):
 
     @property
     def one(self) -> Mapping[str, Any]:
-        """Either evaluation, for what both have in common."""
+        """Either of the two evaluations, for entries that both have in common."""
         found = self.pruned or self.dense
         assert found is not None
         return found

@@ -16,8 +16,8 @@ _PACKAGE = __name__.partition(".")[0]
 def guarded(field: str, entry: Entry) -> Entry:
     """Return an entry whose function can harm nothing but its own result; one of this package is returned as it is.
 
-    It gets clones of every tensor, so that what it writes there is lost. Errors that it raises come out as
-    `CustomFunctionError` with the original as cause, but for those of memory, which are nobody's fault.
+    The function gets clones of every tensor, so that its writes to them have no effect. Its errors are raised as
+    `CustomFunctionError` with the original as cause, except for errors of memory, which it may not have caused.
 
     Args:
         field: Name of the configuration's field, for messages.

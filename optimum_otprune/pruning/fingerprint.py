@@ -33,7 +33,7 @@ def tensors_digest(tensors: Iterable[Tensor]) -> str:
 
 
 def describe_difference(known: Mapping[str, object], now: Mapping[str, object], opaque: Sequence[str]) -> str | None:
-    """Return what differs, such as `"device type ('cpu', now 'cuda'), and model differ too"`, or None.
+    """Return the differences in words, such as `"device type ('cpu', now 'cuda'), and model differ too"`, or None.
 
     Args:
         known: The fingerprint of the run that was begun.

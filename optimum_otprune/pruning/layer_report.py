@@ -80,7 +80,7 @@ class LayerReport:
 
     @classmethod
     def from_dict(cls, values: object) -> "LayerReport":
-        """Make a report of what `to_dict` gave; entries that this version does not know are left out with a warning.
+        """Make a report from the result of `to_dict`; entries that are unknown here are left out with a warning.
 
         Raises:
             ReportError: If an entry is missing, of another kind, or contradicts another one; names it.
@@ -165,7 +165,7 @@ def known_entries(values: Any, names: Collection[str], where: str, unknown: list
 
 
 def warn_of_unknown(unknown: Sequence[str]) -> None:
-    """Say that entries of a report, written by a later version, are left out."""
+    """Warn that entries of a report, written by a later version, are left out."""
     if unknown:
         warn_user(
             f"The report has entries that this version of optimum_otprune does not know, {len(unknown)} in all, such "

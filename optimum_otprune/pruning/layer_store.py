@@ -31,10 +31,10 @@ class FinishedLayer(NamedTuple):
 
 
 class LayerStore(Protocol):
-    """Where a run looks for what an earlier one finished, and puts what it finishes."""
+    """The place where a run finds layers that an earlier one finished, and puts its own."""
 
     def prepared(self, make: Callable[[], Prepared], expected: Callable[[], Expected]) -> Prepared:
-        """Return what the dense model was asked for, or ask it now."""
+        """Return the preparation of an earlier run, or make it now."""
         ...
 
     def finished(self, layer: int, dense: FFNWeights, width: int) -> FinishedLayer | None:
@@ -62,7 +62,7 @@ class NoStore:
 
 
 class FolderStore:
-    """Keeps everything in a state folder; what is damaged there is done again, with a warning.
+    """Keeps everything in a state folder; damaged results are computed again, with a warning.
 
     Args:
         state: Opened, and begun with this run's fingerprint.
@@ -72,7 +72,7 @@ class FolderStore:
         self._state = state
 
     def prepared(self, make: Callable[[], Prepared], expected: Callable[[], Expected]) -> Prepared:
-        """Return what is in the folder, or ask the dense model and put it there."""
+        """Return the preparation in the folder, or make it and put it there."""
         if PREPARED_FILE in self._state.names:
             try:
                 return from_tensors(_tensors(self._state.read(PREPARED_FILE)), expected())

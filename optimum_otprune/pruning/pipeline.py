@@ -69,7 +69,7 @@ def prune_model(
 
 
 def _check(prunable: PrunableModel, config: OTPruningConfig, widths: list[int], empty: int) -> None:
-    """Raise what can be told before any pass, and make the model ready for passes."""
+    """Raise all errors that need no pass, and make the model ready for passes."""
     warn_of_empty(empty, sum(prunable.widths))
     check_feasible(prunable, config, widths)
     prunable.model.eval()
@@ -84,7 +84,7 @@ def _prune_layers(run: Run, store: LayerStore, progress: bool) -> list[LayerRepo
 
 
 def _next_layer(block: FFNBlock, width: int, run: Run, store: LayerStore) -> LayerReport:
-    """Prune a layer, or find it where it was kept; keep it, install it, and let the next one see what it puts out."""
+    """Prune a layer, or find its result; keep it, install it, and pass its output on to the next layer."""
     if width == block.intermediate_size:
         run.stream.skip(block)
         return untouched(block)
@@ -114,7 +114,7 @@ def _resized(prunable: PrunableModel, reports: list[LayerReport], config: OTPrun
 
 
 def _tell_of_size(pruned: PrunedLayers) -> None:
-    """Say what the saved model will have beside fewer channels."""
+    """Log what the saved model will contain beyond narrower layers."""
     if pruned.added_biases:
         logger.warning(ADDED_BIASES)
     if pruned.padding_parameters and any(report.pruned_channels == 0 for report in pruned.reports):

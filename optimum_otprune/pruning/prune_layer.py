@@ -78,7 +78,7 @@ def prune_layer(block: FFNBlock, dense: FFNWeights, width: int, run: Run) -> Fin
 
 
 def _correction(prunable: PrunableModel, recipe: Recipe, block: FFNBlock) -> float:
-    """Share of the earlier layers' error in the targets of a layer, by what its block adds of the FFN's output."""
+    """Return the share of the earlier layers' error in a layer's targets, divided by the layer's factor."""
     assert prunable.factors is not None
     factor = prunable.factors[block.layer]
     return (recipe.config.target_correction or 0.0) / factor if block.spec.residual and factor else 0.0

@@ -148,7 +148,7 @@ class PruningReport:
 
     @property
     def contradiction(self) -> str | None:
-        """Why the rescue ratio says one thing and the measured perplexity another; None where they agree."""
+        """The reason why rescue ratio and measured perplexity disagree; None where they agree."""
         factor = next((pair.factor for pair in self.comparisons), None)
         if factor is None or not self.energies.pruned:
             return None
@@ -186,7 +186,7 @@ class PruningReport:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> "PruningReport":
-        """Make a report of what `to_dict` gave; entries that this version does not know are left out with a warning.
+        """Make a report from the result of `to_dict`; entries that are unknown here are left out with a warning.
 
         Raises:
             ReportError: If an entry is missing, of another kind, or contradicts another one; names it.

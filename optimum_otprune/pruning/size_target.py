@@ -100,8 +100,8 @@ def with_pruning_ratio(config: OTPruningConfig, prunable: PrunableModel) -> OTPr
 def target_count(config: OTPruningConfig, model: PreTrainedModel) -> int:
     """Return the parameters, or bytes, that a configuration's target allows the pruned model.
 
-    A share is one of the dense model's parameters, or of the bytes of its weights, tied ones once; what is left of
-    one is cut off.
+    A share refers to the dense model's parameters, or to the bytes of its weights, tied ones once; fractions are cut
+    off.
 
     Args:
         config: A configuration with `target_parameters` or `target_size`.
@@ -130,7 +130,7 @@ def _footprint(
 ) -> Footprint:
     """Return the footprint of the model as it is, or with the biases that its FFNs may gain.
 
-    Layers whose width is decided already are part of what is fixed.
+    Layers whose width is decided already count as fixed.
     """
     blocks, tensors = prunable.blocks, _saved_tensors(prunable.model)
     fixed = _tensor_total(prunable.model, unit)

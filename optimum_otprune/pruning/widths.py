@@ -41,7 +41,7 @@ def given_widths(blocks: list[FFNBlock], config: OTPruningConfig) -> dict[int, i
 
 
 def plan_widths(blocks: list[FFNBlock], config: OTPruningConfig) -> list[int]:
-    """Return the width that each layer will have; with `allocation="adaptive"`, what the others share is their mean.
+    """Return the width of each layer; with `allocation="adaptive"`, the mean of those that are shared out.
 
     Raises:
         UnsupportedModelError: If the layers differ in width now.
@@ -69,7 +69,7 @@ def plan_widths(blocks: list[FFNBlock], config: OTPruningConfig) -> list[int]:
 
 
 def _check_multiple(width: int, config: OTPruningConfig) -> None:
-    """Raise an error if the multiple that was asked for cannot be met, and warn where it is lowered."""
+    """Raise an error if the given multiple cannot be met, and warn where it is lowered."""
     ratios = [config.pruning_ratio, *config.layer_ratios.values()]
     multiple = config.multiple_of
     if not any(ratios):
@@ -103,8 +103,8 @@ def adaptive_widths(
     """Share the channels of the layers without a width of their own by what removing them costs the loss.
 
     The cost of a removal is that of greedy elimination (OBS) with a refit of the others, on the dense model's hidden
-    states: `tr(E[g gᵀ] E[e eᵀ])` with the output's error e, tokens weighted as everywhere, and the gradient g of the
-    loss by the output. That is twice the empirical Fisher's estimate of what the loss gains, were g and e independent.
+    states: `tr(E[g gᵀ] E[e eᵀ])` with the output's error e, the usual weights of tokens, and the gradient g of the
+    loss by the output. It is twice the empirical Fisher estimate of the change of the loss if g and e are independent.
 
     Args:
         prunable: The dense model.

@@ -96,9 +96,9 @@ def calibration_tokens(
 ) -> TokenData:
     """Return the calibration samples: all rows of a token matrix, else `num_samples` windows without replacement.
 
-    Of a long text they are drawn from pieces all over it, and only these are tokenized; no window is repeated. The
-    same text gives the same samples, whatever kind of data it is in. Of a streamed data set, which may have no end, as
-    much is read as gives 16 pieces for each sample, so that samples come from its beginning alone.
+    Windows of a long text are drawn from pieces all over it, and only these are tokenized; no window is repeated. The
+    same text gives the same samples, whatever kind of data it is in. A streamed data set may have no end, so only 16
+    pieces for each sample are read, and samples come from its beginning alone.
 
     Args:
         data: None for the configuration's dataset, a Hub dataset name, a file (text, JSON, JSON lines, CSV, Parquet,
@@ -131,7 +131,7 @@ def calibration_tokens(
 def expected_samples(
     data: TokenSource | None, config: OTPruningConfig, limits: ModelLimits, has_tokenizer: bool | None
 ) -> ExpectedSamples:
-    """Say what `calibration_tokens` would return, without downloading or tokenizing anything; token ids are read.
+    """Return the number of samples that `calibration_tokens` would give; only token ids are read for it.
 
     Args:
         data: The calibration data, as in `calibration_tokens`.
@@ -164,10 +164,10 @@ def evaluation_tokens(
 ) -> TokenData:
     """Return consecutive windows without overlap, the tail dropped; rows of a token matrix are windows as they are.
 
-    Documents are one text, a blank line between them, with the tokens that one call for all of it would give; a long
-    text is tokenized in pieces, so that memory grows by its token ids alone. Of a text that is longer than
-    `max_windows` need, only the beginning is read, up to where later text cannot change the tokens of the windows. A
-    data set without an end needs `max_windows`.
+    Documents are joined to one text with a blank line between them, and the tokens are those of one call for all of
+    it; a long text is tokenized in pieces, so that memory grows by its token ids alone. If `max_windows` is given,
+    only the beginning of a text is read, up to where later text cannot change the tokens of the windows. A data set
+    without an end needs `max_windows`.
 
     Args:
         data: The evaluation data, as in `calibration_tokens`.

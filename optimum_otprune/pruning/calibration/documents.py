@@ -296,10 +296,9 @@ def _folder_files(path: Path) -> tuple[list[Path], list[str]]:
 def _hub_table(name: str, dataset_config: str | None, split: str) -> datasets.Dataset:
     """Return a split, downloaded whole to the cache of `datasets` and from there read row by row.
 
-    It is not streamed. Samples are drawn over all of a split, for which every row has to be read; a stream is shuffled
-    within its first rows only, so that they would come from its head. And what is in the cache is read without a
-    network, by the evaluation before and after pruning alike. Whoever wants a part of a data set that is too large for
-    this gives `datasets.load_dataset(…, streaming=True)` as data, of which no more is read than is needed.
+    The split is not streamed: samples are drawn from all of it, but a stream is shuffled within its first rows only,
+    so that samples would come from its beginning. The cache is also read without a network, by evaluations before and
+    after pruning alike. To use a part of a larger data set, give `datasets.load_dataset(…, streaming=True)` as data.
     """
     try:
         with without_secrets_in_warnings():

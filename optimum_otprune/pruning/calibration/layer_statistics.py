@@ -41,9 +41,9 @@ class LayerStatistics(NamedTuple):
 def residual_token_weights(energy: Tensor, is_heldout: Tensor) -> tuple[Tensor, float]:
     """Weigh tokens by how much an error of the FFN disturbs the hidden state behind it: 1 / its squared norm.
 
-    What follows a block normalizes its input first, so the same error matters less where the hidden state is long;
-    tokens with massive activations, such as the first one, would else decide the whole fit. Norms below a tenth of
-    the median count as that.
+    The layers behind a block normalize its output first, so the same error matters less where the hidden state is
+    long; otherwise tokens with massive activations, such as the first one, would decide the whole fit. Squared norms
+    below a hundredth of the median are raised to that.
 
     Args:
         energy: Squared norms of hidden states, `(num_tokens,)`, from `CalibrationStream.energies`.
@@ -92,7 +92,7 @@ class TokenBatch(NamedTuple):
 
     @property
     def targets(self) -> Tensor:
-        """What the FFN should put out, without its bias, `(num_tokens, hidden_size)`."""
+        """The outputs that the FFN should have, without its bias, `(num_tokens, hidden_size)`."""
         return self.outputs if self.correction is None else self.outputs + self.correction
 
 

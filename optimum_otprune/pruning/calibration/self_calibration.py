@@ -78,7 +78,7 @@ def check_can_write(model: PreTrainedModel, times: int) -> None:
 def _plain_sampling(model: PreTrainedModel, new_tokens: int) -> Iterator[None]:
     """Sample full-length texts from the model's own distribution, whatever its generation settings are.
 
-    Settings that are passed to `generate` are completed by the model's, so they are put in their place instead.
+    The model's own settings are replaced, since they would complete those that are passed to `generate`.
     """
     own = model.generation_config
     model.generation_config = GenerationConfig(

@@ -23,10 +23,10 @@ def first_tokens(
 ) -> np.ndarray:
     """Return the first so many token ids of a text, and some more; all of them for None.
 
-    They are those of one call for the whole text, yet a long text is tokenized in chunks, so that memory grows by its
-    ids alone. Chunks overlap. The tokens of the overlap by itself end like those of the chunk before it, and begin
+    The ids are those of one call for the whole text, but a long text is tokenized in chunks, so that memory grows by
+    its ids alone. Chunks overlap. The tokens of the overlap by itself end like those of the chunk before it, and begin
     like those of the chunk after it: counted from there, the two are joined within tokens that the cuts on both sides
-    did not change. Where there is no such run of tokens, the chunk grows until there is.
+    did not change. If there is no such run of tokens, the chunk grows until there is.
 
     Args:
         parts: The text in parts, read no further than needed.

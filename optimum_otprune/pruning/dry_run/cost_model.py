@@ -80,7 +80,7 @@ class Workload(NamedTuple):
 
 
 def working_bytes(work: Workload) -> dict[str, int]:
-    """Return what the device that computes needs beside the weights that live there, by purpose.
+    """Return the bytes that the computing device needs beside its weights, by purpose.
 
     Args:
         work: The sizes and choices of the run.
@@ -141,7 +141,7 @@ def _moment_bytes(work: Workload) -> int:
 
 
 def activation_bytes(work: Workload, tokens: int) -> int:
-    """Return what some tokens leave behind on their way through one block.
+    """Return the bytes of the activations of some tokens in one block.
 
     Args:
         work: The sizes and choices of the run.
@@ -151,7 +151,7 @@ def activation_bytes(work: Workload, tokens: int) -> int:
 
 
 def calibration_bytes(work: Workload) -> dict[str, int]:
-    """Return what waits in main memory, or in files, of the stage that needs most, by purpose.
+    """Return the bytes that wait in main memory or in files in the most demanding stage, by purpose.
 
     Args:
         work: The sizes and choices of the run.

@@ -69,7 +69,7 @@ def plan_pruning(
     evaluate: bool = False,
     evaluation_data: TokenSource | None = None,
 ) -> PruningPlan:
-    """Say what pruning would do; see `OTPruner.plan`.
+    """Return the plan of a pruning run; see `OTPruner.plan`.
 
     Args:
         skeleton: The model, in memory or on the meta device.

@@ -15,8 +15,8 @@ def width_for_latency(
 ) -> int:
     """Return the largest multiple of channels with which a forward pass takes at most the target.
 
-    Found by bisection over multiples: for speed only the width matters, so channels are just cut off, and put back
-    after each measurement. Assumes that more channels never make a model faster.
+    The width is found by bisection over multiples. For speed only the width matters, so channels are just cut off, and
+    put back after each measurement. More channels are assumed never to make a model faster.
 
     Args:
         prunable: The dense model, whose FFNs have one width; it is the same afterwards.

@@ -34,7 +34,7 @@ _WALKS = 200
 
 
 def default_search_space(config: OTPruningConfig, residual: bool, can_hold_intercept: bool) -> dict[str, Any]:
-    """Return what is searched over by default: what the configuration's method leaves open.
+    """Return the default search space: the fields that the configuration's method leaves open.
 
     Args:
         config: The configuration to start from.
@@ -157,7 +157,7 @@ def _contradiction(base: OTPruningConfig, sampled: Mapping[str, object]) -> str:
 
 
 def unread_fields(config: OTPruningConfig) -> dict[str, str]:
-    """Return the fields that make no difference to what a configuration does, with the reason."""
+    """Return the fields that do not change the result of a configuration, with the reason."""
     preset = METHODS[config.method].fields
     values = {name: getattr(config, name) for name in METHOD_FIELDS}
     unread = unused_fields({name: preset[name] if value is None else value for name, value in values.items()})
@@ -197,8 +197,8 @@ def assemble(base: OTPruningConfig, sampled: Mapping[str, object]) -> OTPruningC
 def sample_config(base: OTPruningConfig, space: Mapping[str, Domain], pick: Pick) -> OTPruningConfig:
     """Put a configuration together field by field.
 
-    A field that would make no difference given those picked before is not picked, and only those choices are offered
-    that can be combined with them.
+    A field that makes no difference given the earlier ones is not picked, and only choices that can be combined with
+    these are offered.
 
     Args:
         base: The configuration that all other fields come from.
