@@ -90,7 +90,7 @@ class Comparison(NamedTuple):
 
     @property
     def promised_speedup(self) -> float:
-        """The same, were time proportional to the operations of matrix products."""
+        """The speedup of the prefill if time were proportional to the operations of matrix products."""
         return self.dense.flops / self.pruned.flops
 
     @property

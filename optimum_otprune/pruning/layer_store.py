@@ -50,7 +50,7 @@ class NoStore:
     """Keeps nothing."""
 
     def prepared(self, make: Callable[[], Prepared], expected: Callable[[], Expected]) -> Prepared:
-        """Ask the dense model."""
+        """Make the preparation, which is not kept."""
         return make()
 
     def finished(self, layer: int, dense: FFNWeights, width: int) -> FinishedLayer | None:
