@@ -14,7 +14,7 @@ from optimum_otprune.config.presets import (
     TRANSPORT_FIELDS,
 )
 from optimum_otprune.errors import ConfigurationError, RegistryError, unknown_name, warn_user
-from optimum_otprune.functional.costs import costs
+from optimum_otprune.functional.costs import CENTROID_COSTS, costs
 from optimum_otprune.functional.importance import importances
 from optimum_otprune.functional.marginals import distributions, mixtures, strategies
 from optimum_otprune.functional.parameters import split_name
@@ -118,18 +118,23 @@ def function_name(field: str, given: str | None) -> str | None:
 
 
 def check_replaced(values: Mapping[str, Any], functions: Mapping[str, Any]) -> None:
-    """Raise where functions in place of a configuration's leave a number of it without a reader.
+    """Raise where functions in place of a configuration's leave a number without a reader, or would not be called.
 
     Args:
         values: Every option.
         functions: Functions, or names of registered ones, by field.
 
     Raises:
-        ConfigurationError: Names the first such number that is not its default.
+        ConfigurationError: Names the first such number that is not its default, or the cost that centroids ignore.
     """
     for name, reason in unused_numbers({**values, **functions}).items():
         if values[name] != _default(name, values["quality"]):
             raise _ignored(name, values[name], reason)
+    cost = functions.get("cost")
+    if cost is not None and values["target"] == "cluster_centroid":
+        entry = costs.entry(cost)
+        if callable(cost) or entry.name not in CENTROID_COSTS:
+            raise _no_cost_of_centroids(entry.name)
 
 
 def _default(name: str, quality: Any) -> Any:
@@ -214,6 +219,13 @@ def unused_numbers(chosen: Mapping[str, Any]) -> dict[str, str]:
     return unused
 
 
+def _no_cost_of_centroids(given: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"`target='cluster_centroid'` contradicts `cost={given!r:.60}`: centroids are of weights and no channels, so another "
+        f"cost would be ignored. Use {' or '.join(f'cost={name!r}' for name in CENTROID_COSTS)}."
+    )
+
+
 def _check_combinations(chosen: dict[str, Any]) -> None:
     centroids = chosen["target"] == "cluster_centroid"
     if centroids and chosen["normalization"] == "identity":
@@ -221,11 +233,8 @@ def _check_combinations(chosen: dict[str, Any]) -> None:
             "`target='cluster_centroid'` contradicts `normalization='identity'`: centroids are no channels that "
             "could stay as they are. Use normalization='corrected'."
         )
-    if centroids and chosen["cost"] == "activation":
-        raise ConfigurationError(
-            "`target='cluster_centroid'` contradicts `cost='activation'`: centroids of weights have no activations. "
-            "Use cost='weight'."
-        )
+    if centroids and chosen["cost"] not in CENTROID_COSTS:
+        raise _no_cost_of_centroids(chosen["cost"])
     if chosen["compensation"] == "bias" and chosen["intercept"] != "always":
         raise ConfigurationError("`compensation='bias'` is an intercept: it needs `intercept='always'`.")
     if chosen["ridge_prior"] == "transport" and "down" not in (chosen["fuse"] or ()):
