@@ -221,8 +221,8 @@ def unused_numbers(chosen: Mapping[str, Any]) -> dict[str, str]:
 
 def _no_cost_of_centroids(given: str) -> ConfigurationError:
     return ConfigurationError(
-        f"`target='cluster_centroid'` contradicts `cost={given!r:.60}`: centroids are of weights and no channels, so another "
-        f"cost would be ignored. Use {' or '.join(f'cost={name!r}' for name in CENTROID_COSTS)}."
+        f"`target='cluster_centroid'` contradicts `cost={given!r:.60}`: centroids are no channels, so another cost "
+        f"would be ignored. Use {' or '.join(f'cost={name!r}' for name in CENTROID_COSTS)}."
     )
 
 
