@@ -147,6 +147,21 @@ def test_an_integer_is_a_default_of_a_number(registry):
     assert registry.entry("new").name == "new:power=1.0"
 
 
+def test_what_a_function_requires_may_be_said_by_an_attribute_or_where_it_is_registered(registry):
+    def given(inputs): ...
+
+    assert registry.entry(given).requires == {"activations", "gradients"}
+    registry.register("silent")(given)
+    given.requires = ("gradients",)
+    registry.register("by_attribute")(given)
+    registry.register("by_argument", requires=("activations",))(given)
+    registry.register("by_empty_argument", requires=())(given)
+    found = [
+        registry.entry(one).requires for one in (given, "by_attribute", "by_argument", "by_empty_argument", "silent")
+    ]
+    assert found == [{"gradients"}, {"gradients"}, {"activations"}, set(), set()]
+
+
 def test_what_is_known_of_a_function_is_told(registry):
     entry = registry.entry("scaled:power=2")
     assert entry.summary == "Everything that it was given, as it came."
