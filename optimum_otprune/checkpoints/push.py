@@ -14,6 +14,7 @@ from optimum_otprune.config.options_file import CONFIG_FILE
 from optimum_otprune.errors import ConfigurationError
 from optimum_otprune.models.changes import check_whole
 from optimum_otprune.models.distributed import check_single
+from optimum_otprune.pruning.report import REPORT_FILE, PruningReport
 from optimum_otprune.storage.hub.options import PUSH_OPTION, PushOptions, filled
 from optimum_otprune.storage.hub.preflight import check_hub_access
 from optimum_otprune.storage.hub.push import PushResult, push_folder
@@ -58,7 +59,7 @@ class HubMixin(ABC):
 
 
 def push_saved(folder: Path, repo_id: str, **options: Unpack[PushOptions]) -> PushResult:
-    """Push a saved folder, its card naming the repository unless it was edited by hand.
+    """Push a saved folder, its card naming the repository unless it was edited by hand or cites what no file holds.
 
     Args:
         folder: A folder that `save_pretrained` wrote; it stays as it is.
@@ -70,8 +71,16 @@ def push_saved(folder: Path, repo_id: str, **options: Unpack[PushOptions]) -> Pu
         HubError: If the push fails; the same call may be repeated.
     """
     has_configuration = (folder / CONFIG_FILE).is_file()
-    own_card = partial(folder_card, folder, repo_id) if has_configuration else None
+    own_card = partial(_own_card, folder, repo_id) if has_configuration else None
     return push_folder(folder, repo_id, own_card=own_card, **options)
+
+
+def _own_card(folder: Path, name: str) -> str | None:
+    """Return the card under a name; None where only the card in the folder knows the references of functions."""
+    report_file = folder / REPORT_FILE
+    if report_file.is_file() and PruningReport.load(report_file).references is None:
+        return None
+    return folder_card(folder, name)
 
 
 def refuse_push_options(given: Mapping[str, object]) -> None:

@@ -39,7 +39,7 @@ class OTPruningConfig(PruningOptions, BaseConfig):
 
     Every option has a default that works. Fields that a method decides are None when given as None or left unset, and
     are filled in from the method, so a configuration always shows what will be done; a field stays None where the
-    method has no use for it.
+    method has no use for it. A copy with other values is made by `config.replace(...)`, not by `dataclasses.replace`.
 
     Args:
         **options: The fields of `optimum_otprune.config.options.PruningOptions`; `otprune prune --help` says what each

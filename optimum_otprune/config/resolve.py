@@ -14,7 +14,7 @@ from optimum_otprune.config.presets import (
     TRANSPORT_FIELDS,
 )
 from optimum_otprune.errors import ConfigurationError, RegistryError, unknown_name, warn_user
-from optimum_otprune.functional.costs import costs
+from optimum_otprune.functional.costs import CENTROID_COSTS, costs
 from optimum_otprune.functional.importance import importances
 from optimum_otprune.functional.marginals import distributions, mixtures, strategies
 from optimum_otprune.functional.parameters import split_name
@@ -117,19 +117,24 @@ def function_name(field: str, given: str | None) -> str | None:
         raise ConfigurationError(f"`{field}`: {error}") from error
 
 
-def check_replaced(values: Mapping[str, object], functions: Mapping[str, object]) -> None:
-    """Raise an error if functions that replace a configuration's leave one of its numbers unread.
+def check_replaced(values: Mapping[str, object], functions: Mapping[str, Any]) -> None:
+    """Raise an error if given functions leave a number of the configuration unread, or would not be called.
 
     Args:
         values: The value of every option.
         functions: The given functions, or names of registered ones, by field.
 
     Raises:
-        ConfigurationError: If a number that is not its default is read by none; the message names the first.
+        ConfigurationError: If a number that is not its default is read by none, or centroids would ignore a cost.
     """
     for name, reason in unused_numbers({**values, **functions}).items():
         if values[name] != _default(name, values["quality"]):
             raise _ignored(name, values[name], reason)
+    cost = functions.get("cost")
+    if cost is not None and values["target"] == "cluster_centroid":
+        entry = costs.entry(cost)
+        if callable(cost) or entry.name not in CENTROID_COSTS:
+            raise _no_cost_of_centroids(entry.name)
 
 
 def _default(name: str, quality: object) -> object:
@@ -214,6 +219,13 @@ def unused_numbers(chosen: Mapping[str, Any]) -> dict[str, str]:
     return unused
 
 
+def _no_cost_of_centroids(given: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"`target='cluster_centroid'` contradicts `cost={given!r:.60}`: centroids are no channels, so another cost "
+        f"would be ignored. Use {' or '.join(f'cost={name!r}' for name in CENTROID_COSTS)}."
+    )
+
+
 def _check_combinations(chosen: dict[str, Any]) -> None:
     centroids = chosen["target"] == "cluster_centroid"
     if centroids and chosen["normalization"] == "identity":
@@ -221,11 +233,8 @@ def _check_combinations(chosen: dict[str, Any]) -> None:
             "`target='cluster_centroid'` contradicts `normalization='identity'`: centroids are no channels that "
             "could stay as they are. Use normalization='corrected'."
         )
-    if centroids and chosen["cost"] == "activation":
-        raise ConfigurationError(
-            "`target='cluster_centroid'` contradicts `cost='activation'`: centroids of weights have no activations. "
-            "Use cost='weight'."
-        )
+    if centroids and chosen["cost"] not in CENTROID_COSTS:
+        raise _no_cost_of_centroids(chosen["cost"])
     if chosen["compensation"] == "bias" and chosen["intercept"] != "always":
         raise ConfigurationError("`compensation='bias'` is an intercept: it needs `intercept='always'`.")
     if chosen["ridge_prior"] == "transport" and "down" not in (chosen["fuse"] or ()):

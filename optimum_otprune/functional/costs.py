@@ -1,7 +1,8 @@
 """What it costs to let a kept channel stand in for another: transport costs, and gains where there are any."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -141,16 +142,18 @@ def transport_cost(name: str | CostFunction | Entry, inputs: CostInputs, kept_ch
 
 
 _KMEANS_ITERATIONS = 20
+# Costs that centroids are compared by: p of the distance between unit weight vectors, the same as in the cost itself.
+CENTROID_COSTS: Mapping[str, float] = MappingProxyType({"weight": 1.0, "weight_l2": 2.0})
 
 
-def centroid_cost(weights: FFNWeights, kept_size: int, seed: int, cost: str | None) -> tuple[TransportCost, Tensor]:
+def centroid_cost(weights: FFNWeights, kept_size: int, seed: int, cost: str) -> tuple[TransportCost, Tensor]:
     """Cluster the channels' unit weight vectors; centroids are what channels are transported to.
 
     Args:
         weights: The weights of the FFN.
         kept_size: The number of clusters.
         seed: The random seed of k-means++.
-        cost: `"weight"` (p = 1) or `"weight_l2"`.
+        cost: One of `CENTROID_COSTS`.
 
     Returns:
         Cost `(intermediate_size, kept_size)`, and for each centroid the nearest channel that no other centroid has,
@@ -159,7 +162,7 @@ def centroid_cost(weights: FFNWeights, kept_size: int, seed: int, cost: str | No
     vectors = channel_vectors(weights).cpu()
     rng = np.random.default_rng(seed)
     centroids, _ = kmeans2(vectors.numpy(), kept_size, minit="++", iter=_KMEANS_ITERATIONS, rng=rng)
-    distance = torch.cdist(vectors, torch.from_numpy(centroids), p=1.0 if cost == "weight" else 2.0)
+    distance = torch.cdist(vectors, torch.from_numpy(centroids), p=CENTROID_COSTS[cost])
     taken = torch.zeros(len(vectors), dtype=torch.bool)
     representatives = torch.empty(kept_size, dtype=torch.long)
     for column in range(kept_size):

@@ -15,11 +15,11 @@ Value: TypeAlias = bool | int | float | str
 
 _WANTED: Mapping[type, str] = {
     bool: "true or false",
-    int: "an integer",
+    int: "an integer of at most 63 bits",
     float: "a finite number",
     str: "visible text without commas and without space around it",
 }
-_LARGEST = 2**63  # integers that are given as numbers are smaller
+_LARGEST = 2**63  # integers are smaller
 _FORM = "want a name, or 'name:parameter=value' with a comma between several parameters"
 
 
@@ -55,7 +55,8 @@ class Parameter(NamedTuple):
             found = text if _can_be_written(text) else None
         else:
             number = self.kind(text)
-            found = number if math.isfinite(number) else None
+            is_in_range = abs(number) < _LARGEST if self.kind is int else math.isfinite(number)
+            found = number if is_in_range else None
         if found is None:
             raise ValueError(text)
         return found
@@ -71,8 +72,12 @@ def parameters_of(function: Callable[..., Any], what: str) -> dict[str, Paramete
     Raises:
         RegistryError: If one has no default or no type that a configuration can hold.
     """
-    found = {}
-    for parameter in inspect.signature(function).parameters.values():
+    found: dict[str, Parameter] = {}
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # functions of C, such as `torch.abs`, tell of no parameters
+        return found
+    for parameter in signature.parameters.values():
         if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
             continue
         kinds: list[type] = [kind for kind in _WANTED if parameter.annotation in (kind, kind.__name__)]

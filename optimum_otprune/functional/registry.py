@@ -28,7 +28,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 ACTIVATIONS = "activations"
 GRADIENTS = "gradients"
 
-_FACTS = ("meets", "takes_any")  # that a function may carry as attributes
+_FACTS = ("requires", "meets", "takes_any")  # that a function may carry as attributes
 
 
 class Entry(NamedTuple):
@@ -89,7 +89,7 @@ class Registry(Generic[F]):
         name: str,
         *,
         reference: Reference | str | None = None,
-        requires: Iterable[str] = (),
+        requires: Iterable[str] | None = None,
         reads: Iterable[str] | None = None,
         meets: tuple[bool, bool] | None = None,
         takes_any: bool | None = None,
@@ -103,13 +103,13 @@ class Registry(Generic[F]):
             name: Lower-case words joined by underscores.
             reference: Where the method comes from, a publication or an address; the model card cites it.
             requires: Statistics that the function reads and that are only collected on demand: `"gradients"` (a
-                backward pass over the calibration data) or `"activations"`.
+                backward pass over the calibration data) or `"activations"`. None without it.
             reads: Options that the function reads: `"aggregation"` for an importance; for a solver,
                 `"target_distribution"` and those of `SolverSettings`. Setting one that nothing reads is an error.
                 Without it, the function may read any.
             meets: For a solver: whether its plan has to meet the source and the target marginal.
-            takes_any: For a solver: whether it takes the cost in float32 or float64, on its device. What is not said
-                here may be said by an attribute of the function.
+            takes_any: For a solver: whether it takes the cost in float32 or float64, on its device. This, `meets` and
+                `requires` may be said by an attribute of the function instead.
 
         Raises:
             RegistryError: If the name is taken or malformed, or a parameter cannot be set by a configuration.
@@ -124,10 +124,11 @@ class Registry(Generic[F]):
                     f"`{self._entries[name].function.__qualname__}`. Choose another name."
                 )
             read = None if reads is None else frozenset(reads)
-            given = {"meets": meets, "takes_any": takes_any}
-            facts = _facts(function) | {fact: value for fact, value in given.items() if value is not None}
+            given = {"requires": requires, "meets": meets, "takes_any": takes_any}
+            facts = _facts(function, ()) | {fact: value for fact, value in given.items() if value is not None}
+            facts["requires"] = frozenset(facts["requires"])
             facts["parameters"] = parameters_of(function, f"the {self.kind} {name!r}")
-            self._entries[name] = Entry(name, function, reference, frozenset(requires), read, **facts)
+            self._entries[name] = Entry(name, function, reference, reads=read, **facts)
             return function
 
         return decorator
@@ -167,9 +168,8 @@ class Registry(Generic[F]):
             return self._named(as_text(given))
         if not callable(given):
             raise RegistryError(f"{given!r:.60} is no {self.kind}; want a registered name, or a function.")
-        requires = getattr(given, "requires", (ACTIVATIONS, GRADIENTS))
         name = getattr(given, "__name__", type(given).__name__)
-        return Entry(name, given, None, frozenset(requires), **_facts(given))
+        return Entry(name, given, None, **_facts(given, (ACTIVATIONS, GRADIENTS)))
 
     def _named(self, text: str) -> Entry:
         name, texts = split_name(text)
@@ -185,6 +185,7 @@ class Registry(Generic[F]):
         return self.entry(given).function  # type: ignore[return-value]
 
 
-def _facts(function: Callable[..., Any]) -> dict[str, Any]:
-    """What a function says of itself in attributes."""
-    return {name: getattr(function, name) for name in _FACTS if hasattr(function, name)}
+def _facts(function: Callable[..., Any], requires: Iterable[str]) -> dict[str, Any]:
+    """What a function says of itself in attributes; what it requires has a default."""
+    said = {name: getattr(function, name) for name in _FACTS if hasattr(function, name)}
+    return {**said, "requires": frozenset(said.get("requires", requires))}

@@ -78,7 +78,8 @@ class PruningReport:
         base_card: License and language of the base model, as its card states them; see `base_card.read_base_card`.
         added_biases: Whether the FFNs had no biases before and have some now.
         options: Names of the fewest options that make the configuration; None in reports that do not say.
-        references: Publications, or addresses of them, that registered functions were registered with, by field.
+        references: Publications, or addresses of them, that registered functions were registered with, by field;
+            None in reports that do not say.
     """
 
     config: Mapping[str, Any]
@@ -98,7 +99,7 @@ class PruningReport:
     added_biases: bool = False
     token_weighting: str = "uniform"
     options: Sequence[str] | None = None
-    references: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
+    references: Mapping[str, Mapping[str, str]] | None = None
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -231,7 +232,7 @@ class PruningReport:
             layer.check(f"layers[{index}]", is_finite)
         if any(later.layer <= former.layer for former, later in itertools.pairwise(self.layers)):
             raise ReportError("`layers` of the report are not in order, each once. Get the folder again.")
-        for name in ("config", "calibration", "custom_functions", "versions", "base_card", "references"):
+        for name in ("config", "calibration", "custom_functions", "versions", "base_card"):
             check_entry(name, getattr(self, name), Mapping)
         if self.options is not None:
             check_entry("options", self.options, (list, tuple))
@@ -240,10 +241,12 @@ class PruningReport:
         for name in ("custom_functions", "versions"):
             for value in getattr(self, name).values():
                 check_entry(name, value, str)
-        for reference in self.references.values():
-            check_entry("references", reference, Mapping)
-            for value in reference.values():
-                check_entry("references", value, str)
+        if self.references is not None:
+            check_entry("references", self.references, Mapping)
+            for reference in self.references.values():
+                check_entry("references", reference, Mapping)
+                for value in reference.values():
+                    check_entry("references", value, str)
         check_entry("token_weighting", self.token_weighting, str)
         check_entry("added_biases", self.added_biases, bool)
         for name in ("parameters_before", "parameters_after", "padding_parameters"):

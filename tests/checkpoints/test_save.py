@@ -22,10 +22,10 @@ from optimum_otprune.checkpoints.card.render import model_card
 from optimum_otprune.checkpoints.push import push_saved
 from optimum_otprune.errors import IntegrityError, ModelLoadError, OutputError, ReportError
 from optimum_otprune.functional.ratios import RescueEnergies
-from optimum_otprune.pruning.report import LayerReport, PruningReport
+from optimum_otprune.pruning.report import REPORT_FILE, LayerReport, PruningReport
 from optimum_otprune.storage import outputs
 from optimum_otprune.storage.hub import push as sharing
-from optimum_otprune.storage.manifest import MANIFEST_FILE, verify_folder
+from optimum_otprune.storage.manifest import MANIFEST_FILE, verify_folder, write_manifest
 from tests.conftest import make_llama
 
 
@@ -237,6 +237,21 @@ def test_a_card_for_a_repository_names_it_unless_it_was_edited(pruner, sent_card
     assert 'from_pretrained("user/name")' in sent_card(folder).decode()
     (folder / "README.md").write_text("mine")
     assert sent_card(folder) == b"mine"
+
+
+@pytest.mark.parametrize("is_absent", [True, False])
+def test_a_card_of_a_report_without_references_keeps_its_citations_in_a_push(pruner, sent_card, tmp_path, is_absent):
+    folder = pruner.save_pretrained(tmp_path / "out")
+    values = json.loads((folder / REPORT_FILE).read_text())
+    values["references"] = None
+    if is_absent:
+        del values["references"]
+    (folder / REPORT_FILE).write_text(json.dumps(values))
+    write_manifest(folder)
+    assert sent_card(folder) == (folder / "README.md").read_bytes()
+    PruningReport.load(folder / REPORT_FILE).save(folder / REPORT_FILE)
+    write_manifest(folder)
+    assert sent_card(folder) == (folder / "README.md").read_bytes()
 
 
 def test_a_push_reads_manifest_and_card_once(pruner, sent_card, monkeypatch, tmp_path):

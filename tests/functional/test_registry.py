@@ -91,6 +91,8 @@ def test_parameters_are_set_by_a_text_or_a_mapping_and_written_in_one_way(regist
         ({"name": "scaled", "mode": "a,b"}, "'mode' of 'scaled' is 'a,b'; want a number, .* without commas"),
         ({"name": "scaled", "steps": 10**5000}, "'steps' of 'scaled' is 1000"),
         ({"name": "scaled", "steps": 2.0}, "is '2.0'; want an integer"),
+        (f"scaled:steps={'9' * 400}", "'steps' of the test function 'scaled' is '9+; want an integer of at most 63"),
+        (f"scaled:steps={2**63}", "is '9223372036854775808'; want an integer of at most 63 bits"),
         ({"name": "scaled", "power": True}, "is 'true'; want a finite number"),
         (3, "3 is no test function; want a registered name, or a function"),
     ],
@@ -130,12 +132,34 @@ def test_a_default_that_cannot_be_written_is_refused(registry, default):
         registry.register("new")(function)
 
 
+def test_a_function_of_c_that_tells_no_signature_has_no_parameters(registry):
+    registry.register("magnitude")(torch.abs)
+    assert registry.entry("magnitude").parameters == {}
+    with pytest.raises(RegistryError, match="'power' cannot be set: the test function 'magnitude' has none"):
+        registry.entry("magnitude:power=1")
+
+
 def test_an_integer_is_a_default_of_a_number(registry):
     @registry.register("new")
     def new(inputs, *, power: float = 1):
         return power
 
     assert registry.entry("new").name == "new:power=1.0"
+
+
+def test_what_a_function_requires_may_be_said_by_an_attribute_or_where_it_is_registered(registry):
+    def given(inputs): ...
+
+    assert registry.entry(given).requires == {"activations", "gradients"}
+    registry.register("silent")(given)
+    given.requires = ("gradients",)
+    registry.register("by_attribute")(given)
+    registry.register("by_argument", requires=("activations",))(given)
+    registry.register("by_empty_argument", requires=())(given)
+    found = [
+        registry.entry(one).requires for one in (given, "by_attribute", "by_argument", "by_empty_argument", "silent")
+    ]
+    assert found == [{"gradients"}, {"gradients"}, {"activations"}, set(), set()]
 
 
 def test_what_is_known_of_a_function_is_told(registry):

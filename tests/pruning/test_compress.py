@@ -110,6 +110,30 @@ def test_centroids_are_a_target(cost, compensation):
     assert_usable(run(target="cluster_centroid", cost=cost, solver="emd", target_distribution="uniform", **options))
 
 
+def weight(inputs, kept):
+    """Of the user's own, by the name of a registered one."""
+    return costs["weight"](inputs, kept)
+
+
+@pytest.mark.parametrize("given", [weight, costs["weight_l2"], "of_a_plugin", "activation"])
+@pytest.mark.parametrize("cost", ["weight", {"name": "weight_l2"}])
+def test_a_cost_that_centroids_would_ignore_is_refused(given, cost):
+    config = OTPruningConfig(target="cluster_centroid", normalization="corrected", cost=cost)
+    assert Recipe.resolve(config, {"cost": cost}).functions["cost"].name == config.cost
+    costs.register("of_a_plugin")(lambda inputs, kept: costs["weight"](inputs, kept))
+    try:
+        with pytest.raises(
+            ConfigurationError, match=r"contradicts `cost='\w+'`: .* Use cost='weight' or cost='weight_l2'"
+        ):
+            Recipe.resolve(config, {"cost": given})
+        with pytest.raises(
+            ConfigurationError, match="contradicts `cost='of_a_plugin'`: centroids .* would be ignored"
+        ):
+            config.replace(cost="of_a_plugin")
+    finally:
+        costs.unregister("of_a_plugin")
+
+
 def test_centroids_of_well_separated_clusters_are_found():
     base = torch.eye(4, HIDDEN, dtype=torch.float64) * 5
     noise = 0.01 * torch.randn(20, HIDDEN, generator=torch.Generator().manual_seed(2), dtype=torch.float64)

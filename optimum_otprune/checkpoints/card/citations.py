@@ -1,8 +1,14 @@
-"""The publications behind the methods that a model was pruned with, and their BibTeX entries."""
+"""The publications behind the methods that a model was pruned with, and their BibTeX entries.
 
+What a report says of them may be a stranger's text: nothing of it ends a BibTeX entry, steers a terminal or is long.
+"""
+
+import re
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
+from optimum_otprune.checkpoints.card.markdown import plain_text
 from optimum_otprune.config.options import PruningOptions
 from optimum_otprune.functional.references import FLAP, INTRA_FUSION, OBS, POT, SPARSEGPT, Reference
 
@@ -23,6 +29,13 @@ class Citation(NamedTuple):
     url: str
 
 
+# Characters of a field of a publication that a card shows.
+_LIMITS: Mapping[str, int] = MappingProxyType(
+    {"key": 64, "authors": 1000, "title": 300, "year": 20, "url": 300, "venue": 200}
+)
+_NO_KEY = re.compile(r"[^A-Za-z0-9_:.-]")
+_STRUCTURE = re.compile(r"[{}\\]")  # of BibTeX
+_ADDRESS = re.compile(r"https?://[^\s{}\\]+")
 _STEPS = {
     "importance": "importance of a channel",
     "cost": "transport cost",
@@ -49,8 +62,12 @@ def citations(
     for field, step in _STEPS.items():
         if field not in references or (field == "importance" and options.selection == "obs"):
             continue  # with OBS the importance only breaks ties
-        used = names.get(field) or getattr(options, field) or ""
-        found.append(Citation(step, used, _publication(references[field]), references[field].get("url", "")))
+        reference = _plain(references[field])
+        is_whole = len(reference) == len(_LIMITS) and reference["key"]
+        if is_whole or reference["url"]:
+            publication = Reference(**reference) if is_whole else None
+            used = names.get(field) or getattr(options, field) or ""
+            found.append(Citation(step, used, publication, reference["url"]))
     if options.fuse:
         found.append(Citation("fusion", ", ".join(options.fuse), INTRA_FUSION, INTRA_FUSION.url))
         if options.solver != "nearest":
@@ -62,9 +79,12 @@ def citations(
     return found
 
 
-def _publication(reference: Mapping[str, str]) -> Reference | None:
-    known = {name: reference[name] for name in Reference._fields if name in reference}
-    return Reference(**known) if len(known) == len(Reference._fields) else None
+def _plain(reference: Mapping[str, str]) -> dict[str, str]:
+    """Return the known fields of a reference as short plain text; an address that is none of the web is empty."""
+    known = {name: plain_text(reference[name], limit) for name, limit in _LIMITS.items() if name in reference}
+    known = {name: (_NO_KEY if name == "key" else _STRUCTURE).sub("", text) for name, text in known.items()}
+    url = reference.get("url", "")
+    return {**known, "url": url if known.get("url") == url and _ADDRESS.fullmatch(url) else ""}
 
 
 def bibliography(found: list[Citation]) -> str:

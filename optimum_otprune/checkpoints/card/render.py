@@ -101,7 +101,7 @@ def _facts(config: PruningOptions, report: PruningReport, name: str, older_names
     """Return everything that the template shows of a pruned model, with strings escaped."""
     report.check(is_finite=False)
     pairs = report.comparisons
-    cited = citations(config, report.references, report.custom_functions)
+    cited = citations(config, report.references or {}, report.custom_functions)
     base, uneven = hub_name(report.base_model), _uneven_format(config, report)
     before = [layer.intermediate_size_before for layer in report.layers]
     after = [layer.intermediate_size_after for layer in report.layers]

@@ -110,7 +110,7 @@ class _Push(NamedTuple):
 
 
 def push_folder(
-    folder: Path, repo_id: str, *, own_card: Callable[[], str] | None = None, **options: Unpack[PushOptions]
+    folder: Path, repo_id: str, *, own_card: Callable[[], str | None] | None = None, **options: Unpack[PushOptions]
 ) -> PushResult:
     """Make a repository hold what a saved folder holds, in one commit; the folder stays as it is.
 
@@ -122,7 +122,8 @@ def push_folder(
     Args:
         folder: A folder that `save_pretrained` wrote.
         repo_id: `user/name`, or a name alone for the token's own user; made if it does not exist.
-        own_card: Makes the card that is sent in place of the folder's README.md where that is as it was saved.
+        own_card: Makes the card that is sent in place of the folder's README.md where that is as it was saved; None
+            leaves it.
         **options: The options of pushing.
 
     Returns:
@@ -143,7 +144,8 @@ def push_folder(
     entries = dict(others)
     if card is not None:
         if own_card is not None and _entry(card) == listed.get(CARD_FILE):
-            card = own_card().encode()
+            made = own_card()
+            card = card if made is None else made.encode()
         files[CARD_FILE], entries[CARD_FILE] = card, _entry(card)
     if entries != listed:
         manifest = manifest_text(entries).encode()

@@ -56,7 +56,7 @@ class Deadline:
     """A time limit, and the flag that tells a thread to stop.
 
     Args:
-        seconds: The time limit in seconds from now; infinity waits forever.
+        seconds: The time limit in seconds from now; infinity, and what no float can hold, waits forever.
 
     Raises:
         ConfigurationError: If `seconds` is not a number, or is below 0.
@@ -66,7 +66,7 @@ class Deadline:
         given: object = seconds
         if isinstance(given, bool) or not isinstance(given, Real) or not seconds >= 0:
             raise ConfigurationError(f"`deadline` is {seconds!r}; want a number of seconds, not below 0.")
-        self._end = time.monotonic() + float(min(seconds, math.inf))
+        self._end = time.monotonic() + (float(seconds) if seconds < threading.TIMEOUT_MAX else math.inf)
         self.abandoned = threading.Event()
 
     @property

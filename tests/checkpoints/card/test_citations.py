@@ -1,5 +1,7 @@
 """What is used is cited, by the address it was registered with."""
 
+import re
+
 import pytest
 
 from optimum_otprune.checkpoints.card.citations import Citation, bibliography, citations
@@ -8,6 +10,7 @@ from optimum_otprune.config.presets import METHODS
 from optimum_otprune.config.resolve import FUNCTION_FIELDS
 from optimum_otprune.functional.importance import importances
 from optimum_otprune.pruning.recipe import Recipe
+from tests.hostile import HOSTILE
 
 
 def found(config: OTPruningConfig) -> list[Citation]:
@@ -76,3 +79,30 @@ def test_entries_are_complete_bibtex():
             assert entry.startswith("@misc{")
             assert entry.count("{") == entry.count("}")
             assert all(f"  {field} " in entry for field in ("author", "title", "year"))
+
+
+@pytest.mark.parametrize("text", [*HOSTILE, "a}\n@misc{evil, title = {b", "{{{", "\\}", "3 MB " * 600_000])
+def test_references_of_strangers_end_no_entry_and_are_short(text):
+    config = OTPruningConfig(method="wanda_sp")
+    honest = {**importances.entry("wanda").citation, "evil": text}
+    for field in honest:
+        found = citations(config, {"importance": {**honest, field: text}}, {})
+        entries = bibliography(found)
+        assert entries.count("@misc{") <= 1
+        assert entries.count("{") == entries.count("}")
+        assert len(entries.splitlines()) in (0, 5, 6, 7)
+        assert len(entries) < 2500
+        assert all(c.isprintable() or c == "\n" for c in entries)
+        assert all(re.fullmatch(r"@misc\{[A-Za-z0-9_:.-]{1,64},", line) for line in entries.splitlines()[:1])
+        assert all(citation.url.startswith(("http://", "https://")) for citation in found if citation.url)
+        assert field != "evil" or found == citations(config, {"importance": importances.entry("wanda").citation}, {})
+
+
+@pytest.mark.parametrize(
+    "url", ["javascript:alert(1)", "data:text/html,x", "ftp://x", "https://a b", "https://", "//x"]
+)
+def test_an_address_that_is_none_of_the_web_is_not_shown(url):
+    config = OTPruningConfig(method="wanda_sp")
+    assert citations(config, {"importance": {"url": url}}, {}) == []
+    (found,) = citations(config, {"importance": {**importances.entry("wanda").citation, "url": url}}, {})
+    assert (found.url, found.reference.url, found.reference.key) == ("", "", "sun2024wanda")

@@ -1,6 +1,7 @@
 """What the client writes into logs."""
 
 import logging
+from fractions import Fraction
 
 import pytest
 
@@ -31,5 +32,6 @@ def test_a_deadline_that_is_no_time_is_refused(seconds):
         Deadline(seconds)
 
 
-def test_an_endless_deadline_waits_for_the_work():
-    assert Deadline(float("inf")).run(lambda: 3) == 3
+@pytest.mark.parametrize("seconds", [float("inf"), 10**400, Fraction(10**400)], ids=["inf", "int", "fraction"])
+def test_an_endless_deadline_waits_for_the_work(seconds):
+    assert Deadline(seconds).run(lambda: 3) == 3
