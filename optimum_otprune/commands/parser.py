@@ -10,6 +10,7 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from optimum_otprune.commands.arguments import (
     DATA_HELP,
+    LISTED,
     add_benchmark_options,
     add_config_options,
     add_debug_option,
@@ -23,18 +24,11 @@ from optimum_otprune.commands.arguments import (
 )
 from optimum_otprune.commands.signals import Terminated, imports_interrupted, sigterm_interrupts
 from optimum_otprune.commands.speaking import one_line, speaking
-from optimum_otprune.config.options import OPTIONS
 from optimum_otprune.errors import OTPruneError, StateError, UsageError
 from optimum_otprune.storage.hub.options import HubOptions, PushOptions
 from optimum_otprune.storage.state_folder import has_state
 
 _READING = "optimum_otprune.commands.reading"
-# What `otprune list` lists: the kinds of registered functions, and two kinds of presets.
-_KINDS = (
-    *dict.fromkeys(option.rules.registry for option in OPTIONS if option.rules.registry is not None),
-    "strategies",
-    "methods",
-)
 _PREFLIGHT = "optimum_otprune.commands.preflight"
 
 
@@ -253,7 +247,7 @@ class ListCommand(_Command):
     def parse_args(parser: argparse.ArgumentParser) -> None:
         """Options."""
         parser.add_argument(
-            "kind", nargs="?", choices=_KINDS, metavar="KIND", help=f"{', '.join(_KINDS)} (default: all)"
+            "kind", nargs="?", choices=LISTED, metavar="KIND", help=f"{', '.join(LISTED)} (default: all)"
         )
         add_debug_option(parser)
 

@@ -24,6 +24,7 @@ from optimum_otprune.functional.plugins import load_plugins
 from optimum_otprune.functional.references import Reference
 
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 
 ACTIVATIONS = "activations"
 GRADIENTS = "gradients"
@@ -183,6 +184,15 @@ class Registry(Generic[F]):
 
     def __getitem__(self, given: str | Mapping[str, object] | F) -> F:
         return self.entry(given).function  # type: ignore[return-value]
+
+
+class Presets(dict[str, T]):
+    """Values by name that plugins may add to: asking whether a name is in it loads them where it is not known."""
+
+    def __contains__(self, name: object) -> bool:
+        if not super().__contains__(name):
+            load_plugins()
+        return super().__contains__(name)
 
 
 def _facts(function: Callable[..., Any]) -> dict[str, Any]:
