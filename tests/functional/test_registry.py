@@ -252,6 +252,39 @@ def test_a_plugin_that_cannot_be_loaded_is_one_error_that_names_it(installed, en
     assert line.endswith("Mend it, or uninstall that package.")
 
 
+PARTLY = f"{PLUGIN}\n    raise ValueError('out of luck')"
+LOOK_UP_TWICE = """
+from optimum_otprune.errors import RegistryError
+from optimum_otprune.functional.costs import costs
+for _ in range(2):
+    try:
+        "nothing" in costs
+    except RegistryError as error:
+        print(error)
+"""
+
+
+def test_a_plugin_that_fails_after_it_registered_something_is_the_same_error_each_time(installed):
+    done = installed("another_package:register", LOOK_UP_TWICE, plugin=PARTLY)
+    first, second = [line for line in done.stdout.splitlines() if line != "loaded"]
+    assert first == second
+    assert "could not be loaded: ValueError: out of luck. Mend it, or uninstall that package." in first
+
+
+LOOK_UP_IN_THREADS = """
+from concurrent.futures import ThreadPoolExecutor
+from optimum_otprune.functional.importance import importances
+with ThreadPoolExecutor(2) as threads:
+    print(list(threads.map(importances.__contains__, ["of_another_package"] * 2)))
+"""
+
+
+def test_a_second_thread_waits_for_the_names_of_a_plugin(installed):
+    plugin = PLUGIN.replace("def register():", "def register():\n    import time; time.sleep(1)")
+    done = installed("another_package:register", LOOK_UP_IN_THREADS, plugin=plugin)
+    assert done.stdout.splitlines() == ["loaded", "[True, True]"]
+
+
 MORE = """
 from optimum_otprune.functional.marginals import Strategy, register_strategy
 from optimum_otprune.models.save_formats import Pad, save_formats
