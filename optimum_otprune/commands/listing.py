@@ -13,7 +13,7 @@ from optimum_otprune.functional.references import Reference
 from optimum_otprune.functional.registry import Entry
 
 
-def list(args: argparse.Namespace) -> None:
+def list_names(args: argparse.Namespace) -> None:
     """Print the names of one kind, or of all, with their descriptions and references."""
     load_plugins()
     kinds = LISTED if args.kind is None else [args.kind]

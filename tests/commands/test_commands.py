@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import inspect
 import json
 import os
 import signal
@@ -26,6 +27,7 @@ from optimum_otprune.config.presets import METHODS
 from optimum_otprune.config.resolve import REGISTRIES
 from optimum_otprune.errors import OTPruneError
 from optimum_otprune.functional.marginals import strategies
+from optimum_otprune.models.defaults import TRIALS, VALIDATION_SHARE
 from optimum_otprune.storage.hub.options import PushOptions, keywords
 from optimum_otprune.storage.manifest import write_manifest
 from tests.conftest import run_command as run
@@ -401,6 +403,14 @@ def test_optimum_cli_knows_the_same_commands():
     )
     assert done.returncode == 0, done.stderr
     assert all(command.name in done.stdout for command in OTPruneCommand.SUBCOMMANDS)
+
+
+def test_the_defaults_of_a_search_are_those_of_the_python_call():
+    parser = argparse.ArgumentParser()
+    TuneCommand.parse_args(parser)
+    parameters = inspect.signature(OTPruner.tune).parameters
+    assert parser.get_default("trials") == parameters["num_trials"].default == TRIALS
+    assert parameters["validation_share"].default == VALIDATION_SHARE
 
 
 def test_every_kind_of_name_is_listed_alone_and_together(capsys):
