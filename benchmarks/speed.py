@@ -13,7 +13,7 @@ import torch
 from _rows import Row, shown, write_json
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from optimum_otprune.commands.speed import BenchmarkSettings, Comparison, compare, cut_copy
+from optimum_otprune.commands.speed import BenchmarkSettings, SpeedComparison, compare, cut_copy
 
 TARGET = 0.85  # of the promised speed-up
 
@@ -51,7 +51,7 @@ def rows(quick: bool, device: str = "cpu", dtype: str = "float32", repeats: int 
     return found
 
 
-def _share_rows(comparison: Comparison, change: str) -> list[Row]:
+def _share_rows(comparison: SpeedComparison, change: str) -> list[Row]:
     reached, saved = comparison.share_reached, comparison.share_of_time_saved
     assert saved is not None
     measured = f"{comparison.prefill_speedup:.2f} x of {comparison.promised_speedup:.2f} x promised"

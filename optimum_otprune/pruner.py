@@ -8,15 +8,15 @@ from typing import Any, Unpack
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from optimum_otprune.checkpoints.check_loading import as_config, check_loading_options, refuse_loading_options
 from optimum_otprune.checkpoints.load import hub_id, load_checkpoint, load_skeleton
-from optimum_otprune.checkpoints.loading_options import as_config, check_loading_options, refuse_loading_options
 from optimum_otprune.checkpoints.push import HubMixin, check_push, push_saved, refuse_push_options
 from optimum_otprune.checkpoints.save import Contents, save_checkpoint
 from optimum_otprune.config.checks import check_count
 from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.config.loading_options import LoadingOptions
 from optimum_otprune.models.changes import all_or_nothing, check_dense, check_whole, is_pruned
-from optimum_otprune.models.defaults import BATCH_SIZE, HIDDEN_MEMORY
+from optimum_otprune.models.defaults import BATCH_SIZE, HIDDEN_MEMORY, TRIALS, VALIDATION_SHARE
 from optimum_otprune.models.devices import model_sizes
 from optimum_otprune.models.distributed import check_launch, check_model, check_single, is_main_process, wait_for_all
 from optimum_otprune.models.ffn_block import ffn_blocks
@@ -242,13 +242,13 @@ class OTPruner(HubMixin):
         self,
         calibration_data: TokenSource | None = None,
         *,
-        num_trials: int = 20,
+        num_trials: int = TRIALS,
         timeout: float | None = None,
         search_space: Mapping[str, Any] | None = None,
         study: str | os.PathLike | None = None,
         target_latency: float | None = None,
         latency_shape: tuple[int, int] | None = None,
-        validation_share: float = 0.25,
+        validation_share: float = VALIDATION_SHARE,
         seed: int | None = None,
         batch_size: int = BATCH_SIZE,
         progress: bool = True,

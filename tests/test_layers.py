@@ -1,6 +1,7 @@
 """The house stands: imports point downwards, doors are few, files and functions are short."""
 
 import ast
+import builtins
 import statistics
 import subprocess
 import sys
@@ -164,6 +165,17 @@ def test_files_and_functions_are_short_and_only_commands_print():
                 assert node.end_lineno - node.lineno < 60, f"{name_of(path)}: {node.name}"
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
                 assert "commands" in path.parts, name_of(path)
+
+
+def test_no_two_classes_share_a_name():
+    classes = [node.name for path in FILES for node in ast.walk(tree_of(path)) if isinstance(node, ast.ClassDef)]
+    assert not {name for name in classes if classes.count(name) > 1}
+
+
+def test_no_function_or_class_of_a_module_hides_a_builtin():
+    for path in FILES:
+        names = {node.name for node in tree_of(path).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        assert not names & set(dir(builtins)), name_of(path)
 
 
 def test_importing_the_package_loads_nothing_heavy():

@@ -13,14 +13,15 @@ from optimum_otprune.checkpoints.load import hub_id
 from optimum_otprune.checkpoints.push import check_push, push_saved
 from optimum_otprune.commands.arguments import chosen, config_options, saved_folder, state_folder
 from optimum_otprune.commands.benchmark import run_benchmark
+from optimum_otprune.commands.checks import CONFIGURATION_KEYS, usage
 from optimum_otprune.commands.demo import run_demo
-from optimum_otprune.commands.preflight import CONFIGURATION_KEYS, usage
 from optimum_otprune.commands.reading import protocol, tell_seen
 from optimum_otprune.commands.terminal import showing_progress
 from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.config.loading_options import LoadingOptions
 from optimum_otprune.errors import IntegrityError, UsageError
 from optimum_otprune.models.changes import check_dense
+from optimum_otprune.models.defaults import VALIDATION_SHARE
 from optimum_otprune.models.devices import weight_bytes
 from optimum_otprune.models.distributed import check_model, check_single, is_main_process, wait_for_all
 from optimum_otprune.pruner import OTPruner
@@ -140,8 +141,19 @@ def _prune_and_save(args: argparse.Namespace, config: OTPruningConfig, output: P
 def tune(args: argparse.Namespace) -> None:
     """Search for a better configuration and write it to a file."""
     output, config = output_path(args.output), _config(args)
-    bounds = (args.trials, args.timeout, None, None, args.target_latency, args.latency_shape)
-    usage(lambda: TuningSettings(*bounds, 0.25, config.seed, args.batch_size, False).checked())
+    settings = TuningSettings(
+        num_trials=args.trials,
+        timeout=args.timeout,
+        search_space=None,
+        study=None,
+        target_latency=args.target_latency,
+        latency_shape=args.latency_shape,
+        validation_share=VALIDATION_SHARE,
+        seed=config.seed,
+        batch_size=args.batch_size,
+        progress=not args.quiet,
+    )
+    usage(settings.checked)
     pruner = OTPruner.from_pretrained(args.model, config, **chosen(args, LoadingOptions))
 
     def show(result: TuningResult) -> None:

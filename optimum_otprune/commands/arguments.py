@@ -19,6 +19,14 @@ DATA_HELP = (
     "default: the configuration's dataset"
 )
 
+# What `otprune list` lists: the registries of functions and of save formats, and two kinds of presets.
+LISTED = (
+    *dict.fromkeys(option.rules.registry for option in OPTIONS if option.rules.registry is not None),
+    "save_formats",
+    "strategies",
+    "methods",
+)
+
 T = TypeVar("T")
 
 
@@ -39,8 +47,8 @@ def _argument(option: Option) -> dict[str, Any]:
         return argument | {"nargs": "*", "choices": option.choices}
     if option.kind is dict:
         return argument | {"nargs": "*", "type": _by_layer, "metavar": "LAYER=X"}
-    if option.choices is not None:
-        return argument | {"choices": option.choices}
+    if isinstance(option.names, tuple):
+        return argument | {"choices": option.names}
     if option.rules.units is not None:
         return argument | {"metavar": "N", "type": _number_or_text}
     return argument | {"type": option.kind, "metavar": {int: "N", float: "X", str: "NAME"}[option.kind]}

@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 
 from optimum_otprune.checkpoints.load import load_checkpoint
 from optimum_otprune.commands.arguments import chosen
-from optimum_otprune.commands.preflight import BENCHMARK_KEYS
+from optimum_otprune.commands.checks import BENCHMARK_KEYS
 from optimum_otprune.commands.speed import (
     BenchmarkSettings,
-    Comparison,
     Speed,
+    SpeedComparison,
     check_comparable,
     check_numbers,
     check_settings,
@@ -137,7 +137,7 @@ def _print_models(models: Mapping[str, Mapping[str, Any]]) -> None:
     print(f"pruned/dense: parameters {ratio['parameters']:.3f}, weights {ratio['weight_bytes']:.3f}\n")
 
 
-def _print_speeds(comparisons: Sequence[Comparison]) -> None:
+def _print_speeds(comparisons: Sequence[SpeedComparison]) -> None:
     print(_HEAD)
     for comparison in comparisons:
         for name, speed in (("dense", comparison.dense), ("pruned", comparison.pruned)):
@@ -157,7 +157,7 @@ def _speed_cells(speed: Speed) -> str:
     )
 
 
-def _print_ratios(comparisons: Sequence[Comparison]) -> None:
+def _print_ratios(comparisons: Sequence[SpeedComparison]) -> None:
     print(
         f"\n{'batch':>5} {'prompt':>6} {'prefill':>8} {'promised':>8} {'reached':>8} {'time saved':>10} {'decode':>8}"
     )

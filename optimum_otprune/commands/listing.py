@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Iterator, Mapping
 
+from optimum_otprune.commands.arguments import LISTED
 from optimum_otprune.config.options import OPTIONS
 from optimum_otprune.config.presets import METHODS
 from optimum_otprune.config.resolve import REGISTRIES
@@ -12,10 +13,10 @@ from optimum_otprune.functional.references import Reference
 from optimum_otprune.functional.registry import Entry
 
 
-def list(args: argparse.Namespace) -> None:
+def list_names(args: argparse.Namespace) -> None:
     """Print the names of one kind, or of all, with their descriptions and references."""
     load_plugins()
-    kinds = [*REGISTRIES, "strategies", "methods"] if args.kind is None else [args.kind]
+    kinds = LISTED if args.kind is None else [args.kind]
     for kind in kinds:
         if kind != kinds[0]:
             print()
@@ -24,10 +25,11 @@ def list(args: argparse.Namespace) -> None:
 
 def _lines(kind: str) -> Iterator[str]:
     if kind in REGISTRIES:
-        options = [option.name for option in OPTIONS if option.rules.registry == kind]
+        names = REGISTRIES[kind]
+        options = [option.name for option in OPTIONS if option.rules.registry == kind or option.names is names]
         yield f"{kind} ({', '.join(map(_flag, options))})"
-        for name in REGISTRIES[kind].names():
-            yield from _function(name, REGISTRIES[kind].entry(name))
+        for name in names.names():
+            yield from _function(name, names.entry(name))
     elif kind == "strategies":
         yield f"strategies ({_flag('strategy')})"
         for name, strategy in strategies.items():

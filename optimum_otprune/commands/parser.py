@@ -10,6 +10,7 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from optimum_otprune.commands.arguments import (
     DATA_HELP,
+    LISTED,
     add_benchmark_options,
     add_config_options,
     add_debug_option,
@@ -23,39 +24,34 @@ from optimum_otprune.commands.arguments import (
 )
 from optimum_otprune.commands.signals import Terminated, imports_interrupted, sigterm_interrupts
 from optimum_otprune.commands.speaking import one_line, speaking
-from optimum_otprune.config.options import OPTIONS
 from optimum_otprune.errors import OTPruneError, StateError, UsageError
+from optimum_otprune.models.defaults import TRIALS
 from optimum_otprune.storage.hub.options import HubOptions, PushOptions
 from optimum_otprune.storage.state_folder import has_state
 
 _READING = "optimum_otprune.commands.reading"
-# What `otprune list` lists: the kinds of registered functions, and two kinds of presets.
-_KINDS = (
-    *dict.fromkeys(option.rules.registry for option in OPTIONS if option.rules.registry is not None),
-    "strategies",
-    "methods",
-)
-_PREFLIGHT = "optimum_otprune.commands.preflight"
+_CHECKS = "optimum_otprune.commands.checks"
 
 
 class _Command(BaseOptimumCLICommand):
-    """A subcommand, which runs the function of its name in the module `preflight`, if any, and then that in `actions`.
+    """A subcommand, which runs the function of its name in the module `checks`, if any, and then that in `actions`.
 
     Exit codes: 0 done, 2 wrong usage, 1 failed, 130 interrupted, 143 terminated; a failure is one line unless
     `--debug`.
     """
 
     actions = "optimum_otprune.commands.actions"
+    action: str | None = None  # the name of the function there, if it is not that of the command
     _has_begun = False  # a half-imported module can be neither used nor imported again
 
     def run(self) -> None:
         assert self.args is not None
         try:
             with sigterm_interrupts(), speaking():
-                check = getattr(_imported(_PREFLIGHT), self.COMMAND.name, None)
+                check = getattr(_imported(_CHECKS), self.COMMAND.name, None)
                 if check is not None:
                     check(self.args)
-                action = getattr(_imported(self.actions), self.COMMAND.name)
+                action = getattr(_imported(self.actions), self.action or self.COMMAND.name)
                 self._has_begun = True
                 action(self.args)
         except (OTPruneError, KeyboardInterrupt) as error:
@@ -146,7 +142,9 @@ class TuneCommand(_Command):
         )
         parser.add_argument("--calibration-data", metavar="DATA", help=DATA_HELP)
         group = parser.add_argument_group("search")
-        group.add_argument("--trials", type=int, default=20, metavar="N", help="trials in all (default: 20)")
+        group.add_argument(
+            "--trials", type=int, default=TRIALS, metavar="N", help=f"trials in all (default: {TRIALS})"
+        )
         group.add_argument("--timeout", type=float, metavar="S", help="start no trial after so many seconds")
         group.add_argument("--study", metavar="FILE", help="file that keeps the trials; an existing one is continued")
         group.add_argument(
@@ -248,12 +246,13 @@ class ListCommand(_Command):
     """`otprune list`."""
 
     actions = "optimum_otprune.commands.listing"
+    action = "list_names"
 
     @staticmethod
     def parse_args(parser: argparse.ArgumentParser) -> None:
         """Options."""
         parser.add_argument(
-            "kind", nargs="?", choices=_KINDS, metavar="KIND", help=f"{', '.join(_KINDS)} (default: all)"
+            "kind", nargs="?", choices=LISTED, metavar="KIND", help=f"{', '.join(LISTED)} (default: all)"
         )
         add_debug_option(parser)
 

@@ -68,7 +68,7 @@ class Speed(NamedTuple):
     flops: int
 
 
-class Comparison(NamedTuple):
+class SpeedComparison(NamedTuple):
     """A dense and a smaller model at one shape.
 
     Attributes:
@@ -189,7 +189,7 @@ def check_comparable(dense: list[FFNBlock], pruned: list[FFNBlock]) -> None:
             )
 
 
-def compare(dense: PreTrainedModel, pruned: PreTrainedModel, settings: BenchmarkSettings) -> list[Comparison]:
+def compare(dense: PreTrainedModel, pruned: PreTrainedModel, settings: BenchmarkSettings) -> list[SpeedComparison]:
     """Measure two models at every shape, taking turns, so that what slows the machine down slows both.
 
     Args:
@@ -205,7 +205,7 @@ def compare(dense: PreTrainedModel, pruned: PreTrainedModel, settings: Benchmark
     found = []
     for batch_size, seqlen in itertools.product(settings.batch_sizes, settings.seqlens):
         speeds = _measure(models, batch_size, seqlen, settings)
-        found.append(Comparison(batch_size, seqlen, speeds["dense"], speeds["pruned"]))
+        found.append(SpeedComparison(batch_size, seqlen, speeds["dense"], speeds["pruned"]))
     return found
 
 

@@ -43,8 +43,8 @@ def check_option(option: Option, value: object) -> Any:
         return number
     if not isinstance(value, str):
         raise problem
-    if option.choices is not None and value not in option.choices:
-        raise ConfigurationError(unknown_name(f"`{option.name}`", value, option.choices))
+    if option.names is not None and value not in option.names:  # a registry loads plugins before it says no
+        raise ConfigurationError(unknown_name(f"`{option.name}`", value, option.choices or ()))
     return value
 
 

@@ -7,12 +7,13 @@ import copy
 import dataclasses
 import json
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, Literal, NamedTuple, TypeAlias, Union, get_args, get_origin, get_type_hints
 
 from optimum_otprune.config.presets import METHODS, QUALITIES
 from optimum_otprune.config.quantities import COUNT_UNITS, LARGEST_COUNT, LARGEST_SEED, SIZE_UNITS
+from optimum_otprune.functional.registry import Registry
 from optimum_otprune.models.save_formats import save_formats
 
 # Alternatives: a configuration has exactly one of them.
@@ -29,8 +30,7 @@ class Rules(NamedTuple):
         maximum: The largest number that is allowed.
         below: A number that all values are smaller than.
         above: A number that all values are larger than.
-        choices: The names that are allowed, where the type does not list them, or a function that returns those
-            registered now.
+        choices: The names that are allowed, where the type does not list them, or the registry that knows them.
         units: The multipliers by suffix, for numbers that may be given as strings, or as shares of the dense model's.
         registry: The kind of registered function that the field names, as `otprune list` calls it.
         shared: A phrase for what the field decides, if it must be the same in all trials of a search.
@@ -41,7 +41,7 @@ class Rules(NamedTuple):
     maximum: float | None = None
     below: float | None = None
     above: float | None = None
-    choices: tuple[str, ...] | Callable[[], Sequence[str]] | None = None
+    choices: tuple[str, ...] | Registry[Any] | None = None
     units: Mapping[str, int] | None = None
     registry: str | None = None
     shared: str | None = None
@@ -59,13 +59,13 @@ class Option(NamedTuple):
     kind: type
     default: Any
     rules: Rules
-    names: tuple[str, ...] | Callable[[], Sequence[str]] | None
+    names: tuple[str, ...] | Registry[Any] | None
     optional: bool
 
     @property
     def choices(self) -> tuple[str, ...] | None:
-        """The names that are allowed now, or None where any is."""
-        return tuple(self.names()) if callable(self.names) else self.names
+        """The names that are known now, or None where any is allowed; `in` of a registry in `names` knows more."""
+        return tuple(self.names.names()) if isinstance(self.names, Registry) else self.names
 
     @property
     def help(self) -> str:
@@ -143,8 +143,9 @@ class PruningOptions:
     non_uniform_format: str = _field(
         "pad",
         "how layers of different widths are saved: filled up with zeros to the widest (pad: loads everywhere), or as "
-        "they are with a modeling file beside them (per_layer_config: loads with trust_remote_code)",
-        choices=save_formats.names,
+        "they are with a modeling file beside them (per_layer_config: loads with trust_remote_code); "
+        "`otprune list save_formats` shows all",
+        choices=save_formats,
         shared="how the result is saved",
     )
     method: str = _field("otprune", "preset of the fields below that are left unset", choices=tuple(METHODS))

@@ -21,6 +21,7 @@ from optimum_otprune.functional.parameters import split_name
 from optimum_otprune.functional.registry import GRADIENTS, Registry
 from optimum_otprune.functional.solvers import solvers
 from optimum_otprune.functional.transport.plans import SolverSettings
+from optimum_otprune.models.save_formats import save_formats
 
 REGISTRIES: Mapping[str, Registry[Any]] = MappingProxyType(
     {
@@ -29,6 +30,7 @@ REGISTRIES: Mapping[str, Registry[Any]] = MappingProxyType(
         "distributions": distributions,
         "mixtures": mixtures,
         "solvers": solvers,
+        "save_formats": save_formats,
     }
 )
 # Fields that name a registered function; `prune()` takes a plain callable for each.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from optimum_otprune.errors import NumericalError, RegistryError, ShapeError, unknown_name
 from optimum_otprune.functional.importance import standardize
-from optimum_otprune.functional.registry import GRADIENTS, Entry, Registry
+from optimum_otprune.functional.registry import GRADIENTS, Entry, Presets, Registry
 from optimum_otprune.functional.returned import returned_tensor
 
 _ENTROPY_WEIGHT = 0.1
@@ -67,12 +67,12 @@ class Strategy(NamedTuple):
 
 # As the reference sets them. It leaves the distributions of `aggressive` open; they are those of `balanced` the other
 # way round.
-strategies: dict[str, Strategy] = {
-    "comprehensive": Strategy("comprehensive", "entropy_regularized", "adaptive"),
-    "conservative": Strategy("conservative", "robust", "adaptive"),
-    "balanced": Strategy("balanced", "adaptive", "robust"),
-    "aggressive": Strategy("aggressive", "robust", "adaptive"),
-}
+strategies: Presets[Strategy] = Presets(
+    comprehensive=Strategy("comprehensive", "entropy_regularized", "adaptive"),
+    conservative=Strategy("conservative", "robust", "adaptive"),
+    balanced=Strategy("balanced", "adaptive", "robust"),
+    aggressive=Strategy("aggressive", "robust", "adaptive"),
+)
 
 
 def register_strategy(name: str, strategy: Strategy) -> None:
@@ -86,7 +86,7 @@ def register_strategy(name: str, strategy: Strategy) -> None:
         distributions.entry(strategy.source_distribution).name,
         distributions.entry(strategy.target_distribution).name,
     )
-    if name in strategies:
+    if strategies.get(name) is not None:  # registering loads no plugins, as `in` would
         raise RegistryError(f"The strategy {name!r} is registered already. Choose another name.")
     strategies[name] = Strategy(*parts)
 

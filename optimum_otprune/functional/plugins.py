@@ -1,5 +1,6 @@
 """Functions of other packages: found by an entry point, loaded once, when a name is asked for that is not known."""
 
+import threading
 from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
 
@@ -7,7 +8,8 @@ from optimum_otprune.errors import RegistryError
 
 GROUP = "optimum_otprune.plugins"
 
-_loaded: set[EntryPoint] = set()
+_lock = threading.RLock()  # a second thread waits until all names are known; a plugin itself may ask for names
+_loaded: dict[EntryPoint, RegistryError | None] = {}  # with the error of one that failed
 
 
 def load_plugins() -> None:
@@ -17,22 +19,26 @@ def load_plugins() -> None:
     it is called without arguments.
 
     Raises:
-        RegistryError: If one cannot be imported, raises an error, or names something else. It is tried again the next
-            time.
+        RegistryError: If one cannot be imported, raises an error, or names something else. It is not tried again,
+            for part of it may be registered: the same error is raised the next time.
     """
-    for point in entry_points(group=GROUP):
-        if point in _loaded:
-            continue
-        _loaded.add(point)  # before it asks for names itself
-        try:
-            _load(point)
-        except Exception as error:
-            _loaded.discard(point)
-            package = f" of the package {point.dist.name!r}" if point.dist is not None else ""
-            raise RegistryError(
-                f"The plugin {point.name!r}{package} could not be loaded: {type(error).__name__}: {error}. Mend it, "
-                "or uninstall that package."
-            ) from error
+    with _lock:
+        for point in entry_points(group=GROUP):
+            failure = _loaded.get(point)
+            if failure is not None:
+                raise failure.with_traceback(None)
+            if point in _loaded:
+                continue
+            _loaded[point] = None  # before it asks for names itself
+            try:
+                _load(point)
+            except Exception as error:
+                package = f" of the package {point.dist.name!r}" if point.dist is not None else ""
+                _loaded[point] = failure = RegistryError(
+                    f"The plugin {point.name!r}{package} could not be loaded: {type(error).__name__}: {error}. Mend "
+                    "it, or uninstall that package."
+                )
+                raise failure from error
 
 
 def _load(point: EntryPoint) -> None:

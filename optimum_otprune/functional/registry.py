@@ -24,6 +24,7 @@ from optimum_otprune.functional.plugins import load_plugins
 from optimum_otprune.functional.references import Reference
 
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 
 ACTIVATIONS = "activations"
 GRADIENTS = "gradients"
@@ -185,7 +186,16 @@ class Registry(Generic[F]):
         return self.entry(given).function  # type: ignore[return-value]
 
 
+class Presets(dict[str, T]):
+    """Values by name that plugins may add to: asking whether a name is in it loads them where it is not known."""
+
+    def __contains__(self, name: object) -> bool:
+        if not super().__contains__(name):
+            load_plugins()
+        return super().__contains__(name)
+
+
 def _facts(function: Callable[..., Any], requires: Iterable[str]) -> dict[str, Any]:
-    """What a function says of itself in attributes; what it requires has a default."""
+    """Return what a function says of itself in attributes; what it requires has a default."""
     said = {name: getattr(function, name) for name in _FACTS if hasattr(function, name)}
     return {**said, "requires": frozenset(said.get("requires", requires))}

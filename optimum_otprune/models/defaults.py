@@ -1,4 +1,6 @@
-"""Defaults of passes; nothing is imported here, since the command line shows them."""
+"""Defaults of passes and searches; nothing is imported here, since the command line shows them."""
 
 BATCH_SIZE = 8  # samples per forward pass
 HIDDEN_MEMORY = 4 * 10**9  # bytes of hidden states that wait in main memory; others wait in files
+TRIALS = 20  # of a search over configurations
+VALIDATION_SHARE = 0.25  # of the calibration samples, on which trials are judged

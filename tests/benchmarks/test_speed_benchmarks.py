@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import gpu
 import speed
 
-from optimum_otprune.commands.speed import Comparison, Speed
+from optimum_otprune.commands.speed import Speed, SpeedComparison
 
 
 def test_speed_prints_each_figure_beside_its_target(tmp_path, capsys):
@@ -30,7 +30,7 @@ def test_a_share_below_the_target_is_missed():
         Speed(seconds, 1.0, None, None, 0, flops) for seconds, flops in ((1.0, 2), (0.6, 1), (0.5, 1))
     )
     for pruned, ok in ((slow, False), (fast, True)):
-        row = speed._share_rows(Comparison(1, 8, dense, pruned), "8 -> 4")[0]
+        row = speed._share_rows(SpeedComparison(1, 8, dense, pruned), "8 -> 4")[0]
         assert row.ok is ok
         assert str(row).endswith("ok" if ok else "MISSED")
 

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import inspect
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from optimum_otprune import OTPruner, OTPruningConfig
-from optimum_otprune.commands.arguments import chosen, config_options
+from optimum_otprune.commands.arguments import LISTED, chosen, config_options
 from optimum_otprune.commands.main import main
 from optimum_otprune.commands.parser import EvaluateCommand, OTPruneCommand, PruneCommand, PushCommand, TuneCommand
 from optimum_otprune.commands.signals import imports_interrupted
@@ -26,6 +27,7 @@ from optimum_otprune.config.presets import METHODS
 from optimum_otprune.config.resolve import REGISTRIES
 from optimum_otprune.errors import OTPruneError
 from optimum_otprune.functional.marginals import strategies
+from optimum_otprune.models.defaults import TRIALS, VALIDATION_SHARE
 from optimum_otprune.storage.hub.options import PushOptions, keywords
 from optimum_otprune.storage.manifest import write_manifest
 from tests.conftest import run_command as run
@@ -403,10 +405,21 @@ def test_optimum_cli_knows_the_same_commands():
     assert all(command.name in done.stdout for command in OTPruneCommand.SUBCOMMANDS)
 
 
+def test_the_defaults_of_a_search_are_those_of_the_python_call():
+    parser = argparse.ArgumentParser()
+    TuneCommand.parse_args(parser)
+    parameters = inspect.signature(OTPruner.tune).parameters
+    assert parser.get_default("trials") == parameters["num_trials"].default == TRIALS
+    assert parameters["validation_share"].default == VALIDATION_SHARE
+
+
 def test_every_kind_of_name_is_listed_alone_and_together(capsys):
     names = {kind: registry.names() for kind, registry in REGISTRIES.items()}
     parts = []
-    for kind, known in {**names, "strategies": strategies, "methods": METHODS}.items():
+    known_by_kind = {**names, "strategies": strategies, "methods": METHODS}
+    assert set(LISTED) == set(known_by_kind)
+    for kind in LISTED:
+        known = known_by_kind[kind]
         assert run("list", kind) == 0
         parts.append(capsys.readouterr().out)
         assert all(f"\n  {name}\n" in parts[-1] for name in known)
@@ -415,7 +428,7 @@ def test_every_kind_of_name_is_listed_alone_and_together(capsys):
     assert parts[0].startswith("importances (--importance)\n  random\n      Uniform random numbers: the baseline")
     assert "  wanda\n" in parts[0]
     assert "      Reference: Sun et al., 2024, https://arxiv.org/abs/2306.11695\n" in parts[0]
-    assert "distributions (--source-distribution, --target-distribution)\n" in parts[2]
+    assert "distributions (--source-distribution, --target-distribution)\n" in parts[LISTED.index("distributions")]
     assert "  flap\n      The channels that fluctuate least are removed" in parts[-1]
     assert run("list", "importance") == 2
     assert "invalid choice: 'importance' (choose from" in capsys.readouterr().err

@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import save_file
 
 from optimum_otprune import OTPruner, OTPruningConfig
-from optimum_otprune.checkpoints.card.reproduction import Run, command, python_lines
+from optimum_otprune.checkpoints.card.reproduction import Rerun, command, python_lines
 from optimum_otprune.commands.arguments import config_options
 from optimum_otprune.commands.parser import PruneCommand
 from optimum_otprune.config.options_file import CONFIG_FILE, read_options
@@ -62,12 +62,12 @@ def test_the_printed_command_and_lines_make_an_equal_configuration(options):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fewer options are tried
         fewest = config.fewest_options()
-    line, run = command(fewest, Run("user/model", "out")), ArgumentParser()
+    line, run = command(fewest, Rerun("user/model", "out")), ArgumentParser()
     PruneCommand.parse_args(run)
     words = shlex.split(line.replace("\\\n", ""))
     assert OTPruningConfig(**config_options(run.parse_args(words[2:]))) == config
     namespace: dict = {}
-    exec(python_lines(fewest, Run("user/model", "out")).split("pruner = ")[0], namespace)
+    exec(python_lines(fewest, Rerun("user/model", "out")).split("pruner = ")[0], namespace)
     assert namespace["config"] == config
 
 

@@ -11,8 +11,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from optimum_otprune import OTPruner, OTPruningConfig
 from optimum_otprune.commands.speed import (
     BenchmarkSettings,
-    Comparison,
     Speed,
+    SpeedComparison,
     _cache_argument,
     check_comparable,
     compare,
@@ -107,15 +107,15 @@ def speed(seconds, flops, decode=None):
 
 
 def test_ratios_by_hand():
-    comparison = Comparison(1, 8, speed(1.0, 200, 10.0), speed(0.8, 100, 15.0))
+    comparison = SpeedComparison(1, 8, speed(1.0, 200, 10.0), speed(0.8, 100, 15.0))
     assert comparison.prefill_speedup == pytest.approx(1.25)
     assert comparison.promised_speedup == 2
     assert comparison.share_reached == pytest.approx(0.625)
     assert comparison.share_of_time_saved == pytest.approx(0.4)  # 0.2 of the 0.5 s that are promised
     assert comparison.decode_speedup == 1.5
-    assert Comparison(1, 8, speed(1.0, 9), speed(1.0, 9)).share_of_time_saved is None
-    assert Comparison(1, 8, speed(1.0, 9), speed(1.0, 9)).decode_speedup is None
-    assert Comparison(1, 8, speed(1.0, 9), speed(1.0, 3)).share_of_time_saved == 0
+    assert SpeedComparison(1, 8, speed(1.0, 9), speed(1.0, 9)).share_of_time_saved is None
+    assert SpeedComparison(1, 8, speed(1.0, 9), speed(1.0, 9)).decode_speedup is None
+    assert SpeedComparison(1, 8, speed(1.0, 9), speed(1.0, 3)).share_of_time_saved == 0
 
 
 def test_a_cut_copy_shares_everything_but_the_ffns(llama):

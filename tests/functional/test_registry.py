@@ -1,5 +1,6 @@
 """Registered functions with parameters of their own, and those that other packages register."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.errors import RegistryError
 from optimum_otprune.functional.importance import ChannelStatistics, channel_importance, importances
 from optimum_otprune.functional.marginals import MarginalInputs, distributions, marginal
@@ -17,6 +19,7 @@ from optimum_otprune.functional.solvers import solve_transport, solvers
 from tests.functional.helpers import make_ffn, normal
 
 ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "optimum_otprune" / "commands" / "demo_model"
 
 
 @pytest.fixture
@@ -238,7 +241,8 @@ for _ in range(2):
     config = OTPruningConfig(importance="of_another_package:power=2", selection="top")
     print(config.importance)
 """
-COMMAND = "from optimum_otprune.commands.main import main; main(sys.argv[1:])"
+MAIN = "from optimum_otprune.commands.main import main; "
+COMMAND = f"{MAIN}main(sys.argv[1:])"
 
 
 def test_a_plugin_is_loaded_once_when_a_name_is_asked_for_that_is_not_known(installed):
@@ -270,6 +274,74 @@ def test_a_plugin_that_cannot_be_loaded_is_one_error_that_names_it(installed, en
     start = "otprune list: error: The plugin 'mine' of the package 'another-package' could not be loaded: "
     assert line.startswith(start + message)
     assert line.endswith("Mend it, or uninstall that package.")
+
+
+PARTLY = f"{PLUGIN}\n    raise ValueError('out of luck')"
+LOOK_UP_TWICE = """
+from optimum_otprune.errors import RegistryError
+from optimum_otprune.functional.costs import costs
+for _ in range(2):
+    try:
+        "nothing" in costs
+    except RegistryError as error:
+        print(error)
+"""
+
+
+def test_a_plugin_that_fails_after_it_registered_something_is_the_same_error_each_time(installed):
+    done = installed("another_package:register", LOOK_UP_TWICE, plugin=PARTLY)
+    first, second = [line for line in done.stdout.splitlines() if line != "loaded"]
+    assert first == second
+    assert "could not be loaded: ValueError: out of luck. Mend it, or uninstall that package." in first
+
+
+LOOK_UP_IN_THREADS = """
+from concurrent.futures import ThreadPoolExecutor
+from optimum_otprune.functional.importance import importances
+with ThreadPoolExecutor(2) as threads:
+    print(list(threads.map(importances.__contains__, ["of_another_package"] * 2)))
+"""
+
+
+def test_a_second_thread_waits_for_the_names_of_a_plugin(installed):
+    plugin = PLUGIN.replace("def register():", "def register():\n    import time; time.sleep(1)")
+    done = installed("another_package:register", LOOK_UP_IN_THREADS, plugin=plugin)
+    assert done.stdout.splitlines() == ["loaded", "[True, True]"]
+
+
+MORE = """
+from optimum_otprune.functional.marginals import Strategy, register_strategy
+from optimum_otprune.models.save_formats import Pad, save_formats
+
+def register():
+    save_formats.register("rv_format")(type("RoundedFormat", (Pad,), {"__doc__": "Of another package."}))
+    register_strategy("rv_strategy", Strategy("balanced", "uniform", "robust"))
+"""
+MAKE = "from optimum_otprune.config.configuration import OTPruningConfig as C; "
+
+
+@pytest.mark.parametrize(
+    ("script", "shown"),
+    [
+        (f"{MAKE}print(C(non_uniform_format='rv_format').non_uniform_format)", "rv_format"),
+        (f"{MAKE}print(C(strategy='rv_strategy', method='structured_afr_with_intrafusion').strategy)", "rv_strategy"),
+        (f"{MAKE}print(C.from_pretrained(sys.argv[1]).non_uniform_format)", "rv_format"),
+        (f"{MAIN}main(['list', 'save_formats'])", "  rv_format\n      Of another package.\n"),
+        (f"{MAIN}main(['list', 'strategies'])", "  rv_strategy\n      Sets statistics='balanced'"),
+        (
+            f"{MAIN}main(['prune', {str(DEMO)!r}, '-o', sys.argv[1] + '/o', '--dry-run', '--calibration-data',"
+            " sys.argv[1] + '/a.txt', '--non-uniform-format', 'rv_format', '--num-samples', '2', '--seqlen', '16'])",
+            "Parameters",
+        ),
+    ],
+)
+def test_a_plugin_brings_strategies_and_save_formats(installed, tmp_path, script, shown):
+    saved = {**OTPruningConfig().to_dict(), "non_uniform_format": "rv_format"}
+    (tmp_path / "otprune_config.json").write_text(json.dumps(saved))
+    (tmp_path / "a.txt").write_text("A sentence about nothing in particular.\n" * 50)
+    done = installed("another_package:register", script, str(tmp_path), plugin=MORE)
+    assert done.returncode == 0, done.stderr
+    assert shown in done.stdout
 
 
 # The laws

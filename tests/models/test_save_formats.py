@@ -68,9 +68,13 @@ def test_a_size_target_refuses_any_format_that_fills_up(tiled, llama, tokens):
         OTPruner.from_pretrained(llama, config).prune(tokens, progress=False)
 
 
-def test_the_command_line_offers_what_is_registered_and_imports_nothing_heavy_for_it(tiled, capsys):
-    assert run_command("prune", "--help") == 0
-    assert "{pad,per_layer_config,tiled}" in capsys.readouterr().out
+def test_the_command_line_lists_what_is_registered_and_imports_nothing_heavy_for_it(tiled, capsys):
+    assert run_command("list", "save_formats") == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("save_formats (--non-uniform-format)\n  pad\n")
+    assert all(f"\n  {name}\n" in shown for name in ("pad", "per_layer_config", "tiled"))
+    assert run_command("prune", "model", "-o", "out", "--non-uniform-format", "tile") == 2
+    assert "Unknown `non_uniform_format` 'tile'. Did you mean 'tiled'?" in capsys.readouterr().err
     code = "import sys, optimum_otprune.models.save_formats; assert not {'torch', 'transformers'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from optimum_otprune.checkpoints.check_loading import check_loading_options
 from optimum_otprune.checkpoints.load import load_checkpoint
-from optimum_otprune.checkpoints.loading_options import check_loading_options
 from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.config.options_file import CONFIG_FILE
 from optimum_otprune.errors import ConfigurationError, IntegrityError, ModelLoadError, ReportError, StateError

@@ -10,7 +10,7 @@ from optimum_otprune.checkpoints.card.citations import Citation, bibliography, c
 from optimum_otprune.checkpoints.card.markdown import escape, fenced, link, plain_text
 from optimum_otprune.checkpoints.card.metadata import card_metadata, copied_metadata
 from optimum_otprune.checkpoints.card.plots import PLOT_FILE
-from optimum_otprune.checkpoints.card.reproduction import Run, command, literal, python_lines
+from optimum_otprune.checkpoints.card.reproduction import Rerun, command, literal, python_lines
 from optimum_otprune.checkpoints.card.results import (
     HUB,
     UNNAMED_DATA,
@@ -155,7 +155,7 @@ def _nameless(report: PruningReport) -> str:
 
 def _reproduction(config: PruningOptions, report: PruningReport, name: str) -> dict[str, object]:
     stages = {evaluation["stage"] for evaluation in report.evaluations}
-    run = Run(
+    run = Rerun(
         model=hub_name(report.base_model) or _BASE_PLACEHOLDER,
         output=plain_text(name.rsplit("/", 1)[-1]) or "pruned",
         calibration_data=_argument(config, report.calibration["data"], _CALIBRATION_PLACEHOLDER),

@@ -10,7 +10,7 @@ _WIDTH = 100  # characters of a line, which code blocks of the Hub's pages show 
 _LONGEST_VALUE = 200  # characters of an option that a person would type; longer ones are read from a file
 
 
-class Run(NamedTuple):
+class Rerun(NamedTuple):
     """A pruning run without its configuration.
 
     Attributes:
@@ -30,7 +30,7 @@ class Run(NamedTuple):
     max_windows: int | None = None
 
 
-def command(options: Mapping[str, object] | None, run: Run) -> str:
+def command(options: Mapping[str, object] | None, run: Rerun) -> str:
     """Return the command line of a run, over several lines if it is long.
 
     Where the options are not known, or one cannot be written on a command line (None in place of a default, characters
@@ -51,7 +51,7 @@ def command(options: Mapping[str, object] | None, run: Run) -> str:
     return _wrapped([["otprune", "prune", run.model], ["-o", run.output], *words])
 
 
-def python_lines(options: Mapping[str, object] | None, run: Run) -> str:
+def python_lines(options: Mapping[str, object] | None, run: Rerun) -> str:
     """Return five lines of Python that do what `command` does."""
     if options is not None and _can_be_typed(options):
         made = _call("OTPruningConfig", [f"{name}={literal(value)}" for name, value in options.items()])

@@ -6,14 +6,14 @@ from argparse import ArgumentParser
 
 import pytest
 
-from optimum_otprune.checkpoints.card.reproduction import Run, command, literal, python_lines
+from optimum_otprune.checkpoints.card.reproduction import Rerun, command, literal, python_lines
 from optimum_otprune.commands.arguments import config_options
 from optimum_otprune.commands.parser import PruneCommand
 from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.config.presets import METHODS
 from tests.hostile import HOSTILE
 
-RUN = Run("meta-llama/Llama-3.2-1B", "llama-half", None, True, None)
+RUN = Rerun("meta-llama/Llama-3.2-1B", "llama-half", None, True, None)
 OTHERS = [
     {"pruning_ratio": 0.0, "seed": 7},
     {"target_parameters": "900M"},
@@ -74,7 +74,7 @@ def test_only_what_differs_from_the_method_is_printed():
 
 
 def test_data_are_named_and_quoted():
-    run = Run("BASE", "a b", "local data.txt", True, "user/data")
+    run = Rerun("BASE", "a b", "local data.txt", True, "user/data")
     words = shlex.split(command(OTPruningConfig().fewest_options(), run).replace("\\\n", ""))
     assert words[:5] == ["otprune", "prune", "BASE", "-o", "a b"]
     assert words[-5:] == ["--calibration-data", "local data.txt", "--eval", "--eval-data", "user/data"]
