@@ -13,6 +13,7 @@ from optimum_otprune.checkpoints.card.results import (
     UNNAMED_DATA,
     evaluated_on_calibration_data,
     hub_name,
+    partly_calibrated_on,
 )
 from optimum_otprune.config.options import BUDGET_FIELDS, PruningOptions
 from optimum_otprune.pruning.comparison import Comparison
@@ -77,7 +78,9 @@ def _architecture(report: PruningReport) -> list[str]:
 def _results(config: PruningOptions, report: PruningReport, pair: Comparison) -> list[EvalResult]:
     dataset = hub_name(pair.data)
     known = dataset is not None and dataset == config.dataset
-    caution = ", on calibration data" if evaluated_on_calibration_data(report, pair) else ""
+    caution = ", text partly calibrated on" if partly_calibrated_on(report, pair) else ""
+    if evaluated_on_calibration_data(report, pair):
+        caution = ", on calibration data"
     results = []
     for evaluation, what in ((pair.pruned, "pruned"), (pair.dense, "base model")):
         value = None if evaluation is None else _rounded(evaluation["perplexity"])

@@ -13,10 +13,12 @@ from optimum_otprune.checkpoints.card.plots import PLOT_FILE
 from optimum_otprune.checkpoints.card.reproduction import Rerun, command, literal, python_lines
 from optimum_otprune.checkpoints.card.results import (
     HUB,
+    PASSAGE,
     UNNAMED_DATA,
     evaluated_on_calibration_data,
     hub_name,
     limitations,
+    partly_calibrated_on,
 )
 from optimum_otprune.config.options import OPTIONS_BY_NAME, PruningOptions
 from optimum_otprune.models.compatibility import tested_versions
@@ -231,6 +233,8 @@ def _evaluation(config: PruningOptions, report: PruningReport, pair: Comparison)
         "protocol": escape(one["protocol"]),
         "seen_windows": one.get("seen_windows"),
         "seen": evaluated_on_calibration_data(report, pair),
+        "part": partly_calibrated_on(report, pair),
+        "passage": min(PASSAGE, one["seqlen"], report.calibration["seqlen"]),
     }
 
 

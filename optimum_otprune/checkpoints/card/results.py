@@ -16,6 +16,7 @@ UNNAMED_DATA: Mapping[str, str] = {
     "local folder": "a local folder",
     "a datasets.Dataset": "a data set in memory",
 }
+PASSAGE = 32  # tokens in a row by which two texts are told to have a passage in common
 _FEW_EVALUATED = 20_000  # tokens up to which chance moves a perplexity by some percent
 _HIGH_RATIO = 0.5  # pruning ratio from which the card advises to fine-tune
 _WELL_CALIBRATED = 2  # calibration tokens per channel that a fit of the layers takes at least
@@ -27,9 +28,13 @@ def hub_name(name: object) -> str | None:
 
 
 def evaluated_on_calibration_data(report: PruningReport, pair: Comparison) -> bool | None:
-    """Return whether a model was evaluated on its calibration data; None if the report cannot tell."""
+    """Return whether a model was evaluated on its calibration data; None if the report cannot tell.
+
+    It was if data and split are the same, or if most evaluated windows share a passage with the calibration text. A
+    smaller part of the windows is what `partly_calibrated_on` tells.
+    """
     seen = (pair.pruned or {}).get("seen_windows")
-    if seen:
+    if pair.pruned is not None and seen and 2 * seen > pair.pruned["num_windows"]:
         return True
     if hub_name(pair.data) is not None:
         is_same_split = report.config.get("calibration_split") == report.config.get("evaluation_split")
@@ -39,11 +44,19 @@ def evaluated_on_calibration_data(report: PruningReport, pair: Comparison) -> bo
     return None if seen is None else False
 
 
+def partly_calibrated_on(report: PruningReport, pair: Comparison) -> str | None:
+    """Return how much of the evaluated text was calibrated on, as `2 of 85 windows`; None if nothing or most of it."""
+    seen = (pair.pruned or {}).get("seen_windows")
+    if pair.pruned is None or not seen or evaluated_on_calibration_data(report, pair):
+        return None
+    return f"{seen:,} of {pair.pruned['num_windows']:,} windows"
+
+
 def seen_before(report: PruningReport, evaluation: Mapping[str, Any]) -> str | None:
     """Return a sentence if the pruned model was evaluated on text that it was calibrated on, else None."""
-    if not evaluated_on_calibration_data(report, Comparison(evaluation["data"], None, evaluation)):
-        return None
     seen = evaluation.get("seen_windows")
+    if not seen and not evaluated_on_calibration_data(report, Comparison(evaluation["data"], None, evaluation)):
+        return None
     windows = f"{seen:,} of the {evaluation['num_windows']:,} windows hold" if seen else "The windows are of"
     return f"{windows} text that the model was calibrated on; expect a higher perplexity on other text."
 
@@ -73,6 +86,10 @@ def limitations(report: PruningReport) -> list[str]:
         )
     if any(evaluated_on_calibration_data(report, pair) for pair in pairs):
         found.append("It was evaluated on data that it was calibrated on; expect a higher perplexity on other text.")
+    elif parts := [part for pair in pairs if (part := partly_calibrated_on(report, pair))]:
+        found.append(
+            f"Part of the evaluation text ({parts[0]}) was calibrated on; expect a higher perplexity on other text."
+        )
     if report.pruning_ratio >= _HIGH_RATIO:
         found.append(
             f"{report.pruning_ratio:.0%} of the FFN channels are gone. At half or more, quality often suffers by "

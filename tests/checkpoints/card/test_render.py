@@ -16,9 +16,10 @@ from optimum_otprune.checkpoints.card.base_card import LICENSES
 from optimum_otprune.checkpoints.card.markdown import plain_text
 from optimum_otprune.checkpoints.card.metadata import card_metadata
 from optimum_otprune.checkpoints.card.render import model_card
-from optimum_otprune.checkpoints.card.results import hub_name
+from optimum_otprune.checkpoints.card.results import PASSAGE, hub_name
 from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.errors import OTPruneError
+from optimum_otprune.pruning.calibration import overlap
 from optimum_otprune.pruning.report import PruningReport
 from tests.hostile import HOSTILE
 from tests.reports import Page, evaluation, layer_report, make_report
@@ -146,15 +147,28 @@ def test_a_negative_rescue_is_warned_of_at_the_top():
     assert "further from the dense ones than plain dropping" in text
 
 
+def test_of_text_that_was_partly_calibrated_on_the_part_is_said():
+    some = make_report(evaluations=(evaluation("dense", 10.0), evaluation("pruned", 12.0, seen_windows=2)))
+    text = words(model_card(CONFIG, some, "x"))
+    warning = "Warning: part of the evaluation text (2 of 20 windows) was calibrated on."
+    assert text.index(warning) < text.index("How to load")
+    assert "2 of the 20 evaluated windows share 32 or more tokens in a row with the calibration text." in text
+    assert "calibration data." not in text
+    assert overlap._LENGTH == PASSAGE
+    short = {"data": "texts", "num_samples": 1, "seqlen": 9, "num_tokens": 9}
+    assert "share 9 or more tokens" in words(model_card(CONFIG, dataclasses.replace(some, calibration=short), "x"))
+
+
 def test_evaluation_on_calibration_data_is_warned_of_at_the_top():
-    seen = make_report(evaluations=(evaluation("pruned", 12.0, seen_windows=3),))
+    seen = make_report(evaluations=(evaluation("pruned", 12.0, seen_windows=11),))
     text = words(model_card(CONFIG, seen, "x"))
     assert text.index("Warning: the evaluation data are calibration data") < text.index("How to load")
-    assert "3 of the 20 evaluated windows are calibration samples." in text
+    assert "11 of the 20 evaluated windows share 32 or more tokens in a row with the calibration text." in text
     same_split = words(model_card(CONFIG, make_report(OTPruningConfig(evaluation_split="train")), "x"))
     assert "Calibration samples were drawn from the same split of Salesforce/wikitext" in same_split
     unseen = make_report(evaluations=(evaluation("pruned", 12.0, seen_windows=0),))
-    assert "None of the 20 evaluated windows is a calibration sample." in words(model_card(CONFIG, unseen, "x"))
+    none = "None of the 20 evaluated windows shares 32 or more tokens in a row with the calibration text."
+    assert none in words(model_card(CONFIG, unseen, "x"))
     unknown = make_report(
         calibration={"data": "texts", "num_samples": 1, "seqlen": 9, "num_tokens": 9},
         evaluations=(evaluation("pruned", 12.0, data="texts"),),

@@ -89,8 +89,11 @@ def test_data_without_a_name_are_called_as_calibration_calls_them(tmp_path, toke
         ({}, None, {"evaluation_split": "train"}, True),
         ({"data": "user/other"}, None, {"evaluation_split": "train"}, False),
         ({"data": "texts"}, None, {}, False),
-        ({"data": "texts"}, 3, {}, True),
-        ({}, 1, {}, True),
+        ({"data": "texts"}, 3, {}, False),
+        ({"data": "texts"}, 11, {}, True),
+        ({}, 10, {}, False),
+        ({}, 11, {}, True),
+        ({}, 1, {"evaluation_split": "train"}, True),
     ],
 )
 def test_evaluation_on_calibration_data_is_recognized(changes, seen, config, answer):
@@ -145,7 +148,11 @@ def test_a_good_report_has_only_the_limitations_of_all():
         ({"evaluations": (evaluation("dense", 10.0),)}, "The pruned model was not evaluated"),
         ({"evaluations": (evaluation("pruned", 10.0),)}, "The dense model was not evaluated"),
         ({"evaluations": (evaluation("pruned", 10.0, num_tokens=50),)}, "on only 50 tokens"),
-        ({"evaluations": (evaluation("pruned", 10.0, seen_windows=2),)}, "on data that it was calibrated on"),
+        ({"evaluations": (evaluation("pruned", 10.0, seen_windows=11),)}, "on data that it was calibrated on"),
+        (
+            {"evaluations": (evaluation("pruned", 10.0, seen_windows=2),)},
+            "Part of the evaluation text (2 of 20 windows) was calibrated on; expect a higher",
+        ),
         (
             {"calibration": {"data": "texts", "num_samples": 1, "seqlen": 15, "num_tokens": 15}},
             "calibrated on 15 tokens, fewer than twice the FFN width of 8",
