@@ -229,6 +229,10 @@ def test_links_between_files_lead_somewhere(page):
     for link in re.findall(r"\]\(([^)#]*)(?:#[^)]*)?\)", text):
         if link and not link.startswith("https://"):
             assert ((ROOT / page).parent / link).exists(), link
+    for link, anchor in re.findall(r"\]\(([^)#]*\.md|)#([^)]*)\)", text):
+        target = (ROOT / page).parent / link if link else ROOT / page
+        headings = re.findall(r"^#+ (.*)", target.read_text(encoding="utf-8"), re.MULTILINE)
+        assert anchor in [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings], anchor
 
 
 def test_the_readme_is_one_page_with_both_commands():
@@ -272,6 +276,14 @@ def test_tables_are_made_from_the_package(hooks):
 
 def test_bars_in_a_table_separate_no_cells(hooks):
     assert hooks.table(["a"], [["`|x|` or |"]]) == "| a |\n| --- |\n| `|x|` or \\| |\n"
+
+
+@pytest.mark.parametrize("page", names([page for page in PAGES if "<!-- generated: " in page.read_text("utf-8")]))
+def test_a_page_that_is_read_without_a_build_says_where_its_tables_are(page):
+    paragraphs = (ROOT / page).read_text(encoding="utf-8").split("\n\n")
+    for before, place in zip(paragraphs, paragraphs[1:], strict=False):
+        if place.startswith("<!-- generated: "):
+            assert "made when the site is built (`make docs`)" in before
 
 
 def test_a_place_for_a_table_that_nobody_makes_is_an_error(hooks):
