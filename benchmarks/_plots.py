@@ -97,7 +97,8 @@ def calibration_plot(
 def _note(lines: Sequence[Line], top: float) -> str:
     leaving = [line.name for line in lines if max(line.mean) > top]
     cut = f"; the frame ends at {top:,.0f}, outside: {', '.join(leaving)}" if leaving else ""
-    return f"bands: standard deviation over seeds{cut}"
+    bands = "bands: standard deviation over seeds" if any(max(line.std) > 0 for line in lines) else ""
+    return f"{bands}{cut}" if bands else cut.removeprefix("; ")
 
 
 def _line(name: str, summaries: Sequence[Mapping[str, Any]], x: str) -> Line:

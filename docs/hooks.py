@@ -71,8 +71,8 @@ def presets_table() -> str:
     for title, presets in (("Methods", METHODS), ("Qualities", QUALITIES)):
         chosen = {name: preset.fields if isinstance(preset, Preset) else preset for name, preset in presets.items()}
         fields = list(dict.fromkeys(field for values in chosen.values() for field in values))
-        rows = ([f"`{field}`", *(_preset(values.get(field)) for values in chosen.values())] for field in fields)
-        parts.append(f"### {title}\n\n" + table(("field", *(f"`{name}`" for name in presets)), rows))
+        rows = ([f"`{name}`", *(_preset(values.get(field)) for field in fields)] for name, values in chosen.items())
+        parts.append(f"### {title}\n\n" + table(("name", *(f"`{field}`" for field in fields)), rows))
     return "\n".join(parts)
 
 

@@ -262,6 +262,7 @@ def test_tables_are_made_from_the_package(hooks):
     assert "| `--resume` `[DIR]` |" in line
     presets = hooks.presets_table()
     assert all(f"| `{name}` |" in presets for name in [*METHODS, *QUALITIES])
+    assert "\n| `fast` |" in presets
     registered = hooks.registered_tables()
     for registry in (importances, costs, solvers, distributions, mixtures):
         assert all(f"| `{name}` |" in registered for name in registry.names())

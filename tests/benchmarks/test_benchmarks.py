@@ -186,6 +186,16 @@ def test_short_calibration_measures_each_size_and_says_which_were_too_large(data
 
 
 @needs_matplotlib
+def test_a_plot_of_one_seed_speaks_of_no_bands():
+    from _plots import Line, _note
+
+    one, several = Line("flap", [0.5], [90.0], [0.0]), Line("otprune", [0.5], [70.0], [1.5])
+    assert _note([one], 100.0) == ""
+    assert _note([one], 80.0) == "the frame ends at 80, outside: flap"
+    assert _note([one, several], 80.0) == "bands: standard deviation over seeds; the frame ends at 80, outside: flap"
+
+
+@needs_matplotlib
 def test_both_benchmarks_draw_a_plot_that_their_page_shows(small, data, tmp_path):
     quality.main(small)
     plan = ["--multiples", "1", "2", "--seeds", "0", "--max-windows", "2"]
