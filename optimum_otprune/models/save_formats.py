@@ -82,8 +82,8 @@ class SaveFormat:
 
     @property
     def fills_up(self) -> bool:
-        """Whether layers are saved wider than they were pruned to."""
-        return self.saved_widths([1, 2]) != [1, 2]
+        """Whether layers may be saved wider than they were pruned to."""
+        return type(self).saved_widths is not SaveFormat.saved_widths
 
 
 save_formats: Registry[type[SaveFormat]] = Registry("save format")

@@ -61,7 +61,8 @@ def test_a_format_of_a_users_own_plans_prunes_saves_and_loads(tiled, llama, toke
     assert "needs transformers 5.15 or newer" in model_card(config, report, "x")
 
 
-def test_a_size_target_refuses_any_format_that_fills_up(tiled, llama, tokens):
+def test_a_size_target_refuses_any_format_that_fills_up(tiled, llama, tokens, monkeypatch):
+    monkeypatch.setattr(tiled, "saved_widths", lambda self, widths: [*widths[:2], *[max(widths[2:])] * len(widths[2:])])
     budget = {"pruning_ratio": None, "target_parameters": 10_000}
     config = OTPruningConfig(**{**FAST, **budget}, non_uniform_format="tiled")
     with pytest.raises(ConfigurationError, match="filled up"):
