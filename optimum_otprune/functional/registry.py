@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from optimum_otprune.errors import RegistryError, unknown_name
+from optimum_otprune.errors import RegistryError, unknown_name, unregistered_name
 from optimum_otprune.functional.parameters import (
     Parameter,
     as_text,
@@ -114,7 +114,7 @@ class Registry(Generic[F]):
         Raises:
             RegistryError: If the name is taken or malformed, or a parameter cannot be set by a configuration.
         """
-        if not (name.isidentifier() and name == name.lower()):
+        if not can_be_registered(name):
             raise RegistryError(f"{name!r} is no {self.kind} name: use lower-case words joined by underscores.")
 
         def decorator(function: F) -> F:
@@ -174,7 +174,7 @@ class Registry(Generic[F]):
     def _named(self, text: str) -> Entry:
         name, texts = split_name(text)
         if name not in self:
-            raise RegistryError(unknown_name(self.kind, name, self._entries))
+            raise RegistryError(unregistered_name(self.kind, name, self._entries))
         entry = self._entries[name]
         values = checked_parameters(entry.parameters, texts, f"the {self.kind} {name!r}")
         if not values:
@@ -183,6 +183,11 @@ class Registry(Generic[F]):
 
     def __getitem__(self, given: str | Mapping[str, object] | F) -> F:
         return self.entry(given).function  # type: ignore[return-value]
+
+
+def can_be_registered(name: str) -> bool:
+    """Return whether a name has the form of a registered one: lower-case words joined by underscores."""
+    return name.isidentifier() and name == name.lower()
 
 
 def _facts(function: Callable[..., Any]) -> dict[str, Any]:

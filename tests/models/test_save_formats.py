@@ -62,7 +62,9 @@ def test_a_format_of_a_users_own_plans_prunes_saves_and_loads(tiled, llama, toke
 
 
 def test_a_size_target_refuses_any_format_that_fills_up(tiled, llama, tokens, monkeypatch):
-    monkeypatch.setattr(tiled, "saved_widths", lambda self, widths: [*widths[:2], *[max(widths[2:])] * len(widths[2:])])
+    monkeypatch.setattr(
+        tiled, "saved_widths", lambda self, widths: [*widths[:2], *[max(widths[2:])] * len(widths[2:])]
+    )
     budget = {"pruning_ratio": None, "target_parameters": 10_000}
     config = OTPruningConfig(**{**FAST, **budget}, non_uniform_format="tiled")
     with pytest.raises(ConfigurationError, match="filled up"):
@@ -77,7 +79,8 @@ def test_the_command_line_offers_what_is_registered_and_imports_nothing_heavy_fo
 
 
 def test_an_unknown_format_is_refused_with_the_nearest_name(tiled):
-    for name, message in (("tile", "Did you mean 'tiled'"), ("zip", "Known: pad, per_layer_config, tiled")):
+    known = "Known: pad, per_layer_config, tiled. Use one of these, or install the package that registers it"
+    for name, message in (("tile", "Did you mean 'tiled'"), ("zip", known)):
         with pytest.raises(ConfigurationError, match=f"Unknown `non_uniform_format` '{name}'.*{message}"):
             OTPruningConfig(non_uniform_format=name)
         with pytest.raises(RegistryError, match=message):
