@@ -142,8 +142,8 @@ class PruningOptions:
     )
     non_uniform_format: str = _field(
         "pad",
-        "how layers of different widths are saved: filled up with zeros to the widest (pad: loads everywhere), or as "
-        "they are with a modeling file beside them (per_layer_config: loads with trust_remote_code)",
+        "how layers of different widths are saved "
+        + " ".join(f"({name}: {save_formats.entry(name).summary.rstrip('.')})" for name in save_formats.names()),
         choices=save_formats.names,
         shared="how the result is saved",
     )
