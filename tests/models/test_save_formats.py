@@ -111,12 +111,33 @@ def test_what_a_format_refuses_is_refused_before_any_work(tiled, llama, tokens, 
     assert all(torch.equal(value, before[name]) for name, value in llama.state_dict().items())
 
 
-@pytest.mark.parametrize("wrong", [[16, 16], [16, 16, 16]])
+@pytest.mark.parametrize("wrong", [[16, 16], [16, 16, 16], None, ["a", "b", "c"], [16.0, 32.0, float("nan")]])
 def test_widths_that_cannot_be_are_refused_by_the_formats_name(tiled, wrong, monkeypatch):
     monkeypatch.setattr(tiled, "saved_widths", lambda self, widths: wrong)
     message = r"'tiled' gives the widths .* that keep \[12, 24, 24\] .* one width per layer, none smaller"
     with pytest.raises(CustomFunctionError, match=message):
         saved_widths("tiled", [12, 24, 24])
+
+
+@pytest.mark.parametrize("method", ["saved_widths", "check", "finish"])
+def test_a_method_that_fails_is_one_error_and_the_model_is_as_before(tiled, method, llama, tokens, monkeypatch):
+    before = {name: value.clone() for name, value in llama.state_dict().items()}
+
+    def fail(*inputs):
+        raise KeyError("lost")
+
+    monkeypatch.setattr(tiled, method, fail)
+    pruner = OTPruner.from_pretrained(llama, OTPruningConfig(**FAST, non_uniform_format="tiled"))
+    with pytest.raises(CustomFunctionError, match=f"'tiled' raised KeyError: 'lost' in its `{method}`. Mend it"):
+        pruner.prune(tokens, progress=False)
+    assert all(torch.equal(value, before[name]) for name, value in llama.state_dict().items())
+
+
+def test_finish_must_return_a_number(tiled, llama, tokens, monkeypatch):
+    monkeypatch.setattr(tiled, "finish", lambda self, model, blocks: None)
+    pruner = OTPruner.from_pretrained(llama, OTPruningConfig(**FAST, non_uniform_format="tiled"))
+    with pytest.raises(CustomFunctionError, match="'tiled' returned None from its `finish`; want the number"):
+        pruner.prune(tokens, progress=False)
 
 
 def test_a_format_that_says_nothing_keeps_widths_and_writes_nothing(llama):
