@@ -26,11 +26,12 @@ def load_plugins() -> None:
         _loaded.add(point)  # before it asks for names itself
         try:
             _load(point)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             _loaded.discard(point)
             package = f" of the package {point.dist.name!r}" if point.dist is not None else ""
             raise RegistryError(
-                f"The plugin {point.name!r}{package} could not be loaded: {type(error).__name__}: {error}. Mend it, "
+                f"The plugin {point.name!r}{package} could not be loaded: {type(error).__name__}: "
+                f"{str(error)[:200].rstrip('.')}. Mend it, "
                 "or uninstall that package."
             ) from error
 
