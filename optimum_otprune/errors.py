@@ -151,6 +151,11 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
     return f"Unknown {kind} {name!r}.{suggestion} Known: {', '.join(known)}."
 
 
+def unregistered_name(kind: str, name: object, known: Iterable[str]) -> str:
+    """Return the message for a name that is not registered here, but may be where another package is installed."""
+    return f"{unknown_name(kind, name, known)} Use one of these, or install the package that registers it."
+
+
 def warn_user(message: str) -> None:
     """Warn with a `UserWarning` that points to the line by which this package was called.
 

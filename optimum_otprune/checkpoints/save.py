@@ -21,6 +21,7 @@ from optimum_otprune.models.compatibility import reads_in_older_versions
 from optimum_otprune.models.devices import is_offloaded, restore_ties, savable_if_offloaded, weight_bytes
 from optimum_otprune.models.faithfulness import check_logits, check_parameters
 from optimum_otprune.models.ffn_block import check_loadable
+from optimum_otprune.models.save_formats import save_format
 from optimum_otprune.models.wrappers import check_plain
 from optimum_otprune.pruning.report import REPORT_FILE, PruningReport
 from optimum_otprune.storage.files import writing_folder
@@ -83,10 +84,13 @@ def save_checkpoint(
         ConfigurationError: If `overwrite` is not True or False.
         NumericalError: If a parameter is NaN or infinite, which is named, or the logits are.
         UnsupportedModelError: If modules were put into the model that could not be loaded again.
+        RegistryError: If layers differ in width and the configuration's save format is not registered here.
     """
     if not isinstance(overwrite, bool):
         raise ConfigurationError(f"`overwrite` is {overwrite!r}; want True or False.")
     model, tokenizer, config, report = contents
+    if report is not None and len(set(report.widths)) > 1:
+        save_format(config.non_uniform_format)
     check_plain(model)
     restore_ties(model)
     check_loadable(model)

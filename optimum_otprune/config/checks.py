@@ -13,14 +13,24 @@ from optimum_otprune.config.quantities import (
     real_number,
     whole_number,
 )
-from optimum_otprune.errors import ConfigurationError, RegistryError, unknown_name
+from optimum_otprune.errors import ConfigurationError, RegistryError, unknown_name, unregistered_name
 from optimum_otprune.functional.parameters import as_text, split_name
+from optimum_otprune.functional.registry import Registry, can_be_registered
 
 _DIGITS = 9  # the most digits of a layer's index
 
 
-def check_option(option: Option, value: object) -> Any:
-    """Return the value in the option's type, or raise an error with the option, the value and what is right."""
+def check_option(option: Option, value: object, is_saved: bool = False) -> Any:
+    """Return the value in the option's type, or raise an error with the option, the value and what is right.
+
+    Args:
+        option: What the value is for.
+        value: As it was given.
+        is_saved: Whether the package saved it: then it may be a name that is not registered here.
+
+    Raises:
+        ConfigurationError: If the value is of the wrong type, out of range, or an unknown name.
+    """
     if value is None:
         if option.optional:
             return None
@@ -44,7 +54,11 @@ def check_option(option: Option, value: object) -> Any:
     if not isinstance(value, str):
         raise problem
     if option.names is not None and value not in option.names:  # a registry loads plugins before it says no
-        raise ConfigurationError(unknown_name(f"`{option.name}`", value, option.choices or ()))
+        is_registry = isinstance(option.names, Registry)
+        if is_saved and is_registry and can_be_registered(value):
+            return value
+        message = unregistered_name if is_registry else unknown_name
+        raise ConfigurationError(message(f"`{option.name}`", value, option.choices or ()))
     return value
 
 

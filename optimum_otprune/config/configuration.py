@@ -64,21 +64,25 @@ class OTPruningConfig(PruningOptions, BaseConfig):
         self._fill(options, asked=set(options))
 
     @classmethod
-    def assembled(cls, values: Mapping[str, object], asked: Collection[str]) -> "OTPruningConfig":
+    def assembled(
+        cls, values: Mapping[str, object], asked: Collection[str], saved: Collection[str] = ()
+    ) -> "OTPruningConfig":
         """Make a configuration and drop values that nobody asked for where nothing reads them.
 
         Args:
             values: Values by name, as for the constructor.
             asked: Names of the values that were asked for; it is an error if nothing reads one of them.
+            saved: Names of the values that come from a saved configuration; they may name functions and formats that
+                are not registered here, since the configuration may not be used to prune again.
 
         Raises:
             ConfigurationError: If a name or value is wrong, as in the constructor.
         """
         config = cls.__new__(cls)
-        config._fill(values, set(asked))
+        config._fill(values, set(asked), saved)
         return config
 
-    def _fill(self, options: Mapping[str, object], asked: set[str]) -> None:
+    def _fill(self, options: Mapping[str, object], asked: set[str], saved: Collection[str] = ()) -> None:
         given = {name: value for name, value in options.items() if name not in FOREIGN_KEYS and name != VERSION_KEY}
         for name in given:
             if name not in OPTIONS_BY_NAME:
@@ -89,11 +93,11 @@ class OTPruningConfig(PruningOptions, BaseConfig):
         values = {
             option.name: None
             if option.name in absent
-            else check_option(option, given.get(option.name, option.default))
+            else check_option(option, given.get(option.name, option.default), option.name in saved)
             for option in OPTIONS
         }
         explicit = {name for name, value in given.items() if value is not None}
-        values.update(resolve(values, explicit, explicit & asked))
+        values.update(resolve(values, explicit, explicit & asked, saved))
         for name, value in values.items():
             setattr(self, name, value)
         self.optimum_otprune_version = str(options.get(VERSION_KEY, version("optimum_otprune")))
@@ -122,7 +126,7 @@ class OTPruningConfig(PruningOptions, BaseConfig):
             values = {name: value for name, value in values.items() if name not in (*METHOD_FIELDS, *QUALITY_FIELDS)}
         elif changes.get("quality", self.quality) != self.quality:
             values = {name: value for name, value in values.items() if name not in QUALITY_FIELDS}
-        return OTPruningConfig.assembled({**values, **changes}, asked=changes)
+        return OTPruningConfig.assembled({**values, **changes}, asked=changes, saved=set(values) - set(changes))
 
     def fewest_options(self) -> dict[str, Any]:
         """Return the fewest options that make an equal configuration: method, ratio or target, and changed ones.
@@ -179,7 +183,7 @@ class OTPruningConfig(PruningOptions, BaseConfig):
 
     @classmethod
     def _of_file(cls, values: Mapping[str, object]) -> "OTPruningConfig":
-        config = cls.assembled(values, asked=METHOD_FIELDS)
+        config = cls.assembled(values, asked=METHOD_FIELDS, saved=values)
         unused = unused_numbers({name: getattr(config, name) for name in OPTIONS_BY_NAME})
         given = {name: values[name] for name in unused if values.get(name) is not None}
         unread = [f"`{name}={value!r}`" for name, value in given.items() if value != getattr(config, name)]

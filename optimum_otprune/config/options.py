@@ -142,9 +142,9 @@ class PruningOptions:
     )
     non_uniform_format: str = _field(
         "pad",
-        "how layers of different widths are saved: filled up with zeros to the widest (pad: loads everywhere), or as "
-        "they are with a modeling file beside them (per_layer_config: loads with trust_remote_code); "
-        "`otprune list save_formats` shows all",
+        "how layers of different widths are saved "
+        + " ".join(f"({name}: {save_formats.entry(name).summary.rstrip('.')})" for name in save_formats.names())
+        + "; `otprune list save_formats` shows all",
         choices=save_formats,
         shared="how the result is saved",
     )

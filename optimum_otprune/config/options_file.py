@@ -29,7 +29,10 @@ def read_options(file: Path) -> PruningOptions:
     """
     values = read_options_file(file)
     known = known_options(values)
-    checked = {option.name: check_option(option, known[option.name]) for option in OPTIONS if option.name in known}
+    is_saved = VERSION_KEY in values
+    checked = {
+        option.name: check_option(option, known[option.name], is_saved) for option in OPTIONS if option.name in known
+    }
     if "pruning_ratio" not in known:
         checked["pruning_ratio"] = None
     options = PruningOptions(**checked)

@@ -1,6 +1,6 @@
 """Fill in unset options by the method, the strategy and the quality, and refuse contradictions."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -13,12 +13,12 @@ from optimum_otprune.config.presets import (
     RIDGE_FIELDS,
     TRANSPORT_FIELDS,
 )
-from optimum_otprune.errors import ConfigurationError, RegistryError, unknown_name, warn_user
+from optimum_otprune.errors import ConfigurationError, RegistryError, unregistered_name, warn_user
 from optimum_otprune.functional.costs import CENTROID_COSTS, costs
 from optimum_otprune.functional.importance import importances
 from optimum_otprune.functional.marginals import distributions, mixtures, strategies
 from optimum_otprune.functional.parameters import split_name
-from optimum_otprune.functional.registry import GRADIENTS, Registry
+from optimum_otprune.functional.registry import ACTIVATIONS, GRADIENTS, Entry, Registry, can_be_registered
 from optimum_otprune.functional.solvers import solvers
 from optimum_otprune.functional.transport.plans import SolverSettings
 from optimum_otprune.models.save_formats import save_formats
@@ -39,13 +39,16 @@ FUNCTION_FIELDS: Mapping[str, Registry[Any]] = MappingProxyType(
 )
 
 
-def resolve(values: dict[str, Any], explicit: set[str], asked: set[str]) -> dict[str, Any]:
+def resolve(
+    values: dict[str, Any], explicit: set[str], asked: set[str], saved: Collection[str] = ()
+) -> dict[str, Any]:
     """Fill in the options that the method decides, and refuse those that contradict it or another option.
 
     Args:
         values: The value of every option, None where the method decides.
         explicit: Names of the options that were given.
         asked: Names of the given options that are an error if nothing reads them; others are dropped then.
+        saved: Names of the options that may name what is not registered here.
 
     Returns:
         The options that were filled in or dropped.
@@ -54,7 +57,8 @@ def resolve(values: dict[str, Any], explicit: set[str], asked: set[str]) -> dict
         ConfigurationError: If options contradict each other; the message names the option.
     """
     _check_layers(values)
-    values = {name: function_name(name, value) if name in FUNCTION_FIELDS else value for name, value in values.items()}
+    missing = {name for name in FUNCTION_FIELDS if name in saved and _is_missing(name, values[name])}
+    values = values | {name: function_name(name, values[name]) for name in FUNCTION_FIELDS if name not in missing}
     method = values["method"]
     preset = METHODS[method].fields
     for name in METHODS[method].fixed:
@@ -64,15 +68,14 @@ def resolve(values: dict[str, Any], explicit: set[str], asked: set[str]) -> dict
                 "out, or use method='otprune' and set the fields one by one."
             )
     chosen = {name: preset[name] if values[name] is None else values[name] for name in METHOD_FIELDS}
-    _apply_strategy(chosen, values, explicit)
+    if "strategy" not in saved or chosen["strategy"] in strategies:  # its parts are saved beside one that is missing
+        _apply_strategy(chosen, values, explicit)
     if chosen["compensation"] == "bias" and "intercept" not in explicit:
         chosen["intercept"] = "always"
-    if "importance" in explicit and "selection" not in explicit and chosen["selection"] == "obs":
-        warn_user(
-            f"With selection='obs' the importance {chosen['importance']!r} only breaks ties; set selection='top' to "
-            "select by it, or selection='obs' to silence this."
-        )
+    _warn_of_ties(chosen, explicit)
     unused = unused_fields(chosen)
+    if missing:  # what they read was known where the configuration was saved
+        unused |= {name: "it was left unset" for name in METHOD_FIELDS if name in saved and values[name] is None}
     for name, reason in unused.items():
         if name in asked:
             raise _ignored(name, values[name], reason)
@@ -112,11 +115,32 @@ def function_name(field: str, given: str | None) -> str | None:
         return None
     name, _ = split_name(given)
     if name not in FUNCTION_FIELDS[field]:
-        raise ConfigurationError(unknown_name(f"`{field}`", name, FUNCTION_FIELDS[field].names()))
+        raise ConfigurationError(unregistered_name(f"`{field}`", name, FUNCTION_FIELDS[field].names()))
     try:
         return FUNCTION_FIELDS[field].entry(given).name
     except RegistryError as error:
         raise ConfigurationError(f"`{field}`: {error}") from error
+
+
+def _warn_of_ties(chosen: Mapping[str, Any], explicit: set[str]) -> None:
+    if "importance" in explicit and "selection" not in explicit and chosen["selection"] == "obs":
+        warn_user(
+            f"With selection='obs' the importance {chosen['importance']!r} only breaks ties; set selection='top' to "
+            "select by it, or selection='obs' to silence this."
+        )
+
+
+def _is_missing(field: str, given: Any) -> bool:
+    """Return whether a text names a function that is not registered here, but could be."""
+    name = split_name(given)[0] if isinstance(given, str) else ""
+    return can_be_registered(name) and name not in FUNCTION_FIELDS[field]
+
+
+def _entry(field: str, given: Any) -> Entry:
+    """Look up a function; one that is not registered here may read every option and need every statistic."""
+    if _is_missing(field, given):
+        return Entry(given, _is_missing, None, frozenset({ACTIVATIONS, GRADIENTS}))
+    return FUNCTION_FIELDS[field].entry(given)
 
 
 def check_replaced(values: Mapping[str, object], functions: Mapping[str, Any]) -> None:
@@ -160,7 +184,7 @@ def _apply_strategy(chosen: dict[str, Any], values: dict[str, Any], explicit: se
     if chosen["strategy"] is None:
         return
     if chosen["strategy"] not in strategies:
-        raise ConfigurationError(unknown_name("`strategy`", chosen["strategy"], strategies))
+        raise ConfigurationError(unregistered_name("`strategy`", chosen["strategy"], strategies))
     strategy = strategies[chosen["strategy"]]._asdict()
     contradicted = [name for name in strategy if name in explicit and values[name] != strategy[name]]
     if contradicted and "strategy" in explicit:
@@ -186,11 +210,11 @@ def unused_fields(chosen: Mapping[str, Any]) -> dict[str, str]:
     if not transport:
         reason = "nothing is transported, since `fuse` is empty and the refit has no transport prior"
         unused.update(dict.fromkeys((*TRANSPORT_FIELDS, "strategy", "statistics"), reason))
-    elif chosen["solver"] and not solvers.entry(chosen["solver"]).may_read("target_distribution"):
+    elif chosen["solver"] and not _entry("solver", chosen["solver"]).may_read("target_distribution"):
         unused["target_distribution"] = (
             f"the solver {chosen['solver']!r} knows no capacities; choose another, such as 'emd'"
         )
-    if chosen["importance"] and not importances.entry(chosen["importance"]).may_read("aggregation"):
+    if chosen["importance"] and not _entry("importance", chosen["importance"]).may_read("aggregation"):
         unused["aggregation"] = f"the importance {chosen['importance']!r} has no weight scores to aggregate"
     return unused
 
@@ -201,7 +225,7 @@ def unused_numbers(chosen: Mapping[str, Any]) -> dict[str, str]:
     Such options have a value as well, their default.
     """
     unused: dict[str, str] = {}
-    entries = {name: registry.entry(chosen[name]) for name, registry in FUNCTION_FIELDS.items() if chosen[name]}
+    entries = {name: _entry(name, chosen[name]) for name in FUNCTION_FIELDS if chosen[name]}
     for name in SolverSettings._fields:
         if "solver" not in entries:
             unused[name] = "nothing is transported"

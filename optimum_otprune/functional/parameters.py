@@ -79,6 +79,11 @@ def parameters_of(function: Callable[..., Any], what: str) -> dict[str, Paramete
         return found
     for parameter in signature.parameters.values():
         if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
+            if parameter.default is not inspect.Parameter.empty:
+                raise RegistryError(
+                    f"The parameter {parameter.name!r} of {what} has a default, but cannot be set by a configuration. "
+                    "Put it behind `*`, as in `*, power: float = 0.5`, or leave the default out."
+                )
             continue
         kinds: list[type] = [kind for kind in _WANTED if parameter.annotation in (kind, kind.__name__)]
         default: Any = parameter.default

@@ -32,11 +32,11 @@ def load_plugins() -> None:
             _loaded[point] = None  # before it asks for names itself
             try:
                 _load(point)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 package = f" of the package {point.dist.name!r}" if point.dist is not None else ""
                 _loaded[point] = failure = RegistryError(
-                    f"The plugin {point.name!r}{package} could not be loaded: {type(error).__name__}: {error}. Mend "
-                    "it, or uninstall that package."
+                    f"The plugin {point.name!r}{package} could not be loaded: {type(error).__name__}: "
+                    f"{str(error)[:200].rstrip('.')}. Mend it, or uninstall that package."
                 )
                 raise failure from error
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from optimum_otprune.errors import RegistryError, unknown_name
+from optimum_otprune.errors import RegistryError, unknown_name, unregistered_name
 from optimum_otprune.functional.parameters import (
     Parameter,
     as_text,
@@ -115,7 +115,7 @@ class Registry(Generic[F]):
         Raises:
             RegistryError: If the name is taken or malformed, or a parameter cannot be set by a configuration.
         """
-        if not (name.isidentifier() and name == name.lower()):
+        if not can_be_registered(name):
             raise RegistryError(f"{name!r} is no {self.kind} name: use lower-case words joined by underscores.")
 
         def decorator(function: F) -> F:
@@ -175,7 +175,7 @@ class Registry(Generic[F]):
     def _named(self, text: str) -> Entry:
         name, texts = split_name(text)
         if name not in self:
-            raise RegistryError(unknown_name(self.kind, name, self._entries))
+            raise RegistryError(unregistered_name(self.kind, name, self._entries))
         entry = self._entries[name]
         values = checked_parameters(entry.parameters, texts, f"the {self.kind} {name!r}")
         if not values:
@@ -193,6 +193,11 @@ class Presets(dict[str, T]):
         if not super().__contains__(name):
             load_plugins()
         return super().__contains__(name)
+
+
+def can_be_registered(name: str) -> bool:
+    """Return whether a name has the form of a registered one: lower-case words joined by underscores."""
+    return name.isidentifier() and name == name.lower()
 
 
 def _facts(function: Callable[..., Any], requires: Iterable[str]) -> dict[str, Any]:

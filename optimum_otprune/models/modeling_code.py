@@ -9,7 +9,7 @@ from transformers.utils.versions import require_version
 
 from optimum_otprune.errors import UnsupportedModelError
 from optimum_otprune.models.architectures import ARCHITECTURES, BUILT_IN, FFNSpec, find_spec
-from optimum_otprune.models.save_formats import save_format, save_formats
+from optimum_otprune.models.save_formats import called, save_format, save_formats
 
 MODELING_FILE = "modeling_otprune.py"
 _AUTO_CLASS = "AutoModelForCausalLM"
@@ -49,7 +49,7 @@ def check_can_save(model: PreTrainedModel, spec: FFNSpec, non_uniform_format: st
             ) from error
     if chosen.needs_remote_code:
         _library_class(model, spec)
-    chosen.check(model)
+    called(non_uniform_format, "check", model)
 
 
 def needed_modeling_code(model: PreTrainedModel) -> ModelingCode | None:

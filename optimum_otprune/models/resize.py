@@ -3,9 +3,10 @@
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from optimum_otprune.errors import CustomFunctionError
 from optimum_otprune.models.architectures import FFNSpec
 from optimum_otprune.models.ffn_block import FFNBlock
-from optimum_otprune.models.save_formats import save_format, saved_widths
+from optimum_otprune.models.save_formats import called, saved_widths
 
 
 def finish_resize(model: PreTrainedModel, blocks: list[FFNBlock], non_uniform_format: str) -> int:
@@ -24,7 +25,15 @@ def finish_resize(model: PreTrainedModel, blocks: list[FFNBlock], non_uniform_fo
         setattr(model.config, spec.bias_key, True)
     widths = [block.intermediate_size for block in blocks]
     setattr(model.config, spec.size_key, max(saved_widths(non_uniform_format, widths)))
-    return save_format(non_uniform_format).finish(model, blocks) if len(set(widths)) > 1 else 0
+    if len(set(widths)) <= 1:
+        return 0
+    padding = called(non_uniform_format, "finish", model, blocks)
+    if not isinstance(padding, int):
+        raise CustomFunctionError(
+            f"The save format {non_uniform_format!r} returned {padding!r:.60} from its `finish`; want the number of "
+            "parameters that only fill up. Mend it, or use non_uniform_format='pad'."
+        )
+    return padding
 
 
 def switches_biases(model: PreTrainedModel, spec: FFNSpec) -> bool:

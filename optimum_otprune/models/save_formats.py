@@ -3,11 +3,12 @@
 No torch here, so that `otprune --help` is fast and so that a card is rendered fast.
 """
 
+import operator
 from collections.abc import Sequence
 from importlib.resources import files
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from optimum_otprune.errors import CustomFunctionError
+from optimum_otprune.errors import CustomFunctionError, OTPruneError
 from optimum_otprune.functional.registry import Registry
 
 if TYPE_CHECKING:
@@ -82,8 +83,8 @@ class SaveFormat:
 
     @property
     def fills_up(self) -> bool:
-        """Whether layers are saved wider than they were pruned to."""
-        return self.saved_widths([1, 2]) != [1, 2]
+        """Whether layers may be saved wider than they were pruned to."""
+        return type(self).saved_widths is not SaveFormat.saved_widths
 
 
 save_formats: Registry[type[SaveFormat]] = Registry("save format")
@@ -146,10 +147,38 @@ def saved_widths(name: str, widths: Sequence[int]) -> list[int]:
     """
     if len(set(widths)) <= 1:
         return list(widths)
-    saved = save_format(name).saved_widths(widths)
-    if len(saved) != len(widths) or any(wide < width for wide, width in zip(saved, widths)):
+    saved = called(name, "saved_widths", list(widths))
+    try:
+        found = [operator.index(width) for width in saved]
+    except TypeError:  # no list, or not of integers
+        found = []
+    if len(found) != len(widths) or any(wide < width for wide, width in zip(found, widths)):
         raise CustomFunctionError(
-            f"The save format {name!r} gives the widths {list(saved)} to layers that keep {list(widths)} channels; "
-            "want one width per layer, none smaller. Mend its `saved_widths`."
+            f"The save format {name!r} gives the widths {saved!r:.200} to layers that keep {list(widths)} channels; "
+            "want one width per layer, none smaller, all integers. Mend its `saved_widths`."
         )
-    return list(saved)
+    return found
+
+
+def called(name: str, method: str, *inputs: Any) -> Any:
+    """Call a method of a save format; what a format of somebody's own raises says whose it is.
+
+    Args:
+        name: The registered name of a save format.
+        method: The name of the method.
+        *inputs: What the method takes.
+
+    Raises:
+        RegistryError: If the name is unknown.
+        CustomFunctionError: If the method raises anything but an error of this package, which is the cause.
+    """
+    chosen = save_format(name)
+    try:
+        return getattr(chosen, method)(*inputs)
+    except (OTPruneError, MemoryError):
+        raise
+    except Exception as error:
+        raise CustomFunctionError(
+            f"The save format {name!r} raised {type(error).__name__}{f': {error}' if str(error) else ''} in its "
+            f"`{method}`. Mend it, or use non_uniform_format='pad'."
+        ) from error

@@ -39,10 +39,12 @@ def _guarded(field: str, name: str, function: Callable) -> Callable:
             return function(*copies)
         except (MemoryError, torch.OutOfMemoryError):
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
+            settable = ":" in name and isinstance(error, ValueError)
+            advice = "Give another value, or mend it" if settable else "Mend it, or use a registered name in its place"
             raise CustomFunctionError(
                 f"The function {name!r} for `{field}` raised {type(error).__name__}"
-                f"{f': {error}' if str(error) else ''}. Mend it, or use a registered name in its place."
+                f"{f': {error}'.rstrip('.') if str(error) else ''}. {advice}."
             ) from error
 
     call.__name__ = name

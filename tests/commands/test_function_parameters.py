@@ -13,7 +13,7 @@ from optimum_otprune.checkpoints.card.reproduction import Rerun, command, python
 from optimum_otprune.commands.arguments import config_options
 from optimum_otprune.commands.parser import PruneCommand
 from optimum_otprune.config.options_file import CONFIG_FILE, read_options
-from optimum_otprune.errors import ConfigurationError, RegistryError, StateError
+from optimum_otprune.errors import ConfigurationError, CustomFunctionError, RegistryError, StateError
 from optimum_otprune.functional.importance import ChannelStatistics, importances
 from optimum_otprune.functional.marginals import Strategy, distributions, register_strategy, strategies
 from optimum_otprune.pruning.tuning.search_space import check_search_space, contains
@@ -156,3 +156,23 @@ def test_prune_takes_parameters_and_a_resumed_run_with_others_is_refused(llama_f
         prune("wanda_power:power=0.8")
     with pytest.raises(RegistryError, match="Unknown parameter of the importance 'wanda_power': 'pwer'"):
         prune("wanda_power:pwer=0.8")
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (ValueError("bad."), "raised ValueError: bad. Give another value, or mend it."),
+        (SystemExit(3), "SystemExit: 3"),
+    ],
+)
+def test_what_a_function_raises_for_a_value_is_one_error_with_advice(llama, tokens, error, advice):
+    @importances.register("failing", requires=())
+    def failing(statistics, *, power: float = 1.0):
+        raise error
+
+    try:
+        pruner = OTPruner.from_pretrained(llama, make("failing:power=2", pruning_ratio=0.5, multiple_of=1))
+        with pytest.raises(CustomFunctionError, match=advice):
+            pruner.prune(tokens, progress=False)
+    finally:
+        importances.unregister("failing")

@@ -125,6 +125,13 @@ def test_a_parameter_that_no_configuration_could_hold_is_refused_when_it_is_regi
     assert registry.names() == ["scaled", "plain"]
 
 
+def test_a_default_before_the_star_is_refused(registry):
+    with pytest.raises(RegistryError, match=r"'power' of the test function 'new' has a default.* Put it behind `\*`"):
+
+        @registry.register("new")
+        def new(inputs, power: float = 0.5): ...
+
+
 @pytest.mark.parametrize("default", [float("nan"), "a,b"])
 def test_a_default_that_cannot_be_written_is_refused(registry, default):
     def function(inputs, *, power: float = 0.5): ...
@@ -264,6 +271,7 @@ def test_a_plugin_may_be_a_module_and_is_listed(installed):
     ("entry_point", "plugin", "message"),
     [
         ("another_package", "import nothing_of_that_name", "ModuleNotFoundError: No module named 'nothing_of_that_na"),
+        ("another_package", "raise SystemExit('enough.')", "SystemExit: enough. Mend it"),
         ("another_package:register", "register = 3", "TypeError: 'another_package:register' is a int; want a module"),
     ],
 )

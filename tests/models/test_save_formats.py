@@ -61,7 +61,10 @@ def test_a_format_of_a_users_own_plans_prunes_saves_and_loads(tiled, llama, toke
     assert "needs transformers 5.15 or newer" in model_card(config, report, "x")
 
 
-def test_a_size_target_refuses_any_format_that_fills_up(tiled, llama, tokens):
+def test_a_size_target_refuses_any_format_that_fills_up(tiled, llama, tokens, monkeypatch):
+    monkeypatch.setattr(
+        tiled, "saved_widths", lambda self, widths: [*widths[:2], *[max(widths[2:])] * len(widths[2:])]
+    )
     budget = {"pruning_ratio": None, "target_parameters": 10_000}
     config = OTPruningConfig(**{**FAST, **budget}, non_uniform_format="tiled")
     with pytest.raises(ConfigurationError, match="filled up"):
@@ -80,7 +83,8 @@ def test_the_command_line_lists_what_is_registered_and_imports_nothing_heavy_for
 
 
 def test_an_unknown_format_is_refused_with_the_nearest_name(tiled):
-    for name, message in (("tile", "Did you mean 'tiled'"), ("zip", "Known: pad, per_layer_config, tiled")):
+    known = "Known: pad, per_layer_config, tiled. Use one of these, or install the package that registers it"
+    for name, message in (("tile", "Did you mean 'tiled'"), ("zip", known)):
         with pytest.raises(ConfigurationError, match=f"Unknown `non_uniform_format` '{name}'.*{message}"):
             OTPruningConfig(non_uniform_format=name)
         with pytest.raises(RegistryError, match=message):
@@ -111,12 +115,33 @@ def test_what_a_format_refuses_is_refused_before_any_work(tiled, llama, tokens, 
     assert all(torch.equal(value, before[name]) for name, value in llama.state_dict().items())
 
 
-@pytest.mark.parametrize("wrong", [[16, 16], [16, 16, 16]])
+@pytest.mark.parametrize("wrong", [[16, 16], [16, 16, 16], None, ["a", "b", "c"], [16.0, 32.0, float("nan")]])
 def test_widths_that_cannot_be_are_refused_by_the_formats_name(tiled, wrong, monkeypatch):
     monkeypatch.setattr(tiled, "saved_widths", lambda self, widths: wrong)
     message = r"'tiled' gives the widths .* that keep \[12, 24, 24\] .* one width per layer, none smaller"
     with pytest.raises(CustomFunctionError, match=message):
         saved_widths("tiled", [12, 24, 24])
+
+
+@pytest.mark.parametrize("method", ["saved_widths", "check", "finish"])
+def test_a_method_that_fails_is_one_error_and_the_model_is_as_before(tiled, method, llama, tokens, monkeypatch):
+    before = {name: value.clone() for name, value in llama.state_dict().items()}
+
+    def fail(*inputs):
+        raise KeyError("lost")
+
+    monkeypatch.setattr(tiled, method, fail)
+    pruner = OTPruner.from_pretrained(llama, OTPruningConfig(**FAST, non_uniform_format="tiled"))
+    with pytest.raises(CustomFunctionError, match=f"'tiled' raised KeyError: 'lost' in its `{method}`. Mend it"):
+        pruner.prune(tokens, progress=False)
+    assert all(torch.equal(value, before[name]) for name, value in llama.state_dict().items())
+
+
+def test_finish_must_return_a_number(tiled, llama, tokens, monkeypatch):
+    monkeypatch.setattr(tiled, "finish", lambda self, model, blocks: None)
+    pruner = OTPruner.from_pretrained(llama, OTPruningConfig(**FAST, non_uniform_format="tiled"))
+    with pytest.raises(CustomFunctionError, match="'tiled' returned None from its `finish`; want the number"):
+        pruner.prune(tokens, progress=False)
 
 
 def test_a_format_that_says_nothing_keeps_widths_and_writes_nothing(llama):

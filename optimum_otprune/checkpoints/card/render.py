@@ -22,7 +22,7 @@ from optimum_otprune.checkpoints.card.results import (
 )
 from optimum_otprune.config.options import OPTIONS_BY_NAME, PruningOptions
 from optimum_otprune.models.compatibility import tested_versions
-from optimum_otprune.models.save_formats import SaveFormat, save_format, saved_widths
+from optimum_otprune.models.save_formats import SaveFormat, save_format, save_formats, saved_widths
 from optimum_otprune.pruning.comparison import Comparison
 from optimum_otprune.pruning.report import PruningReport
 
@@ -79,7 +79,15 @@ def needs_remote_code(config: PruningOptions, report: PruningReport | None) -> b
 def _uneven_format(config: PruningOptions, report: PruningReport) -> SaveFormat | None:
     """The save format of a model that was saved with layers of different widths."""
     name = config.non_uniform_format
+    if name not in save_formats:
+        return _Unregistered() if len(set(report.widths)) > 1 else None
     return save_format(name) if len(set(saved_widths(name, report.widths))) > 1 else None
+
+
+class _Unregistered(SaveFormat):
+    """A format of a package that is not installed here; code in the folder may be needed."""
+
+    needs_remote_code = True
 
 
 @cache
