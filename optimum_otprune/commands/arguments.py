@@ -89,7 +89,7 @@ def add_options(group: Any, options: Callable[..., Any], without: Collection[str
         options: The `TypedDict` that holds them.
         without: Names of options that the command does not have.
     """
-    for name, (kind, about) in keywords(options).items():
+    for name, (kind, about, _) in keywords(options).items():
         if not about.is_flag or name in without:
             continue
         default = "" if about.default in (None, False) else f" (default: {about.default})"
