@@ -154,17 +154,17 @@ def state_folder(args: argparse.Namespace) -> Path | None:
     return Path(os.path.expanduser(resume)) if resume else default_state_folder(Path(os.path.expanduser(args.output)))
 
 
-def saved_folder(args: argparse.Namespace) -> Path:
-    """Return the folder that a command reads.
+def saved_folder(given: str) -> Path:
+    """Return the folder that a command reads, with `~` expanded.
 
     Raises:
         UsageError: If none can have that name.
     """
-    name = os.path.expanduser(args.folder)
+    name = os.path.expanduser(given)
     reason = why_no_name(name)
     if reason is not None:
         raise UsageError(
-            f"{visible(name, 60)!r} is the name of no folder ({reason}). Give one that `otprune prune` wrote."
+            f"'{visible(name, 60)}' is the name of no folder ({reason}). Give one that `otprune prune` wrote."
         )
     return Path(name)
 
