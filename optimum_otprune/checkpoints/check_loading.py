@@ -26,8 +26,6 @@ def check_loading_options(given: Mapping[str, object]) -> LoadingOptions:
     if places is not None:
         for place in places.values() if isinstance(places, Mapping) else (places,):
             _check_place(place, places)
-    if memory is not None and not isinstance(memory, Mapping):
-        raise ConfigurationError(f"`max_memory` is {memory!r}; want a dictionary, such as {{'cpu': '4GB', 0: '8GB'}}.")
     for device, size in (memory or {}).items():
         check_size(f"max_memory[{device!r}]", size)
     return options
@@ -35,9 +33,13 @@ def check_loading_options(given: Mapping[str, object]) -> LoadingOptions:
 
 def _check_dtype(dtype: object) -> None:
     kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if dtype not in (None, "auto") and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
+    is_known = (
+        isinstance(kind, torch.dtype) and kind.is_floating_point and kind.itemsize > 1
+    )  # none computes with less
+    if dtype not in (None, "auto") and not is_known:
         raise ConfigurationError(
-            f"`dtype` is {dtype!r}; want 'auto', or a floating-point data type of torch, such as 'bfloat16'."
+            f"`dtype` is {dtype!r:.60}; want 'auto', or a floating-point data type of torch of 16 bits or more, "
+            "such as 'bfloat16'."
         )
 
 

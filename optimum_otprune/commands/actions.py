@@ -205,7 +205,7 @@ def benchmark(args: argparse.Namespace) -> None:
 
 def push(args: argparse.Namespace) -> None:
     """Push a saved model."""
-    folder = saved_folder(args)
+    folder = saved_folder(args.folder)
     if not os.path.isdir(folder):
         raise UsageError(f"{folder.name!r} is no folder. Give one that `otprune prune` wrote.")
     _tell_push(push_saved(folder, args.repo_id, **chosen(args, PushOptions)))

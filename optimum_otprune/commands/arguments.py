@@ -97,7 +97,7 @@ def add_options(group: argparse._ActionsContainer, options: Callable[..., Any], 
         options: The `TypedDict` that holds them.
         without: Names of options that the command does not have.
     """
-    for name, (kind, about) in keywords(options).items():
+    for name, (kind, about, _) in keywords(options).items():
         if not about.is_flag or name in without:
             continue
         default = "" if about.default in (None, False) else f" (default: {about.default})"
@@ -162,17 +162,17 @@ def state_folder(args: argparse.Namespace) -> Path | None:
     return Path(os.path.expanduser(resume)) if resume else default_state_folder(Path(os.path.expanduser(args.output)))
 
 
-def saved_folder(args: argparse.Namespace) -> Path:
-    """Return the folder that a command reads.
+def saved_folder(given: str) -> Path:
+    """Return the folder that a command reads, with `~` expanded.
 
     Raises:
         UsageError: If none can have that name.
     """
-    name = os.path.expanduser(args.folder)
+    name = os.path.expanduser(given)
     reason = why_no_name(name)
     if reason is not None:
         raise UsageError(
-            f"{visible(name, 60)!r} is the name of no folder ({reason}). Give one that `otprune prune` wrote."
+            f"'{visible(name, 60)}' is the name of no folder ({reason}). Give one that `otprune prune` wrote."
         )
     return Path(name)
 

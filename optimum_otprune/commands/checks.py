@@ -7,7 +7,7 @@ from typing import TypeVar
 from optimum_otprune.commands.arguments import config_options, state_folder
 from optimum_otprune.config.checks import check_count, check_option, check_size
 from optimum_otprune.config.options import BUDGET_FIELDS, OPTIONS_BY_NAME
-from optimum_otprune.errors import ConfigurationError, UsageError
+from optimum_otprune.errors import ConfigurationError, OutputError, UsageError
 from optimum_otprune.storage.hub.retries import Deadline
 from optimum_otprune.storage.outputs import (
     check_output_file,
@@ -36,7 +36,7 @@ def prune(args: argparse.Namespace) -> None:
     usage(lambda: check_count("batch_size", args.batch_size))
     usage(lambda: check_size("max_hidden_memory", args.max_hidden_memory))
     _check_windows(args)
-    output, state = output_path(args.output), state_folder(args)
+    output, state = usage(lambda: output_path(args.output)), state_folder(args)
     check_place(output, {})  # checked before the state, which is named after it
     places = noted_places(
         source_model=args.model,
@@ -59,7 +59,7 @@ def tune(args: argparse.Namespace) -> None:
         option = given[0].replace("_", "-")
         raise UsageError(f"`--target-latency` and `--{option}` say in more than one way how much to prune. Give one.")
     _check_options(args)
-    output = output_path(args.output)
+    output = usage(lambda: output_path(args.output))
     places = noted_places(source_model=args.model, calibration_data=args.calibration_data, study=args.study)
     check_output_file(output, args.overwrite, places, CONFIGURATION_KEYS)
     check_outside_results(output)
@@ -81,7 +81,7 @@ def push(args: argparse.Namespace) -> None:
 def benchmark(args: argparse.Namespace) -> None:
     """Check the arguments of `otprune benchmark`."""
     if args.json is not None:
-        output = output_path(args.json)
+        output = usage(lambda: output_path(args.json))
         for model in (args.dense, args.pruned):
             check_output_file(output, True, noted_places(source_model=model), BENCHMARK_KEYS)
         check_outside_results(output)
@@ -91,18 +91,18 @@ def demo(args: argparse.Namespace) -> None:
     """Check the arguments of `otprune demo`."""
     usage(lambda: check_option(OPTIONS_BY_NAME["pruning_ratio"], args.pruning_ratio))
     if args.output is not None:
-        check_output_folder(output_path(args.output), args.overwrite)
+        check_output_folder(usage(lambda: output_path(args.output)), args.overwrite)
 
 
 def usage(make: Callable[[], T]) -> T:
-    """Return the result of a function; a configuration error in it is wrong usage.
+    """Return the result of a function; an option or the name of an output that cannot be is wrong usage.
 
     Raises:
         UsageError: If the function raises a `ConfigurationError`.
     """
     try:
         return make()
-    except ConfigurationError as error:
+    except (ConfigurationError, OutputError) as error:
         raise UsageError(str(error)) from error
 
 

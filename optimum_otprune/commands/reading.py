@@ -17,7 +17,7 @@ from optimum_otprune.storage.hub.push import verify_saved
 
 def report(args: argparse.Namespace) -> None:
     """Print the report of a saved model."""
-    folder = saved_folder(args)
+    folder = saved_folder(args.folder)
     if not os.path.isfile(folder / REPORT_FILE):
         raise ReportError(f"{folder.name!r} has no {REPORT_FILE}: it is no folder that `otprune prune` wrote.")
     saved = PruningReport.load(folder / REPORT_FILE)
@@ -34,7 +34,7 @@ def report(args: argparse.Namespace) -> None:
 
 def card(args: argparse.Namespace) -> None:
     """Print the model card of a saved model, or write it."""
-    folder = saved_folder(args)
+    folder = saved_folder(args.folder)
     text = folder_card(folder, args.name)
     if not args.write:
         print(text, end="")
@@ -46,6 +46,7 @@ def card(args: argparse.Namespace) -> None:
 
 def verify(args: argparse.Namespace) -> None:
     """Check a saved model's files."""
+    saved_folder(args.source)  # what can name no folder can name no repository
     source = os.path.expanduser(args.source)
     commit = verify_saved(source, **chosen(args, HubOptions))
     print(f"All files are as they were saved{'' if commit is None else f' (commit {commit})'}.")

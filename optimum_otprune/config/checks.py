@@ -16,8 +16,10 @@ from optimum_otprune.config.quantities import (
 from optimum_otprune.errors import ConfigurationError, RegistryError, unknown_name, unregistered_name
 from optimum_otprune.functional.parameters import as_text, split_name
 from optimum_otprune.functional.registry import Registry, can_be_registered
+from optimum_otprune.storage.untrusted import visible
 
 _DIGITS = 9  # the most digits of a layer's index
+_LONGEST = 200  # characters of a value in a message
 
 
 def check_option(option: Option, value: object, is_saved: bool = False) -> Any:
@@ -35,9 +37,13 @@ def check_option(option: Option, value: object, is_saved: bool = False) -> Any:
         if option.optional:
             return None
         raise ConfigurationError(f"`{option.name}` is None; want {_wanted(option)}.")
-    problem = ConfigurationError(f"`{option.name}` is {value!r}; want {_wanted(option)}.")
+    problem = ConfigurationError(f"`{option.name}` is {_shown(value)}; want {_wanted(option)}.")
     if option.kind is tuple:
-        return _checked_layers(value, problem) if option.choices is None else _checked_names(option, value, problem)
+        return (
+            _checked_layers(option, value, problem)
+            if option.choices is None
+            else _checked_names(option, value, problem)
+        )
     if option.kind is dict:
         return _checked_by_layer(option, value, problem)
     if option.rules.units is not None and parse_share(value) is not None:
@@ -59,7 +65,17 @@ def check_option(option: Option, value: object, is_saved: bool = False) -> Any:
             return value
         message = unregistered_name if is_registry else unknown_name
         raise ConfigurationError(message(f"`{option.name}`", value, option.choices or ()))
+    if not value.strip() or "\0" in value:
+        raise problem
     return value
+
+
+def _shown(value: object) -> str:
+    """Show a value of any size in a message."""
+    try:
+        return visible(repr(value), _LONGEST)
+    except ValueError:  # an integer of more digits than Python writes
+        return f"a very large {type(value).__name__}"
 
 
 def check_count(name: str, value: object, least: int = 1) -> int:
@@ -75,7 +91,7 @@ def check_count(name: str, value: object, least: int = 1) -> int:
     """
     number = whole_number(value)
     if number is None or not least <= number <= LARGEST_COUNT:
-        raise ConfigurationError(f"`{name}` is {value!r}; want an integer >= {least} and <= {LARGEST_COUNT}.")
+        raise ConfigurationError(f"`{name}` is {_shown(value)}; want an integer >= {least} and <= {LARGEST_COUNT}.")
     return number
 
 
@@ -93,7 +109,7 @@ def check_size(name: str, value: Any, least: int = 0) -> int:
     number = real_number(value)
     try:
         if number is None and not isinstance(value, str) or number is not None and not number.is_integer():
-            raise ValueError(f"{value!r} is no number of bytes")
+            raise ValueError(f"{_shown(value)} is no number of bytes")
         size = parse_quantity(value, SIZE_UNITS) if number is None else int(number)
     except ValueError as error:
         raise ConfigurationError(f"`{name}` {error}. Give bytes, or such as '4GB'.") from error
@@ -136,11 +152,11 @@ def _checked_names(option: Option, value: object, problem: ConfigurationError) -
     return tuple(name for name in option.choices if name in value)
 
 
-def _checked_layers(value: object, problem: ConfigurationError) -> tuple[int, ...]:
+def _checked_layers(option: Option, value: object, problem: ConfigurationError) -> tuple[int, ...]:
     if isinstance(value, str) or not isinstance(value, (list, tuple, set, frozenset)):
         raise problem
     layers = {whole_number(layer) for layer in value}
-    if any(layer is None or layer < 0 for layer in layers):
+    if any(layer is None or not _in_range(option, layer) for layer in layers):
         raise problem
     return tuple(sorted(layer for layer in layers if layer is not None))
 
@@ -154,7 +170,13 @@ def _checked_by_layer(option: Option, value: object, problem: ConfigurationError
         is_number = isinstance(layer, str) and layer.isascii() and layer.isdigit() and len(layer) <= _DIGITS
         index = int(layer) if is_number else whole_number(layer)
         ratio = real_number(number)
-        if index is None or index < 0 or index in checked or ratio is None or not _in_range(option, ratio):
+        if (
+            index is None
+            or not 0 <= index <= LARGEST_COUNT
+            or index in checked
+            or ratio is None
+            or not _in_range(option, ratio)
+        ):
             raise problem
         checked[index] = ratio
     return dict(sorted(checked.items()))
@@ -174,7 +196,7 @@ def _wanted(option: Option) -> str:
     kind = {
         float: "a number",
         int: "an integer",
-        str: "a string",
+        str: "a string" if option.choices or option.rules.registry else "a string of one character or more, none NUL",
         tuple: "a list" if option.choices else "a list of integers",
         dict: "a dictionary of numbers by layer (an integer >= 0), each",
     }[option.kind]

@@ -18,6 +18,7 @@ from optimum_otprune.config.presets import METHOD_FIELDS, QUALITY_FIELDS
 from optimum_otprune.config.resolve import resolve, unused_numbers
 from optimum_otprune.errors import ConfigurationError, OutputError, unknown_name, warn_user
 from optimum_otprune.storage.files import replace_file
+from optimum_otprune.storage.hub.options import HubOptions, filled, keywords
 from optimum_otprune.storage.hub.push import PushResult, push_file
 from optimum_otprune.storage.outputs import output_path
 from optimum_otprune.storage.untrusted import visible, why_no_name
@@ -205,6 +206,7 @@ class OTPruningConfig(PruningOptions, BaseConfig):
         Raises:
             ConfigurationError: If it cannot be found or read, or is not valid.
         """
+        filled(HubOptions, {option: value for option, value in kwargs.items() if option in keywords(HubOptions)})
         name = os.path.expanduser(str(pretrained_model_name_or_path))
         reason = why_no_name(name)
         if reason is not None:

@@ -135,6 +135,7 @@ class PruningOptions:
         (),
         "layers that are not pruned, by index; the ratio is that of the others",
         minimum=0,
+        maximum=LARGEST_COUNT,
         shared=_SIZE,
     )
     layer_ratios: Mapping[int, float] = _field(

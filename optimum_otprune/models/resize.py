@@ -1,5 +1,7 @@
 """Make a model's configuration and its FFNs agree after their widths changed."""
 
+from numbers import Integral
+
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -28,12 +30,12 @@ def finish_resize(model: PreTrainedModel, blocks: list[FFNBlock], non_uniform_fo
     if len(set(widths)) <= 1:
         return 0
     padding = called(non_uniform_format, "finish", model, blocks)
-    if not isinstance(padding, int):
+    if not isinstance(padding, Integral):
         raise CustomFunctionError(
             f"The save format {non_uniform_format!r} returned {padding!r:.60} from its `finish`; want the number of "
             "parameters that only fill up. Mend it, or use non_uniform_format='pad'."
         )
-    return padding
+    return int(padding)
 
 
 def switches_biases(model: PreTrainedModel, spec: FFNSpec) -> bool:

@@ -284,7 +284,8 @@ def check_output_folder(
         ) from error
     if not is_empty and not overwrite:
         raise OutputError(
-            f"The output folder {folder.name!r} is not empty. Choose another, or set `overwrite` to replace it."
+            f"The output folder {folder.name!r} is not empty. Choose another, or set `overwrite` "
+            "(`--overwrite`) to replace it."
         )
     if foreign is not None:
         raise OutputError(
@@ -322,7 +323,9 @@ def check_output_file(
     check_place(output, places or {})
     file = resolved_output(output)
     if file.exists() and not overwrite:
-        raise OutputError(f"The output file {file.name!r} exists. Choose another, or set `overwrite` to replace it.")
+        raise OutputError(
+            f"The output file {file.name!r} exists. Choose another, or set `overwrite` (`--overwrite`) to replace it."
+        )
     if os.path.lexists(file) and (file.is_symlink() or not file.is_file()):
         raise OutputError(f"The output {file.name!r} is a link or a device. Give the name of a plain file.")
     if file.exists() and own_keys and not _holds_keys(file, own_keys):

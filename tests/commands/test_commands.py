@@ -156,7 +156,7 @@ def test_an_output_folder_that_is_not_empty_is_refused_before_the_model_is_loade
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "file").write_text("")
     assert run("prune", "nobody/nothing", "-o", tmp_path / "out") == 1
-    assert "'out' is not empty" in capsys.readouterr().err
+    assert "'out' is not empty. Choose another, or set `overwrite` (`--overwrite`)" in capsys.readouterr().err
 
 
 def test_a_report_of_a_folder_without_one_says_so(tmp_path, capsys):
@@ -292,6 +292,15 @@ def test_an_ignored_interruption_stays_ignored_while_libraries_are_imported():
             os.kill(os.getpid(), signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("name", ["", "a\0b"])
+@pytest.mark.parametrize(
+    "words", [("prune", "me/x", "-o"), ("demo", "-o"), ("report",), ("card",), ("verify",)], ids=lambda words: words[0]
+)
+def test_what_can_name_no_folder_is_wrong_usage_of_every_command(words, name, capsys):
+    assert run(*words, name) == 2
+    assert "\\\\x00" not in capsys.readouterr().err
 
 
 def test_no_subcommand_prints_the_help_and_exits_with_2(capsys):

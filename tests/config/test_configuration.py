@@ -417,3 +417,22 @@ def test_a_configuration_is_saved_in_a_home_folder_and_never_through_a_link(tmp_
     assert [path.name for path in (tmp_path / "cfg").iterdir()] == [CONFIG_FILE]
     with pytest.raises(OutputError, match=r"could not be written into 'thesis.txt': File exists\. Give a folder"):
         OTPruningConfig().save_pretrained("thesis.txt")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"seed": 10**400}, "`seed` is 10*…; want an integer"),
+        ({"seed": 10**5000}, "`seed` is a very large int; want an integer"),
+        ({"pruning_ratio": 10**400}, "`pruning_ratio` is 10*…; want a number"),
+        ({"skip_layers": [10**50]}, r"`skip_layers` is \[10*\]; want a list of integers >= 0 and <= 2147483647"),
+        ({"layer_ratios": {10**50: 0.5}}, "`layer_ratios` is"),
+        ({"dataset": ""}, "`dataset` is ''; want a string of one character or more"),
+        ({"dataset": "\0"}, r"`dataset` is '\\x00'; want a string of one character or more"),
+    ],
+    ids=lambda value: str(value)[:30] if isinstance(value, str) else None,
+)
+def test_values_without_bounds_are_refused_in_a_message_that_has_some(options, words):
+    with pytest.raises(ConfigurationError, match=words) as caught:
+        OTPruningConfig(**options)
+    assert len(str(caught.value)) < 400

@@ -55,14 +55,17 @@ def replace_card(folder: Path, text: str) -> bool:
         text: The card, as `folder_card` renders it.
 
     Returns:
-        Whether another text was there, such as one edited by hand.
+        Whether another text was there than the folder's manifest lists, such as one edited by hand.
 
     Raises:
         OutputError: If the card cannot be written.
     """
     file, manifest = folder / CARD_FILE, folder / MANIFEST_FILE
+    listed = read_manifest(folder) if manifest.is_file() else None
     differs = file.is_file() and file.read_bytes() != text.encode()
+    if differs and listed is not None:
+        differs = digest(file) != listed.get(CARD_FILE)
     save_text(file, text, overwrite=True)
-    if manifest.is_file():
-        save_text(manifest, manifest_text({**read_manifest(folder), CARD_FILE: digest(file)}), overwrite=True)
+    if listed is not None:
+        save_text(manifest, manifest_text({**listed, CARD_FILE: digest(file)}), overwrite=True)
     return differs

@@ -10,7 +10,7 @@ from optimum_otprune.checkpoints.card.citations import Citation, bibliography, c
 from optimum_otprune.checkpoints.card.markdown import escape, fenced, link, plain_text
 from optimum_otprune.checkpoints.card.metadata import card_metadata, copied_metadata
 from optimum_otprune.checkpoints.card.plots import PLOT_FILE
-from optimum_otprune.checkpoints.card.reproduction import Rerun, command, literal, python_lines
+from optimum_otprune.checkpoints.card.reproduction import Rerun, command, literal, make_whole, python_lines
 from optimum_otprune.checkpoints.card.results import (
     HUB,
     PASSAGE,
@@ -190,8 +190,10 @@ def _reproduction(config: PruningOptions, report: PruningReport, name: str) -> d
 
 
 def _options(config: PruningOptions, report: PruningReport) -> dict[str, object] | None:
-    """Return the fewest options that make the configuration; None if the report lacks them, or has another one."""
+    """Return the fewest options that make the configuration; None if the report lacks one, or is of another one."""
     if report.options is None or not set(report.options) <= set(OPTIONS_BY_NAME) or report.config != config.to_dict():
+        return None
+    if not make_whole(config, report.options):
         return None
     return {name: getattr(config, name) for name in report.options}
 

@@ -1,10 +1,12 @@
 """The command and the lines of Python that repeat a pruning run."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
+from optimum_otprune.config.options import OPTIONS, PruningOptions
 from optimum_otprune.config.options_file import CONFIG_FILE
+from optimum_otprune.config.presets import METHOD_FIELDS, METHODS, QUALITIES, QUALITY_FIELDS
 
 _WIDTH = 100  # characters of a line, which code blocks of the Hub's pages show without scrolling
 _LONGEST_VALUE = 200  # characters of an option that a person would type; longer ones are read from a file
@@ -28,6 +30,37 @@ class Rerun(NamedTuple):
     evaluated: bool = False
     evaluation_data: str | None = None
     max_windows: int | None = None
+
+
+def make_whole(config: PruningOptions, names: Collection[str]) -> bool:
+    """Tell whether options of these names make the configuration, as far as that is known without torch.
+
+    A report can be damaged or a stranger's: a command with too few options would make another model.
+
+    Args:
+        config: The configuration.
+        names: Of the options that are given; the others are left to the method, the quality and the defaults.
+    """
+    return "method" in names and all(
+        option.name in names
+        or getattr(config, option.name) is None
+        and (option.default is None or option.name == "pruning_ratio")  # unused, or a target stands in for the ratio
+        or getattr(config, option.name) == _unlisted(config, option.name, option.default, names)
+        for option in OPTIONS
+    )
+
+
+def _unlisted(config: PruningOptions, name: str, default: object, names: Collection[str]) -> object:
+    """Return the value that an option has where it is not given."""
+    method = METHODS[config.method].fields
+    decided_by_strategy = name in ("statistics", "source_distribution", "target_distribution") and "strategy" in names
+    if decided_by_strategy or name == "intercept" and config.compensation == "bias":
+        return getattr(config, name)
+    if name in QUALITY_FIELDS and (name not in METHOD_FIELDS or method[name]):
+        return QUALITIES[str(config.quality or method["quality"])][name]
+    if name in METHOD_FIELDS:
+        return METHODS["otprune"].fields[name] if method[name] is None else method[name]
+    return default
 
 
 def command(options: Mapping[str, object] | None, run: Rerun) -> str:

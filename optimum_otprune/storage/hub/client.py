@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 
-from optimum_otprune.errors import HubTimeoutError, without_credentials
+from optimum_otprune.errors import ConfigurationError, HubTimeoutError, without_credentials
 from optimum_otprune.storage.hub.retries import Deadline, with_retries
 from optimum_otprune.storage.manifest import CARD_FILE
 from optimum_otprune.storage.untrusted import visible
@@ -91,9 +91,15 @@ class HubClient:
         repo_id: The repository as `user/name`, or a name alone until `create` or the caller knows the user.
         token: The Hub token; None and True stand for the saved one.
         deadline: The time limit of all requests together.
+
+    Raises:
+        ConfigurationError: If `repo_id` is no string.
     """
 
     def __init__(self, repo_id: str, token: str | bool | None, deadline: Deadline):
+        given: object = repo_id
+        if not isinstance(given, str):
+            raise ConfigurationError(f"`repo_id` is {visible(repr(given), 60)}; want a string such as 'user/name'.")
         self.repo_id = repo_id
         self.deadline = deadline
         self._api = _Api(token, deadline)

@@ -7,12 +7,22 @@ type checker finds a wrong one. No torch here, so that `otprune --help` is fast.
 import os
 from collections.abc import Callable, Mapping
 from functools import cache
-from types import UnionType
-from typing import Annotated, Any, NamedTuple, TypedDict, TypeVar, Union, get_args, get_origin
+from numbers import Real
+from types import NoneType, UnionType
+from typing import Annotated, Any, ForwardRef, NamedTuple, TypedDict, TypeVar, Union, get_args, get_origin
 
 from optimum_otprune.errors import ConfigurationError, unknown_name
+from optimum_otprune.storage.untrusted import visible
 
 PUSH_OPTION = "push option"  # the word for an option in messages
+_IN_WORDS = {
+    str: "a string",
+    bool: "True or False",
+    float: "a number",
+    dict: "a dictionary",
+    os.PathLike: "a path",
+    NoneType: "None",
+}
 
 T = TypeVar("T")
 
@@ -62,10 +72,12 @@ class Keyword(NamedTuple):
     Attributes:
         kind: `bool` and `float` as the type says, `str` for all that a command line can only give as text.
         about: The help text and default that are written beside its type.
+        types: The types that a value may have; empty where torch is needed to know them.
     """
 
     kind: type
     about: About
+    types: tuple[type, ...]
 
 
 @cache
@@ -75,12 +87,22 @@ def keywords(options: Callable[..., object]) -> Mapping[str, Keyword]:
 
 
 def _keyword(annotation: object, about: About) -> Keyword:
-    first = get_args(annotation)[0] if get_origin(annotation) in (Union, UnionType) else annotation
-    return Keyword(first if first in (bool, float) else str, about)
+    members = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    types = () if isinstance(annotation, ForwardRef) else tuple(get_origin(member) or member for member in members)
+    return Keyword(members[0] if members[0] in (bool, float) else str, about, types)
+
+
+def _check_type(name: str, value: object, types: tuple[type, ...]) -> None:
+    """Raise an error if a value has another type than is written; a wrong token is not shown."""
+    wider = tuple({float: Real, dict: Mapping}.get(kind, kind) for kind in types)
+    if not types or (isinstance(value, wider) if not isinstance(value, bool) else bool in types):
+        return
+    shown = f"of type {type(value).__name__}" if name == "token" else visible(repr(value), 60)
+    raise ConfigurationError(f"`{name}` is {shown}; want {' or '.join(_IN_WORDS[kind] for kind in types)}.")
 
 
 def filled(options: Callable[..., T], given: Mapping[str, object], what: str = "option") -> T:
-    """Return all options of a `TypedDict`, those that were not given with their defaults.
+    """Return all options of a `TypedDict`, those that were not given, or given as None, with their defaults.
 
     Args:
         options: The `TypedDict` that declares the options.
@@ -88,13 +110,16 @@ def filled(options: Callable[..., T], given: Mapping[str, object], what: str = "
         what: The word for an option in messages.
 
     Raises:
-        ConfigurationError: If there is no option of a given name.
+        ConfigurationError: If there is no option of a given name, or a value has another type than is written.
     """
     known = keywords(options)
-    for name in given:
+    for name, value in given.items():
         if name not in known:
             raise ConfigurationError(unknown_name(what, name, known))
-    return options(**{name: given.get(name, keyword.about.default) for name, keyword in known.items()})
+        if value is not None:
+            _check_type(name, value, known[name].types)
+    values = {name: value for name, value in given.items() if value is not None}
+    return options(**{name: values.get(name, keyword.about.default) for name, keyword in known.items()})
 
 
 def part(options: Callable[..., T], values: Mapping[str, object]) -> T:

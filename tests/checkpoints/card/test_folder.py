@@ -8,6 +8,7 @@ from optimum_otprune.checkpoints.card.folder import folder_card, replace_card
 from optimum_otprune.commands.main import main
 from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.errors import ConfigurationError, OutputError, ReportError
+from optimum_otprune.storage.manifest import MANIFEST_FILE, digest, manifest_text
 from tests.reports import make_report
 
 
@@ -66,6 +67,15 @@ def test_a_card_is_replaced_whole_and_other_text_is_told(folder):
     assert replace_card(folder, text) is True
     assert (folder / "README.md").read_text(encoding="utf-8") == text
     assert [path.name for path in folder.glob(".README*")] == []
+
+
+def test_a_card_that_is_as_the_manifest_lists_it_was_not_edited(folder):
+    (folder / "README.md").write_text("as it was saved")
+    (folder / MANIFEST_FILE).write_text(manifest_text({"README.md": digest(folder / "README.md")}))
+    assert replace_card(folder, "with another name") is False
+    assert replace_card(folder, "once more") is False
+    (folder / "README.md").write_text("my words")
+    assert replace_card(folder, "with another name") is True
 
 
 def test_a_card_that_cannot_be_written_is_an_error_and_leaves_the_old_one(folder, monkeypatch):

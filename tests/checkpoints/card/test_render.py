@@ -101,6 +101,12 @@ def test_names_of_the_hub_are_links():
     assert "https://huggingface.co/datasets/Salesforce/wikitext" in links
 
 
+def test_the_command_of_a_report_that_lists_too_few_options_reads_the_configuration_instead():
+    assert "--config otprune_config.json" not in model_card(CONFIG, make_report(config=CONFIG), "x")
+    for listed in (("pruning_ratio",), ("method",)):
+        assert "--config otprune_config.json" in model_card(CONFIG, make_report(config=CONFIG, options=listed), "x")
+
+
 def test_a_perplexity_that_falls_or_was_not_measured_is_said_so():
     falls = make_report(evaluations=(evaluation("dense", 10.0), evaluation("pruned", 9.0)))
     assert "Its perplexity falls from 10.00 to 9.00" in words(model_card(CONFIG, falls, "x"))

@@ -6,7 +6,7 @@ from argparse import ArgumentParser
 
 import pytest
 
-from optimum_otprune.checkpoints.card.reproduction import Rerun, command, literal, python_lines
+from optimum_otprune.checkpoints.card.reproduction import Rerun, command, literal, make_whole, python_lines
 from optimum_otprune.commands.arguments import config_options
 from optimum_otprune.commands.parser import PruneCommand
 from optimum_otprune.config.configuration import OTPruningConfig
@@ -53,6 +53,20 @@ def test_the_printed_command_and_lines_make_an_equal_configuration(options):
         namespace: dict = {}
         exec(python_lines(config.fewest_options(), RUN).split("pruner = ")[0], namespace)
         assert namespace["config"] == config
+
+
+@pytest.mark.parametrize(
+    "options", [*({"method": method, "pruning_ratio": 0.3} for method in METHODS), *OTHERS], ids=str
+)
+def test_a_list_that_lacks_an_option_makes_another_configuration_and_is_known_to(options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = OTPruningConfig(**options)
+    fewest = config.fewest_options()
+    assert make_whole(config, fewest)
+    for name in set(fewest) - {"pruning_ratio"}:
+        assert not make_whole(config, set(fewest) - {name}), name
+    assert make_whole(config, set(fewest) - {"pruning_ratio"}) == (config.pruning_ratio in (0.2, None))
 
 
 def test_long_lines_of_python_and_of_the_command_are_wrapped():
