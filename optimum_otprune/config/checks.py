@@ -65,8 +65,6 @@ def check_option(option: Option, value: object, is_saved: bool = False) -> Any:
             return value
         message = unregistered_name if is_registry else unknown_name
         raise ConfigurationError(message(f"`{option.name}`", value, option.choices or ()))
-    if not value.strip() or "\0" in value:
-        raise problem
     return value
 
 
@@ -196,7 +194,7 @@ def _wanted(option: Option) -> str:
     kind = {
         float: "a number",
         int: "an integer",
-        str: "a string" if option.choices or option.rules.registry else "a string of one character or more, none NUL",
+        str: "a string",
         tuple: "a list" if option.choices else "a list of integers",
         dict: "a dictionary of numbers by layer (an integer >= 0), each",
     }[option.kind]

@@ -39,7 +39,7 @@ def _guarded(field: str, name: str, function: Callable) -> Callable:
             return function(*copies)
         except (MemoryError, torch.OutOfMemoryError):
             raise
-        except (Exception, SystemExit) as error:
+        except Exception as error:
             settable = ":" in name and isinstance(error, ValueError)
             advice = "Give another value, or mend it" if settable else "Mend it, or use a registered name in its place"
             raise CustomFunctionError(

@@ -220,8 +220,11 @@ def test_a_folder_has_a_card_made_of_its_configuration_and_report(pruner, tmp_pa
 def test_a_card_made_again_leaves_the_folder_verified(pruner, tmp_path):
     folder = pruner.save_pretrained(tmp_path / "out")
     assert not replace_card(folder, folder_card(folder))
-    assert replace_card(folder, folder_card(folder, "user/name"))
+    assert not replace_card(folder, folder_card(folder, "user/name"))
     assert 'from_pretrained("user/name")' in (folder / "README.md").read_text(encoding="utf-8")
+    verify_folder(folder)
+    (folder / "README.md").write_text("edited by hand")
+    assert replace_card(folder, folder_card(folder))
     verify_folder(folder)
 
 

@@ -231,7 +231,7 @@ def test_numbers_out_of_range_are_wrong_usage_and_told_before_a_model_is_loaded(
 def test_what_is_wrong_with_an_output_or_an_option_is_told_before_anything_heavy_is_imported(tmp_path):
     (tmp_path / "model").mkdir()
     wrong = [
-        (["prune", "model", "-o", ""], 1),
+        (["prune", "model", "-o", ""], 2),
         (["prune", "model", "-o", "model"], 1),
         (["prune", "model", "-o", "o" * 300, "--resume"], 1),
         (["prune", "model", "-o", "out", "--pruning-ratio", "2"], 2),

@@ -162,7 +162,6 @@ def test_prune_takes_parameters_and_a_resumed_run_with_others_is_refused(llama_f
     ("error", "advice"),
     [
         (ValueError("bad."), "raised ValueError: bad. Give another value, or mend it."),
-        (SystemExit(3), "SystemExit: 3"),
     ],
 )
 def test_what_a_function_raises_for_a_value_is_one_error_with_advice(llama, tokens, error, advice):
