@@ -156,6 +156,17 @@ def unregistered_name(kind: str, name: object, known: Iterable[str]) -> str:
     return f"{unknown_name(kind, name, known)} Use one of these, or install the package that registers it."
 
 
+def raised(error: BaseException) -> str:
+    """Return the words for what code of somebody else raised.
+
+    Example:
+        >>> raised(ValueError("bad.")), raised(KeyError())
+        ('raised ValueError: bad', 'raised KeyError')
+    """
+    text = str(error).rstrip(".")
+    return f"raised {type(error).__name__}{f': {text}' if text else ''}"
+
+
 def warn_user(message: str) -> None:
     """Warn with a `UserWarning` that points to the line by which this package was called.
 

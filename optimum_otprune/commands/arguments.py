@@ -191,6 +191,18 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add_debug_option(group)
 
 
+def add_saved_folder(parser: argparse.ArgumentParser) -> None:
+    """Add the folder of a command that takes what `otprune prune` wrote."""
+    parser.add_argument("folder", metavar="OUT", help="folder that `otprune prune` wrote")
+
+
+def add_overwrite_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--overwrite` of a command that writes a folder."""
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an output folder that holds a saved model only"
+    )
+
+
 def add_windows_option(parser: argparse.ArgumentParser) -> None:
     """Add `--max-windows`."""
     parser.add_argument(

@@ -17,8 +17,10 @@ from optimum_otprune.commands.arguments import (
     add_memory_options,
     add_model_options,
     add_options,
+    add_overwrite_option,
     add_resume_option,
     add_run_options,
+    add_saved_folder,
     add_windows_option,
     state_folder,
 )
@@ -103,11 +105,7 @@ class PruneCommand(_Command):
         parser.add_argument(
             "-o", "--output", required=True, metavar="OUT", help="folder to write; must be new or empty"
         )
-        parser.add_argument(
-            "--overwrite",
-            action="store_true",
-            help="replace an output folder that holds a saved model only",
-        )
+        add_overwrite_option(parser)
         parser.add_argument(
             "--push-to-hub", metavar="REPO", help="also push the result there; checked before the model is loaded"
         )
@@ -194,7 +192,7 @@ class ReportCommand(_Command):
     @staticmethod
     def parse_args(parser: argparse.ArgumentParser) -> None:
         """Options."""
-        parser.add_argument("folder", metavar="OUT", help="folder that `otprune prune` wrote")
+        add_saved_folder(parser)
         parser.add_argument("--json", action="store_true", help="print the whole report as JSON")
         add_debug_option(parser)
 
@@ -207,7 +205,7 @@ class CardCommand(_Command):
     @staticmethod
     def parse_args(parser: argparse.ArgumentParser) -> None:
         """Options."""
-        parser.add_argument("folder", metavar="OUT", help="folder that `otprune prune` wrote")
+        add_saved_folder(parser)
         parser.add_argument("--name", help="of the model, such as user/name (default: the folder's)")
         parser.add_argument(
             "--write",
@@ -223,7 +221,7 @@ class PushCommand(_Command):
     @staticmethod
     def parse_args(parser: argparse.ArgumentParser) -> None:
         """Options."""
-        parser.add_argument("folder", metavar="OUT", help="folder that `otprune prune` wrote")
+        add_saved_folder(parser)
         parser.add_argument("repo_id", metavar="REPO", help="user/name; made if it does not exist")
         add_options(parser, PushOptions)
         add_debug_option(parser)
@@ -266,11 +264,7 @@ class DemoCommand(_Command):
         parser.add_argument(
             "-o", "--output", metavar="OUT", help="folder for the pruned model (default: a temporary one)"
         )
-        parser.add_argument(
-            "--overwrite",
-            action="store_true",
-            help="replace an output folder that holds a saved model only",
-        )
+        add_overwrite_option(parser)
         parser.add_argument("--pruning-ratio", type=float, default=0.5, metavar="X", help="default: 0.5")
         add_debug_option(parser)
 

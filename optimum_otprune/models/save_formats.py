@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from optimum_otprune.errors import CustomFunctionError, OTPruneError
+from optimum_otprune.errors import CustomFunctionError, OTPruneError, raised
 from optimum_otprune.functional.registry import Registry
 
 if TYPE_CHECKING:
@@ -179,6 +179,5 @@ def called(name: str, method: str, *inputs: Any) -> Any:
         raise
     except Exception as error:
         raise CustomFunctionError(
-            f"The save format {name!r} raised {type(error).__name__}{f': {error}' if str(error) else ''} in its "
-            f"`{method}`. Mend it, or use non_uniform_format='pad'."
+            f"The save format {name!r} {raised(error)} in its `{method}`. Mend it, or use non_uniform_format='pad'."
         ) from error

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimum_otprune.errors import CustomFunctionError
+from optimum_otprune.errors import CustomFunctionError, raised
 from optimum_otprune.functional.registry import Entry
 
 _PACKAGE = __name__.partition(".")[0]
@@ -42,10 +42,7 @@ def _guarded(field: str, name: str, function: Callable) -> Callable:
         except Exception as error:
             settable = ":" in name and isinstance(error, ValueError)
             advice = "Give another value, or mend it" if settable else "Mend it, or use a registered name in its place"
-            raise CustomFunctionError(
-                f"The function {name!r} for `{field}` raised {type(error).__name__}"
-                f"{f': {error}'.rstrip('.') if str(error) else ''}. {advice}."
-            ) from error
+            raise CustomFunctionError(f"The function {name!r} for `{field}` {raised(error)}. {advice}.") from error
 
     call.__name__ = name
     return call
