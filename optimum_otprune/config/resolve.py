@@ -240,8 +240,8 @@ def unused_numbers(chosen: Mapping[str, Any]) -> dict[str, str]:
         unused |= dict.fromkeys(("error_weighting", "reconstruction_batch_tokens"), reason)
     weighs_errors = chosen["reconstruction_steps"] and chosen["error_weighting"] == "gradient"
     takes_gradients = weighs_errors or any(GRADIENTS in entry.requires for entry in entries.values())
-    if not (takes_gradients or chosen["allocation"] == "adaptive" or chosen["self_calibration"]):
-        unused["score_batch_size"] = "there is no backward pass and no text to write"
+    if not (takes_gradients or chosen["allocation"] == "adaptive"):
+        unused["score_batch_size"] = "there is no backward pass"
     return unused
 
 

@@ -10,14 +10,21 @@ from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.errors import warn_user
 from optimum_otprune.functional.ffn import check_weights
 from optimum_otprune.models.changes import mark_half_pruned
-from optimum_otprune.models.devices import is_offloaded, large_blocks_returned, return_freed_memory
+from optimum_otprune.models.devices import (
+    is_offloaded,
+    large_blocks_returned,
+    offloaded_bytes,
+    return_freed_memory,
+)
 from optimum_otprune.models.distributed import from_main
-from optimum_otprune.models.faithfulness import check_logits, check_parameters, measured_factors
+from optimum_otprune.models.faithfulness import SAMPLE_TOKENS, check_logits, check_parameters, measured_factors
 from optimum_otprune.models.ffn_block import FFNBlock, named
 from optimum_otprune.models.ffn_hooks import unchunked
 from optimum_otprune.models.pass_settings import PassSettings
 from optimum_otprune.models.prunable_model import PrunableModel
 from optimum_otprune.models.resize import finish_resize, switches_biases
+from optimum_otprune.pruning.calibration.samples import Sources
+from optimum_otprune.pruning.calibration.self_calibration import check_can_write, written_samples
 from optimum_otprune.pruning.layer_store import LayerStore
 from optimum_otprune.pruning.outcome import PrunedLayers
 from optimum_otprune.pruning.preflight import check_feasible, warn_of_empty
@@ -38,7 +45,8 @@ def prune_model(
     Args:
         prunable: The dense model; it is checked unless that was done before.
         recipe: The configuration with its functions.
-        tokens: Calibration samples, LongTensor `(num_samples, seqlen)`.
+        tokens: The given calibration samples, LongTensor `(num_samples, seqlen)`. Where there are none, the model
+            writes them all.
         settings: How the passes are run.
         store: Where finished layers are looked up and kept.
 
@@ -49,21 +57,28 @@ def prune_model(
     widths = plan_widths(blocks, config)
     empty = check_parameters(model, blocks)
     if widths == prunable.widths:
-        check_logits(model, tokens)
+        check_logits(model, tokens if len(tokens) else None)
         return PrunedLayers([untouched(block) for block in blocks], 0)
     _check(prunable, config, widths, empty)
+    sources = Sources(tokens, check_can_write(model, config, tokens.shape, offloaded_bytes(model)))
+    probe = (
+        tokens
+        if len(tokens)
+        else written_samples(model, 1, min(tokens.shape[1], SAMPLE_TOKENS), settings, config.seed)
+    )
     if prunable.factors is None:
-        prunable = prunable.checked(measured_factors(prunable, tokens))
+        prunable = prunable.checked(measured_factors(prunable, probe))
     with unchunked(model), large_blocks_returned(is_offloaded(model)):
         prepared = store.prepared(
-            lambda: prepare(prunable, widths, recipe, tokens, settings),
+            lambda: prepare(prunable, widths, recipe, sources, settings),
             lambda: Expected.of(
                 (block.read() for block in blocks), tokens, recipe.needs_gradients, recipe.weighs_errors
             ),
         )
         reports = _prune_layers(Run.begun(prunable, recipe, prepared, settings), store, settings.progress)
         pruned = _resized(prunable, reports, config)
-    check_logits(model, tokens)
+    pruned = pruned._replace(written_samples=len(prepared.samples.tokens) - len(tokens))
+    check_logits(model, probe)
     _tell_of_size(pruned)
     return pruned
 

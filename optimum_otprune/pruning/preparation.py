@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.errors import StateError
 from optimum_otprune.functional.ffn import FFNWeights
 from optimum_otprune.functional.importance import WeightScores
@@ -13,9 +14,10 @@ from optimum_otprune.models.distributed import from_main
 from optimum_otprune.models.pass_settings import PassSettings
 from optimum_otprune.models.prunable_model import PrunableModel
 from optimum_otprune.pruning.calibration.gradients import Asked, GradientScores, LayerGradients, layer_gradients
-from optimum_otprune.pruning.calibration.samples import Samples
-from optimum_otprune.pruning.calibration.self_calibration import self_calibration_tokens
+from optimum_otprune.pruning.calibration.samples import Samples, Sources
+from optimum_otprune.pruning.calibration.self_calibration import written_samples
 from optimum_otprune.pruning.recipe import Recipe
+from optimum_otprune.pruning.seeds import seed_of
 from optimum_otprune.pruning.widths import adaptive_widths
 
 
@@ -130,7 +132,7 @@ def _scores(tensors: Mapping[str, Tensor], layer: int) -> GradientScores:
 
 
 def prepare(
-    prunable: PrunableModel, widths: list[int], recipe: Recipe, tokens: Tensor, settings: PassSettings
+    prunable: PrunableModel, widths: list[int], recipe: Recipe, sources: Sources, settings: PassSettings
 ) -> Prepared:
     """Compute gradients, widths and samples with the whole dense model, before its first layer is pruned.
 
@@ -138,11 +140,11 @@ def prepare(
         prunable: The dense model.
         widths: Channels of each layer after pruning, from `plan_widths`.
         recipe: The configuration with its functions.
-        tokens: Calibration samples, LongTensor `(num_samples, seqlen)`.
+        sources: Where the calibration samples come from.
         settings: How the passes are run.
     """
     config = recipe.config
-    samples = Samples.split(tokens, config.holdout_share, config.seed)
+    samples = _samples(prunable, sources, config, settings)
     scoring = settings.by(config.score_batch_size)
     asked = Asked(recipe.needs_gradients, recipe.needs_moments)
     own = samples.own(config.score_batch_size if any(asked) else 1)
@@ -151,7 +153,15 @@ def prepare(
         assert found.moments is not None
         shared = adaptive_widths(prunable, own, settings, config, widths, found.moments)
         widths = from_main(shared)  # other processes may have rounded differently
-    if config.self_calibration:
-        written = self_calibration_tokens(prunable.model, tokens, config.self_calibration, scoring, config.seed)
-        samples = samples.followed_by(from_main(written))
     return Prepared(widths, samples, found.scores, found.moments if recipe.weighs_errors else None)
+
+
+def _samples(prunable: PrunableModel, sources: Sources, config: OTPruningConfig, settings: PassSettings) -> Samples:
+    """Return the given samples, and those that the model writes after them; some of each are held out."""
+    given, num_written = sources
+    samples = Samples.split(given, config.holdout_share, config.seed)
+    if not num_written:
+        return samples
+    written = written_samples(prunable.model, num_written, given.shape[1], settings, config.seed)
+    written = from_main(written)  # other processes may have rounded differently
+    return samples.followed_by(Samples.split(written, config.holdout_share, seed_of(config.seed, 1)))

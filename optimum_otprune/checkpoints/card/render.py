@@ -20,7 +20,7 @@ from optimum_otprune.checkpoints.card.results import (
     limitations,
     partly_calibrated_on,
 )
-from optimum_otprune.config.options import OPTIONS_BY_NAME, PruningOptions
+from optimum_otprune.config.options import OPTIONS_BY_NAME, WRITTEN, PruningOptions
 from optimum_otprune.models.compatibility import tested_versions
 from optimum_otprune.models.save_formats import SaveFormat, save_format, save_formats, saved_widths
 from optimum_otprune.pruning.comparison import Comparison
@@ -124,6 +124,7 @@ def _facts(config: PruningOptions, report: PruningReport, name: str, older_names
         "headline_data": _data(config, pairs[0].data, config.evaluation_split) if pairs else "",
         "evaluations": [_evaluation(config, report, pair) for pair in pairs],
         "calibration_data": _data(config, report.calibration["data"], config.calibration_split),
+        "written_samples": report.calibration.get("written_samples", 0),
         "limitations": limitations(report),
         "versions_that_load": tested_versions(
             report.model_type,
@@ -200,6 +201,8 @@ def _options(config: PruningOptions, report: PruningReport) -> dict[str, object]
 
 def _argument(config: PruningOptions, data: str, placeholder: str) -> str | None:
     """Return the data's name on the command line, or a placeholder; None for the configuration's own data."""
+    if data == WRITTEN:
+        return WRITTEN
     return None if data == config.dataset else hub_name(data) or placeholder
 
 
