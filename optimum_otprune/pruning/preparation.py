@@ -10,8 +10,7 @@ from optimum_otprune.errors import StateError
 from optimum_otprune.functional.ffn import FFNWeights
 from optimum_otprune.functional.importance import WeightScores
 from optimum_otprune.models.distributed import from_main
-from optimum_otprune.models.pass_settings import PassSettings
-from optimum_otprune.models.prunable_model import PrunableModel
+from optimum_otprune.models.passes import Passes
 from optimum_otprune.pruning.calibration.gradients import Asked, GradientScores, LayerGradients, layer_gradients
 from optimum_otprune.pruning.calibration.samples import Samples
 from optimum_otprune.pruning.calibration.self_calibration import self_calibration_tokens
@@ -129,29 +128,28 @@ def _scores(tensors: Mapping[str, Tensor], layer: int) -> GradientScores:
     return GradientScores(**parts)
 
 
-def prepare(
-    prunable: PrunableModel, widths: list[int], recipe: Recipe, tokens: Tensor, settings: PassSettings
-) -> Prepared:
+def prepare(passes: Passes, widths: list[int], recipe: Recipe) -> Prepared:
     """Compute gradients, widths and samples with the whole dense model, before its first layer is pruned.
 
     Args:
-        prunable: The dense model.
+        passes: The dense model and all calibration samples.
         widths: Channels of each layer after pruning, from `plan_widths`.
         recipe: The configuration with its functions.
-        tokens: Calibration samples, LongTensor `(num_samples, seqlen)`.
-        settings: How the passes are run.
     """
     config = recipe.config
-    samples = Samples.split(tokens, config.holdout_share, config.seed)
-    scoring = settings.by(config.score_batch_size)
+    samples = Samples.split(passes.tokens, config.holdout_share, config.seed)
     asked = Asked(recipe.needs_gradients, recipe.needs_moments)
-    own = samples.own(config.score_batch_size if any(asked) else 1)
-    found = layer_gradients(prunable, own.tokens, scoring, asked) if any(asked) else LayerGradients(None, None)
-    if config.allocation == "adaptive":
-        assert found.moments is not None
-        shared = adaptive_widths(prunable, own, settings, config, widths, found.moments)
-        widths = from_main(shared)  # other processes may have rounded differently
+    batch_size = config.score_batch_size
+    found = LayerGradients(None, None)
+    if any(asked):
+        own = passes.own(batch_size)
+        found = layer_gradients(own.by(batch_size), asked)
+        if config.allocation == "adaptive":
+            assert found.moments is not None
+            shared = adaptive_widths(own, samples.own(batch_size).is_heldout, config, widths, found.moments)
+            widths = from_main(shared)  # other processes may have rounded differently
     if config.self_calibration:
-        written = self_calibration_tokens(prunable.model, tokens, config.self_calibration, scoring, config.seed)
+        scoring, model = passes.settings.by(batch_size), passes.prunable.model
+        written = self_calibration_tokens(model, passes.tokens, config.self_calibration, scoring, config.seed)
         samples = samples.followed_by(from_main(written))
     return Prepared(widths, samples, found.scores, found.moments if recipe.weighs_errors else None)

@@ -14,7 +14,7 @@ from optimum_otprune.functional.reconstruction import ReconstructionSettings, Sh
 from optimum_otprune.models.distributed import gathered, process_index, summed
 from optimum_otprune.models.ffn_block import FFNBlock
 from optimum_otprune.models.forward_stream import CalibrationStream
-from optimum_otprune.models.pass_settings import PassSettings
+from optimum_otprune.models.passes import Passes
 from optimum_otprune.models.prunable_model import PrunableModel
 from optimum_otprune.pruning.calibration.layer_statistics import (
     LayerData,
@@ -48,11 +48,11 @@ class Run(NamedTuple):
     is_heldout: Tensor
 
     @classmethod
-    def begun(cls, prunable: PrunableModel, recipe: Recipe, prepared: Prepared, settings: PassSettings) -> "Run":
+    def begun(cls, passes: Passes, recipe: Recipe, prepared: Prepared) -> "Run":
         """Return a run whose calibration samples are before the first layer."""
-        own = prepared.samples.own()
+        prunable, own = passes.prunable, prepared.samples.own()
         corrects = any(_correction(prunable, recipe, block) for block in prunable.blocks)
-        stream = CalibrationStream(prunable, own.tokens, settings, track_dense=corrects)
+        stream = passes.of(own.tokens).forward(track_dense=corrects)
         return cls(prunable, recipe, prepared, stream, own.is_heldout)
 
     def seed(self, block: FFNBlock) -> int:
