@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -210,7 +210,7 @@ def _conditions(settings: TuningSettings) -> dict[str, object]:
     }
 
 
-def _check_same(study: "optuna.Study", now: dict[str, Any]) -> None:
+def _check_same(study: "optuna.Study", now: dict[str, object]) -> None:
     if "fingerprint" in study.user_attrs:
         check_same(study.user_attrs["fingerprint"], now)
     study.set_user_attr("fingerprint", now)
@@ -338,7 +338,7 @@ def _own_values(base: OTPruningConfig, space: Mapping[str, Domain]) -> dict[str,
     """Return the suggestions of the sampler that give the configuration of the user."""
     values: dict[str, object] = {}
 
-    def own(name: str, label: str, domain: Domain) -> Any:
+    def own(name: str, label: str, domain: Domain) -> object:
         value = getattr(base, name)
         values[label] = value if isinstance(domain, Range) else plain_value(value)
         return value
