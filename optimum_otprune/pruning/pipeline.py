@@ -19,6 +19,7 @@ from optimum_otprune.models.pass_settings import PassSettings
 from optimum_otprune.models.passes import Passes
 from optimum_otprune.models.prunable_model import PrunableModel
 from optimum_otprune.models.resize import finish_resize, switches_biases
+from optimum_otprune.models.save_formats import saved_widths
 from optimum_otprune.pruning.layer_store import LayerStore
 from optimum_otprune.pruning.outcome import PrunedLayers
 from optimum_otprune.pruning.preflight import check_feasible, warn_of_empty
@@ -62,6 +63,7 @@ def prune_model(
                 (block.read() for block in blocks), tokens, recipe.needs_gradients, recipe.weighs_errors
             ),
         )
+        saved_widths(config.non_uniform_format, prepared.widths, prunable.widths)  # as shared; called for its errors
         reports = _prune_layers(Run.begun(passes, recipe, prepared), store, settings.progress)
         pruned = _resized(prunable, reports, config)
     passes.check_logits()
