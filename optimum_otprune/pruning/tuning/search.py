@@ -169,8 +169,6 @@ def _open_study(optuna: ModuleType, path: Path | None) -> "optuna.Study":
         raise
     except (ValueError, KeyError, TypeError, AttributeError, optuna.exceptions.OptunaError) as error:
         raise _no_study(path, f"{type(error).__name__}: {error}") from error
-    if "fingerprint" not in study.user_attrs and study.trials:
-        raise _no_study(path, "it does not say what was tuned")
     return study
 
 
