@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,7 +59,7 @@ def _short(values: Mapping[str, object], name: str) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
-def run_fingerprint(model: PreTrainedModel, recipe: Recipe, tokens: Tensor, batch_size: int) -> dict[str, Any]:
+def run_fingerprint(model: PreTrainedModel, recipe: Recipe, tokens: Tensor, batch_size: int) -> dict[str, object]:
     """Return everything that the bits of a run's result depend on, JSON-ready; functions count by their names.
 
     Args:

@@ -17,14 +17,15 @@ from optimum_otprune.models.devices import (
     return_freed_memory,
 )
 from optimum_otprune.models.distributed import from_main
-from optimum_otprune.models.faithfulness import SAMPLE_TOKENS, check_logits, check_parameters, measured_factors
+from optimum_otprune.models.faithfulness import check_parameters
 from optimum_otprune.models.ffn_block import FFNBlock, named
 from optimum_otprune.models.ffn_hooks import unchunked
 from optimum_otprune.models.pass_settings import PassSettings
+from optimum_otprune.models.passes import Passes
 from optimum_otprune.models.prunable_model import PrunableModel
 from optimum_otprune.models.resize import finish_resize, switches_biases
-from optimum_otprune.pruning.calibration.samples import Sources
-from optimum_otprune.pruning.calibration.self_calibration import check_can_write, written_samples
+from optimum_otprune.models.save_formats import saved_widths
+from optimum_otprune.pruning.calibration.self_calibration import check_can_write, probe_passes
 from optimum_otprune.pruning.layer_store import LayerStore
 from optimum_otprune.pruning.outcome import PrunedLayers
 from optimum_otprune.pruning.preflight import check_feasible, warn_of_empty
@@ -54,31 +55,28 @@ def prune_model(
         OTPruneError: If the model cannot be pruned, of the fitting class; the message names the layer.
     """
     model, blocks, config = prunable.model, prunable.blocks, recipe.config
+    passes = Passes(prunable, tokens, settings)
     widths = plan_widths(blocks, config)
     empty = check_parameters(model, blocks)
     if widths == prunable.widths:
-        check_logits(model, tokens if len(tokens) else None)
+        passes.check_logits()
         return PrunedLayers([untouched(block) for block in blocks], 0)
     _check(prunable, config, widths, empty)
-    sources = Sources(tokens, check_can_write(model, config, tokens.shape, offloaded_bytes(model)))
-    probe = (
-        tokens
-        if len(tokens)
-        else written_samples(model, 1, min(tokens.shape[1], SAMPLE_TOKENS), settings, config.seed)
-    )
-    if prunable.factors is None:
-        prunable = prunable.checked(measured_factors(prunable, probe))
+    num_written = check_can_write(model, config, tokens.shape, offloaded_bytes(model))
+    probe = probe_passes(passes, config.seed).checked()
+    passes = probe.of(tokens)
     with unchunked(model), large_blocks_returned(is_offloaded(model)):
         prepared = store.prepared(
-            lambda: prepare(prunable, widths, recipe, sources, settings),
+            lambda: prepare(passes, widths, recipe, num_written),
             lambda: Expected.of(
                 (block.read() for block in blocks), tokens, recipe.needs_gradients, recipe.weighs_errors
             ),
         )
-        reports = _prune_layers(Run.begun(prunable, recipe, prepared, settings), store, settings.progress)
+        saved_widths(config.non_uniform_format, prepared.widths, prunable.widths)  # as shared; called for its errors
+        reports = _prune_layers(Run.begun(passes, recipe, prepared), store, settings.progress)
         pruned = _resized(prunable, reports, config)
     pruned = pruned._replace(written_samples=len(prepared.samples.tokens) - len(tokens))
-    check_logits(model, probe)
+    probe.check_logits()
     _tell_of_size(pruned)
     return pruned
 

@@ -4,6 +4,7 @@ from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.errors import ConfigurationError, warn_user
 from optimum_otprune.models.modeling_code import check_can_save
 from optimum_otprune.models.prunable_model import PrunableModel
+from optimum_otprune.models.save_formats import saved_widths
 
 
 def check_feasible(prunable: PrunableModel, config: OTPruningConfig, widths: list[int]) -> None:
@@ -17,6 +18,7 @@ def check_feasible(prunable: PrunableModel, config: OTPruningConfig, widths: lis
     Raises:
         ConfigurationError: If an intercept is needed that the architecture cannot hold.
         UnsupportedModelError: If layers of different widths could not be saved as asked for.
+        CustomFunctionError: If the save format gives widths that cannot be.
     """
     if config.intercept == "always" and not prunable.can_hold_intercept:
         raise ConfigurationError(
@@ -26,6 +28,7 @@ def check_feasible(prunable: PrunableModel, config: OTPruningConfig, widths: lis
     may_differ = config.allocation == "adaptive" or len(set(widths)) > 1
     if may_differ:
         check_can_save(prunable.model, prunable.spec, config.non_uniform_format)
+        saved_widths(config.non_uniform_format, widths, prunable.widths)  # called for its errors
 
 
 def warn_of_empty(empty: int, channels: int) -> None:

@@ -62,6 +62,7 @@ def model_card(
         title=escape(name.rsplit("/", 1)[-1], max_length=96) or "Pruned model",
         loading=_loading(config, report, name, has_tokenizer),
         remote_code=needs_remote_code(config, report),
+        unknown_format=_unknown_format(config, report),
         config_block=fenced(config.to_json_string(), "json"),
         report=report,
         has_tokenizer=has_tokenizer,
@@ -76,6 +77,12 @@ def needs_remote_code(config: PruningOptions, report: PruningReport | None) -> b
     return uneven is not None and uneven.needs_remote_code
 
 
+def _unknown_format(config: PruningOptions, report: PruningReport | None) -> str | None:
+    """The name of the format of such a model where it is not registered here."""
+    uneven = None if report is None else _uneven_format(config, report)
+    return escape(config.non_uniform_format) if isinstance(uneven, _Unregistered) else None
+
+
 def _uneven_format(config: PruningOptions, report: PruningReport) -> SaveFormat | None:
     """The save format of a model that was saved with layers of different widths."""
     name = config.non_uniform_format
@@ -85,9 +92,7 @@ def _uneven_format(config: PruningOptions, report: PruningReport) -> SaveFormat 
 
 
 class _Unregistered(SaveFormat):
-    """A format of a package that is not installed here; code in the folder may be needed."""
-
-    needs_remote_code = True
+    """A format of a package that is not installed here; nobody knows what the folder needs."""
 
 
 @cache

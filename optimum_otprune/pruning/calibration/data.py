@@ -3,7 +3,7 @@
 import random
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ class TokenData(NamedTuple):
     tokens: Tensor
     source: str
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         """Return the entries for a report."""
         num_samples, seqlen = self.tokens.shape
         entries = {"data": self.source, "num_samples": num_samples, "seqlen": seqlen}

@@ -8,18 +8,6 @@ from torch import Tensor
 from optimum_otprune.models.distributed import own_samples
 
 
-class Sources(NamedTuple):
-    """Where the calibration samples of a run come from.
-
-    Attributes:
-        given: The token ids of the given samples, LongTensor `(num_samples, seqlen)`.
-        num_written: Number of samples that the dense model writes itself.
-    """
-
-    given: Tensor
-    num_written: int
-
-
 class Samples(NamedTuple):
     """Calibration samples, and which of their tokens are held out.
 

@@ -23,10 +23,11 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.config.options import WRITTEN
 from optimum_otprune.errors import ConfigurationError, warn_user
+from optimum_otprune.functional.seeds import seed_of
 from optimum_otprune.models.block_runner import input_device, vocabulary_size
+from optimum_otprune.models.faithfulness import SAMPLE_TOKENS
 from optimum_otprune.models.flops import cache_bytes
-from optimum_otprune.models.pass_settings import PassSettings
-from optimum_otprune.pruning.seeds import seed_of
+from optimum_otprune.models.passes import Passes
 
 _MOST_ROWS = 128  # more at once are hardly faster
 _COPIES = 3  # of a batch's logits: in the model's dtype, as probabilities, and summed up
@@ -92,24 +93,23 @@ def _why_it_cannot_write(model: PreTrainedModel, num_samples: int, seqlen: int, 
     return None
 
 
-def written_samples(
-    model: PreTrainedModel, num_samples: int, seqlen: int, settings: PassSettings, seed: int
-) -> Tensor:
+def written_samples(passes: Passes, num_samples: int, seed: int) -> Tensor:
     """Let the model write samples from its own distribution, each from a random token of the vocabulary.
 
     The end of a text does not end a sample. The random state of the process stays as it is, and a sample does not
     depend on those that are written with it, except for rounding.
 
     Args:
-        model: The dense model, in evaluation mode, which `check_can_write` found fit to write.
+        passes: The dense model, in evaluation mode, which `check_can_write` found fit to write; and samples, which
+            are not read, of the length of those to write. As many samples are written at once as their keys and
+            values fit in the memory that hidden states may take.
         num_samples: Number of samples.
-        seqlen: Number of tokens of each sample, the first token included.
-        settings: How the model is run; as many samples are written at once as their keys and values fit in memory.
         seed: Seed of sampling.
 
     Returns:
         LongTensor `(num_samples, seqlen)`, on the CPU.
     """
+    model, seqlen, settings = passes.prunable.model, passes.tokens.shape[1], passes.settings
     device = input_device(model)
     first, rest = (torch.Generator().manual_seed(seed_of(seed, part)) for part in range(2))
     begins = torch.randint(vocabulary_size(model), (num_samples, 1), generator=first)
@@ -126,6 +126,14 @@ def written_samples(
             )
             written.append(cast(Tensor, ids).cpu())
     return torch.cat(written)
+
+
+def probe_passes(passes: Passes, seed: int) -> Passes:
+    """Return passes over at least one sample, to check a model on: a short one of its own where none is given."""
+    if len(passes.tokens):
+        return passes
+    short = passes.of(passes.tokens[:, :SAMPLE_TOKENS])
+    return passes.of(written_samples(short, 1, seed))
 
 
 class _Sampling(LogitsProcessor):

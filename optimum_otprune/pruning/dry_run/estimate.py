@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from optimum_otprune.config.configuration import OTPruningConfig
+from optimum_otprune.config.loading_options import PlacementOptions
 from optimum_otprune.errors import ConfigurationError
 from optimum_otprune.models.architectures import find_spec
 from optimum_otprune.models.changes import check_dense
@@ -51,7 +52,7 @@ class Skeleton(NamedTuple):
     """
 
     model: PreTrainedModel
-    places: Mapping[str, Any]
+    places: PlacementOptions
     has_tokenizer: bool | None = None
     is_loaded: bool = False
 
@@ -144,7 +145,7 @@ def _bias_parameters(prunable: PrunableModel, config: OTPruningConfig, widths: l
     return sum(once + each * width for (once, each), width in zip(costs, widths))
 
 
-def _weights_by_device(model: PreTrainedModel, options: Mapping[str, Any]) -> dict[str, int]:
+def _weights_by_device(model: PreTrainedModel, options: PlacementOptions) -> dict[str, int]:
     try:
         return planned_weights(model, options["device_map"], options["max_memory"])
     except (RuntimeError, ValueError) as error:

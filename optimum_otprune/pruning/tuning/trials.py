@@ -11,6 +11,8 @@ from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.config.options import OPTIONS_BY_NAME
 from optimum_otprune.config.quantities import real_number
 from optimum_otprune.errors import ConfigurationError
+from optimum_otprune.models.defaults import VALIDATION_SHARE
+from optimum_otprune.models.pass_settings import PassSettings
 
 
 class TuningSettings(NamedTuple):
@@ -19,26 +21,24 @@ class TuningSettings(NamedTuple):
     Attributes:
         num_trials: Number of finished trials in all, those of earlier runs of the study included.
         timeout: Seconds after which no trial but the first one starts; None for no limit.
-        search_space: A domain for each field; None for the default.
-        study: The file of the study; None keeps it in memory.
+        seed: Seed of the split and of the sampler.
+        passes: Number of samples per forward pass, and whether to show a progress bar.
         target_latency: Seconds that a forward pass may take, in place of the configuration's ratio.
         latency_shape: The shape `(batch_size, seqlen)` of that forward pass; None for one calibration sample.
+        search_space: A domain for each field; None for the default.
+        study: The file of the study; None keeps it in memory.
         validation_share: Share of the samples that the objective is measured on.
-        seed: Seed of the split and of the sampler.
-        batch_size: Number of samples per forward pass.
-        progress: Whether to show a progress bar.
     """
 
     num_trials: int
     timeout: float | None
-    search_space: Mapping[str, Any] | None
-    study: Path | None
-    target_latency: float | None
-    latency_shape: tuple[int, int] | None
-    validation_share: float
     seed: int
-    batch_size: int
-    progress: bool
+    passes: PassSettings
+    target_latency: float | None = None
+    latency_shape: tuple[int, int] | None = None
+    search_space: Mapping[str, object] | None = None
+    study: Path | None = None
+    validation_share: float = VALIDATION_SHARE
 
     def checked(self) -> "TuningSettings":
         """Return the same settings with plain numbers.
@@ -48,9 +48,9 @@ class TuningSettings(NamedTuple):
         """
         return self._replace(
             num_trials=check_count("num_trials", self.num_trials),
-            batch_size=check_count("batch_size", self.batch_size),
-            timeout=_between("timeout", self.timeout),
-            target_latency=_between("target_latency", self.target_latency),
+            passes=self.passes.by(check_count("batch_size", self.passes.batch_size)),
+            timeout=None if self.timeout is None else _between("timeout", self.timeout),
+            target_latency=None if self.target_latency is None else _between("target_latency", self.target_latency),
             validation_share=_between("validation_share", self.validation_share, 1),
             seed=check_option(OPTIONS_BY_NAME["seed"], self.seed),
             latency_shape=self._checked_shape(),
@@ -85,7 +85,7 @@ class Trial:
     error: str | None
     seconds: float
 
-    def changes(self, base: OTPruningConfig) -> dict[str, Any]:
+    def changes(self, base: OTPruningConfig) -> dict[str, object]:
         """Return the fields that differ from those of another configuration."""
         values, others = self.config.to_dict(), base.to_dict()
         return {name: value for name, value in values.items() if value != others[name]}
@@ -136,10 +136,10 @@ def _shown(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(plain_value(value))
 
 
-def _between(name: str, value: object, maximum: float = math.inf) -> Any:
-    """Return a number above 0 and below the maximum as a float; None stays None."""
+def _between(name: str, value: object, maximum: float = math.inf) -> float:
+    """Return a number above 0 and below the maximum as a float."""
     number = real_number(value)
-    if value is not None and (number is None or not 0 < number < maximum):
+    if number is None or not 0 < number < maximum:
         below = "" if math.isinf(maximum) else f" and < {maximum:g}"
         raise ConfigurationError(f"`{name}` is {value!r}; want a number > 0{below}.")
     return number

@@ -8,6 +8,8 @@ from transformers import BertConfig, BertLMHeadModel
 
 from optimum_otprune import OTPruner, OTPruningConfig
 from optimum_otprune.errors import ConfigurationError
+from optimum_otprune.models.passes import Passes
+from optimum_otprune.models.prunable_model import PrunableModel
 from optimum_otprune.pruning import preparation, prune_layer
 from optimum_otprune.pruning.calibration import self_calibration
 from optimum_otprune.pruning.calibration.self_calibration import check_can_write, written_samples
@@ -18,7 +20,8 @@ HALF = {"pruning_ratio": 0.5, "multiple_of": 1, "quality": "fast"}
 
 
 def write(model, num_samples=6, seqlen=20, seed=0):
-    return written_samples(model, num_samples, seqlen, quiet(5), seed)
+    nothing = torch.zeros(0, seqlen, dtype=torch.long)
+    return written_samples(Passes(PrunableModel.of(model), nothing, quiet(5)), num_samples, seed)
 
 
 def masks_of(monkeypatch):
