@@ -9,18 +9,19 @@ from typing import Any, Unpack
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_otprune.checkpoints.check_loading import as_config, check_loading_options, refuse_loading_options
+from optimum_otprune.checkpoints.dense import dense_reference
 from optimum_otprune.checkpoints.load import hub_id, load_checkpoint, load_skeleton
 from optimum_otprune.checkpoints.push import HubMixin, check_push, push_saved, refuse_push_options
 from optimum_otprune.checkpoints.save import Contents, save_checkpoint
 from optimum_otprune.config.checks import check_count
 from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.config.loading_options import LoadingOptions
+from optimum_otprune.models.agreement import DenseOutputs, evaluate_model
 from optimum_otprune.models.changes import all_or_nothing, check_dense, check_whole, is_pruned
 from optimum_otprune.models.defaults import BATCH_SIZE, HIDDEN_MEMORY, TRIALS, VALIDATION_SHARE
 from optimum_otprune.models.devices import model_sizes
 from optimum_otprune.models.distributed import check_launch, check_model, check_single, is_main_process, wait_for_all
 from optimum_otprune.models.ffn_block import ffn_blocks
-from optimum_otprune.models.perplexity import evaluate_perplexity
 from optimum_otprune.models.prunable_model import PrunableModel
 from optimum_otprune.models.wrappers import checked_tokenizer, model_in_memory, unwrapped
 from optimum_otprune.pruning.calibration.data import (
@@ -306,8 +307,9 @@ class OTPruner(HubMixin):
         batch_size: int = BATCH_SIZE,
         max_windows: int | None = None,
         progress: bool = True,
+        dense: PreTrainedModel | DenseOutputs | str | os.PathLike | None = None,
     ) -> dict[str, Any]:
-        """Measure the model's perplexity as it is now; the report keeps every result.
+        """Measure the model's perplexity as it is now, and how far it is from a dense one; the report keeps it all.
 
         Args:
             data: What `optimum_otprune.pruning.calibration.data.evaluation_tokens` takes; None is the configuration's
@@ -315,23 +317,27 @@ class OTPruner(HubMixin):
             batch_size: Windows per forward pass; changes nothing but speed and rounding.
             max_windows: How many windows are evaluated, the first ones; None for all.
             progress: Whether to show a progress bar.
+            dense: The dense model, its folder or Hub id, or `optimum_otprune.models.agreement.DenseOutputs` of it.
 
         Returns:
-            `perplexity`, `nll` (nats per token), `num_tokens`, and the protocol: `num_windows`, `seqlen`, `stride`,
+            `perplexity`, `nll` (nats per token), `num_tokens`, with `dense` also `dense_perplexity`, `kl` (nats per
+            token) and `agreement` (see `optimum_otprune.models.agreement.evaluate_model`), and the protocol: `num_windows`, `seqlen`, `stride`,
             `dtype`, `protocol`, `data`, and `stage` (`"dense"` or `"pruned"`); after `prune` also `seen_windows`: how
             many of the windows share a passage with the calibration samples. For a folder that was loaded it is there
             if some do, and a lower bound. `max_windows` where it was given.
 
         Raises:
             CalibrationDataError: If the data cannot be used.
-            NumericalError: If the model's outputs are NaN.
+            UnsupportedModelError: If `dense` is pruned, or has another vocabulary or tokenizer.
+            NumericalError: If a model's outputs are NaN.
         """
         check_whole(self.model)
         batch_size = check_count("batch_size", batch_size)
         max_windows = None if max_windows is None else check_count("max_windows", max_windows)
         self._places |= noted_places(evaluation_data=data)
+        reference = dense_reference(dense, self.model, self.tokenizer)
         tokens = evaluation_tokens(data, self.config, self.tokenizer, self.limits, max_windows)
-        measured = evaluate_perplexity(self.model, tokens.tokens, batch_size, progress)
+        measured = evaluate_model(self.model, reference, tokens.tokens, batch_size, progress)
         stage = "dense" if self.report is None and not is_pruned(self.model) else "pruned"
         metrics = {**measured, "data": tokens.source, "stage": stage}
         calibrated_on = None if self._calibrated_on is None else self._calibrated_on.tokens

@@ -116,7 +116,7 @@ class PruneCommand(_Command):
             action="store_true",
             help="print in seconds what would be done, with expected memory and time; no weights are read",
         )
-        parser.add_argument("--eval", action="store_true", help="measure perplexity before and after")
+        parser.add_argument("--eval", action="store_true", help="measure perplexity before and after, and agreement of both")
         parser.add_argument("--eval-data", metavar="DATA", help=f"what to measure it on: {DATA_HELP}")
         add_windows_option(parser)
         add_resume_option(parser)
@@ -170,6 +170,11 @@ class EvaluateCommand(_Command):
         """Options."""
         add_model_options(parser)
         parser.add_argument("--data", metavar="DATA", help=DATA_HELP)
+        parser.add_argument(
+            "--base",
+            metavar="DENSE",
+            help="the dense model, Hub id or local folder: also give mean KL divergence from it and agreement with it",
+        )
         parser.add_argument("--seqlen", type=int, metavar="N", help="tokens per window")
         add_windows_option(parser)
         add_run_options(parser)

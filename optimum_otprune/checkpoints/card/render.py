@@ -102,6 +102,7 @@ def _template() -> Template:
         "change": _change,
         "size": _size,
         "perplexity": _perplexity,
+        "kl": _kl,
     }
     text = files("optimum_otprune.checkpoints.card").joinpath("model_card.md").read_text(encoding="utf-8")
     return environment.from_string(text)
@@ -123,6 +124,7 @@ def _facts(config: PruningOptions, report: PruningReport, name: str, older_names
         "headline": pairs[0] if pairs and pairs[0].factor is not None else None,
         "headline_data": _data(config, pairs[0].data, config.evaluation_split) if pairs else "",
         "evaluations": [_evaluation(config, report, pair) for pair in pairs],
+        "has_agreement": any(pair.pruned is not None and "kl" in pair.pruned for pair in pairs),
         "calibration_data": _data(config, report.calibration["data"], config.calibration_split),
         "limitations": limitations(report),
         "versions_that_load": tested_versions(
@@ -236,6 +238,7 @@ def _evaluation(config: PruningOptions, report: PruningReport, pair: Comparison)
         "dense": None if pair.dense is None else pair.dense["perplexity"],
         "pruned": None if pair.pruned is None else pair.pruned["perplexity"],
         "factor": pair.factor,
+        **{name: (pair.pruned or {}).get(name) for name in ("kl", "agreement")},
         "num_tokens": one["num_tokens"],
         "num_windows": one["num_windows"],
         "seqlen": one["seqlen"],
@@ -280,6 +283,12 @@ def _perplexity(value: float | None) -> str:
     if value is None:
         return "–"
     return f"{value:,.2f}" if math.isfinite(value) else "not finite"
+
+
+def _kl(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.4f}" if math.isfinite(value) else "not finite"
 
 
 def _size(num_bytes: int) -> str:
