@@ -308,11 +308,11 @@ class OTPruner(CheckpointMixin):
             dense: The dense model, its folder or Hub id, or `optimum_otprune.models.agreement.DenseOutputs` of it.
 
         Returns:
-            `perplexity`, `nll` (nats per token), `num_tokens`, with `dense` also `dense_perplexity`, `kl` (nats per
-            token) and `agreement` (see `optimum_otprune.models.agreement.evaluate_model`), and the protocol: `num_windows`, `seqlen`, `stride`,
+            `perplexity`, `nll` (nats per token), `num_tokens`, and the protocol: `num_windows`, `seqlen`, `stride`,
             `dtype`, `protocol`, `data`, and `stage` (`"dense"` or `"pruned"`); after `prune` also `seen_windows`: how
             many of the windows share a passage with the calibration samples. For a folder that was loaded it is there
-            if some do, and a lower bound. `max_windows` where it was given.
+            if some do, and a lower bound. `max_windows` where it was given. Against `dense` also `dense_perplexity`,
+            `kl` and `agreement`, as `optimum_otprune.models.agreement.evaluate_model` returns them.
 
         Raises:
             CalibrationDataError: If the data cannot be used.
@@ -322,7 +322,7 @@ class OTPruner(CheckpointMixin):
         check_whole(self.model)
         batch_size = check_count("batch_size", batch_size)
         max_windows = None if max_windows is None else check_count("max_windows", max_windows)
-        self._places |= noted_places(evaluation_data=data)
+        self._places |= noted_places(evaluation_data=data, dense_model=dense)
         reference = dense_reference(dense, self.model, self.tokenizer)
         tokens = evaluation_tokens(data, self.config, self.tokenizer, self.limits, max_windows)
         passes = PassSettings(batch_size, progress)

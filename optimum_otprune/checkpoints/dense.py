@@ -6,6 +6,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_otprune.checkpoints.check_loading import check_loading_options
 from optimum_otprune.checkpoints.load import load_checkpoint
+from optimum_otprune.config.loading_options import LoadingOptions
 from optimum_otprune.errors import UnsupportedModelError
 from optimum_otprune.models.agreement import DenseOutputs
 from optimum_otprune.models.block_runner import input_device, vocabulary_size
@@ -44,6 +45,23 @@ def dense_reference(
     found = load_checkpoint(os.fspath(dense), check_loading_options({"dtype": model.dtype, "device_map": place}))
     check_same_text(found.model, model, found.tokenizer, tokenizer)
     return found.model
+
+
+def loading_of_dense(options: LoadingOptions) -> LoadingOptions:
+    """Return the options by which the dense model is loaded beside another one.
+
+    A revision and a manifest are those of the other model, and two models would overwrite each other's offloaded
+    layers in one folder.
+
+    Args:
+        options: The options of loading the other model.
+    """
+    found = options.copy()
+    found["revision"], found["verify"] = None, False
+    folder = found.get("offload_folder")
+    if folder is not None:
+        found["offload_folder"] = os.path.join(folder, "dense")
+    return found
 
 
 def check_same_text(

@@ -10,12 +10,13 @@ from pathlib import Path
 
 from optimum_otprune.checkpoints.card.render import needs_remote_code
 from optimum_otprune.checkpoints.check_loading import check_loading_options
-from optimum_otprune.checkpoints.dense import check_same_text
+from optimum_otprune.checkpoints.dense import check_same_text, loading_of_dense
 from optimum_otprune.checkpoints.load import hub_id, load_checkpoint
 from optimum_otprune.checkpoints.push import check_push, push_saved
 from optimum_otprune.commands.arguments import chosen, config_options, saved_folder, state_folder
 from optimum_otprune.commands.benchmark import run_benchmark
 from optimum_otprune.commands.checks import CONFIGURATION_KEYS, usage
+from optimum_otprune.commands.compare import run_compare
 from optimum_otprune.commands.demo import run_demo
 from optimum_otprune.commands.reading import protocol, tell_agreement, tell_seen
 from optimum_otprune.commands.terminal import showing_progress
@@ -193,8 +194,8 @@ def evaluate(args: argparse.Namespace) -> None:
         pruner.config = usage(lambda: pruner.config.replace(seqlen=args.seqlen))
     dense = None
     if args.base is not None:
-        given = {**chosen(args, LoadingOptions), "revision": None, "dtype": pruner.model.dtype}
-        loaded = load_checkpoint(args.base, check_loading_options(given))
+        given = {**chosen(args, LoadingOptions), "dtype": pruner.model.dtype}
+        loaded = load_checkpoint(args.base, loading_of_dense(check_loading_options(given)))
         check_same_text(loaded.model, pruner.model, loaded.tokenizer, pruner.tokenizer)
         dense = loaded.model
     metrics = pruner.evaluate(
@@ -204,6 +205,12 @@ def evaluate(args: argparse.Namespace) -> None:
     print(f"Perplexity: {before}{metrics['perplexity']:.2f} ({protocol(metrics)})")
     tell_agreement(metrics)
     tell_seen(pruner.report, metrics)
+
+
+@_main_process_speaks
+def compare(args: argparse.Namespace) -> None:
+    """Compare what two models say."""
+    run_compare(args)
 
 
 @_main_process_speaks

@@ -87,6 +87,22 @@ def benchmark(args: argparse.Namespace) -> None:
         check_outside_results(output)
 
 
+def compare(args: argparse.Namespace) -> None:
+    """Check the arguments of `otprune compare`."""
+    if args.no_prompts and (args.prompt or args.prompts is not None or args.chat):
+        raise UsageError("`--no-prompts` lets the models write nothing, so no prompts and no `--chat` go with it.")
+    for name in ("batch_size", "new_tokens"):
+        usage(lambda name=name: check_count(name, getattr(args, name)))  # type: ignore[misc]
+    usage(lambda: check_option(OPTIONS_BY_NAME["seqlen"], args.seqlen))
+    _check_windows(args)
+    if args.output is not None:
+        output = usage(lambda: output_path(args.output))
+        places = noted_places(source_model=args.pruned, dense_model=args.dense)
+        for data in args.data or ():
+            check_place(output, noted_places(evaluation_data=data))
+        check_output_folder(output, args.overwrite, places=places)
+
+
 def demo(args: argparse.Namespace) -> None:
     """Check the arguments of `otprune demo`."""
     usage(lambda: check_option(OPTIONS_BY_NAME["pruning_ratio"], args.pruning_ratio))

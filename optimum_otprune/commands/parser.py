@@ -12,6 +12,7 @@ from optimum_otprune.commands.arguments import (
     DATA_HELP,
     LISTED,
     add_benchmark_options,
+    add_compare_options,
     add_config_options,
     add_debug_option,
     add_memory_options,
@@ -189,6 +190,15 @@ class BenchmarkCommand(_Command):
         add_benchmark_options(parser)
 
 
+class CompareCommand(_Command):
+    """`otprune compare`."""
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        """Options."""
+        add_compare_options(parser)
+
+
 class ReportCommand(_Command):
     """`otprune report`."""
 
@@ -282,6 +292,9 @@ class OTPruneCommand(BaseOptimumCLICommand):
         CommandInfo("prune", "Prune a model and save it.", PruneCommand),
         CommandInfo("tune", "Search for a better configuration and write it to a file.", TuneCommand),
         CommandInfo("evaluate", "Measure the perplexity of a model, pruned or not.", EvaluateCommand),
+        CommandInfo(
+            "compare", "Show on data and prompts what a pruned model lost beside the dense one.", CompareCommand
+        ),
         CommandInfo("benchmark", "Compare speed and memory of a dense and a pruned model.", BenchmarkCommand),
         CommandInfo("report", "Print what pruning did to a saved model.", ReportCommand),
         CommandInfo("card", "Make the model card of a saved model again.", CardCommand),

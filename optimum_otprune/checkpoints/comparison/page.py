@@ -1,0 +1,72 @@
+"""A comparison as one page of HTML, which asks for nothing from elsewhere; a pure function of what was measured."""
+
+import math
+
+from optimum_otprune.checkpoints.card.figures import FIGURES
+from optimum_otprune.checkpoints.card.templates import html_template
+from optimum_otprune.pruning.model_comparison import DataComparison, ModelComparison, PromptComparison
+from optimum_otprune.storage.untrusted import visible
+
+_LONGEST = 20_000  # characters of a text on the page
+_FEW_TOKENS = 20_000  # up to which chance moves a perplexity by some percent
+
+
+def comparison_page(comparison: ModelComparison) -> str:
+    """Render a comparison as HTML; strings of models, data and prompts are escaped and visible.
+
+    Args:
+        comparison: What was measured.
+    """
+    template = html_template("optimum_otprune.checkpoints.comparison", "page.html", FIGURES | {"times": times})
+    measured = [entry for entry in comparison.data if math.isfinite(entry.ratio)]
+    return template.render(
+        dense=comparison.dense._replace(name=_shown(comparison.dense.name)),
+        pruned=comparison.pruned._replace(name=_shown(comparison.pruned.name)),
+        dense_widths=_widths(comparison.dense.ffn_widths),
+        pruned_widths=_widths(comparison.pruned.ffn_widths),
+        size_ratio=comparison.size_ratio,
+        worst=max(measured, key=lambda entry: entry.ratio, default=None),
+        least=min(comparison.data, key=lambda entry: entry.agreement, default=None),
+        data=[_row(entry) for entry in comparison.data],
+        prompts=[_prompt(entry) for entry in comparison.prompts],
+        new_tokens=comparison.settings["new_tokens"],
+        is_chat=comparison.settings["chat"],
+        protocol=_shown(comparison.settings["protocol"]),
+        speed=comparison.speed,
+        device=_shown(str(comparison.settings.get("device", ""))),
+        versions=", ".join(f"{name} {_shown(value)}" for name, value in sorted(comparison.versions.items())),
+    )
+
+
+def times(value: float | None) -> str:
+    """Return a factor with two decimals."""
+    if value is None:
+        return "–"
+    return f"×{value:.2f}" if math.isfinite(value) else "not finite"
+
+
+def _row(entry: DataComparison) -> dict[str, object]:
+    return {**entry._asdict(), "name": _shown(entry.name), "ratio": entry.ratio, "rough": entry.num_tokens < _FEW_TOKENS}
+
+
+def _prompt(entry: PromptComparison) -> dict[str, object]:
+    """Return a prompt with both continuations, each cut where they part."""
+    same = len(entry.same_text)
+    return {
+        "prompt": _shown(entry.prompt),
+        "same": _shown(entry.same_text),
+        "dense": _shown(entry.dense[same:]),
+        "pruned": _shown(entry.pruned[same:]),
+        "same_tokens": entry.same_tokens,
+        "is_equal": entry.dense == entry.pruned,
+    }
+
+
+def _widths(widths: tuple[int, ...]) -> str:
+    low, high = min(widths), max(widths)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _shown(text: str) -> str:
+    """Return a text with escapes in place of what cannot be seen; line breaks stay, and so do emoji of several parts."""
+    return "\n".join(visible(line.expandtabs(4), _LONGEST) for line in text[:_LONGEST].split("\n"))
