@@ -12,7 +12,7 @@ from optimum_otprune.models.agreement import DenseOutputs
 from optimum_otprune.models.block_runner import input_device, vocabulary_size
 from optimum_otprune.models.changes import check_whole, is_pruned
 from optimum_otprune.models.devices import is_spread
-from optimum_otprune.models.wrappers import model_in_memory
+from optimum_otprune.models.wrappers import unwrapped
 
 _PROBE = "The 12 cafés\n\tcost 3.50 €; it's 日本語, isn’t it?  def f(x): return x**2"
 
@@ -21,14 +21,17 @@ def dense_reference(
     dense: PreTrainedModel | DenseOutputs | str | os.PathLike | None,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
+    options: LoadingOptions | None = None,
 ) -> PreTrainedModel | DenseOutputs | None:
     """Return the dense model that a model is measured against.
 
     Args:
         dense: A model in memory, what was kept of one, or the folder or Hub id of one, which is loaded in the data
-            type and to the device of `model`, or spread as `device_map="auto"` does where that is spread.
+            type of `model`.
         model: The model that is measured.
         tokenizer: The tokenizer of that model, or None.
+        options: The options that `model` was loaded by; without, the dense model goes to the same device, or is
+            spread as `device_map="auto"` does where `model` is spread.
 
     Raises:
         ModelLoadError: If the dense model cannot be loaded.
@@ -36,13 +39,17 @@ def dense_reference(
     """
     if dense is None or isinstance(dense, DenseOutputs):
         return dense
-    loaded = model_in_memory(dense)
-    if loaded is not None:
+    if not isinstance(dense, (str, os.PathLike)):
+        loaded = unwrapped(dense)
         check_same_text(loaded, model)
         return loaded
-    device = input_device(model)
-    place = "auto" if is_spread(model) else None if device.type == "cpu" else {"": device}
-    found = load_checkpoint(os.fspath(dense), check_loading_options({"dtype": model.dtype, "device_map": place}))
+    if options is None:
+        device = input_device(model)
+        place = "auto" if is_spread(model) else None if device.type == "cpu" else {"": device}
+        options = check_loading_options({"device_map": place})
+    given = loading_of_dense(options)
+    given["dtype"] = model.dtype
+    found = load_checkpoint(os.fspath(dense), given)
     check_same_text(found.model, model, found.tokenizer, tokenizer)
     return found.model
 

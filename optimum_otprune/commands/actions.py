@@ -10,8 +10,8 @@ from pathlib import Path
 
 from optimum_otprune.checkpoints.card.render import needs_remote_code
 from optimum_otprune.checkpoints.check_loading import check_loading_options
-from optimum_otprune.checkpoints.dense import check_same_text, loading_of_dense
-from optimum_otprune.checkpoints.load import hub_id, load_checkpoint
+from optimum_otprune.checkpoints.dense import dense_reference
+from optimum_otprune.checkpoints.load import hub_id
 from optimum_otprune.checkpoints.push import check_push, push_saved
 from optimum_otprune.commands.arguments import chosen, config_options, saved_folder, state_folder
 from optimum_otprune.commands.benchmark import run_benchmark
@@ -192,12 +192,8 @@ def evaluate(args: argparse.Namespace) -> None:
     pruner = OTPruner.from_pretrained(args.model, **chosen(args, LoadingOptions))
     if args.seqlen is not None:
         pruner.config = usage(lambda: pruner.config.replace(seqlen=args.seqlen))
-    dense = None
-    if args.base is not None:
-        given = {**chosen(args, LoadingOptions), "dtype": pruner.model.dtype}
-        loaded = load_checkpoint(args.base, loading_of_dense(check_loading_options(given)))
-        check_same_text(loaded.model, pruner.model, loaded.tokenizer, pruner.tokenizer)
-        dense = loaded.model
+    loading = check_loading_options(chosen(args, LoadingOptions))
+    dense = dense_reference(args.base, pruner.model, pruner.tokenizer, loading)
     metrics = pruner.evaluate(
         args.data, batch_size=args.batch_size, max_windows=args.max_windows, progress=not args.quiet, dense=dense
     )

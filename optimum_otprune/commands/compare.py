@@ -12,6 +12,7 @@ from optimum_otprune.checkpoints.comparison.compare import LoadedPair, load_pair
 from optimum_otprune.checkpoints.comparison.page import comparison_page, times
 from optimum_otprune.commands.arguments import chosen
 from optimum_otprune.commands.benchmark import device_name
+from optimum_otprune.commands.checks import COMPARISON_JSON, COMPARISON_PAGE
 from optimum_otprune.commands.speed import BenchmarkSettings, check_comparable, check_settings, compare
 from optimum_otprune.config.comparison_options import ComparisonOptions, MeasuringOptions
 from optimum_otprune.errors import UsageError
@@ -22,8 +23,6 @@ from optimum_otprune.storage.files import writing_folder
 from optimum_otprune.storage.manifest import write_manifest
 from optimum_otprune.storage.outputs import noted_places, output_path
 from optimum_otprune.storage.untrusted import read_bytes
-
-JSON_FILE, PAGE_FILE = "compare.json", "compare.html"
 
 _LARGEST_PROMPTS = 1 << 20  # bytes of a file of prompts
 _SPEED = BenchmarkSettings(seqlens=(128,), warm_up=1, repeats=3)
@@ -40,11 +39,11 @@ def run_compare(args: argparse.Namespace) -> None:
         OTPruneError: If a model, data or a prompt cannot be used, or the folder cannot be written.
     """
     prompts = _prompts(args)
-    given = {**chosen(args, ComparisonOptions), "progress": not args.quiet}
-    pair = load_pair(args.dense, args.pruned, ComparisonOptions(**given))
+    pair = load_pair(args.dense, args.pruned, chosen(args, ComparisonOptions))
     if args.speed:
         _check_speed(pair)
-    options = MeasuringOptions(**{**chosen(args, MeasuringOptions), "progress": not args.quiet})
+    options = chosen(args, MeasuringOptions)
+    options["progress"] = not args.quiet
     comparison = pair.compare(_by_name(args.data), prompts, options)
     if args.speed:
         comparison = _with_speed(comparison, pair)
@@ -52,7 +51,7 @@ def run_compare(args: argparse.Namespace) -> None:
     if args.output is not None:
         folder = output_path(args.output)
         _save(comparison, folder, args)
-        print(f"\nSaved to {folder}: {JSON_FILE}, and {PAGE_FILE} for a browser.")
+        print(f"\nSaved to {folder}: {COMPARISON_JSON}, and {COMPARISON_PAGE} for a browser.")
 
 
 def _prompts(args: argparse.Namespace) -> list[str] | None:
@@ -66,7 +65,9 @@ def _prompts(args: argparse.Namespace) -> list[str] | None:
         text = read_bytes(file, _LARGEST_PROMPTS).decode("utf-8-sig")
     except ValueError as error:
         why = "it is no text in UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
-        raise UsageError(f"The prompts in {file.name!r} cannot be used: {why}. Give a text file, a prompt a line.")
+        raise UsageError(
+            f"The prompts in {file.name!r} cannot be used: {why}. Give a text file, a prompt a line."
+        ) from error
     lines = [line for line in text.splitlines() if line.strip()]
     if not lines:
         raise UsageError(f"{file.name!r} holds no prompts. Give a text file, a prompt a line.")
@@ -97,7 +98,8 @@ def _check_speed(pair: LoadedPair) -> None:
 
 def _with_speed(comparison: ModelComparison, pair: LoadedPair) -> ModelComparison:
     found = compare(pair.dense.model, pair.pruned.model, _SPEED)
-    device = f"{device_name(input_device(pair.pruned.model))}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    device = f"{device_name(input_device(pair.pruned.model))}, {threads} thread{'s' if threads > 1 else ''}"
     return dataclasses.replace(
         comparison,
         speed=tuple(one.to_dict() for one in found),
@@ -110,7 +112,9 @@ def _print(comparison: ModelComparison) -> None:
     print(f"dense   {dense.name}: {dense.parameters:,} parameters, {dense.dtype}")
     print(f"pruned  {pruned.name}: {pruned.parameters:,} parameters ({comparison.size_ratio:.1%}), {pruned.dtype}")
     if comparison.data:
-        print(f"\n{'data':<{_NAME_WIDTH}} {'dense':>9} {'pruned':>9} {'ratio':>7} {'agree':>7} {'KL':>8} {'tokens':>9}")
+        print(
+            f"\n{'data':<{_NAME_WIDTH}} {'dense':>9} {'pruned':>9} {'ratio':>7} {'agree':>7} {'KL':>8} {'tokens':>9}"
+        )
     for row in comparison.data:
         name = row.name if len(row.name) <= _NAME_WIDTH else f"…{row.name[1 - _NAME_WIDTH :]}"
         print(
@@ -125,11 +129,11 @@ def _print(comparison: ModelComparison) -> None:
         print(f"\n> {_indented(entry.prompt)}")
         print(f"  dense:  {_indented(entry.dense)}")
         print(f"  pruned: {'the same' if entry.dense == entry.pruned else _indented(entry.pruned)}")
-    for row in comparison.speed:
-        decode = "" if row["decode_speedup"] is None else f", {times(row['decode_speedup'])} writing"
+    for speed in comparison.speed:
+        decode = "" if speed["decode_speedup"] is None else f", {times(speed['decode_speedup'])} writing"
         print(
-            f"\nSpeed, {row['batch_size']} × {row['seqlen']} tokens: {times(row['prefill_speedup'])} reading "
-            f"(promised {times(row['promised_speedup'])}){decode}"
+            f"\nSpeed, {speed['batch_size']} × {speed['seqlen']} tokens: {times(speed['prefill_speedup'])} reading "
+            f"(promised {times(speed['promised_speedup'])}){decode}"
         )
 
 
@@ -143,6 +147,6 @@ def _save(comparison: ModelComparison, folder: Path, args: argparse.Namespace) -
     content = json.dumps(comparison.to_dict(), indent=2, allow_nan=False) + "\n"
     page = comparison_page(comparison)
     with writing_folder(folder, args.overwrite, len(content) + len(page), places) as partial:
-        (partial / JSON_FILE).write_text(content, encoding="utf-8")
-        (partial / PAGE_FILE).write_text(page, encoding="utf-8")
+        (partial / COMPARISON_JSON).write_text(content, encoding="utf-8")
+        (partial / COMPARISON_PAGE).write_text(page, encoding="utf-8")
         write_manifest(partial)

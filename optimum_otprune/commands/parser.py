@@ -117,7 +117,9 @@ class PruneCommand(_Command):
             action="store_true",
             help="print in seconds what would be done, with expected memory and time; no weights are read",
         )
-        parser.add_argument("--eval", action="store_true", help="measure perplexity before and after, and agreement of both")
+        parser.add_argument(
+            "--eval", action="store_true", help="measure perplexity before and after, and agreement of both"
+        )
         parser.add_argument("--eval-data", metavar="DATA", help=f"what to measure it on: {DATA_HELP}")
         add_windows_option(parser)
         add_resume_option(parser)

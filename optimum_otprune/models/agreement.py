@@ -1,8 +1,8 @@
 """How far a model's predictions are from the dense model's: mean KL divergence, and agreement on the next token.
 
-Perplexity looks at the probability of one token alone, and where it rises for some and falls for others, the mean hides
-both. The dense model's whole distribution does not: see Dutta et al., "Accuracy is Not All You Need" (NeurIPS 2024),
-https://arxiv.org/abs/2407.09141. Windows and protocol are those of `optimum_otprune.models.perplexity`.
+Perplexity looks at the probability of one token alone, and where it rises for some and falls for others, the mean
+hides both; the dense model's whole distribution does not. See Dutta et al., "Accuracy is Not All You Need" (NeurIPS
+2024), https://arxiv.org/abs/2407.09141. Windows and protocol are those of `optimum_otprune.models.perplexity`.
 """
 
 import math
@@ -103,8 +103,8 @@ class DenseOutputs:
         found = _last_logits(logits_of, tokens)
         if not float((found - self._logits).norm()) <= _SAME_HEAD * float(self._logits.norm()):
             raise ConfigurationError(
-                "The outputs of the dense model were kept of a model with another head, or the head was changed since. "
-                "Give the dense model itself."
+                "The outputs of the dense model were kept of a model with another head, or the head was changed "
+                "since. Give the dense model itself."
             )
         return logits_of
 
@@ -235,8 +235,8 @@ def _window_sums(dense_logits: Tensor, logits: Tensor, window: Tensor) -> _Windo
     targets = window[1:].to(logits.device)
     positions = positions_together(logits.shape[-1])
     parts = zip(dense_logits[:-1].split(positions), logits[:-1].split(positions), targets.split(positions))
-    sums = sum(_chunk_sums(dense.to(logits.device), own, ids) for dense, own, ids in parts)
-    nll, dense_nll, kl, agreed = sums.tolist()
+    sums = [_chunk_sums(dense.to(logits.device), own, ids) for dense, own, ids in parts]
+    nll, dense_nll, kl, agreed = torch.stack(sums).sum(0).tolist()
     return _WindowSums(nll, dense_nll, kl, int(agreed))
 
 

@@ -30,7 +30,7 @@ PROMPTS = (
     "Once upon a time, in a small house by the sea, there lived",
     "Water boils at",
     "To plant a tree, first",
-    "def is_even(number):\n    ",
+    "def is_even(number):",
 )
 
 
@@ -138,9 +138,7 @@ def compare_side_by_side(
     sketch = None if report is None else report.calibration.get("passages")
     found = []
     for name, windows in exercises.data.items():
-        metrics = evaluate_model(
-            pruned.model, dense.model, windows.tokens, options["batch_size"], options["progress"]
-        )
+        metrics = evaluate_model(pruned.model, dense.model, windows.tokens, options["batch_size"], options["progress"])
         figures = {field: metrics[field] for field in DataComparison._fields if field in metrics}
         seen = seen_windows(windows.tokens, None, sketch).get("seen_windows", 0)
         found.append(DataComparison(name=name, seen_windows=seen, **figures))
@@ -149,7 +147,7 @@ def compare_side_by_side(
         dense=dense.facts,
         pruned=pruned.facts,
         data=tuple(found),
-        prompts=tuple(_continued(dense, pruned, *prompt, options["new_tokens"]) for prompt in prompts),
+        prompts=tuple(_continued(dense, pruned, prompt, ids, options["new_tokens"]) for prompt, ids in prompts),
         settings={"protocol": PROTOCOL, "new_tokens": options["new_tokens"], "chat": options["chat"]},
         versions=versions(),
     )
@@ -161,9 +159,9 @@ def _continued(
     """Return what both models write after a prompt."""
     assert pruned.tokenizer is not None
     written = [greedy_continuation(side.model, ids, new_tokens).tolist() for side in (dense, pruned)]
-    texts = [str(pruned.tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in written]
-    same = next((n for n, (one, other) in enumerate(zip(*written)) if one != other), min(map(len, written)))
-    return PromptComparison(prompt, *texts, same_tokens=same)
+    one, other = (str(pruned.tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in written)
+    same = next((n for n, tokens in enumerate(zip(*written)) if len({*tokens}) > 1), min(map(len, written)))
+    return PromptComparison(prompt, one, other, same)
 
 
 def _prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase | None, is_chat: bool) -> Tensor:

@@ -1,4 +1,4 @@
-"""Templates of what people read: Markdown, whose values are escaped before, and HTML, which escapes them. Jinja's door.
+"""Templates: Markdown, whose values are escaped before, and HTML, which escapes them. A door to Jinja.
 
 A template fails at a name that it is not given, and its values are plain: strings, numbers, lists, named tuples.
 """

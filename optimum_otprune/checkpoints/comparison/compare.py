@@ -63,7 +63,7 @@ def compare_models(
     prompts: Sequence[str] | None = None,
     **options: Unpack[ComparisonOptions],
 ) -> ModelComparison:
-    """Return how a pruned model does beside the dense one: perplexities, KL divergence, agreement, and what both write.
+    """Return how a pruned model does beside the dense one: perplexity, KL, agreement, and what both write.
 
     Args:
         dense: The dense model: a Hub id, a local folder, or a model in memory.
@@ -72,8 +72,8 @@ def compare_models(
             pruned model's configuration names.
         prompts: What both models continue, greedily; None is a few neutral beginnings, and an empty list none.
         **options: Options of `optimum_otprune.config.comparison_options.ComparisonOptions`, which says what each
-            means, such as `max_windows`, `new_tokens`, `chat`, `device_map` and, for models in memory, `tokenizer`. `revision`
-            and `verify` are about the pruned model.
+            means, such as `max_windows`, `new_tokens`, `chat`, `device_map` and, for models in memory, `tokenizer`.
+            `revision` and `verify` are about the pruned model.
 
     Raises:
         ModelLoadError: If a model cannot be loaded.
