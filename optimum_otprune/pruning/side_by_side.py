@@ -15,7 +15,7 @@ from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.errors import ConfigurationError
 from optimum_otprune.models.agreement import evaluate_model
 from optimum_otprune.models.continuations import check_can_continue, greedy_continuation
-from optimum_otprune.models.devices import weight_bytes
+from optimum_otprune.models.devices import model_sizes
 from optimum_otprune.models.ffn_block import ffn_blocks
 from optimum_otprune.models.perplexity import PROTOCOL
 from optimum_otprune.pruning.calibration.data import ModelLimits, TokenData, TokenSource, evaluation_tokens
@@ -50,10 +50,11 @@ class ComparedModel(NamedTuple):
     @property
     def facts(self) -> ModelFacts:
         """The size of the model."""
+        parameters, size = model_sizes(self.model)
         return ModelFacts(
             name=self.name,
-            parameters=self.model.num_parameters(),
-            weight_bytes=weight_bytes(self.model),
+            parameters=parameters,
+            weight_bytes=size,
             dtype=str(self.model.dtype).removeprefix("torch."),
             ffn_widths=tuple(block.intermediate_size for block in ffn_blocks(self.model)),
         )

@@ -13,6 +13,7 @@ from optimum_otprune.models.agreement import DenseOutputs, evaluate_model
 from optimum_otprune.models.perplexity import evaluate_perplexity
 from tests.conftest import make_llama
 from tests.models.test_contract import MODELS, build
+from tests.models.test_placements import place
 
 
 def by_definition(dense, model, tokens) -> tuple[float, float]:
@@ -80,6 +81,18 @@ def test_what_is_kept_of_the_dense_model_says_what_the_dense_model_says(name, to
         assert after[figure] == pytest.approx(asked[figure], rel=1e-5), figure
     assert after["dense_perplexity"] == pytest.approx(before["perplexity"], rel=1e-6)
     assert pruner.report.evaluations[-2] == after
+
+
+@pytest.mark.parametrize("kind", ["disk", "cpu_offload", "hooks"])
+def test_wherever_weights_are_both_ways_give_what_models_in_memory_give(kind, llama, llama_folder, tokens, tmp_path):
+    model, kept = place(kind, llama_folder, tmp_path / "offload"), DenseOutputs()
+    pruner = OTPruner.from_pretrained(model, OTPruningConfig(pruning_ratio=0.5, multiple_of=1, quality="fast"))
+    pruner.evaluate(tokens, dense=kept, progress=False)
+    pruner.prune(tokens, progress=False)
+    other = place(kind, llama_folder, tmp_path / "other")
+    found = [pruner.evaluate(tokens, dense=dense, progress=False) for dense in (kept, other, llama)]
+    for figure in ("perplexity", "dense_perplexity", "kl", "agreement"):
+        assert [metrics[figure] for metrics in found] == pytest.approx([found[2][figure]] * 3, rel=1e-5), figure
 
 
 def test_outputs_that_were_kept_of_other_text_are_refused(llama, tokens):
