@@ -15,6 +15,7 @@ setup(
     package_data={
         "optimum_otprune": ["py.typed"],
         "optimum_otprune.checkpoints.card": ["*.md"],
+        "optimum_otprune.checkpoints.comparison": ["*.html"],
         "optimum_otprune.models": ["*.txt"],
         DEMO_MODEL: ["*"],
     },

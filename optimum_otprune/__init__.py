@@ -7,11 +7,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from optimum_otprune.checkpoints.comparison.compare import compare_models
     from optimum_otprune.config.configuration import OTPruningConfig
     from optimum_otprune.errors import OTPruneError
     from optimum_otprune.models.architectures import FFNSpec, register_architecture
     from optimum_otprune.pruner import OTPruner
     from optimum_otprune.pruning.dry_run.plan import PruningPlan
+    from optimum_otprune.pruning.model_comparison import ModelComparison
     from optimum_otprune.pruning.report import LayerReport, PruningReport
 
 __version__ = "0.1.0"
@@ -22,20 +24,24 @@ _HOMES = {
     "OTPruneError": "errors",
     "OTPruner": "pruner",
     "OTPruningConfig": "config.configuration",
+    "ModelComparison": "pruning.model_comparison",
     "PruningPlan": "pruning.dry_run.plan",
     "PruningReport": "pruning.report",
+    "compare_models": "checkpoints.comparison.compare",
     "register_architecture": "models.architectures",
 }
 
 __all__ = [
     "FFNSpec",
     "LayerReport",
+    "ModelComparison",
     "OTPruneError",
     "OTPruner",
     "OTPruningConfig",
     "PruningPlan",
     "PruningReport",
     "__version__",
+    "compare_models",
     "register_architecture",
 ]
 

@@ -11,11 +11,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_otprune.checkpoints.check_loading import as_config, check_loading_options, refuse_loading_options
+from optimum_otprune.checkpoints.dense import dense_reference
 from optimum_otprune.checkpoints.load import hub_id, load_checkpoint, load_skeleton
 from optimum_otprune.checkpoints.mixin import CheckpointMixin
 from optimum_otprune.config.checks import check_count
 from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.config.loading_options import LoadingOptions
+from optimum_otprune.models.agreement import DenseOutputs
 from optimum_otprune.models.changes import all_or_nothing, check_whole, dense_model
 from optimum_otprune.models.defaults import BATCH_SIZE, HIDDEN_MEMORY, TRIALS, VALIDATION_SHARE
 from optimum_otprune.models.devices import model_sizes
@@ -293,8 +295,9 @@ class OTPruner(CheckpointMixin):
         batch_size: int = BATCH_SIZE,
         max_windows: int | None = None,
         progress: bool = True,
+        dense: PreTrainedModel | DenseOutputs | str | os.PathLike | None = None,
     ) -> dict[str, Any]:
-        """Measure the model's perplexity as it is now; the report keeps every result.
+        """Measure the model's perplexity as it is now, and how far it is from a dense one; the report keeps it all.
 
         Args:
             data: What `optimum_otprune.pruning.calibration.data.evaluation_tokens` takes; None is the configuration's
@@ -302,23 +305,28 @@ class OTPruner(CheckpointMixin):
             batch_size: Windows per forward pass; changes nothing but speed and rounding.
             max_windows: How many windows are evaluated, the first ones; None for all.
             progress: Whether to show a progress bar.
+            dense: The dense model, its folder or Hub id, or `optimum_otprune.models.agreement.DenseOutputs` of it.
 
         Returns:
             `perplexity`, `nll` (nats per token), `num_tokens`, and the protocol: `num_windows`, `seqlen`, `stride`,
             `dtype`, `protocol`, `data`, and `stage` (`"dense"` or `"pruned"`); after `prune` also `seen_windows`: how
             many of the windows share a passage with the calibration samples. For a folder that was loaded it is there
-            if some do, and a lower bound. `max_windows` where it was given.
+            if some do, and a lower bound. `max_windows` where it was given. Against `dense` also `dense_perplexity`,
+            `kl` and `agreement`, as `optimum_otprune.models.agreement.evaluate_model` returns them.
 
         Raises:
             CalibrationDataError: If the data cannot be used.
-            NumericalError: If the model's outputs are NaN.
+            UnsupportedModelError: If `dense` is pruned, or has another vocabulary or tokenizer.
+            NumericalError: If a model's outputs are NaN.
         """
         check_whole(self.model)
         batch_size = check_count("batch_size", batch_size)
         max_windows = None if max_windows is None else check_count("max_windows", max_windows)
-        self._places |= noted_places(evaluation_data=data)
+        self._places |= noted_places(evaluation_data=data, dense_model=dense)
+        reference = dense_reference(dense, self.model, self.tokenizer)
         tokens = evaluation_tokens(data, self.config, self.tokenizer, self.limits, max_windows)
-        metrics = evaluation(self.model, tokens, batch_size, progress, self.report, self._calibrated_on)
+        passes = PassSettings(batch_size, progress)
+        metrics = evaluation(self.model, reference, tokens, passes, self.report, self._calibrated_on)
         metrics |= {} if max_windows is None else {"max_windows": max_windows}
         self._evaluations.append(metrics)
         if self.report is not None:

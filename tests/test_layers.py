@@ -36,7 +36,7 @@ DOORS = {
     "scipy": {"functional/costs.py"},
     "optuna": {"pruning/tuning/search.py"},  # an extra
     "matplotlib": {"checkpoints/card/plots.py"},  # an extra
-    "jinja2": {"checkpoints/card/render.py", "pruning/calibration/documents.py"},  # what a chat template raises
+    "jinja2": {"checkpoints/card/templates.py", "pruning/calibration/documents.py"},  # what a chat template raises
     "yaml": {"checkpoints/card/base_card.py"},
 }
 

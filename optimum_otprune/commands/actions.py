@@ -9,17 +9,22 @@ from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
 from optimum_otprune.checkpoints.card.render import needs_remote_code
+from optimum_otprune.checkpoints.check_loading import check_loading_options
+from optimum_otprune.checkpoints.dense import dense_reference
 from optimum_otprune.checkpoints.load import hub_id
 from optimum_otprune.checkpoints.push import check_push, push_saved
 from optimum_otprune.commands.arguments import chosen, config_options, saved_folder, state_folder
 from optimum_otprune.commands.benchmark import run_benchmark
 from optimum_otprune.commands.checks import CONFIGURATION_KEYS, usage
+from optimum_otprune.commands.compare import run_compare
 from optimum_otprune.commands.demo import run_demo
-from optimum_otprune.commands.reading import protocol, tell_seen
+from optimum_otprune.commands.reading import protocol, tell_agreement, tell_seen
 from optimum_otprune.commands.terminal import showing_progress
+from optimum_otprune.config.checks import hidden_memory
 from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.config.loading_options import LoadingOptions
 from optimum_otprune.errors import IntegrityError, UsageError
+from optimum_otprune.models.agreement import DenseOutputs
 from optimum_otprune.models.changes import check_dense
 from optimum_otprune.models.devices import weight_bytes
 from optimum_otprune.models.distributed import check_model, check_single, is_main_process, wait_for_all
@@ -114,7 +119,8 @@ def _prune_and_save(args: argparse.Namespace, config: OTPruningConfig, output: P
     check_output_folder(output, args.overwrite, weight_bytes(pruner.model))
     wait_for_all()  # all processes check before the first one writes there
     passes = {"batch_size": args.batch_size, "progress": not args.quiet}
-    measured = {**passes, "max_windows": args.max_windows}
+    kept = DenseOutputs(hidden_memory(args.max_hidden_memory), spill_path(args.spill_folder))
+    measured = {**passes, "max_windows": args.max_windows, "dense": kept}
     if args.eval:
         dense = pruner.evaluate(args.eval_data, **measured)
     report = pruner.prune(
@@ -128,6 +134,7 @@ def _prune_and_save(args: argparse.Namespace, config: OTPruningConfig, output: P
     if args.eval:
         pruned = pruner.evaluate(args.eval_data, **measured)
         print(f"Perplexity: {dense['perplexity']:.2f} dense -> {pruned['perplexity']:.2f} pruned ({protocol(pruned)})")
+        tell_agreement(pruned)
         tell_seen(report, pruned)
         if pruner.report is not None and pruner.report.contradiction is not None:
             print(pruner.report.contradiction)
@@ -185,11 +192,21 @@ def evaluate(args: argparse.Namespace) -> None:
     pruner = OTPruner.from_pretrained(args.model, **chosen(args, LoadingOptions))
     if args.seqlen is not None:
         pruner.config = usage(lambda: pruner.config.replace(seqlen=args.seqlen))
+    loading = check_loading_options(chosen(args, LoadingOptions))
+    dense = dense_reference(args.base, pruner.model, pruner.tokenizer, loading)
     metrics = pruner.evaluate(
-        args.data, batch_size=args.batch_size, max_windows=args.max_windows, progress=not args.quiet
+        args.data, batch_size=args.batch_size, max_windows=args.max_windows, progress=not args.quiet, dense=dense
     )
-    print(f"Perplexity: {metrics['perplexity']:.2f} ({protocol(metrics)})")
+    before = "" if dense is None else f"{metrics['dense_perplexity']:.2f} dense -> "
+    print(f"Perplexity: {before}{metrics['perplexity']:.2f} ({protocol(metrics)})")
+    tell_agreement(metrics)
     tell_seen(pruner.report, metrics)
+
+
+@_main_process_speaks
+def compare(args: argparse.Namespace) -> None:
+    """Compare what two models say."""
+    run_compare(args)
 
 
 @_main_process_speaks

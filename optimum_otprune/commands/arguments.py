@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
+from optimum_otprune.config.comparison_options import MeasuringOptions
 from optimum_otprune.config.loading_options import LoadingOptions
 from optimum_otprune.config.options import OPTIONS, OPTIONS_BY_NAME, Option
 from optimum_otprune.errors import UsageError
@@ -140,6 +141,28 @@ def add_benchmark_options(parser: argparse.ArgumentParser) -> None:
     loading.add_argument("--dtype", default="auto", help="of both models' weights (default: that of DENSE)")
     add_options(loading, LoadingOptions, without=("dtype", "device_map", "offload_folder", "revision"))
     add_debug_option(parser)
+
+
+def add_compare_options(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `otprune compare`."""
+    parser.add_argument("dense", metavar="DENSE", help="the model before pruning: Hub id or local folder")
+    parser.add_argument("pruned", metavar="PRUNED", help="the model after: Hub id or local folder")
+    parser.add_argument(
+        "-o", "--output", metavar="OUT", help="folder for compare.json and compare.html, a page for a browser"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an output folder that holds a comparison only"
+    )
+    group = parser.add_argument_group("measuring")
+    group.add_argument("--data", nargs="+", metavar="DATA", help=f"one or several: {DATA_HELP}")
+    group.add_argument("--prompt", nargs="+", metavar="TEXT", help="what both models go on with (default: a few)")
+    group.add_argument("--prompts", metavar="FILE", help="text file with more of them, one a line")
+    group.add_argument("--no-prompts", action="store_true", help="let the models write nothing")
+    group.add_argument("--speed", action="store_true", help="measure speed, too, as `otprune benchmark` does")
+    add_options(group, MeasuringOptions)
+    loading = parser.add_argument_group("loading")
+    add_options(loading, LoadingOptions)
+    add_run_options(parser)
 
 
 def add_resume_option(parser: argparse.ArgumentParser) -> None:

@@ -1,7 +1,9 @@
 """Checks before anything heavy is imported: options that do not fit, and outputs that would do harm."""
 
 import argparse
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 from optimum_otprune.commands.arguments import config_options, state_folder
@@ -9,6 +11,7 @@ from optimum_otprune.config.checks import check_count, check_option, check_size
 from optimum_otprune.config.options import BUDGET_FIELDS, OPTIONS_BY_NAME
 from optimum_otprune.errors import ConfigurationError, OutputError, UsageError
 from optimum_otprune.storage.hub.retries import Deadline
+from optimum_otprune.storage.manifest import MANIFEST_FILE
 from optimum_otprune.storage.outputs import (
     check_output_file,
     check_output_folder,
@@ -17,10 +20,13 @@ from optimum_otprune.storage.outputs import (
     noted_places,
     output_path,
 )
+from optimum_otprune.storage.untrusted import visible
 
 # First keys of files that a newer command may replace: a configuration, and results of a benchmark.
 CONFIGURATION_KEYS = ("optimum_otprune_version", "pruning_ratio")
 BENCHMARK_KEYS = ("comparisons", "multiples", "versions")
+COMPARISON_JSON, COMPARISON_PAGE = "compare.json", "compare.html"
+COMPARISON_FILES = frozenset((COMPARISON_JSON, COMPARISON_PAGE, MANIFEST_FILE))
 
 T = TypeVar("T")
 
@@ -87,6 +93,23 @@ def benchmark(args: argparse.Namespace) -> None:
         check_outside_results(output)
 
 
+def compare(args: argparse.Namespace) -> None:
+    """Check the arguments of `otprune compare`."""
+    if args.no_prompts and (args.prompt or args.prompts is not None or args.chat):
+        raise UsageError("`--no-prompts` lets the models write nothing, so no prompts and no `--chat` go with it.")
+    for name in ("batch_size", "new_tokens"):
+        usage(lambda name=name: check_count(name, getattr(args, name)))  # type: ignore[misc]
+    usage(lambda: check_option(OPTIONS_BY_NAME["seqlen"], args.seqlen))
+    _check_windows(args)
+    if args.output is not None:
+        output = usage(lambda: output_path(args.output))
+        places = noted_places(source_model=args.pruned, dense_model=args.dense)
+        for data in args.data or ():
+            check_place(output, noted_places(evaluation_data=data))
+        check_output_folder(output, args.overwrite, places=places)
+        _check_comparison(output)
+
+
 def demo(args: argparse.Namespace) -> None:
     """Check the arguments of `otprune demo`."""
     usage(lambda: check_option(OPTIONS_BY_NAME["pruning_ratio"], args.pruning_ratio))
@@ -104,6 +127,16 @@ def usage(make: Callable[[], T]) -> T:
         return make()
     except (ConfigurationError, OutputError) as error:
         raise UsageError(str(error)) from error
+
+
+def _check_comparison(output: Path) -> None:
+    """Raise an error if a folder that would be replaced holds a saved model, or anything but a comparison."""
+    others = sorted({*os.listdir(output)} - COMPARISON_FILES) if output.is_dir() else []
+    if others:
+        raise OutputError(
+            f"The output folder {output.name!r} holds {visible(others[0], 60)!r}, which is no file of a comparison, "
+            "so it is not replaced. Choose another folder."
+        )
 
 
 def _check_windows(args: argparse.Namespace) -> None:

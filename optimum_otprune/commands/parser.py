@@ -12,6 +12,7 @@ from optimum_otprune.commands.arguments import (
     DATA_HELP,
     LISTED,
     add_benchmark_options,
+    add_compare_options,
     add_config_options,
     add_debug_option,
     add_memory_options,
@@ -118,7 +119,9 @@ class PruneCommand(_Command):
             action="store_true",
             help="print in seconds what would be done, with expected memory and time; no weights are read",
         )
-        parser.add_argument("--eval", action="store_true", help="measure perplexity before and after")
+        parser.add_argument(
+            "--eval", action="store_true", help="measure perplexity before and after, and agreement of both"
+        )
         parser.add_argument("--eval-data", metavar="DATA", help=f"what to measure it on: {DATA_HELP}")
         add_windows_option(parser)
         add_resume_option(parser)
@@ -172,6 +175,11 @@ class EvaluateCommand(_Command):
         """Options."""
         add_model_options(parser)
         parser.add_argument("--data", metavar="DATA", help=DATA_HELP)
+        parser.add_argument(
+            "--base",
+            metavar="DENSE",
+            help="the dense model, Hub id or local folder: also give mean KL divergence from it and agreement with it",
+        )
         parser.add_argument("--seqlen", type=int, metavar="N", help="tokens per window")
         add_windows_option(parser)
         add_run_options(parser)
@@ -184,6 +192,15 @@ class BenchmarkCommand(_Command):
     def parse_args(parser: argparse.ArgumentParser) -> None:
         """Options."""
         add_benchmark_options(parser)
+
+
+class CompareCommand(_Command):
+    """`otprune compare`."""
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        """Options."""
+        add_compare_options(parser)
 
 
 class ReportCommand(_Command):
@@ -279,6 +296,9 @@ class OTPruneCommand(BaseOptimumCLICommand):
         CommandInfo("prune", "Prune a model and save it.", PruneCommand),
         CommandInfo("tune", "Search for a better configuration and write it to a file.", TuneCommand),
         CommandInfo("evaluate", "Measure the perplexity of a model, pruned or not.", EvaluateCommand),
+        CommandInfo(
+            "compare", "Show on data and prompts what a pruned model lost beside the dense one.", CompareCommand
+        ),
         CommandInfo("benchmark", "Compare speed and memory of a dense and a pruned model.", BenchmarkCommand),
         CommandInfo("report", "Print what pruning did to a saved model.", ReportCommand),
         CommandInfo("card", "Make the model card of a saved model again.", CardCommand),

@@ -29,6 +29,7 @@ def report(args: argparse.Namespace) -> None:
     print(saved)
     for metrics in saved.evaluations:
         print(f"Perplexity of the {metrics['stage']} model: {metrics['perplexity']:.2f} ({protocol(metrics)})")
+        tell_agreement(metrics)
         tell_seen(saved, metrics)
 
 
@@ -56,6 +57,15 @@ def tell_seen(saved: PruningReport | None, metrics: Mapping[str, object]) -> Non
     """Print whether a pruned model was measured on text that it was calibrated on."""
     if saved is not None and metrics["stage"] == "pruned" and (sentence := seen_before(saved, metrics)):
         print(sentence)
+
+
+def tell_agreement(metrics: Mapping[str, object]) -> None:
+    """Print how far the model is from the dense one, if it was measured against that."""
+    if "kl" in metrics:
+        print(
+            f"Against the dense model: the same next token for {metrics['agreement']:.1%}, mean KL divergence "
+            f"{metrics['kl']:.4f} nats per token"
+        )
 
 
 def protocol(metrics: Mapping[str, object]) -> str:

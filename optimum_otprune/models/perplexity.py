@@ -5,7 +5,7 @@ from the ones before it. The model runs in its own dtype, log-probabilities are 
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TypedDict
 
 import datasets
@@ -23,6 +23,7 @@ from optimum_otprune.models.distributed import gathered, own_samples
 
 _LOGIT_BYTES = 2**28  # of one forward pass, as far as whole windows allow
 _CHUNK_BYTES = 2**25  # bytes of log-probabilities at a time
+_CHUNKS = 6  # that many at once, where two models are compared
 _FLOAT32_BYTES = 4
 _LARGEST_EXPONENT = 700  # nats; `math.exp` overflows from 710 on
 
@@ -103,7 +104,6 @@ def evaluate_perplexity(
     """
     model.eval()
     device = input_device(model)
-    metric = TokenPerplexity(keep_in_memory=True)
     together = windows_together(batch_size, tokens.shape[1], vocabulary_size(model), model.dtype.itemsize)
     batches = tokens[own_samples(len(tokens), 1)].split(together)
     found = []
@@ -115,8 +115,22 @@ def evaluate_perplexity(
                 "The model's log-likelihoods are NaN: its weights are damaged or its dtype overflowed."
             )
         found += nll.tolist()
-    predictions = [nll for part in gathered(found) for nll in part]
-    metric.add_batch(predictions=predictions, references=[tokens.shape[1] - 1] * len(tokens))
+    return corpus_perplexity(model, tokens, [nll for part in gathered(found) for nll in part])
+
+
+def corpus_perplexity(model: PreTrainedModel, tokens: Tensor, nlls: Sequence[float]) -> Perplexity:
+    """Return the perplexity of windows as one corpus, and the protocol.
+
+    Args:
+        model: The model that was measured.
+        tokens: The windows' token ids, LongTensor `(num_windows, seqlen)`.
+        nlls: The summed negative log-likelihood of each window, in nats.
+
+    Returns:
+        What `evaluate_perplexity` returns.
+    """
+    metric = TokenPerplexity(keep_in_memory=True)
+    metric.add_batch(predictions=nlls, references=[tokens.shape[1] - 1] * len(tokens))
     measured = metric.compute()
     return Perplexity(
         perplexity=measured["perplexity"],
@@ -146,8 +160,17 @@ def windows_together(batch_size: int, seqlen: int, vocab_size: int, element_size
     return max(1, min(batch_size, _LOGIT_BYTES // (seqlen * vocab_size * element_size)))
 
 
+def positions_together(vocab_size: int) -> int:
+    """Return how many positions' log-probabilities are computed at a time: they take 34 MB, or are those of one.
+
+    Args:
+        vocab_size: Number of logits of a token.
+    """
+    return max(1, _CHUNK_BYTES // (_FLOAT32_BYTES * vocab_size))
+
+
 def evaluation_bytes(batch_size: int, seqlen: int, vocab_size: int, element_size: int) -> int:
-    """Return the bytes that the logits of one forward pass and their log-probabilities take.
+    """Return the bytes that logits and log-probabilities take where a model is compared with the dense one.
 
     Args:
         batch_size: The largest number of windows per forward pass.
@@ -155,8 +178,9 @@ def evaluation_bytes(batch_size: int, seqlen: int, vocab_size: int, element_size
         vocab_size: Number of logits of a token.
         element_size: Number of bytes of a logit.
     """
-    windows = windows_together(batch_size, seqlen, vocab_size, element_size)
-    return windows * seqlen * vocab_size * element_size + 2 * _CHUNK_BYTES
+    of_both = 2 * vocab_size
+    windows = windows_together(batch_size, seqlen, of_both, element_size)
+    return windows * seqlen * of_both * element_size + _CHUNKS * _CHUNK_BYTES
 
 
 def _summed_nll(logits: Tensor, batch: Tensor) -> Tensor:
@@ -170,7 +194,7 @@ def _summed_nll(logits: Tensor, batch: Tensor) -> Tensor:
         batch: The windows' token ids, LongTensor `(windows, seqlen)`.
     """
     targets = batch[:, 1:].to(logits.device)
-    positions = max(1, _CHUNK_BYTES // (_FLOAT32_BYTES * logits.shape[-1]))
+    positions = positions_together(logits.shape[-1])
     return torch.stack([_window_nll(rows[:-1], ids, positions) for rows, ids in zip(logits, targets)])
 
 

@@ -11,6 +11,7 @@ _EVALUATION: Mapping[str, type] = {
     **{"data": str, "seqlen": int, "num_tokens": int, "num_windows": int, "perplexity": float},
     **{"stage": str, "dtype": str, "protocol": str},
 }
+_PROTOCOL = ("data", "seqlen", "num_tokens", "num_windows", "dtype", "protocol", "max_windows")
 
 
 class Comparison(NamedTuple):
@@ -48,8 +49,17 @@ def compared(evaluations: Iterable[Mapping[str, Any]]) -> list[Comparison]:
     for evaluation in evaluations:
         key = tuple(evaluation[name] for name in ("data", "seqlen", "num_tokens", "dtype", "protocol"))
         found.setdefault(key, {})[evaluation["stage"]] = evaluation
-    pairs = [Comparison(key[0], stages.get("dense"), stages.get("pruned")) for key, stages in found.items()]
+    pairs = [Comparison(key[0], _dense(stages), stages.get("pruned")) for key, stages in found.items()]
     return sorted(pairs, key=lambda pair: pair.dense is None or pair.pruned is None)
+
+
+def _dense(stages: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """Return the evaluation of the dense model, which that of the pruned one against it holds, too."""
+    pruned = stages.get("pruned", {})
+    if "dense" in stages or "dense_perplexity" not in pruned:
+        return stages.get("dense")
+    protocol = {name: value for name, value in pruned.items() if name in _PROTOCOL}
+    return {**protocol, "stage": "dense", "perplexity": pruned["dense_perplexity"]}
 
 
 def check_numbers(where: str, values: Mapping[str, object], kinds: Mapping[str, type], is_finite: bool) -> None:
@@ -65,10 +75,17 @@ def check_evaluation(where: str, evaluation: object, is_finite: bool) -> None:
     check_numbers(where, evaluation, _EVALUATION, is_finite)
     for name in ("seen_windows", "max_windows"):
         check_entry(f"{where}.{name}", evaluation.get(name, 0), int, 0)
+    for name in ("dense_perplexity", "kl", "agreement"):
+        check_entry(f"{where}.{name}", evaluation.get(name, 0.0), float, 0, is_finite)
     if evaluation["stage"] not in ("dense", "pruned"):
         raise ReportError(
             f"`{where}.stage` of the report is {evaluation['stage']!r:.60}; want 'dense' or 'pruned'. Get the folder "
             "again."
+        )
+    if evaluation.get("agreement", 0.0) > 1:
+        raise ReportError(
+            f"`{where}.agreement` of the report is {evaluation['agreement']}; it is a share, at most 1. Get the "
+            "folder again."
         )
     if not is_finite:
         return

@@ -3,8 +3,9 @@
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from optimum_otprune.models.agreement import DenseOutputs, evaluate_model
 from optimum_otprune.models.changes import is_pruned
-from optimum_otprune.models.perplexity import evaluate_perplexity
+from optimum_otprune.models.pass_settings import PassSettings
 from optimum_otprune.pruning.calibration.data import TokenData
 from optimum_otprune.pruning.calibration.overlap import seen_windows
 from optimum_otprune.pruning.report import PruningReport
@@ -12,9 +13,9 @@ from optimum_otprune.pruning.report import PruningReport
 
 def evaluation(
     model: PreTrainedModel,
+    dense: PreTrainedModel | DenseOutputs | None,
     data: TokenData,
-    batch_size: int,
-    progress: bool,
+    settings: PassSettings,
     report: PruningReport | None,
     calibrated_on: Tensor | None,
 ) -> dict[str, object]:
@@ -22,17 +23,17 @@ def evaluation(
 
     Args:
         model: The model as it is now.
+        dense: What the model is measured against, as in `evaluate_model`.
         data: The windows to evaluate on, and where they come from.
-        batch_size: Windows per forward pass.
-        progress: Whether to show a progress bar.
+        settings: How the model is run.
         report: The report of pruning, or None.
         calibrated_on: The calibration samples, or None where they are not known.
 
     Returns:
-        What `evaluate_perplexity` and `seen_windows` return, the data's source as `data`, and `stage`: `"dense"` or
+        What `evaluate_model` and `seen_windows` return, the data's source as `data`, and `stage`: `"dense"` or
         `"pruned"`.
     """
-    measured = evaluate_perplexity(model, data.tokens, batch_size, progress)
+    measured = evaluate_model(model, dense, data.tokens, settings.batch_size, settings.progress)
     stage = "dense" if report is None and not is_pruned(model) else "pruned"
     sketch = None if report is None else report.calibration.get("passages")
     seen = seen_windows(data.tokens, calibrated_on, sketch)

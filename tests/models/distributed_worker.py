@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from optimum_otprune import OTPruner, OTPruningConfig
+from optimum_otprune.models.agreement import DenseOutputs
 from optimum_otprune.models.distributed import num_processes
 
 
@@ -15,9 +16,11 @@ def main(folder: Path, output: Path, expected_processes: int) -> None:
     tokens = torch.load(folder / "tokens.pt")
     for name, options in json.loads((folder / "recipes.json").read_text()).items():
         pruner = OTPruner.from_pretrained(folder / "dense", OTPruningConfig(**options))
-        pruner.evaluate(tokens, batch_size=5, progress=False)
+        kept = DenseOutputs()
+        pruner.evaluate(tokens, batch_size=5, progress=False, dense=kept)
         pruner.prune(tokens, batch_size=3, progress=False)
-        pruner.evaluate(tokens, batch_size=5, progress=False)
+        pruner.evaluate(tokens, batch_size=5, progress=False, dense=kept)
+        pruner.evaluate(tokens, batch_size=5, progress=False, dense=folder / "dense")
         pruner.save_pretrained(output / name)
         assert (output / name / "config.json").is_file()  # in every process, whichever wrote it
 

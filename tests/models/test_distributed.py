@@ -55,6 +55,9 @@ def test_two_processes_equal_one_within_1e5(runs):
         for first, second in zip(*(report.evaluations for report in reports), strict=True):
             assert first["perplexity"] == pytest.approx(second["perplexity"], rel=1e-5)
             assert first["num_tokens"] == second["num_tokens"]
+            assert ("kl" in first) == (first["stage"] == "pruned")
+            for figure in {"kl", "agreement", "dense_perplexity"} & first.keys():
+                assert first[figure] == pytest.approx(second[figure], rel=1e-3), (name, figure)
         assert reports[0].rescue_ratio == pytest.approx(reports[1].rescue_ratio, abs=1e-4)
         assert reports[0].calibration == reports[1].calibration
 

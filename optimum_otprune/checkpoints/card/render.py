@@ -1,12 +1,9 @@
 """The model card, from configuration and report alone."""
 
-import math
 from functools import cache
-from importlib.resources import files
-
-from jinja2 import Environment, StrictUndefined, Template
 
 from optimum_otprune.checkpoints.card.citations import Citation, bibliography, citations
+from optimum_otprune.checkpoints.card.figures import FIGURES
 from optimum_otprune.checkpoints.card.markdown import escape, fenced, link, plain_text
 from optimum_otprune.checkpoints.card.metadata import card_metadata, copied_metadata
 from optimum_otprune.checkpoints.card.plots import PLOT_FILE
@@ -20,6 +17,7 @@ from optimum_otprune.checkpoints.card.results import (
     limitations,
     partly_calibrated_on,
 )
+from optimum_otprune.checkpoints.card.templates import Template, markdown_template
 from optimum_otprune.config.options import OPTIONS_BY_NAME, WRITTEN, PruningOptions
 from optimum_otprune.models.compatibility import tested_versions
 from optimum_otprune.models.save_formats import SaveFormat, save_format, save_formats, saved_widths
@@ -97,19 +95,7 @@ class _Unregistered(SaveFormat):
 
 @cache
 def _template() -> Template:
-    environment = Environment(  # noqa: S701 — Markdown; strings from outside pass through `escape` or `fenced`
-        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False
-    )
-    environment.filters |= {
-        "ratio": _ratio,
-        "rescue": _rescue,
-        "share": _share,
-        "change": _change,
-        "size": _size,
-        "perplexity": _perplexity,
-    }
-    text = files("optimum_otprune.checkpoints.card").joinpath("model_card.md").read_text(encoding="utf-8")
-    return environment.from_string(text)
+    return markdown_template("optimum_otprune.checkpoints.card", "model_card.md", FIGURES)
 
 
 def _facts(config: PruningOptions, report: PruningReport, name: str, older_names: bool) -> dict[str, object]:
@@ -128,6 +114,7 @@ def _facts(config: PruningOptions, report: PruningReport, name: str, older_names
         "headline": pairs[0] if pairs and pairs[0].factor is not None else None,
         "headline_data": _data(config, pairs[0].data, config.evaluation_split) if pairs else "",
         "evaluations": [_evaluation(config, report, pair) for pair in pairs],
+        "has_agreement": any(pair.pruned is not None and "kl" in pair.pruned for pair in pairs),
         "calibration_data": _data(config, report.calibration["data"], config.calibration_split),
         "written_samples": report.calibration.get("written_samples", 0),
         "limitations": limitations(report),
@@ -244,6 +231,7 @@ def _evaluation(config: PruningOptions, report: PruningReport, pair: Comparison)
         "dense": None if pair.dense is None else pair.dense["perplexity"],
         "pruned": None if pair.pruned is None else pair.pruned["perplexity"],
         "factor": pair.factor,
+        **{name: (pair.pruned or {}).get(name) for name in ("kl", "agreement")},
         "num_tokens": one["num_tokens"],
         "num_windows": one["num_windows"],
         "seqlen": one["seqlen"],
@@ -261,41 +249,3 @@ def _range(widths: list[int]) -> str:
         return "0"
     low, high = min(widths), max(widths)
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
-
-
-def _ratio(value: float) -> str:
-    """Return a ratio with three decimals and a typographic minus sign."""
-    return f"{value:.3f}".replace("-", "−") if math.isfinite(value) else "not finite"
-
-
-def _rescue(value: float) -> str:
-    """Return a ratio, with a word if it is so far below zero that the number says little."""
-    return f"{_ratio(value)} (harmful)" if value < -1 else _ratio(value)
-
-
-def _share(value: float) -> str:
-    return f"{value:.1%}".replace("%", " %").replace("-", "−")
-
-
-def _change(after: float, before: float) -> str:
-    """Return the relative change as a signed percentage."""
-    if not before or not math.isfinite(after / before):
-        return "–"
-    return f"{after / before - 1:+.1%}".replace("%", " %").replace("-", "−")
-
-
-def _perplexity(value: float | None) -> str:
-    if value is None:
-        return "–"
-    return f"{value:,.2f}" if math.isfinite(value) else "not finite"
-
-
-def _size(num_bytes: int) -> str:
-    """Return a size in decimal units, as the Hub shows those of files."""
-    value, units = float(num_bytes), iter(("B", "kB", "MB", "GB"))
-    unit = next(units)
-    for larger in units:
-        if value < 1000:
-            break
-        value, unit = value / 1000, larger
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.2f} {unit}"

@@ -136,6 +136,30 @@ class Documents(NamedTuple):
             ) from error
 
 
+def chat_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a user's turn as the chat template renders it, up to where the model's answer begins.
+
+    Args:
+        prompt: What the user says.
+        tokenizer: The tokenizer, whose chat template is used.
+
+    Raises:
+        CalibrationDataError: If the tokenizer has no chat template, or that refuses the prompt.
+    """
+    if not tokenizer.chat_template:
+        raise CalibrationDataError(
+            "The tokenizer has no chat template, so a prompt cannot be a user's turn. Give it as plain text (without "
+            "`chat`)."
+        )
+    turn = [{"role": "user", "content": prompt}]
+    try:
+        return str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+    except (TemplateError, TypeError, ValueError, KeyError) as error:
+        raise CalibrationDataError(
+            f"The tokenizer's chat template refuses a prompt ({error}). Give it as plain text (without `chat`)."
+        ) from error
+
+
 def _is_empty(value: object) -> bool:
     return not value.strip() if isinstance(value, str) else is_null(value)
 

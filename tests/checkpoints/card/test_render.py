@@ -115,6 +115,16 @@ def test_a_perplexity_that_falls_or_was_not_measured_is_said_so():
     assert "It was not evaluated: no perplexity is claimed." in unknown
 
 
+def test_agreement_with_the_dense_model_is_shown_where_it_was_measured():
+    against = evaluation("pruned", 12.0, dense_perplexity=10.0, kl=0.12345, agreement=0.8123)
+    text = words(model_card(CONFIG, make_report(evaluations=(against, evaluation("pruned", 14.0, data="x/y"))), "x"))
+    assert "from 10.00 to 12.00 (×1.20)" in text  # without an evaluation of the dense model by itself
+    assert "×1.200 81.2 % 0.1235 40,000" in text
+    assert "14.00 – – – 40,000" in text
+    assert "81.2 %" in text.split("How to load")[0]
+    assert "agreement" not in words(model_card(CONFIG, make_report(), "x"))
+
+
 def test_how_to_load_has_the_name_and_a_tokenizer_where_there_is_one():
     card = model_card(CONFIG, make_report(), "user/llama-half")
     assert 'AutoModelForCausalLM.from_pretrained("user/llama-half")' in card

@@ -1,0 +1,1 @@
+"""A pruned model beside the dense one: loading both, and the page that shows them."""
