@@ -303,6 +303,35 @@ def check_output_folder(
         )
 
 
+def check_results_folder(folder: Path, places: Mapping[str, Path], names: Sequence[str]) -> None:
+    """Raise where a file of results and its pictures could replace, or would be mixed with, what is not theirs.
+
+    Args:
+        folder: The folder of the results, which may exist and hold other files.
+        places: The places that must not be replaced, as `noted_places` returns them.
+        names: Names of the files; the first is checked by its content when it is read, the others are replaced only
+            beside it.
+
+    Raises:
+        OutputError: If the folder is, contains or lies in a place of the user's or a saved model, is no folder, or
+            holds another file of these names.
+    """
+    check_place(folder, places)
+    check_outside_results(folder / names[0])
+    target = resolved_output(folder)
+    if target.exists() and not target.is_dir():
+        raise OutputError(f"The output {target.name!r} is a file. Choose the name of a folder.")
+    there = [name for name in names if os.path.lexists(target / name)]
+    foreign = [name for name in there if (target / name).is_symlink() or not (target / name).is_file()]
+    if names[0] not in there:
+        foreign = there
+    if foreign:
+        raise OutputError(
+            f"The output folder {target.name!r} holds {foreign[0]!r}, which no earlier run of this command can have "
+            "left. Choose another folder, or move that elsewhere."
+        )
+
+
 def check_output_file(
     output: Path, overwrite: bool, places: Mapping[str, Path] | None = None, own_keys: Sequence[str] = ()
 ) -> None:
