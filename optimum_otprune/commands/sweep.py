@@ -37,11 +37,9 @@ def sweep(args: argparse.Namespace) -> None:
     print(f"\n{result.table()}\n")
     for name, measured in result.data.items():
         print(f"Perplexity on {protocol({**measured, 'data': name})}.")
-        if measured.get("seen_windows"):
-            print(
-                f"{measured['seen_windows']:,} of the {measured['num_windows']:,} windows hold text that was calibrated on; "
-                "expect a higher perplexity on other text."
-            )
+        if seen := measured.get("seen_windows"):
+            windows = f"{seen:,} of the {measured['num_windows']:,} windows"
+            print(f"{windows} hold text that was calibrated on; expect a higher perplexity on other text.")
     if folder is not None:
         _save_plot(result, folder)
 

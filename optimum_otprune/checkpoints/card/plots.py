@@ -105,7 +105,7 @@ def save_sweep_plot(result: SweepResult, path: Path) -> None:
         axes.set_yscale("log")
     axes.set_xticks([0.0, *ratios])
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
-    axes.set_xlabel("FFN channels removed (dotted: the dense model)")
+    axes.set_xlabel("pruning ratio (dotted: the dense model)")
     axes.set_ylabel("perplexity, lower is better")
     above = axes.secondary_xaxis("top")
     above.set_xticks([0.0, *ratios], [f"{result.share(point):.0%}" for point in (result.dense, *points)])

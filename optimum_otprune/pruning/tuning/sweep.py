@@ -230,7 +230,8 @@ def _ratio(config: OTPruningConfig) -> float:
 def _begun(prunable: PrunableModel, texts: SweepTexts, passes: PassSettings) -> SweepResult:
     """Return a curve without points: the dense model, and how its perplexities were measured."""
     start = time.perf_counter()
-    measured = _measured(prunable, texts, passes)
+    with unchanged(prunable):  # evaluation mode included
+        measured = _measured(prunable, texts, passes)
     perplexities = {name: float(metrics.pop("perplexity")) for name, metrics in measured.items()}
     for name, metrics in measured.items():
         del metrics["nll"]  # that of the dense model, like the perplexity, is none of the protocol

@@ -191,9 +191,10 @@ def _result(values: object) -> SweepResult:
     if not isinstance(values, dict) or values.get("format") != _FORMAT:
         raise ValueError(f"it is no object of format {_FORMAT}")
     data, points = values.get("data"), values.get("points")
-    is_right = isinstance(data, dict) and isinstance(points, list) and isinstance(values.get("fingerprint"), dict)
-    if not is_right or not data or not all(isinstance(measured, dict) for measured in data.values()):
-        raise ValueError("`data`, `points` or `fingerprint` is missing")
+    if not isinstance(data, dict) or not data or not all(isinstance(measured, dict) for measured in data.values()):
+        raise ValueError("`data` is missing")
+    if not isinstance(points, list) or not isinstance(values.get("fingerprint"), dict):
+        raise ValueError("`points` or `fingerprint` is missing")
     dense = _point(values.get("dense"), list(data))
     if dense.error is not None:
         raise ValueError("the dense model has no perplexity")
