@@ -55,7 +55,7 @@ class _Teller:
         if self._told is None:
             self._told = {point.pruning_ratio for point in result.points if point.error is None}
             if self._told:
-                print(f"The results of {len(self._told)} ratios are there already.", flush=True)
+                print(f"Already there: {len(self._told)} of the ratios.", flush=True)
             return
         for point in result.points:
             if point.pruning_ratio not in self._told:

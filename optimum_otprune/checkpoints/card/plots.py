@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from optimum_otprune.errors import MissingExtraError
 from optimum_otprune.pruning.report import PruningReport
 from optimum_otprune.pruning.tuning.sweep_results import SweepResult
+from optimum_otprune.storage.untrusted import visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,6 +19,7 @@ PLOT_FILE = "rescue.png"
 _FLOOR, _CEILING = -1.0, 1.0
 _RESCUED, _HARMED, _DILUTED, _WIDTHS = "#2a78b5", "#c0392b", "#e08e0b", "#8a8f98"
 _MAX_LABELS = 40  # layers up to which the numbers beside bars that are cut off do not overlap
+_LONGEST_NAME = 40  # characters of a data set's name in a legend
 _TENFOLD = 10  # from which ratio of the largest to the smallest perplexity a linear axis hides the small ones
 _BAR = 0.4  # width of a bar; a layer has two, side by side
 
@@ -96,7 +98,9 @@ def save_sweep_plot(result: SweepResult, path: Path) -> None:
     for number, name in enumerate(result.data):
         color = f"C{number}"
         values = [point.perplexities[name] for point in points]
-        axes.plot([0.0, *ratios], [result.dense.perplexities[name], *values], color=color, marker="o", label=name)
+        axes.plot(
+            [0.0, *ratios], [result.dense.perplexities[name], *values], color=color, marker="o", label=_shown(name)
+        )
         axes.axhline(result.dense.perplexities[name], color=color, linewidth=0.8, linestyle=":")
         for ratio, value in zip(ratios, values):
             _label(axes, ratio, value, f"{value:,.1f}")
@@ -113,6 +117,12 @@ def save_sweep_plot(result: SweepResult, path: Path) -> None:
     axes.legend(frameon=False, loc="upper left")
     _style(axes)
     figure.savefig(path, format="png", metadata={"Software": None})
+
+
+def _shown(name: str) -> str:
+    """Return a name as a legend shows it: no formula, and none that is left out for its first character."""
+    text = visible(name, _LONGEST_NAME).replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
 
 
 def _style(axes: "Axes") -> None:
