@@ -243,6 +243,13 @@ class CardCommand(_Command):
             action="store_true",
             help="replace README.md in the folder, edits by hand included, in place of printing",
         )
+        parser.add_argument(
+            "--lm-eval",
+            nargs="+",
+            metavar="FILE",
+            help="results files that `lm_eval --output_path` wrote for this model, or for the dense one beside it: "
+            "add them to report, card and .eval_results in the folder",
+        )
         add_debug_option(parser)
 
 

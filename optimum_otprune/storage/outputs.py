@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from optimum_otprune.errors import IntegrityError, OutputError
-from optimum_otprune.storage.manifest import INDEX_FILE, MANIFEST_FILE, WEIGHTS_FILE, read_manifest
+from optimum_otprune.storage.manifest import INDEX_FILE, INNER_FOLDERS, MANIFEST_FILE, WEIGHTS_FILE, read_manifest
 from optimum_otprune.storage.untrusted import visible, why_no_name
 
 
@@ -39,7 +39,6 @@ _INSIDE = 160  # bytes of the longest name in a saved folder, such as that of a 
 # Mode of a hidden folder as long as it is being written. A folder that is finished has lost the sticky bit, so that an
 # earlier output which took a hidden name when the new one took its place is never taken for one.
 UNFINISHED_MODE = 0o1700
-_TEMPLATES = "additional_chat_templates"
 # What transformers writes for a model and its tokenizer, and nothing that a person or a training run does.
 _MODEL_FILE = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|processor_config|"
@@ -238,13 +237,13 @@ def own_files(folder: Path, is_unfinished: bool = False) -> tuple[list[str], str
 
 
 def _names(folder: Path) -> list[tuple[str, bool]]:
-    """Return each name in a folder and in its folder of chat templates, and whether it is that of a plain file."""
+    """Return each name in a folder and in the folders of a saved model, and whether it is that of a plain file."""
     found = []
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name == _TEMPLATES and entry.is_dir(follow_symlinks=False) and not os.path.ismount(entry):
-                inner = _names(folder / _TEMPLATES)
-                found += [(f"{_TEMPLATES}/{name}", is_plain) for name, is_plain in inner]
+            if entry.name in INNER_FOLDERS and entry.is_dir(follow_symlinks=False) and not os.path.ismount(entry):
+                inner = _names(folder / entry.name)
+                found += [(f"{entry.name}/{name}", is_plain) for name, is_plain in inner]
             else:
                 found.append((entry.name, entry.is_file(follow_symlinks=False)))
     return found
