@@ -42,13 +42,13 @@ def folder_card(
     """
     if not os.path.isfile(folder / CONFIG_FILE):
         raise ReportError(f"{folder.name!r} has no {CONFIG_FILE}: it is no folder that `otprune prune` wrote.")
-    report_file = folder / REPORT_FILE
+    options, report_file = read_options(folder / CONFIG_FILE), folder / REPORT_FILE
     if report is None and report_file.is_file():
         report = PruningReport.load(report_file)
     if has_tokenizer is None:
         has_tokenizer = any((folder / file).is_file() for file in TOKENIZER_FILES)
     return model_card(
-        read_options(folder / CONFIG_FILE),
+        options,
         report,
         folder.resolve().name if name is None else name,
         has_tokenizer=has_tokenizer,

@@ -21,6 +21,7 @@ _RESCUED, _HARMED, _DILUTED, _WIDTHS = "#2a78b5", "#c0392b", "#e08e0b", "#8a8f98
 _MAX_LABELS = 40  # layers up to which the numbers beside bars that are cut off do not overlap
 _LONGEST_NAME = 40  # characters of a data set's name in a legend
 _TENFOLD = 10  # from which ratio of the largest to the smallest perplexity a linear axis hides the small ones
+_MARGIN = 0.08  # share of the curve's height that is left above it for its numbers
 _BAR = 0.4  # width of a bar; a layer has two, side by side
 
 
@@ -88,7 +89,7 @@ def save_sweep_plot(result: SweepResult, path: Path) -> None:
     _check_can_plot()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
+    from matplotlib.ticker import LogFormatter, PercentFormatter
 
     points = [point for point in result.points if point.error is None]
     ratios = [point.pruning_ratio for point in points]
@@ -107,6 +108,9 @@ def save_sweep_plot(result: SweepResult, path: Path) -> None:
     every = [value for point in (result.dense, *points) for value in point.perplexities.values()]
     if max(every) >= _TENFOLD * min(every):
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(LogFormatter())
+        axes.yaxis.set_minor_formatter(LogFormatter())
+    axes.margins(y=_MARGIN)
     axes.set_xticks([0.0, *ratios])
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
     axes.set_xlabel("pruning ratio (dotted: the dense model)")

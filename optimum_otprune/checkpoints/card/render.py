@@ -262,7 +262,7 @@ def _task(pair: TaskComparison) -> dict[str, str]:
         "shots": f"{shots}, chat template" if one.chat_template else shots,
         "dense": _measurement(pair.dense),
         "pruned": _measurement(pair.pruned),
-        "items": items if one.is_whole else f"{items}, not all",
+        "asked": items if one.is_whole else f"{items}, not all",
     }
 
 
