@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
@@ -38,6 +38,8 @@ from optimum_otprune.pruning.resume import resumable
 from optimum_otprune.pruning.settings import pass_settings
 from optimum_otprune.pruning.size_target import with_pruning_ratio
 from optimum_otprune.pruning.tuning.search import tune_model
+from optimum_otprune.pruning.tuning.sweep import SweepOptions, SweepSettings, SweepSource, sweep_configs, sweep_model
+from optimum_otprune.pruning.tuning.sweep_results import SweepResult
 from optimum_otprune.pruning.tuning.trials import TuningResult, TuningSettings
 from optimum_otprune.storage.outputs import noted_places
 from optimum_otprune.storage.state_folder import state_path
@@ -287,6 +289,31 @@ class OTPruner(CheckpointMixin):
         self.tuning = result
         if on_trial is not None:
             on_trial(result)
+
+    def sweep(
+        self,
+        ratios: Sequence[float],
+        calibration_data: TokenSource | None = None,
+        evaluation_data: TokenSource | Mapping[str, TokenSource] | None = None,
+        **options: Unpack[SweepOptions],
+    ) -> SweepResult:
+        """Prune at each ratio, measure the perplexity, and put the model back bit for bit: its quality curve.
+
+        Args:
+            ratios: Shares of every FFN's channels to remove, in [0, 1).
+            calibration_data: The calibration samples, as `prune` takes them, drawn once for all ratios.
+            evaluation_data: What to measure on, as `evaluate` takes it; several by name as a dictionary.
+            **options: Options of `optimum_otprune.pruning.tuning.sweep.SweepOptions`, such as `max_windows`, `folder`.
+
+        Raises:
+            OTPruneError: If an argument, the data, the folder's curve or the first ratio is at fault.
+        """
+        check_single("`sweep`", "Start one.")
+        prunable = dense_model(self.model)
+        settings, configs = SweepSettings.of(options), sweep_configs(self.config, ratios)
+        source = SweepSource(self.config, self.tokenizer, self.limits)
+        texts = source.read(calibration_data, evaluation_data, settings.max_windows)
+        return sweep_model(prunable, configs, texts, settings)
 
     def evaluate(
         self,

@@ -69,6 +69,44 @@ def make_report(config: OTPruningConfig | None = None, **changes) -> PruningRepo
     return PruningReport(**{**settings, **changes})
 
 
+def lm_eval_content(
+    num_parameters: int = 700,
+    value: float = 0.25,
+    limit: int | None = None,
+    model: str = "/home/me/llama-half",
+    task: str = "arc_easy",
+) -> dict:
+    """What lm-eval 0.4.13 writes, shortened: one benchmark of the Hub with two filters, and one task of local data."""
+    metrics = {"exact_match,strict-match": value, "exact_match_stderr,strict-match": 0.012}
+    metrics |= {"exact_match,flexible-extract": value, "exact_match_stderr,flexible-extract": "N/A"}
+    return {
+        "results": {
+            "gsm8k": {"name": "gsm8k", "alias": "gsm8k", "sample_len": 1319, **metrics},
+            task: {"alias": task, "acc,none": value, "acc_stderr,none": 0.012},
+        },
+        "group_subtasks": {"gsm8k": []},
+        "configs": {
+            "gsm8k": {"task": "gsm8k", "dataset_path": "openai/gsm8k", "metadata": {"pretrained": model}},
+            task: {"task": task, "dataset_path": "json"},
+        },
+        "versions": {"gsm8k": 3.0, task: 1.0},
+        "n-shot": {"gsm8k": 5, task: 0},
+        "higher_is_better": {"gsm8k": {"exact_match": True}, task: {"acc": True}},
+        "n-samples": {name: {"original": 1319, "effective": 1319} for name in ("gsm8k", task)},
+        "config": {
+            "model": "hf",
+            "model_args": {"pretrained": model},
+            "model_num_parameters": num_parameters,
+            "model_dtype": "torch.float32",
+            "limit": limit,
+        },
+        "date": 1796053389.57,
+        "lm_eval_version": "0.4.13",
+        "model_name": model,
+        "chat_template": None,
+    }
+
+
 class Page(HTMLParser):
     """Elements and attributes of a card's body, rendered with raw HTML allowed as the Hub does before it sanitizes."""
 

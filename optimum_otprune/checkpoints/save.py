@@ -10,6 +10,7 @@ from typing import NamedTuple
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from optimum_otprune.checkpoints.card.eval_results import EVAL_RESULTS_FILE, eval_results
 from optimum_otprune.checkpoints.card.plots import PLOT_FILE, can_plot, save_rescue_plot
 from optimum_otprune.checkpoints.card.render import model_card
 from optimum_otprune.checkpoints.model_files import save_model_files
@@ -103,6 +104,7 @@ def save_checkpoint(
         (partial / CONFIG_FILE).write_text(config.to_json_string(), encoding="utf-8")
         if report is not None:
             report.save(partial / REPORT_FILE)
+            _save_eval_results(report, partial / EVAL_RESULTS_FILE)
         has_plot = report is not None and bool(report.layers) and can_plot()
         if report is not None and has_plot:
             save_rescue_plot(report, partial / PLOT_FILE)
@@ -112,6 +114,14 @@ def save_checkpoint(
         (partial / CARD_FILE).write_text(card, encoding="utf-8")
         write_manifest(partial)
     return folder
+
+
+def _save_eval_results(report: PruningReport, file: Path) -> None:
+    """Write what the Hub reads of results that were added to a model before it was loaded, if there are any."""
+    text = eval_results(report.tasks)
+    if text is not None:
+        file.parent.mkdir()
+        file.write_text(text, encoding="utf-8")
 
 
 @contextmanager

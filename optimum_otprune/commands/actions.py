@@ -59,7 +59,7 @@ def prune(args: argparse.Namespace) -> None:
     """Prune a model and save it."""
     spill_path(args.spill_folder)
     output, state = output_path(args.output), state_folder(args)
-    config = _config(args)
+    config = given_config(args)
     if state is not None:
         check_single("`--resume`", "Leave it out, or start one.")
     is_new = args.overwrite or args.dry_run
@@ -147,7 +147,7 @@ def _prune_and_save(args: argparse.Namespace, config: OTPruningConfig, output: P
 @showing_progress(quiet=True, silent="optimum_otprune.pruning.tuning.search")
 def tune(args: argparse.Namespace) -> None:
     """Search for a better configuration and write it to a file."""
-    output, config = output_path(args.output), _config(args)
+    output, config = output_path(args.output), given_config(args)
     settings = TuningSettings(
         num_trials=args.trials,
         timeout=args.timeout,
@@ -234,7 +234,12 @@ def demo(args: argparse.Namespace) -> None:
     run_demo(args.pruning_ratio, None if args.output is None else output_path(args.output), args.overwrite)
 
 
-def _config(args: argparse.Namespace) -> OTPruningConfig:
+def given_config(args: argparse.Namespace) -> OTPruningConfig:
+    """Return the configuration that the options and the file of a command make.
+
+    Raises:
+        UsageError: If they contradict each other.
+    """
     options = config_options(args)
     if args.config is None:
         return usage(lambda: OTPruningConfig(**options))

@@ -10,6 +10,7 @@ from optimum_otprune.commands.arguments import config_options, state_folder
 from optimum_otprune.config.checks import check_count, check_option, check_size
 from optimum_otprune.config.options import BUDGET_FIELDS, OPTIONS_BY_NAME
 from optimum_otprune.errors import ConfigurationError, OutputError, UsageError
+from optimum_otprune.models.defaults import SWEEP_FILE, SWEEP_PLOT
 from optimum_otprune.storage.hub.retries import Deadline
 from optimum_otprune.storage.manifest import MANIFEST_FILE
 from optimum_otprune.storage.outputs import (
@@ -17,6 +18,7 @@ from optimum_otprune.storage.outputs import (
     check_output_folder,
     check_outside_results,
     check_place,
+    check_results_folder,
     noted_places,
     output_path,
 )
@@ -69,6 +71,29 @@ def tune(args: argparse.Namespace) -> None:
     places = noted_places(source_model=args.model, calibration_data=args.calibration_data, study=args.study)
     check_output_file(output, args.overwrite, places, CONFIGURATION_KEYS)
     check_outside_results(output)
+
+
+def sweep(args: argparse.Namespace) -> None:
+    """Check the arguments of `otprune sweep`."""
+    given = [name for name in BUDGET_FIELDS if getattr(args, name) is not None]
+    if given:
+        raise UsageError(f"`--{given[0].replace('_', '-')}` would be ignored: `--ratios` says how much to prune.")
+    usage(lambda: [check_option(OPTIONS_BY_NAME["pruning_ratio"], ratio) for ratio in args.ratios])
+    usage(lambda: check_count("batch_size", args.batch_size))
+    usage(lambda: check_size("max_hidden_memory", args.max_hidden_memory))
+    _check_windows(args)
+    _check_options(args)
+    if args.output is not None:
+        places = noted_places(
+            source_model=args.model,
+            calibration_data=args.calibration_data,
+            spill_folder=args.spill_folder,
+            offload_folder=args.offload_folder,
+        )
+        output = usage(lambda: output_path(args.output))
+        for data in args.data or ():
+            check_place(output, noted_places(evaluation_data=data))
+        check_results_folder(output, places, (SWEEP_FILE, SWEEP_PLOT))
 
 
 def evaluate(args: argparse.Namespace) -> None:

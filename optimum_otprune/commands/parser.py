@@ -28,7 +28,7 @@ from optimum_otprune.commands.arguments import (
 from optimum_otprune.commands.signals import Terminated, imports_interrupted, sigterm_interrupts
 from optimum_otprune.commands.speaking import one_line, speaking
 from optimum_otprune.errors import OTPruneError, StateError, UsageError
-from optimum_otprune.models.defaults import TRIALS
+from optimum_otprune.models.defaults import SWEEP_RATIOS, TRIALS
 from optimum_otprune.storage.hub.options import HubOptions, PushOptions
 from optimum_otprune.storage.state_folder import has_state
 
@@ -167,6 +167,37 @@ class TuneCommand(_Command):
         add_run_options(parser)
 
 
+class SweepCommand(_Command):
+    """`otprune sweep`."""
+
+    actions = "optimum_otprune.commands.sweep"
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        """Options."""
+        add_model_options(parser)
+        parser.add_argument(
+            "--ratios",
+            type=float,
+            nargs="+",
+            default=SWEEP_RATIOS,
+            metavar="X",
+            help=f"shares of every FFN's channels to remove (default: {' '.join(map(str, SWEEP_RATIOS))})",
+        )
+        parser.add_argument(
+            "-o",
+            "--output",
+            metavar="FOLDER",
+            help="folder that keeps the result of each ratio; the same command goes on with what is there",
+        )
+        parser.add_argument("--calibration-data", metavar="DATA", help=DATA_HELP)
+        parser.add_argument("--data", nargs="+", metavar="DATA", help=f"what to measure on: {DATA_HELP}")
+        add_windows_option(parser)
+        add_config_options(parser)
+        add_memory_options(parser)
+        add_run_options(parser)
+
+
 class EvaluateCommand(_Command):
     """`otprune evaluate`."""
 
@@ -230,6 +261,13 @@ class CardCommand(_Command):
             "--write",
             action="store_true",
             help="replace README.md in the folder, edits by hand included, in place of printing",
+        )
+        parser.add_argument(
+            "--lm-eval",
+            nargs="+",
+            metavar="FILE",
+            help="results files that `lm_eval --output_path` wrote for this model, or for the dense one beside it: "
+            "add them to report, card and .eval_results in the folder",
         )
         add_debug_option(parser)
 
@@ -295,6 +333,7 @@ class OTPruneCommand(BaseOptimumCLICommand):
     SUBCOMMANDS = (
         CommandInfo("prune", "Prune a model and save it.", PruneCommand),
         CommandInfo("tune", "Search for a better configuration and write it to a file.", TuneCommand),
+        CommandInfo("sweep", "Show what each of several ratios costs a model: table, file and plot.", SweepCommand),
         CommandInfo("evaluate", "Measure the perplexity of a model, pruned or not.", EvaluateCommand),
         CommandInfo(
             "compare", "Show on data and prompts what a pruned model lost beside the dense one.", CompareCommand

@@ -5,8 +5,11 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
+from optimum_otprune.checkpoints.card.added_results import add_results
 from optimum_otprune.checkpoints.card.folder import folder_card, replace_card
+from optimum_otprune.checkpoints.card.lm_eval import read_lm_eval
 from optimum_otprune.checkpoints.card.results import seen_before
 from optimum_otprune.commands.arguments import chosen, saved_folder
 from optimum_otprune.errors import ReportError
@@ -31,11 +34,16 @@ def report(args: argparse.Namespace) -> None:
         print(f"Perplexity of the {metrics['stage']} model: {metrics['perplexity']:.2f} ({protocol(metrics)})")
         tell_agreement(metrics)
         tell_seen(saved, metrics)
+    for task in saved.tasks:
+        print(task)
 
 
 def card(args: argparse.Namespace) -> None:
     """Print the model card of a saved model, or write it."""
     folder = saved_folder(args.folder)
+    if args.lm_eval:
+        _add_results(folder, args)
+        return
     text = folder_card(folder, args.name)
     if not args.write:
         print(text, end="")
@@ -43,6 +51,15 @@ def card(args: argparse.Namespace) -> None:
     if replace_card(folder, text):
         print("warning: README.md had other text, perhaps edited by hand; it was replaced.", file=sys.stderr)
     print(f"Saved the model card of {folder.resolve().name}.")
+
+
+def _add_results(folder: Path, args: argparse.Namespace) -> None:
+    runs = [read_lm_eval(Path(os.path.expanduser(file))) for file in args.lm_eval]
+    added = add_results(folder, runs, args.name, args.write)
+    for sentence in added.doubts:
+        print(f"warning: {sentence}", file=sys.stderr)
+    count = sum(len(run.results) for run in runs)
+    print(f"Added {count} results of lm-eval to {folder.resolve().name}: {', '.join(added.files)}.")
 
 
 def verify(args: argparse.Namespace) -> None:

@@ -35,6 +35,7 @@ from optimum_otprune.pruning.layer_report import (
     known_entries,
     warn_of_unknown,
 )
+from optimum_otprune.pruning.task_results import TaskResult
 from optimum_otprune.storage.files import replace_file
 from optimum_otprune.storage.untrusted import read_json
 
@@ -81,6 +82,7 @@ class PruningReport:
         options: Names of the fewest options that make the configuration; None in reports that do not say.
         references: Publications, or addresses of them, that registered functions were registered with, by field;
             None in reports that do not say.
+        tasks: Results on tasks that were added to the saved model, in the order in which they came.
     """
 
     config: Mapping[str, Any]
@@ -101,6 +103,7 @@ class PruningReport:
     token_weighting: str = "uniform"
     options: Sequence[str] | None = None
     references: Mapping[str, Mapping[str, str]] | None = None
+    tasks: tuple[TaskResult, ...] = ()
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -183,6 +186,8 @@ class PruningReport:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values["layers"] = [layer.to_dict() for layer in self.layers]
         values["evaluations"] = [dict(evaluation) for evaluation in self.evaluations]
+        del values["tasks"]
+        values |= {"tasks": [task.to_dict() for task in self.tasks]} if self.tasks else {}
         values |= {name: getattr(self, name) for name in _DERIVED}
         return {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
 
@@ -209,10 +214,13 @@ class PruningReport:
         layers = [LayerReport.read(layer, f"layers[{i}]", unknown) for i, layer in enumerate(found["layers"])]
         evaluations = found.get("evaluations", ())
         check_entry("evaluations", evaluations, (list, tuple))
+        tasks = found.get("tasks", ())
+        check_entry("tasks", tasks, (list, tuple))
+        found["tasks"] = tuple(TaskResult.read(task, f"tasks[{i}]", unknown) for i, task in enumerate(tasks))
         found |= {"layers": tuple(layers), "evaluations": tuple(evaluations)}
         if isinstance(found.get("options"), list):
             found["options"] = tuple(found["options"])
-        report = cls(**{name: found[name] for name in (*names, "evaluations")})
+        report = cls(**{name: found[name] for name in {*names, "evaluations", "tasks"}})
         report.check()
         for name in sorted(_DERIVED):
             derived = getattr(report, name)
@@ -268,11 +276,16 @@ class PruningReport:
             _check_parameters(self)
         for index, evaluation in enumerate(self.evaluations):
             check_evaluation(f"evaluations[{index}]", evaluation, is_finite)
+        for index, task in enumerate(self.tasks):
+            task.check(f"tasks[{index}]")
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the report as JSON."""
-        text = json.dumps(self.to_dict(), indent=2, sort_keys=True, allow_nan=False)
-        replace_file(Path(os.path.expanduser(path)), (text + "\n").encode())
+        replace_file(Path(os.path.expanduser(path)), self.to_json_string().encode())
+
+    def to_json_string(self) -> str:
+        """Return the report as the text of its file."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True, allow_nan=False) + "\n"
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "PruningReport":

@@ -28,8 +28,9 @@ _FORMAT = 1
 _CHUNK = 1 << 20  # bytes that are read at a time
 _LONGEST_NAME = 200  # characters, which fit into the 255 bytes of a file system beside what is added while writing
 _SHOWN = 80  # characters of a name from outside that a message shows
-# The one folder that a tokenizer may write has chat templates in it; everything else lies side by side.
-_NAME = re.compile(r"(additional_chat_templates/)?[A-Za-z0-9_][A-Za-z0-9_.\- ]*")
+# The folders of a saved model: chat templates that a tokenizer writes, and results that the Hub reads.
+INNER_FOLDERS = ("additional_chat_templates", ".eval_results")
+_NAME = re.compile(rf"(({'|'.join(map(re.escape, INNER_FOLDERS))})/)?[A-Za-z0-9_][A-Za-z0-9_.\- ]*")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 # What a loader could read although nobody listed it: it would be preferred to, or mixed with, the listed files.
 _CODE = frozenset({".py", ".pyc", ".pyo", ".pyw", ".pyd", ".so", ".dll", ".dylib"})

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from optimum_otprune.errors import IntegrityError, OutputError
-from optimum_otprune.storage.manifest import INDEX_FILE, MANIFEST_FILE, WEIGHTS_FILE, read_manifest
+from optimum_otprune.storage.manifest import INDEX_FILE, INNER_FOLDERS, MANIFEST_FILE, WEIGHTS_FILE, read_manifest
 from optimum_otprune.storage.untrusted import visible, why_no_name
 
 
@@ -41,7 +41,6 @@ _INSIDE = 160  # bytes of the longest name in a saved folder, such as that of a 
 # Mode of a hidden folder as long as it is being written. A folder that is finished has lost the sticky bit, so that an
 # earlier output which took a hidden name when the new one took its place is never taken for one.
 UNFINISHED_MODE = 0o1700
-_TEMPLATES = "additional_chat_templates"
 # What transformers writes for a model and its tokenizer, and nothing that a person or a training run does.
 _MODEL_FILE = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|processor_config|"
@@ -240,13 +239,13 @@ def own_files(folder: Path, is_unfinished: bool = False) -> tuple[list[str], str
 
 
 def _names(folder: Path) -> list[tuple[str, bool]]:
-    """Return each name in a folder and in its folder of chat templates, and whether it is that of a plain file."""
+    """Return each name in a folder and in the folders of a saved model, and whether it is that of a plain file."""
     found = []
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name == _TEMPLATES and entry.is_dir(follow_symlinks=False) and not os.path.ismount(entry):
-                inner = _names(folder / _TEMPLATES)
-                found += [(f"{_TEMPLATES}/{name}", is_plain) for name, is_plain in inner]
+            if entry.name in INNER_FOLDERS and entry.is_dir(follow_symlinks=False) and not os.path.ismount(entry):
+                inner = _names(folder / entry.name)
+                found += [(f"{entry.name}/{name}", is_plain) for name, is_plain in inner]
             else:
                 found.append((entry.name, entry.is_file(follow_symlinks=False)))
     return found
@@ -302,6 +301,35 @@ def check_output_folder(
         raise OutputError(
             f"The disk has {free / 1e9:.1f} GB free, but the result needs about {needed_bytes / 1e9:.1f} GB. Make "
             "room, or choose another output folder."
+        )
+
+
+def check_results_folder(folder: Path, places: Mapping[str, Path], names: Sequence[str]) -> None:
+    """Raise where a file of results and its pictures could replace, or would be mixed with, what is not theirs.
+
+    Args:
+        folder: The folder of the results, which may exist and hold other files.
+        places: The places that must not be replaced, as `noted_places` returns them.
+        names: Names of the files; the first is checked by its content when it is read, the others are replaced only
+            beside it.
+
+    Raises:
+        OutputError: If the folder is, contains or lies in a place of the user's or a saved model, is no folder, or
+            holds another file of these names.
+    """
+    check_place(folder, places)
+    check_outside_results(folder / names[0])
+    target = resolved_output(folder)
+    if target.exists() and not target.is_dir():
+        raise OutputError(f"The output {target.name!r} is a file. Choose the name of a folder.")
+    there = [name for name in names if os.path.lexists(target / name)]
+    foreign = [name for name in there if (target / name).is_symlink() or not (target / name).is_file()]
+    if names[0] not in there:
+        foreign = there
+    if foreign:
+        raise OutputError(
+            f"The output folder {target.name!r} holds {foreign[0]!r}, which no earlier run of this command can have "
+            "left. Choose another folder, or move that elsewhere."
         )
 
 

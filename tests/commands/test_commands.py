@@ -211,6 +211,7 @@ PRUNE, TUNE, EVALUATE = (
     ("evaluate", "x/y"),
 )
 BENCHMARK = ("benchmark", "nobody/nothing", "nobody/nothing")
+SWEEP = ("sweep", "nobody/nothing", "-o", "out")
 OUT_OF_RANGE = [
     (PRUNE, ("--batch-size", "0"), "`batch_size` is 0; want an integer >= 1"),
     (PRUNE, ("--batch-size", "99999999999"), "`batch_size` is 99999999999"),
@@ -219,6 +220,12 @@ OUT_OF_RANGE = [
     (EVALUATE, ("--max-windows", "0"), "`max_windows` is 0"),
     (EVALUATE, ("--seqlen", "0"), "`seqlen` is 0"),
     (TUNE, ("--batch-size", "0"), "`batch_size` is 0"),
+    (SWEEP, ("--batch-size", "0"), "`batch_size` is 0"),
+    (SWEEP, ("--max-windows", "0"), "`max_windows` is 0"),
+    (SWEEP, ("--ratios", "0.5", "1.5"), "`pruning_ratio` is 1.5"),
+    (SWEEP, ("--pruning-ratio", "0.5"), "`--pruning-ratio` would be ignored: `--ratios` says how much to prune"),
+    (SWEEP, ("--target-size", "70%"), "`--target-size` would be ignored"),
+    (SWEEP, ("--max-hidden-memory", "4XB"), "`max_hidden_memory`"),
     (TUNE, ("--trials", "0"), "`num_trials` is 0"),
     (TUNE, ("--timeout", "-1"), "`timeout` is -1.0; want a number > 0"),
     (TUNE, ("--timeout", "nan"), "`timeout` is nan"),
@@ -511,6 +518,8 @@ DOORS = (
     ("evaluate", "{}"),
     ("benchmark", "{}", "{}"),
     ("tune", "{}", "-o", "best.json"),
+    ("sweep", "{}"),
+    ("sweep", "nobody/nothing", "-o={}"),
     ("report", "{}"),
     ("card", "{}"),
     ("verify", "{}"),

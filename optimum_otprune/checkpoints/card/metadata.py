@@ -18,6 +18,7 @@ from optimum_otprune.checkpoints.card.results import (
 from optimum_otprune.config.options import BUDGET_FIELDS, PruningOptions
 from optimum_otprune.pruning.comparison import Comparison
 from optimum_otprune.pruning.report import PruningReport
+from optimum_otprune.pruning.task_results import TaskResult
 
 _TAGS = ("optimum-otprune", "pruning", "structured-pruning", "optimal-transport", "compression")
 _UNNAMED_TYPE = "custom"
@@ -44,13 +45,16 @@ def card_metadata(config: PruningOptions, report: PruningReport | None, name: st
     extra["intermediate_size"] = widths if len(set(widths)) > 1 else next(iter(widths), None)
     extra |= {"rescue_ratio": _rounded(report.rescue_ratio), "dilution_ratio": _rounded(report.dilution_ratio)}
     results = [result for pair in report.comparisons for result in _results(config, report, pair)]
+    metrics = ["perplexity"] if results else []
+    results += [_task_result(task) for task in report.tasks]
+    metrics += sorted({plain_text(task.metric) for task in report.tasks} - set(metrics))
     dataset = hub_name(report.calibration["data"])
     return ModelCardData(
         base_model=hub_name(report.base_model),
         **copied_metadata(report),
         **common,
         datasets=None if dataset is None else [dataset],
-        metrics=["perplexity"] if results else None,
+        metrics=metrics or None,
         tags=[*_TAGS, *_architecture(report)],
         model_name=plain_text(name.rsplit("/", 1)[-1], max_length=96) or "model",
         eval_results=results or None,
@@ -101,6 +105,23 @@ def _results(config: PruningOptions, report: PruningReport, pair: Comparison) ->
                 )
             )
     return results
+
+
+def _task_result(task: TaskResult) -> EvalResult:
+    dataset = hub_name(task.dataset)
+    what = "pruned" if task.stage == "pruned" else "base model"
+    part = "" if task.is_whole else ", part of the items"
+    return EvalResult(
+        task_type="text-generation",
+        task_name="Text Generation",
+        dataset_type=dataset or _UNNAMED_TYPE,
+        dataset_name=plain_text(task.task),
+        dataset_config=plain_text(task.task),  # results of one data set are told apart by it
+        metric_type=plain_text(task.metric),
+        metric_name=plain_text(f"{task.label} ({what}, {task.program}{part})"),
+        metric_value=_rounded(task.value),
+        metric_args=None if task.num_fewshot is None else {"num_fewshot": task.num_fewshot},
+    )
 
 
 def _rounded(value: float) -> float | None:

@@ -1,4 +1,4 @@
-"""Plots of a report; the only door to matplotlib, an optional extra."""
+"""Plots of a report and of a quality curve; the only door to matplotlib, an optional extra."""
 
 import importlib.util
 import math
@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from optimum_otprune.errors import MissingExtraError
 from optimum_otprune.pruning.report import PruningReport
+from optimum_otprune.pruning.tuning.sweep_results import SweepResult
+from optimum_otprune.storage.untrusted import visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,6 +19,9 @@ PLOT_FILE = "rescue.png"
 _FLOOR, _CEILING = -1.0, 1.0
 _RESCUED, _HARMED, _DILUTED, _WIDTHS = "#2a78b5", "#c0392b", "#e08e0b", "#8a8f98"
 _MAX_LABELS = 40  # layers up to which the numbers beside bars that are cut off do not overlap
+_LONGEST_NAME = 40  # characters of a data set's name in a legend
+_TENFOLD = 10  # from which ratio of the largest to the smallest perplexity a linear axis hides the small ones
+_MARGIN = 0.08  # share of the curve's height that is left above it for its numbers
 _BAR = 0.4  # width of a bar; a layer has two, side by side
 _EDGE = 0.7  # from the axis's end to the middle of the outermost layer: half a layer's two bars, and air beside them
 
@@ -24,6 +29,11 @@ _EDGE = 0.7  # from the axis's end to the middle of the outermost layer: half a 
 def can_plot() -> bool:
     """Return whether matplotlib is installed."""
     return importlib.util.find_spec("matplotlib") is not None
+
+
+def _check_can_plot() -> None:
+    if not can_plot():
+        raise MissingExtraError("Plots need matplotlib. Install it: pip install 'optimum_otprune[plots]'.")
 
 
 def save_rescue_plot(report: PruningReport, path: Path) -> None:
@@ -38,8 +48,7 @@ def save_rescue_plot(report: PruningReport, path: Path) -> None:
     Raises:
         MissingExtraError: If matplotlib is not installed.
     """
-    if not can_plot():
-        raise MissingExtraError("Plots need matplotlib. Install it: pip install 'optimum_otprune[plots]'.")
+    _check_can_plot()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -62,10 +71,70 @@ def save_rescue_plot(report: PruningReport, path: Path) -> None:
     panels[-1].set_xlim(min(layers) - _EDGE, max(layers) + _EDGE)
     panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     for panel in panels:
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.grid(axis="y", color="#dddddd", linewidth=0.6)
-        panel.set_axisbelow(True)
+        _style(panel)
     figure.savefig(path, format="png", metadata={"Software": None})
+
+
+def save_sweep_plot(result: SweepResult, path: Path) -> None:
+    """Draw the perplexity by ratio into a PNG file, one curve for each data set, with the dense model's as a line.
+
+    The scale is logarithmic where perplexities differ tenfold or more. Above are the shares of the dense model's
+    parameters.
+
+    Args:
+        result: A curve of at least one ratio that did not fail.
+        path: The path of the file to write.
+
+    Raises:
+        MissingExtraError: If matplotlib is not installed.
+    """
+    _check_can_plot()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter, PercentFormatter
+
+    points = [point for point in result.points if point.error is None]
+    ratios = [point.pruning_ratio for point in points]
+    figure = Figure(figsize=(6.8, 4.2), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for number, name in enumerate(result.data):
+        color = f"C{number}"
+        values = [point.perplexities[name] for point in points]
+        axes.plot(
+            [0.0, *ratios], [result.dense.perplexities[name], *values], color=color, marker="o", label=_shown(name)
+        )
+        axes.axhline(result.dense.perplexities[name], color=color, linewidth=0.8, linestyle=":")
+        for ratio, value in zip(ratios, values):
+            _label(axes, ratio, value, f"{value:,.1f}")
+    every = [value for point in (result.dense, *points) for value in point.perplexities.values()]
+    if max(every) >= _TENFOLD * min(every):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(LogFormatter())
+        axes.yaxis.set_minor_formatter(LogFormatter())
+    axes.margins(y=_MARGIN)
+    axes.set_xticks([0.0, *ratios])
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+    axes.set_xlabel("pruning ratio (dotted: the dense model)")
+    axes.set_ylabel("perplexity, lower is better")
+    above = axes.secondary_xaxis("top")
+    above.set_xticks([0.0, *ratios], [f"{result.share(point):.0%}" for point in (result.dense, *points)])
+    above.set_xlabel("parameters left")
+    axes.legend(frameon=False, loc="upper left")
+    _style(axes)
+    figure.savefig(path, format="png", metadata={"Software": None})
+
+
+def _shown(name: str) -> str:
+    """Return a name as a legend shows it: no formula, and none that is left out for its first character."""
+    text = visible(name, _LONGEST_NAME).replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
+
+
+def _style(axes: "Axes") -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
 
 
 def _draw_ratios(axes: "Axes", report: PruningReport) -> None:

@@ -23,6 +23,7 @@ from optimum_otprune.models.compatibility import tested_versions
 from optimum_otprune.models.save_formats import SaveFormat, save_format, save_formats, saved_widths
 from optimum_otprune.pruning.comparison import Comparison
 from optimum_otprune.pruning.report import PruningReport
+from optimum_otprune.pruning.task_results import TaskComparison, TaskResult, compared_tasks
 
 _MANY_LAYERS = 16  # more layers than this are listed in a part of the card that is folded
 _BASE_PLACEHOLDER = "BASE_MODEL"
@@ -115,6 +116,8 @@ def _facts(config: PruningOptions, report: PruningReport, name: str, older_names
         "headline_data": _data(config, pairs[0].data, config.evaluation_split) if pairs else "",
         "evaluations": [_evaluation(config, report, pair) for pair in pairs],
         "has_agreement": any(pair.pruned is not None and "kl" in pair.pruned for pair in pairs),
+        "tasks": [_task(pair) for pair in compared_tasks(report.tasks)],
+        "task_programs": ", ".join(dict.fromkeys(_measured_by(task) for task in report.tasks)),
         "calibration_data": _data(config, report.calibration["data"], config.calibration_split),
         "written_samples": report.calibration.get("written_samples", 0),
         "limitations": limitations(report),
@@ -242,6 +245,36 @@ def _evaluation(config: PruningOptions, report: PruningReport, pair: Comparison)
         "part": partly_calibrated_on(report, pair),
         "passage": min(PASSAGE, one["seqlen"], report.calibration["seqlen"]),
     }
+
+
+def _task(pair: TaskComparison) -> dict[str, str]:
+    one = pair.one
+    arrow = {True: " ↑", False: " ↓", None: ""}[one.higher_is_better]
+    shots = "–" if one.num_fewshot is None else f"{one.num_fewshot:,}"
+    items = "–" if one.num_items is None else f"{one.num_items:,}"
+    return {
+        "task": escape(one.task) + ("" if one.dataset is None else f" ({link(one.dataset, _dataset_url(one))})"),
+        "metric": escape(one.label) + arrow,
+        "shots": f"{shots}, chat template" if one.chat_template else shots,
+        "dense": _measurement(pair.dense),
+        "pruned": _measurement(pair.pruned),
+        "asked": items if one.is_whole else f"{items}, not all",
+    }
+
+
+def _dataset_url(task: TaskResult) -> str:
+    return f"{HUB}/datasets/{task.dataset}"
+
+
+def _measurement(task: TaskResult | None) -> str:
+    if task is None:
+        return "–"
+    return f"{task.value:.4g}" + ("" if task.stderr is None else f" ± {task.stderr:.2g}")
+
+
+def _measured_by(task: TaskResult) -> str:
+    details = [part for part in (task.dtype, task.date) if part is not None]
+    return escape(task.program) + (f" ({escape(', '.join(details))})" if details else "")
 
 
 def _range(widths: list[int]) -> str:

@@ -120,7 +120,8 @@ def limitations(report: PruningReport) -> list[str]:
     return [
         *found,
         "It was not fine-tuned after pruning.",
-        "Perplexity is not everything: accuracy on tasks, instruction following, other languages, bias and safety "
-        "were not measured. What pruning does to them may be out of proportion to perplexity.",
+        f"Perplexity is not everything: accuracy on {'other ' if report.tasks else ''}tasks, instruction following, "
+        "other languages, bias and safety were not measured. What pruning does to them may be out of proportion to "
+        "perplexity.",
         "Limitations and biases of the base model remain.",
     ]

@@ -6,6 +6,7 @@ import pytest
 
 from optimum_otprune.checkpoints.card import plots
 from optimum_otprune.errors import MissingExtraError
+from optimum_otprune.pruning.tuning.sweep_results import SweepPoint, SweepResult
 from tests.reports import layer_report, make_report
 
 needs_matplotlib = pytest.mark.skipif(not plots.can_plot(), reason="matplotlib is an extra")
@@ -41,7 +42,28 @@ def test_the_same_report_gives_the_same_bytes(tmp_path):
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
+def curve(factor=1.1, names=("test.txt", "_$x$")) -> SweepResult:
+    def point(ratio):
+        return SweepPoint(ratio, (8,), 100 - int(90 * ratio), dict.fromkeys(names, 20 * factor**ratio), None, 1.0)
+
+    failed = SweepPoint(0.9, (), 0, {}, "No.", 1.0)
+    return SweepResult(point(0.0), (point(0.1), point(0.5), failed), {name: {} for name in names})
+
+
+@needs_matplotlib
+@pytest.mark.parametrize("factor", [1.1, 1e6])
+def test_any_curve_gives_the_same_png_of_a_sensible_size_each_time(factor, tmp_path):
+    for name in ("a", "b"):
+        plots.save_sweep_plot(curve(factor), tmp_path / name)
+    content = (tmp_path / "a").read_bytes()
+    assert content == (tmp_path / "b").read_bytes()
+    assert content[:8] == b"\x89PNG\r\n\x1a\n"
+    assert struct.unpack(">II", content[16:24]) == (884, 546)
+    assert len(content) < 100_000
+
+
 def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(plots, "can_plot", lambda: False)
-    with pytest.raises(MissingExtraError, match=r"pip install 'optimum_otprune\[plots\]'"):
-        plots.save_rescue_plot(make_report(), tmp_path / "rescue.png")
+    for save, what in ((plots.save_rescue_plot, make_report()), (plots.save_sweep_plot, curve())):
+        with pytest.raises(MissingExtraError, match=r"pip install 'optimum_otprune\[plots\]'"):
+            save(what, tmp_path / "plot.png")

@@ -12,6 +12,8 @@ import torch
 from optimum_otprune import OTPruner, OTPruningConfig
 from optimum_otprune.errors import ConfigurationError
 from optimum_otprune.storage.manifest import verify_folder, write_manifest
+from tests.conftest import run_command
+from tests.reports import lm_eval_content
 from tests.storage.hub.conftest import ROOT, contents, environment
 from tests.storage.hub.state import Fault, git_oid
 
@@ -60,6 +62,20 @@ def test_push_and_pull_without_this_package_give_equal_bytes_and_logits(
     for repo_id, there in json.loads(done.stdout).items():
         assert there["files"] == here, repo_id
         assert there["logits"] == logits_digest(pruned), repo_id
+
+
+def test_results_that_were_added_are_pushed_shown_under_the_new_name_and_pulled_verified(
+    hub, worker, pruned, tmp_path, llama
+):
+    (tmp_path / "results.json").write_text(json.dumps(lm_eval_content(num_parameters=llama.num_parameters())))
+    assert run_command("card", pruned, "--lm-eval", tmp_path / "results.json") == 0
+    answer = worker("command", arguments=["push", str(pruned), "me/x"])
+    assert answer.result == 0
+    files = hub.state.files("me/x")
+    assert files[".eval_results/lm_eval.yaml"] == (pruned / ".eval_results" / "lm_eval.yaml").read_bytes()
+    assert "| arc\\_easy | acc ↑ |" in files["README.md"].decode()
+    assert "# x\n" in files["README.md"].decode()
+    assert worker("verify", repo_id="me/x").errors == []
 
 
 def test_a_model_in_memory_is_pushed_and_pulled_verified(hub, worker, tmp_path):
