@@ -244,8 +244,8 @@ def _begun(prunable: PrunableModel, texts: SweepTexts, passes: PassSettings) -> 
 
 def _measured(prunable: PrunableModel, texts: SweepTexts, passes: PassSettings) -> dict[str, dict[str, Any]]:
     """Return what `evaluate_perplexity` says of the model as it is now, by data set."""
-    found = {
-        name: evaluate_perplexity(prunable.model, windows, passes.batch_size, progress=False)
+    found: dict[str, dict[str, Any]] = {
+        name: dict(evaluate_perplexity(prunable.model, windows, passes.batch_size, progress=False))
         for name, windows in texts.evaluation.items()
     }
     for name, metrics in found.items():
