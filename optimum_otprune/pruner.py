@@ -17,6 +17,7 @@ from optimum_otprune.checkpoints.mixin import CheckpointMixin
 from optimum_otprune.config.checks import check_count
 from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.config.loading_options import LoadingOptions
+from optimum_otprune.config.options import WRITTEN
 from optimum_otprune.models.agreement import DenseOutputs
 from optimum_otprune.models.changes import all_or_nothing, check_whole, dense_model
 from optimum_otprune.models.defaults import BATCH_SIZE, HIDDEN_MEMORY, TRIALS, VALIDATION_SHARE
@@ -24,8 +25,10 @@ from optimum_otprune.models.devices import model_sizes
 from optimum_otprune.models.distributed import check_launch, check_model, check_single
 from optimum_otprune.models.ffn_block import ffn_blocks
 from optimum_otprune.models.pass_settings import PassSettings
+from optimum_otprune.models.passes import Passes
 from optimum_otprune.models.wrappers import checked_tokenizer, model_in_memory, unwrapped
 from optimum_otprune.pruning.calibration.data import ModelLimits, TokenSource, calibration_tokens, evaluation_tokens
+from optimum_otprune.pruning.calibration.self_calibration import samples_alone
 from optimum_otprune.pruning.dry_run.estimate import Skeleton, plan_pruning
 from optimum_otprune.pruning.dry_run.plan import PruningPlan
 from optimum_otprune.pruning.evaluation import evaluation
@@ -314,6 +317,26 @@ class OTPruner(CheckpointMixin):
         source = SweepSource(self.config, self.tokenizer, self.limits)
         texts = source.read(calibration_data, evaluation_data, settings.max_windows)
         return sweep_model(prunable, configs, texts, settings)
+
+    def write_calibration(self, *, max_hidden_memory: int | str = HIDDEN_MEMORY, progress: bool = True) -> Tensor:
+        """Let the dense model write calibration samples as `prune` does: `num_samples` of `seqlen` tokens, by `seed`.
+
+        Args:
+            max_hidden_memory: How much memory the keys and values of samples that are written at once may take.
+            progress: Whether to show a progress bar.
+
+        Returns:
+            Token ids, LongTensor `(num_samples, seqlen)`, on the CPU; `prune` takes them as calibration data.
+
+        Raises:
+            ConfigurationError: If the model cannot write, or takes shorter samples only.
+            UnsupportedModelError: If the model was pruned already.
+        """
+        check_single("`write_calibration`", "Start one.")
+        prunable = dense_model(self.model)
+        settings = pass_settings(BATCH_SIZE, progress, max_hidden_memory, None)
+        nothing = calibration_tokens(WRITTEN, self.config, None, self.limits).tokens
+        return samples_alone(Passes(prunable, nothing, settings), self.config)
 
     def evaluate(
         self,

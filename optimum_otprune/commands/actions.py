@@ -8,12 +8,21 @@ from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
+import safetensors.torch
+
 from optimum_otprune.checkpoints.card.render import needs_remote_code
 from optimum_otprune.checkpoints.check_loading import check_loading_options
 from optimum_otprune.checkpoints.dense import dense_reference
 from optimum_otprune.checkpoints.load import hub_id
 from optimum_otprune.checkpoints.push import check_push, push_saved
-from optimum_otprune.commands.arguments import chosen, config_options, saved_folder, state_folder
+from optimum_otprune.commands.arguments import (
+    SAMPLING,
+    chosen,
+    config_options,
+    given_options,
+    saved_folder,
+    state_folder,
+)
 from optimum_otprune.commands.benchmark import run_benchmark
 from optimum_otprune.commands.checks import CONFIGURATION_KEYS, usage
 from optimum_otprune.commands.compare import run_compare
@@ -34,7 +43,7 @@ from optimum_otprune.pruning.report import REPORT_FILE, PruningReport
 from optimum_otprune.pruning.resume import forget_if_saved
 from optimum_otprune.pruning.settings import spill_path
 from optimum_otprune.pruning.tuning.trials import TuningResult, TuningSettings
-from optimum_otprune.storage.files import recover, save_text
+from optimum_otprune.storage.files import recover, save_bytes, save_text
 from optimum_otprune.storage.hub.options import PushOptions
 from optimum_otprune.storage.hub.push import PushResult
 from optimum_otprune.storage.manifest import verify_folder
@@ -184,6 +193,19 @@ def tune(args: argparse.Namespace) -> None:
         f"{result.best_perplexity:.3f} best (trial {result.best.number} of {len(result.trials)})"
     )
     print(f"Saved to {output}. Prune with it: otprune prune {args.model} --config {output} -o OUT")
+
+
+@_main_process_speaks
+def write_calibration(args: argparse.Namespace) -> None:
+    """Let a model write calibration samples into a file."""
+    config = OTPruningConfig(**given_options(args, SAMPLING))
+    pruner = OTPruner.from_pretrained(args.model, config, **chosen(args, LoadingOptions))
+    tokens = pruner.write_calibration(max_hidden_memory=args.max_hidden_memory, progress=not args.quiet)
+    save_bytes(output_path(args.output), safetensors.torch.save({"input_ids": tokens}))
+    print(
+        f"{len(tokens):,} samples of {tokens.shape[1]:,} tokens in {args.output}. Prune on them: otprune prune "
+        f"{args.model} --calibration-data {args.output} -o OUT"
+    )
 
 
 @_main_process_speaks

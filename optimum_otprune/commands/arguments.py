@@ -2,7 +2,7 @@
 
 import argparse
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ DATA_HELP = (
 )
 
 # What `otprune list` lists: the registries of functions and of save formats, and two kinds of presets.
+SAMPLING = ("num_samples", "seqlen", "seed")  # the options of text that a model writes alone
 LISTED = (
     *dict.fromkeys(option.rules.registry for option in OPTIONS if option.rules.registry is not None),
     "save_formats",
@@ -36,7 +37,12 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("pruning configuration")
     group.add_argument("--config", metavar="FILE", help="configuration to start from: a file, a folder or a Hub id")
     for option in OPTIONS:
-        group.add_argument(f"--{option.name.replace('_', '-')}", **_argument(option))
+        add_option(group, option.name)
+
+
+def add_option(group: argparse._ActionsContainer, name: str) -> None:
+    """Add the option of one field of the configuration."""
+    group.add_argument(f"--{name.replace('_', '-')}", **_argument(OPTIONS_BY_NAME[name]))
 
 
 def _argument(option: Option) -> dict[str, Any]:
@@ -69,9 +75,14 @@ def _number_or_text(text: str) -> int | str:
     return int(text) if text.isdecimal() and text.isascii() else text
 
 
+def given_options(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """Return the values of those options that were given."""
+    return {name: value for name in names if (value := getattr(args, name)) is not None}
+
+
 def config_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return the configuration options that were given."""
-    given = {option.name: value for option in OPTIONS if (value := getattr(args, option.name)) is not None}
+    given = given_options(args, tuple(OPTIONS_BY_NAME))
     return {name: _once(name, value) if OPTIONS_BY_NAME[name].kind is dict else value for name, value in given.items()}
 
 
@@ -233,15 +244,24 @@ def add_windows_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_memory_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options for hidden states that do not fit into main memory."""
+def add_memory_options(parser: argparse.ArgumentParser, spills: bool = True) -> None:
+    """Add the options for hidden states that do not fit into main memory.
+
+    Args:
+        parser: The parser of the command.
+        spills: Whether what does not fit waits in files.
+    """
     group = parser.add_argument_group("memory")
     group.add_argument(
         "--max-hidden-memory",
         default=f"{HIDDEN_MEMORY // 10**9}GB",
         metavar="SIZE",
-        help="of hidden states in main memory, for each process; more wait in files (default: %(default)s)",
+        help="of hidden states in main memory, for each process; more wait in files (default: %(default)s)"
+        if spills
+        else "of keys and values of samples that are written at once (default: %(default)s)",
     )
+    if not spills:
+        return
     group.add_argument(
         "--spill-folder", metavar="DIR", help="where those files are (default: the system's folder for temporary ones)"
     )

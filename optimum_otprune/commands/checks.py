@@ -3,10 +3,11 @@
 import argparse
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from optimum_otprune.commands.arguments import config_options, state_folder
+from optimum_otprune.commands.arguments import SAMPLING, config_options, given_options, state_folder
 from optimum_otprune.config.checks import check_count, check_option, check_size
 from optimum_otprune.config.options import BUDGET_FIELDS, OPTIONS_BY_NAME
 from optimum_otprune.errors import ConfigurationError, OutputError, UsageError
@@ -58,6 +59,18 @@ def prune(args: argparse.Namespace) -> None:
     if state is None or args.overwrite or args.dry_run:  # otherwise it may be the result of an earlier run
         check_output_folder(output, args.overwrite)
     _check_options(args)
+
+
+def write_calibration(args: argparse.Namespace) -> None:
+    """Check the arguments of `otprune write-calibration`."""
+    usage(lambda: check_size("max_hidden_memory", args.max_hidden_memory))
+    for name, value in given_options(args, SAMPLING).items():
+        usage(partial(check_option, OPTIONS_BY_NAME[name], value))
+    output = usage(lambda: output_path(args.output))
+    if output.suffix != ".safetensors":
+        raise UsageError("`--output`: want the name of a file that ends in .safetensors.")
+    check_output_file(output, False, noted_places(source_model=args.model))
+    check_outside_results(output)
 
 
 def tune(args: argparse.Namespace) -> None:

@@ -11,12 +11,14 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 from optimum_otprune.commands.arguments import (
     DATA_HELP,
     LISTED,
+    SAMPLING,
     add_benchmark_options,
     add_compare_options,
     add_config_options,
     add_debug_option,
     add_memory_options,
     add_model_options,
+    add_option,
     add_options,
     add_overwrite_option,
     add_resume_option,
@@ -51,7 +53,7 @@ class _Command(BaseOptimumCLICommand):
         assert self.args is not None
         try:
             with sigterm_interrupts(), speaking():
-                check = getattr(_imported(_CHECKS), self.COMMAND.name, None)
+                check = getattr(_imported(_CHECKS), self.action or self.COMMAND.name, None)
                 if check is not None:
                     check(self.args)
                 action = getattr(_imported(self.actions), self.action or self.COMMAND.name)
@@ -128,6 +130,25 @@ class PruneCommand(_Command):
         add_config_options(parser)
         add_memory_options(parser)
         add_run_options(parser)
+
+
+class WriteCalibrationCommand(_Command):
+    """`otprune write-calibration`."""
+
+    action = "write_calibration"
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        """Options."""
+        add_model_options(parser)
+        parser.add_argument(
+            "-o", "--output", required=True, metavar="FILE", help="token ids to write, such as written.safetensors"
+        )
+        for name in SAMPLING:
+            add_option(parser, name)
+        add_memory_options(parser, spills=False)
+        parser.add_argument("--quiet", action="store_true", help="no progress bar")
+        add_debug_option(parser)
 
 
 class TuneCommand(_Command):
@@ -332,6 +353,9 @@ class OTPruneCommand(BaseOptimumCLICommand):
     COMMAND = CommandInfo("otprune", "Structured pruning of FFN layers by optimal transport.")
     SUBCOMMANDS = (
         CommandInfo("prune", "Prune a model and save it.", PruneCommand),
+        CommandInfo(
+            "write-calibration", "Let a model write calibration samples into a file.", WriteCalibrationCommand
+        ),
         CommandInfo("tune", "Search for a better configuration and write it to a file.", TuneCommand),
         CommandInfo("sweep", "Show what each of several ratios costs a model: table, file and plot.", SweepCommand),
         CommandInfo("evaluate", "Measure the perplexity of a model, pruned or not.", EvaluateCommand),

@@ -88,10 +88,15 @@ def save_text(output: Path, text: str, overwrite: bool, own_keys: Sequence[str] 
     Raises:
         OutputError: If `check_output_file` refuses the output, or writing fails.
     """
+    save_bytes(output, text.encode(), overwrite, own_keys)
+
+
+def save_bytes(output: Path, content: bytes, overwrite: bool = False, own_keys: Sequence[str] = ()) -> None:
+    """Write a file of any kind as `save_text` writes one of text."""
     check_output_file(output, overwrite, own_keys=own_keys)
     file = resolved_output(output)
     try:
-        replace_file(file, text.encode())
+        replace_file(file, content)
     except OSError as error:
         raise OutputError(f"The output file {file.name!r} could not be written: {error.strerror}.") from error
 

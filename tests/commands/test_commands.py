@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from optimum_otprune import OTPruner, OTPruningConfig
 from optimum_otprune.commands import actions
@@ -569,3 +569,30 @@ def test_verify_says_first_that_there_is_no_such_folder(tmp_path, monkeypatch, c
         "error: There is no folder 'nosuch' here. The Hub was not asked: offline mode is on."
         in capsys.readouterr().err
     )
+
+
+def test_a_model_writes_calibration_samples_into_a_file_that_prune_reads(llama_folder, tmp_path, capsys):
+    file = tmp_path / "written.safetensors"
+    assert run("write-calibration", llama_folder, "-o", file, "--num-samples", "6", "--seqlen", "20", "--quiet") == 0
+    assert "6 samples of 20 tokens" in capsys.readouterr().out
+    assert load_file(file)["input_ids"].shape == (6, 20)
+    again = ("prune", llama_folder, "-o", tmp_path / "out", *HALF, "--quality", "fast", "--calibration-data", file)
+    assert run(*again) == 0
+    assert "6 samples" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (("-o", "there.safetensors"), 1, "exists. Choose another"),
+        (("-o", "written.txt"), 2, "ends in .safetensors"),
+        (("-o", "new.safetensors", "--seqlen", "1"), 2, "`seqlen` is 1; want an integer >= 2"),
+        (("-o", "new.safetensors", "--seqlen", "41"), 1, "has only 40 positions"),
+    ],
+)
+def test_what_cannot_be_written_is_refused(llama_folder, tmp_path, capsys, monkeypatch, options, code, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there.safetensors").write_bytes(b"something")
+    assert run("write-calibration", llama_folder, *options, "--quiet") == code
+    assert message in capsys.readouterr().err
+    assert (tmp_path / "there.safetensors").read_bytes() == b"something"

@@ -25,6 +25,7 @@ from optimum_otprune.config.options import WRITTEN
 from optimum_otprune.errors import ConfigurationError, warn_user
 from optimum_otprune.functional.seeds import seed_of
 from optimum_otprune.models.block_runner import input_device, vocabulary_size
+from optimum_otprune.models.devices import offloaded_bytes
 from optimum_otprune.models.faithfulness import SAMPLE_TOKENS
 from optimum_otprune.models.flops import cache_bytes
 from optimum_otprune.models.passes import Passes
@@ -126,6 +127,22 @@ def written_samples(passes: Passes, num_samples: int, seed: int) -> Tensor:
             )
             written.append(cast(Tensor, ids).cpu())
     return torch.cat(written)
+
+
+def samples_alone(passes: Passes, config: OTPruningConfig) -> Tensor:
+    """Return `num_samples` samples of a model that is checked for it and put into evaluation mode.
+
+    Args:
+        passes: The dense model, and no samples, of the length of those to write.
+        config: The configuration, which has the number of samples and the seed.
+
+    Raises:
+        ConfigurationError: If the model cannot write.
+    """
+    model = passes.prunable.model
+    check_can_write(model, config, tuple(passes.tokens.shape), offloaded_bytes(model))
+    model.eval()
+    return written_samples(passes, config.num_samples, config.seed)
 
 
 def probe_passes(passes: Passes, seed: int) -> Passes:
