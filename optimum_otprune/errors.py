@@ -100,7 +100,7 @@ class ProcessError(OTPruneError, RuntimeError):
 
 
 class StudyError(OTPruneError, ValueError):
-    """The file of a tuning study is damaged, or belongs to another model, data or configuration."""
+    """The file of a tuning study or quality curve is damaged, or belongs to another model, data or configuration."""
 
 
 class StateError(OTPruneError, ValueError):

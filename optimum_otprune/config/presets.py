@@ -46,7 +46,7 @@ _OTPRUNE: Mapping[str, object] = MappingProxyType(
         "ridge_prior": "transport",
         "target_correction": 0.5,
         "intercept": "auto",
-        "self_calibration": 1.0,
+        "self_calibration": 0.6,
     }
 )
 METHOD_FIELDS = tuple(_OTPRUNE)
@@ -139,14 +139,14 @@ QUALITIES: Mapping[str, Mapping[str, object]] = MappingProxyType(
             "reconstruction_steps": 0,
             "reconstruction_batch_tokens": 1024,
             "error_weighting": "uniform",
-            "self_calibration": 1.0,
+            "self_calibration": 0.6,
             "target_correction": 0.75,
         },
         "balanced": {
             "reconstruction_steps": 300,
             "reconstruction_batch_tokens": 1024,
             "error_weighting": "uniform",
-            "self_calibration": 1.0,
+            "self_calibration": 0.6,
             "target_correction": 0.5,
         },
         "best": {

@@ -89,7 +89,7 @@ def test_an_interrupted_run_ends_in_the_same_bits_as_a_straight_one(
     straight = pruner()
     straight.prune(tokens, progress=False, **functions)
     interrupt(pruner(), tokens, tmp_path / "state", layer, functions)
-    for name in ("layer_gradients", "adaptive_widths", "self_calibration_tokens"):
+    for name in ("layer_gradients", "adaptive_widths", "written_samples"):
         monkeypatch.setattr(preparation, name, None)  # what the dense model was asked for is not asked again
     assert_same(prune(pruner(), tokens, tmp_path / "state", functions), straight)
     record_figure("R9, resumed against straight")

@@ -20,7 +20,7 @@ from optimum_otprune.pruning.widths import adaptive_widths
 from tests.conftest import make_llama
 from tests.passes import moments_of, passes_of, stream_of
 
-FAST = {"pruning_ratio": 0.5, "multiple_of": 2, "quality": "fast"}
+FAST = {"pruning_ratio": 0.5, "multiple_of": 2, "quality": "fast", "self_calibration": 0}
 
 
 def prune(model, tokens, **options) -> OTPruner:

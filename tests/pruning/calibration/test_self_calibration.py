@@ -101,13 +101,13 @@ def test_the_models_own_generation_settings_are_back_afterwards(llama):
     assert llama.generation_config is own
 
 
-def test_written_samples_double_the_given_ones_by_default_and_some_of_each_are_held_out(llama, tokens, monkeypatch):
+def test_written_samples_follow_the_given_ones_by_default_and_some_of_each_are_held_out(llama, tokens, monkeypatch):
     masks = masks_of(monkeypatch)
     report = OTPruner.from_pretrained(llama, OTPruningConfig(**HALF)).prune(tokens, progress=False)
-    given, written = masks[0].split(tokens.numel())
-    assert given.sum() == written.sum() == 3 * tokens.shape[1]  # a quarter of twelve samples
-    assert not torch.equal(given, written)
-    assert report.calibration["num_samples"] == report.calibration["written_samples"] == len(tokens)
+    given, written = masks[0][: tokens.numel()], masks[0][tokens.numel() :]
+    assert given.sum() == 3 * tokens.shape[1]  # a quarter of twelve samples
+    assert written.sum() == 2 * tokens.shape[1]  # and of seven
+    assert (report.calibration["num_samples"], report.calibration["written_samples"]) == (12, 7)
 
 
 def test_a_model_writes_all_samples_where_none_are_given(llama, monkeypatch):
@@ -163,4 +163,4 @@ def test_weights_that_would_be_loaded_for_hours_are_not(llama):
         assert check_can_write(llama, OTPruningConfig(), (256, 2048), 8 * 10**9) == 0
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert check_can_write(llama, OTPruningConfig(), (128, 512), 10**9) == 128
+        assert check_can_write(llama, OTPruningConfig(), (128, 512), 10**9) == 77
