@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from _cells import digest, environment
+from _real_plan import DOMAINS
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import PreTrainedModel
@@ -27,43 +28,62 @@ from optimum_otprune.models.block_runner import input_device
 from optimum_otprune.models.ffn_block import ffn_blocks
 from optimum_otprune.pruning.calibration.data import evaluation_tokens
 
-DOMAINS = ("evaluation", "second")
 _NOT_POSSIBLE = (ConfigurationError, UnsupportedModelError, NumericalError)  # a result, too
 _POSITIONS = 128  # whose log-probabilities are computed at a time
 
 
 def measure(cell: Mapping[str, Any]) -> dict[str, Any]:
     """The result of one cell; what the method cannot do with this model is told as `error`."""
-    loading = {"dtype": cell["dtype"], "device_map": cell["device_map"]}
-    pruner = OTPruner.from_pretrained(cell["model"], OTPruningConfig(**cell["options"]), **loading)
+    pruner = OTPruner.from_pretrained(cell["model"], OTPruningConfig(**cell["options"]), **cell["loading"])
     where = {"environment": environment(pruner)}
     windows = _windows(cell, pruner)  # before the work, so that bad data lose none of it
     if cell["dense"]:
         return {**_dense(pruner, windows), **where}
     try:
-        with _spent() as spent:
-            report = pruner.prune(cell["calibration"], progress=False)
+        pruner, spent = _pruned(cell, pruner)
     except _NOT_POSSIBLE as error:
         return {"error": f"{type(error).__name__}: {error}", **where}
     peak = peak_memory()
-    dense = OTPruner.from_pretrained(cell["model"], **loading)
+    dense = OTPruner.from_pretrained(cell["model"], **cell["loading"])
+    assert pruner.report is not None
     return {
         "domains": {name: compared(dense.model, pruner.model, tokens) for name, tokens in windows.items()},
-        "parameters": report.parameters_after,
-        "calibration": {key: value for key, value in report.calibration.items() if key != "passages"},
-        "pruning": spent,
+        "parameters": pruner.report.parameters_after,
+        "calibration": {key: value for key, value in pruner.report.calibration.items() if key != "passages"},
         "peak_memory": peak,
+        **spent,
         **where,
     }
 
 
+def _pruned(cell: Mapping[str, Any], pruner: OTPruner) -> tuple[OTPruner, dict[str, Any]]:
+    """The pruned model, recovered if asked, with the seconds of what was done here.
+
+    What recovery goes on with is kept in a folder, since pruning may take an hour.
+    """
+    done: dict[str, Any] = {}
+    calibration, kept, recovery = cell["data"]["calibration"], cell["pruned"], cell.get("recovery")
+    if recovery is not None and Path(kept).exists():
+        pruner = OTPruner.from_pretrained(kept, **cell["loading"])
+    else:
+        with _spent() as done["pruning"]:
+            pruner.prune(calibration, progress=False)
+        if kept is not None:
+            pruner.save_pretrained(kept, overwrite=True)
+    if recovery is not None:
+        with _spent() as done["recovering"]:
+            report = pruner.recover(calibration, base=cell["model"], progress=False, **recovery)
+        done["recovery_report"] = report.to_dict()
+    return pruner, done
+
+
 def _windows(cell: Mapping[str, Any], pruner: OTPruner) -> dict[str, Tensor]:
     """The windows of both domains, LongTensors `(windows, seqlen)`."""
-    second = language_reference() if cell["second"] is None else cell["second"]
+    second = cell["data"]["second"] or language_reference()
     read = (pruner.config, pruner.tokenizer, pruner.limits)
     return {
         name: evaluation_tokens(data, *read, cell["windows"][name]).tokens
-        for name, data in zip(DOMAINS, (cell["evaluation"], second))
+        for name, data in zip(DOMAINS, (cell["data"]["evaluation"], second))
     }
 
 
