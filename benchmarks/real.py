@@ -86,10 +86,10 @@ class Bench:
         print(f"{cell.name}: {told(result)}", flush=True)
         self.write()
 
-    def _run(self, cell: Cell) -> dict[str, Any] | None:
-        """Run one cell in a process of its own; None if that ends without a result, having said why."""
+    def given(self, cell: Cell) -> dict[str, Any]:
+        """What the process of a cell has to know."""
         args = self.args
-        wanted = {
+        return {
             **cell.settings,
             "dense": cell.name == DENSE,
             "model": args.model,
@@ -98,10 +98,14 @@ class Bench:
             "windows": {"evaluation": self.protocol.windows, "second": self.protocol.second_windows},
             "pruned": self._folder(cell),
         }
-        environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "MKL_NUM_THREADS": str(args.threads)}
+
+    def _run(self, cell: Cell) -> dict[str, Any] | None:
+        """Run one cell in a process of its own; None if that ends without a result, having said why."""
+        threads = str(self.args.threads)
+        environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
         with tempfile.TemporaryDirectory(prefix="otprune-real-") as folder:
             given, result = Path(folder, "cell.json"), Path(folder, "result.json")
-            given.write_text(json.dumps(wanted), encoding="utf-8")
+            given.write_text(json.dumps(self.given(cell)), encoding="utf-8")
             done = subprocess.run([sys.executable, str(_CELL), str(given), str(result)], env=environment)
             if done.returncode:
                 print(f"{cell.name}: failed with exit code {done.returncode}, see above", flush=True)
