@@ -72,7 +72,7 @@ def _pruned(cell: Mapping[str, Any], pruner: OTPruner) -> tuple[OTPruner, dict[s
             pruner.save_pretrained(kept, overwrite=True)
     if recovery is not None:
         with _spent() as done["recovering"]:
-            report = pruner.recover(calibration, base=cell["model"], progress=False, **recovery)
+            report = pruner.recover(calibration, base_model=cell["model"], progress=False, **recovery)
         done["recovery_report"] = report.to_dict()
     return pruner, done
 
@@ -93,7 +93,7 @@ def language_reference() -> list[str]:
         from pydoc_data.topics import topics
     except ModuleNotFoundError:
         raise SystemExit("This Python has no `pydoc_data.topics`: name another text by --second.") from None
-    return list(topics.values())
+    return [topics[name] for name in sorted(topics)]
 
 
 def _dense(dense: OTPruner, windows: Mapping[str, Tensor]) -> dict[str, Any]:

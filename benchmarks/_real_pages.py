@@ -1,12 +1,15 @@
 """What `real.py` writes: excesses, tables, the page and the curves of the plot."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from _cells import table
 from _real_plan import DENSE, DOMAINS, METHODS
+
+_LABELS = {DENSE: DENSE, **{name: method.label for name, method in METHODS.items()}}
+_SECONDS = ("cpu_seconds", "wall_seconds")
 
 
 def told(result: Mapping[str, Any]) -> str:
@@ -55,11 +58,9 @@ def curves(cells: Mapping[str, Any]) -> dict[str, list[tuple[float, list[float]]
     curves: dict[str, list[tuple[float, list[float]]]] = {}
     for name, cell in done(cells).items():
         method, _, ratio = name.partition(":")
-        label = METHODS[method].label if ratio else DENSE
         point = [float(cell["domains"][domain]["perplexity"]) for domain in DOMAINS]
-        curves.setdefault(label, []).append((float(ratio or 0), point))
-    order = [DENSE, *(method.label for method in METHODS.values())]
-    return {label: sorted(curves[label]) for label in order if label in curves}
+        curves.setdefault(_LABELS[method], []).append((float(ratio or 0), point))
+    return {label: sorted(curves[label]) for label in _LABELS.values() if label in curves}
 
 
 def page(content: Mapping[str, Any], picture: Path) -> str:
@@ -68,7 +69,8 @@ def page(content: Mapping[str, Any], picture: Path) -> str:
     parts = [f"# A real model: {content['model']['name']}\n", _protocol_lines(content)]
     if picture.exists():
         parts.append(f"![Perplexity against channels removed, in two domains]({picture.name})\n")
-    parts += [quality_table(cells), cost_table(cells), _commands(cells)]
+    parts += [overview_table(cells, content["titles"]), quality_table(cells), cost_table(cells)]
+    parts.append(_commands(cells, content["protocol"]))
     problems = [f"- {name}: {cell['error']}" for name, cell in cells.items() if "error" in cell]
     if problems:
         parts.append("## Not possible with this model\n\n" + "\n".join(sorted(problems)) + "\n")
@@ -82,8 +84,8 @@ def _protocol_lines(content: Mapping[str, Any]) -> str:
     lines = [
         f"{dense['parameters']:,} parameters, {dense['ffn_parameters']:,} of them in {dense['ffn_layers']} FFN layers "
         f"of {dense['intermediate_size']:,} channels; {content['model']['dtype']}.\n",
-        f"- Calibration: {samples} samples of {seqlen} tokens ({samples * seqlen:,} in all). The baselines' are from "
-        f"{titles['calibration']}; of those of `otprune`, half are, and the dense model writes the others.",
+        f"- Calibration: samples of {seqlen} tokens. Baselines get {samples} of them ({samples * seqlen:,} tokens) "
+        f"from {titles['calibration']}. `otprune` gets fewer from there; the dense model writes others (see below).",
         f"- Evaluation: the first {counts[0]} windows of {seqlen} tokens of {titles['evaluation']}.",
         f"- 2nd domain, which nothing is calibrated on: the first {counts[1]} windows of {titles['second']}.",
         f"- {protocol['perplexity'].capitalize()}. Seed {protocol['seed']}; widths are rounded to multiples of "
@@ -105,6 +107,26 @@ def _made_by(cells: Mapping[str, Any]) -> Iterator[str]:
         by.setdefault(text, []).append(name)
     for text, names in by.items():
         yield f"- {text}" + (f": {', '.join(names)}." if len(by) > 1 else ".")
+
+
+def overview_table(cells: Mapping[str, Any], titles: Mapping[str, str]) -> str:
+    """Perplexity alone: a row for each method, a column for each ratio and domain."""
+    measured, ratios = done(cells), _ratios(cells)
+    lines = []
+    for name, label in _labels(measured).items():
+        row = [label]
+        for domain in DOMAINS:
+            found = [measured.get(name if name == DENSE else f"{name}:{ratio:g}") for ratio in ratios]
+            row += ["–" if cell is None else perplexity(cell["domains"][domain]["perplexity"]) for cell in found]
+        lines.append(row)
+    columns = [f"{titles[domain]}, {ratio:.0%}" for domain in DOMAINS for ratio in ratios]
+    return table(["perplexity", *columns], lines)
+
+
+def _labels(names: Iterable[str]) -> dict[str, str]:
+    """Of the methods with a cell, in the table's order."""
+    there = {name.partition(":")[0] for name in names}
+    return {name: label for name, label in _LABELS.items() if name in there}
 
 
 def quality_table(cells: Mapping[str, Any]) -> str:
@@ -142,11 +164,12 @@ def cost_table(cells: Mapping[str, Any]) -> str:
             [
                 *_row_name(name),
                 f"{cell['parameters']:,}",
+                _calibration(cell),
                 *(f"{sum(part[kind] for part in spent):,.0f}" if spent else "–" for kind in _SECONDS),
                 f"{cell['peak_memory'] / 1e9:.1f} GB",
             ]
         )
-    columns = ["method", "channels removed", "parameters", "CPU seconds", "seconds", "peak memory"]
+    columns = ["method", "channels removed", "parameters", "samples", "CPU seconds", "seconds", "peak memory"]
     passes = cells[DENSE]["evaluating"]
     return (
         table(columns, lines)
@@ -155,23 +178,31 @@ def cost_table(cells: Mapping[str, Any]) -> str:
     )
 
 
-_SECONDS = ("cpu_seconds", "wall_seconds")
-
-
 def _row_name(name: str) -> tuple[str, str]:
     method, _, ratio = name.partition(":")
-    return (METHODS[method].label, f"{float(ratio):.0%}") if ratio else (DENSE, "–")
+    return _LABELS[method], f"{float(ratio):.0%}" if ratio else "–"
 
 
-def _commands(cells: Mapping[str, Any]) -> str:
-    measured = {name.partition(":")[0] for name in cells}
-    given = "otprune prune MODEL -o OUT --pruning-ratio 0.5"
-    lines = [
-        f"| {method.label} | `{f'{given} {method.command}'.strip()}` |"
-        for name, method in METHODS.items()
-        if name in measured
-    ]
-    return "\n".join(("| row | command |", "|---|---|", *lines)) + "\n"
+def _calibration(cell: Mapping[str, Any]) -> str:
+    """How many samples were given, and how many the dense model wrote."""
+    if "calibration" not in cell:
+        return "–"
+    written = cell["calibration"].get("written_samples", 0)
+    return f"{cell['calibration']['num_samples']}" + (f" + {written} written" if written else "")
+
+
+def _commands(cells: Mapping[str, Any], protocol: Mapping[str, Any]) -> str:
+    """What a user types for each row."""
+    lines = []
+    for name in _labels(cells):
+        if name != DENSE:
+            samples = round(METHODS[name].share_given * protocol["samples"])
+            options = f"--num-samples {samples} {METHODS[name].command}".strip()
+            lines.append(
+                [_LABELS[name], f"`otprune prune MODEL -o OUT --calibration-data DATA --pruning-ratio R {options}`"]
+            )
+    size = f"`--seqlen {protocol['seqlen']} --multiple-of {protocol['multiple_of']}`"
+    return f"Each row by a command, to which {size} is added:\n\n" + table(["row", "command"], lines)
 
 
 def perplexity(value: float | str) -> str:

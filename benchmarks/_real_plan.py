@@ -27,7 +27,7 @@ class Method(NamedTuple):
         based_on: The method whose pruned model is trained towards the dense one; None where nothing is.
         recovery: Options of `OTPruner.recover`.
         only_at: The ratios at which it is measured; None for all.
-        command: What a user types for it, after `otprune prune MODEL -o OUT --pruning-ratio R`.
+        command: What a user types for it after `otprune prune` with model, data and ratio.
     """
 
     label: str
@@ -39,17 +39,27 @@ class Method(NamedTuple):
     command: str = ""
 
 
+def _baseline(name: str) -> Method:
+    return Method(name, {"method": name, "self_calibration": 0}, command=f"--method {name}")
+
+
 _RECOVERY = {"num_tokens": 250_000}
 METHODS: dict[str, Method] = {
-    "flap": Method("flap", {"method": "flap"}, command="--method flap"),
-    "wanda_sp": Method("wanda_sp", {"method": "wanda_sp"}, command="--method wanda_sp"),
-    "least_squares": Method("least_squares", {"method": "least_squares"}, command="--method least_squares"),
+    "flap": _baseline("flap"),
+    "wanda_sp": _baseline("wanda_sp"),
+    "least_squares": _baseline("least_squares"),
     "fast": Method("otprune, fast", {"quality": "fast"}, 0.5, command="--quality fast"),
     "default": Method("otprune", {}, 0.5),
-    "default+recovery": Method("otprune + recovery", {}, 0.5, "default", _RECOVERY, command="--recover"),
+    "default+recovery": Method("otprune + recovery", {}, 0.5, "default", _RECOVERY, command="--recover 250k"),
     "best": Method("otprune, best", {"quality": "best"}, 0.5, command="--quality best"),
     "best+recovery": Method(
-        "otprune, best + recovery", {"quality": "best"}, 0.5, "best", _RECOVERY, (0.5,), "--quality best --recover"
+        "otprune, best + recovery",
+        {"quality": "best"},
+        0.5,
+        "best",
+        _RECOVERY,
+        only_at=(0.5,),
+        command="--quality best --recover 250k",
     ),
 }
 
@@ -58,12 +68,12 @@ class Protocol(NamedTuple):
     """How much is measured.
 
     Attributes:
-        samples: Calibration samples, given and written together.
+        samples: Calibration samples, given and written together (`best` writes more).
         seqlen: Tokens of each, and of an evaluation window.
         windows: The first so many windows of the evaluation text.
         second_windows: The same of the second domain.
         ratios: Shares of the FFN channels that are removed.
-        left_out: Methods that are not measured.
+        left_out: Methods, or cells, that are not measured.
         options: Of the configuration, where they differ from what a user gets.
         recovery: The same of recovery.
     """
@@ -85,9 +95,9 @@ QUICK = Protocol(
     windows=8,
     second_windows=8,
     ratios=(0.2, 0.5),
-    left_out=("best", "best+recovery"),
-    options={"default": {"reconstruction_steps": 100}},
-    recovery={"num_tokens": 20_000},
+    left_out=("best", "best+recovery", "default+recovery:0.2"),
+    options={"default": {"reconstruction_steps": 60}},
+    recovery={"num_tokens": 16_000},
 )
 
 
@@ -116,10 +126,10 @@ def _cells(args: argparse.Namespace, protocol: Protocol) -> Iterator[Cell]:
         data |= _WIKITEXT
     yield Cell(DENSE, {"options": data})
     for name, method in METHODS.items():
-        if name in protocol.left_out:
-            continue
         for ratio in sorted(protocol.ratios, reverse=True):
             if method.only_at is not None and ratio not in method.only_at:
+                continue
+            if {name, f"{name}:{ratio:g}"} & set(protocol.left_out):
                 continue
             size = {"pruning_ratio": ratio, "multiple_of": args.multiple_of}
             given = {"num_samples": round(method.share_given * protocol.samples)}

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from optimum_otprune import OTPruner, OTPruningConfig
+from optimum_otprune.commands.parser import PruneCommand
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import _real_cell
@@ -57,7 +58,7 @@ def made_up(cell) -> dict:
     seconds = {"cpu_seconds": 2.0, "wall_seconds": 3.0}
     dense = {"ffn_parameters": 50, "ffn_layers": 3, "intermediate_size": 48, "evaluating": seconds}
     where = {"versions": {"python": "3"}, "code": "abc", "device": "x", "threads": 1}
-    part = {} if cell.base else {"pruning": seconds}
+    part = {"calibration": {"num_samples": 32, "written_samples": 16}} | ({} if cell.base else {"pruning": seconds})
     return {
         "domains": domains,
         "parameters": 100,
@@ -118,6 +119,7 @@ def test_a_run_goes_on_after_the_cell_that_failed(small, ran, monkeypatch, tmp_p
     content = json.loads((tmp_path / "out" / "tiny.json").read_text())
     assert content["results"]["fast:0.5"]["share_of_flap_excess"] == pytest.approx({"evaluation": 4, "second": 4})
     page = (tmp_path / "out" / "tiny.md").read_text()
+    assert "| otprune, fast | – | 148.41 | – | 1,097 |" in page
     assert "| otprune, fast | 50% | 148.41 | 1,097 | 4.00 | 4.00 | 50.0% | 50.0% | 2.000 | 2.000 |" in page
     assert "windows of 20 tokens of Prose" in page
     if find_spec("matplotlib"):
@@ -152,7 +154,7 @@ def test_recovery_goes_on_with_the_pruned_model_of_the_cell_that_it_is_based_on(
     assert ran[-1] == "default+recovery:0.5"
     assert set(ran[:-1]) == {"dense", "default:0.5"}
     page = (tmp_path / "out" / "tiny.md").read_text()
-    assert "| otprune + recovery | 50% | 100 | 4 | 6 | 1.0 GB |" in page
+    assert "| otprune + recovery | 50% | 100 | 32 + 16 written | 4 | 6 | 1.0 GB |" in page
 
 
 def test_every_row_is_a_valid_configuration_with_the_same_number_of_tokens():
@@ -162,6 +164,17 @@ def test_every_row_is_a_valid_configuration_with_the_same_number_of_tokens():
         assert config.calibration_split == "validation"
         if cell.name != "dense":
             assert config.num_samples == (32 if config.method == "otprune" else 64)
+
+
+def test_the_command_of_a_row_makes_what_the_row_measures():
+    parser = argparse.ArgumentParser()
+    PruneCommand.parse_args(parser)
+    for method in _real_plan.METHODS.values():
+        command, _, recovery = method.command.partition("--recover")
+        parsed = vars(parser.parse_args(["MODEL", "-o", "OUT", *command.split()]))
+        own = {name: value for name, value in method.options.items() if name != "self_calibration"}
+        assert {name: parsed[name] for name in own} == own
+        assert (recovery == " 250k") == (method.recovery == {"num_tokens": 250_000})
 
 
 def test_the_default_model_is_there_whole_or_not_at_all(monkeypatch, tmp_path):
