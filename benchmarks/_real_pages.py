@@ -69,8 +69,13 @@ def page(content: Mapping[str, Any], picture: Path) -> str:
     parts = [f"# A real model: {content['model']['name']}\n", _protocol_lines(content)]
     if picture.exists():
         parts.append(f"![Perplexity against channels removed, in two domains]({picture.name})\n")
-    parts += [overview_table(cells, content["titles"]), quality_table(cells), cost_table(cells)]
-    parts.append(_commands(cells, content["protocol"]))
+    sections = {
+        "Perplexity": overview_table(cells, content["titles"]),
+        "Against the dense model": quality_table(cells),
+        "Cost": cost_table(cells),
+        "Commands": _commands(cells, content["protocol"]),
+    }
+    parts += [f"## {title}\n\n{text}" for title, text in sections.items()]
     problems = [f"- {name}: {cell['error']}" for name, cell in cells.items() if "error" in cell]
     if problems:
         parts.append("## Not possible with this model\n\n" + "\n".join(sorted(problems)) + "\n")
