@@ -178,7 +178,9 @@ def _named(given: str | None, default: str = "") -> dict[str, str]:
     path = Path(given)
     if not path.exists():
         return {"name": given}
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    files = [path]
+    if path.is_dir():
+        files = sorted(path.glob("*.safetensors")) or sorted(file for file in path.rglob("*") if file.is_file())
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as content:
