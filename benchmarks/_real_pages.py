@@ -69,12 +69,10 @@ def page(content: Mapping[str, Any], picture: Path) -> str:
     parts = [f"# A real model: {content['model']['name']}\n", _protocol_lines(content)]
     if picture.exists():
         parts.append(f"![Perplexity against channels removed, in two domains]({picture.name})\n")
-    sections = {
-        "Perplexity": overview_table(cells, content["titles"]),
-        "Against the dense model": quality_table(cells),
-        "Cost": cost_table(cells),
-        "Commands": _commands(cells, content["protocol"]),
-    }
+    sections = {"Against the dense model": quality_table(cells), "Cost": cost_table(cells)}
+    if _ratios(cells):
+        sections = {"Perplexity": overview_table(cells, content["titles"]), **sections}
+        sections["Commands"] = _commands(cells, content["protocol"])
     parts += [f"## {title}\n\n{text}" for title, text in sections.items()]
     problems = [f"- {name}: {cell['error']}" for name, cell in cells.items() if "error" in cell]
     if problems:
@@ -203,11 +201,10 @@ def _commands(cells: Mapping[str, Any], protocol: Mapping[str, Any]) -> str:
         if name != DENSE:
             samples = round(METHODS[name].share_given * protocol["samples"])
             options = f"--num-samples {samples} {METHODS[name].command}".strip()
-            lines.append(
-                [_LABELS[name], f"`otprune prune MODEL -o OUT --calibration-data DATA --pruning-ratio R {options}`"]
-            )
+            command = f"otprune prune MODEL -o OUT --calibration-data DATA --pruning-ratio R {options}"
+            lines.append(f"| {_LABELS[name]} | `{command}` |")
     size = f"`--seqlen {protocol['seqlen']} --multiple-of {protocol['multiple_of']}`"
-    return f"Each row by a command, to which {size} is added:\n\n" + table(["row", "command"], lines)
+    return "\n".join((f"{size} is added to each.\n", "| row | command |", "|---|---|", *lines)) + "\n"
 
 
 def perplexity(value: float | str) -> str:

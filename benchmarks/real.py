@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -55,13 +56,14 @@ class Bench:
         if not args.fresh or args.only:
             refuse_other_protocol(args.output, self.header)
         self.store = Store(args.output, self.header, args.fresh and not args.only)
+        self.processes: set[subprocess.Popen] = set()
 
     def measure(self, cells: Sequence[Cell], fresh: Sequence[str]) -> list[str]:
         """Measure what is not there, or is in `fresh`; the names of cells whose process failed."""
         waiting = [cell for cell in cells if cell.name in fresh or not self.store.holds(cell.name, cell.settings)]
         running: dict[Future, Cell] = {}
         failed: list[str] = []
-        with ThreadPoolExecutor(self.args.workers) as workers:
+        with ThreadPoolExecutor(self.args.workers) as workers, self._stopping():
             while waiting or running:
                 failed += [cell.name for cell in waiting if cell.base in failed]
                 waiting = [cell for cell in waiting if cell.name not in failed]
@@ -78,6 +80,19 @@ class Bench:
                     else:
                         self._keep(cell, result)
         return failed
+
+    @contextmanager
+    def _stopping(self) -> Iterator[None]:
+        """Whatever ends this early, SIGTERM included, ends the cells that run: nobody would read their results."""
+        before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+        try:
+            yield
+        except BaseException:
+            for process in tuple(self.processes):
+                process.terminate()
+            raise
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
     def _keep(self, cell: Cell, result: dict[str, Any]) -> None:
         if cell.base is not None and "error" not in result:  # it may have gone on with a model that was there
@@ -106,9 +121,12 @@ class Bench:
         with tempfile.TemporaryDirectory(prefix="otprune-real-") as folder:
             given, result = Path(folder, "cell.json"), Path(folder, "result.json")
             given.write_text(json.dumps(self.given(cell)), encoding="utf-8")
-            done = subprocess.run([sys.executable, str(_CELL), str(given), str(result)], env=environment)
-            if done.returncode:
-                print(f"{cell.name}: failed with exit code {done.returncode}, see above", flush=True)
+            process = subprocess.Popen([sys.executable, str(_CELL), str(given), str(result)], env=environment)
+            self.processes.add(process)
+            code = process.wait()
+            self.processes.remove(process)
+            if code:
+                print(f"{cell.name}: failed with exit code {code}, see above", flush=True)
                 return None
             return json.loads(result.read_text(encoding="utf-8"))
 

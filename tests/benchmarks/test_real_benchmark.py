@@ -2,7 +2,10 @@
 
 import argparse
 import json
+import os
+import signal
 import sys
+import threading
 import time
 from importlib.metadata import PackageNotFoundError
 from importlib.util import find_spec
@@ -108,6 +111,18 @@ def test_a_cell_runs_in_a_process_of_its_own(small, tmp_path):
     content = json.loads(written)
     assert content["measurements"]["dense"]["environment"]["threads"] == 1
     assert (content["model"]["name"], content["second"]["name"]) == ("dense", "other.pt")
+
+
+def test_a_run_that_is_ended_ends_its_cells(small, monkeypatch, tmp_path):
+    sleeper = tmp_path / "sleeper.py"
+    sleeper.write_text("import time; time.sleep(60)")
+    monkeypatch.setattr(real, "_CELL", sleeper)
+    threading.Timer(1.0, os.kill, [os.getpid(), signal.SIGTERM]).start()
+    begun = time.monotonic()
+    with pytest.raises(SystemExit, match="143"):
+        real.main([*small, "--only", "dense"])
+    assert time.monotonic() - begun < 30
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_a_run_goes_on_after_the_cell_that_failed(small, ran, monkeypatch, tmp_path):
