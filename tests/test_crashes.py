@@ -14,7 +14,8 @@ import warnings
 import pytest
 from safetensors.torch import save_file
 
-from optimum_otprune import OTPruner, pruner
+from optimum_otprune import OTPruner
+from optimum_otprune.checkpoints import mixin
 from optimum_otprune.checkpoints import save as checkpoint
 from optimum_otprune.pruning import pipeline
 from optimum_otprune.storage.manifest import verify_folder
@@ -193,7 +194,7 @@ def die_before_saving(runs, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pruner, "save_checkpoint", save)
+        patch.setattr(mixin, "save_checkpoint", save)
         assert runs.run() == 130
 
 

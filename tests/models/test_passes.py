@@ -281,7 +281,13 @@ def test_token_ids_enter_the_model_once_for_each_pass(llama, tokens, monkeypatch
     monkeypatch.setattr(
         BlockRunner, "_note_calls", lambda runner, batches: entered.append(len(batches)) or note(runner, batches)
     )
-    options = {"importance": "fo_snip", "selection": "top", "allocation": "adaptive", "score_batch_size": 6, "self_calibration": 0}
+    options = {
+        "importance": "fo_snip",
+        "selection": "top",
+        "allocation": "adaptive",
+        "score_batch_size": 6,
+        "self_calibration": 0,
+    }
     pruner = OTPruner.from_pretrained(llama, OTPruningConfig(pruning_ratio=0.5, multiple_of=1, **options))
     pruner.prune(tokens, batch_size=4, progress=False)
     assert entered == [2, 2, 3, 3]  # the check's two batches; gradients; removal costs; layers

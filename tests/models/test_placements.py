@@ -143,7 +143,9 @@ def test_half_precision_models_are_scored_in_float32_and_keep_their_dtype(dtype,
             tokens, progress=False, max_hidden_memory=limit
         )
         assert model.model.layers[0].mlp.up_proj.weight.dtype == dtype
-        full = OTPruner.from_pretrained(make_llama(), OTPruningConfig(**FAST, self_calibration=0)).prune(tokens, progress=False)
+        full = OTPruner.from_pretrained(make_llama(), OTPruningConfig(**FAST, self_calibration=0)).prune(
+            tokens, progress=False
+        )
         for half, whole in zip(report.layers, full.layers):
             assert half.relative_error_after_refit == pytest.approx(whole.relative_error_after_refit, abs=0.02)
 

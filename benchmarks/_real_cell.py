@@ -1,0 +1,192 @@
+"""One cell of `real.py`, in a process of its own: prune, recover if asked, and compare with the dense model.
+
+    python benchmarks/_real_cell.py CELL.json RESULT.json
+
+The process's own peak memory is read when pruning has ended, before the dense model comes beside the pruned one.
+"""
+
+import json
+import math
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from _cells import digest, environment
+from _real_plan import DOMAINS
+from torch import Tensor
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from transformers import PreTrainedModel
+
+from optimum_otprune import OTPruner, OTPruningConfig
+from optimum_otprune.errors import ConfigurationError, NumericalError, UnsupportedModelError
+from optimum_otprune.models.block_runner import input_device
+from optimum_otprune.models.ffn_block import ffn_blocks
+from optimum_otprune.pruning.calibration.data import evaluation_tokens
+
+_NOT_POSSIBLE = (ConfigurationError, UnsupportedModelError, NumericalError)  # a result, too
+_POSITIONS = 128  # whose log-probabilities are computed at a time
+
+
+def measure(cell: Mapping[str, Any]) -> dict[str, Any]:
+    """The result of one cell; what the method cannot do with this model is told as `error`."""
+    pruner = OTPruner.from_pretrained(cell["model"], OTPruningConfig(**cell["options"]), **cell["loading"])
+    where = {"environment": environment(pruner)}
+    windows = _windows(cell, pruner)  # before the work, so that bad data lose none of it
+    if cell["dense"]:
+        return {**_dense(pruner, windows), **where}
+    try:
+        pruner, spent = _pruned(cell, pruner)
+    except _NOT_POSSIBLE as error:
+        return {"error": f"{type(error).__name__}: {error}", **where}
+    peak = peak_memory()
+    dense = OTPruner.from_pretrained(cell["model"], **cell["loading"])
+    assert pruner.report is not None
+    return {
+        "domains": {name: compared(dense.model, pruner.model, tokens) for name, tokens in windows.items()},
+        "parameters": pruner.report.parameters_after,
+        "calibration": {key: value for key, value in pruner.report.calibration.items() if key != "passages"},
+        "peak_memory": peak,
+        **spent,
+        **where,
+    }
+
+
+def _pruned(cell: Mapping[str, Any], pruner: OTPruner) -> tuple[OTPruner, dict[str, Any]]:
+    """The pruned model, recovered if asked, with the seconds of what was done here.
+
+    What recovery goes on with is kept in a folder, since pruning may take an hour.
+    """
+    done: dict[str, Any] = {}
+    calibration, kept, recovery = cell["data"]["calibration"], cell["pruned"], cell.get("recovery")
+    if recovery is not None and Path(kept).exists():
+        pruner = OTPruner.from_pretrained(kept, **cell["loading"])
+    else:
+        with _spent() as done["pruning"]:
+            pruner.prune(calibration, progress=False)
+        if kept is not None:
+            pruner.save_pretrained(kept, overwrite=True)
+    if recovery is not None:
+        with _spent() as done["recovering"]:
+            report = pruner.recover(calibration, base_model=cell["model"], progress=False, **recovery)
+        done["recovery_report"] = report.to_dict()
+    return pruner, done
+
+
+def _windows(cell: Mapping[str, Any], pruner: OTPruner) -> dict[str, Tensor]:
+    """The windows of both domains, LongTensors `(windows, seqlen)`."""
+    second = cell["data"]["second"] or language_reference()
+    read = (pruner.config, pruner.tokenizer, pruner.limits)
+    return {
+        name: evaluation_tokens(data, *read, cell["windows"][name]).tokens
+        for name, data in zip(DOMAINS, (cell["data"]["evaluation"], second))
+    }
+
+
+def language_reference() -> list[str]:
+    """The topics of the language reference that every CPython carries for `help()`, 0.5 MB of text."""
+    try:
+        from pydoc_data.topics import topics
+    except ModuleNotFoundError:
+        raise SystemExit("This Python has no `pydoc_data.topics`: name another text by --second.") from None
+    return [topics[name] for name in sorted(topics)]
+
+
+def _dense(dense: OTPruner, windows: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The dense model itself, with what the others are measured against."""
+    with _spent() as spent:
+        domains = {"evaluation": compared(None, dense.model, windows["evaluation"])}
+    domains["second"] = compared(None, dense.model, windows["second"])
+    blocks = ffn_blocks(dense.model)
+    return {
+        "domains": domains,
+        "parameters": dense.model.num_parameters(),
+        "ffn_parameters": sum(part.numel() for block in blocks for part in block.read() if part is not None),
+        "ffn_layers": len(blocks),
+        "intermediate_size": blocks[0].intermediate_size,
+        "digests": {name: digest([tokens]) for name, tokens in windows.items()},
+        "evaluating": spent,
+        "peak_memory": peak_memory(),
+    }
+
+
+@torch.no_grad()
+def compared(dense: PreTrainedModel | None, model: PreTrainedModel, tokens: Tensor) -> dict[str, Any]:
+    """Perplexity of a model by the package's protocol, and how far its next-token distributions are from the dense.
+
+    Args:
+        dense: The dense model; None if `model` is it.
+        model: The model that is measured.
+        tokens: Windows, LongTensor `(windows, seqlen)`.
+
+    Returns:
+        `nll` (nats per token), `perplexity` (`"inf"` where it is), `kl` (mean KL divergence from the dense model's
+        distribution, nats) and `agreement` (share of tokens where both models find the same token most likely), each
+        over all tokens but a window's first; `windows`.
+    """
+    sums = torch.zeros(3, dtype=torch.float64)
+    model.eval()
+    for window in tokens:
+        logits = _logits(model, window)
+        wanted = logits if dense is None else _logits(dense.eval(), window).to(logits.device)
+        targets = window[1:].to(logits.device)
+        for mine, theirs, ids in zip(*(part.split(_POSITIONS) for part in (logits, wanted, targets))):
+            sums += _sums(mine.float(), theirs.float(), ids).cpu()
+    nll, kl, agreement = (sums / (len(tokens) * (tokens.shape[1] - 1))).tolist()
+    if math.isnan(nll):
+        raise NumericalError("The model's log-likelihoods are NaN.")
+    perplexity = math.exp(nll) if nll < 700 else "inf"
+    measured = {"nll": nll, "perplexity": perplexity, "kl": kl, "agreement": agreement}
+    return {**measured, "windows": len(tokens)}
+
+
+def _logits(model: PreTrainedModel, window: Tensor) -> Tensor:
+    """Logits of all positions that predict something, `(seqlen - 1, vocab_size)`."""
+    return model(input_ids=window[None].to(input_device(model)), use_cache=False).logits[0, :-1]
+
+
+def _sums(logits: Tensor, dense: Tensor, ids: Tensor) -> Tensor:
+    """NLL, KL divergence and agreements, each summed over positions, `(3,)` float64."""
+    nll = cross_entropy(logits, ids, reduction="none").double().sum()
+    mine, theirs = log_softmax(logits, dim=-1), log_softmax(dense, dim=-1)
+    divergence = kl_div(mine, theirs, reduction="none", log_target=True).sum(dim=-1).double().sum()
+    agreement = (logits.argmax(dim=-1) == dense.argmax(dim=-1)).double().sum()
+    return torch.stack((nll, divergence, agreement))
+
+
+@contextmanager
+def _spent() -> Iterator[dict[str, float]]:
+    """Processor and wall-clock seconds of what is inside, in the mapping when it ends."""
+    spent: dict[str, float] = {}
+    wall, processor = time.perf_counter(), time.process_time()
+    yield spent
+    spent["cpu_seconds"] = round(time.process_time() - processor, 1)
+    spent["wall_seconds"] = round(time.perf_counter() - wall, 1)
+
+
+def peak_memory() -> int:
+    """Bytes of the largest resident set so far, of this program alone.
+
+    Linux says so in `/proc`; what `getrusage` counts there includes the process that started this one.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        lines = status.read_text(encoding="utf-8").splitlines()
+        peak = next((line for line in lines if line.startswith("VmHWM:")), None)
+        if peak is not None:
+            return int(peak.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def main() -> None:
+    cell, result = map(Path, sys.argv[1:])
+    measured = measure(json.loads(cell.read_text(encoding="utf-8")))
+    result.write_text(json.dumps(measured, allow_nan=False), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
