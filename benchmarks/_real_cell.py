@@ -15,21 +15,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from _cells import digest, environment
 from _real_plan import DOMAINS
 from torch import Tensor
-from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import PreTrainedModel
 
 from optimum_otprune import OTPruner, OTPruningConfig
 from optimum_otprune.errors import ConfigurationError, NumericalError, UnsupportedModelError
-from optimum_otprune.models.block_runner import input_device
+from optimum_otprune.models.agreement import evaluate_model
+from optimum_otprune.models.defaults import BATCH_SIZE
 from optimum_otprune.models.ffn_block import ffn_blocks
 from optimum_otprune.pruning.calibration.data import evaluation_tokens
 
 _NOT_POSSIBLE = (ConfigurationError, UnsupportedModelError, NumericalError)  # a result, too
-_POSITIONS = 128  # whose log-probabilities are computed at a time
 
 
 def measure(cell: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,48 +112,18 @@ def _dense(dense: OTPruner, windows: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-@torch.no_grad()
 def compared(dense: PreTrainedModel | None, model: PreTrainedModel, tokens: Tensor) -> dict[str, Any]:
-    """Perplexity of a model by the package's protocol, and how far its next-token distributions are from the dense.
+    """What `evaluate_model` says of a model, with `"inf"` for a perplexity that is; the dense one agrees with itself.
 
     Args:
         dense: The dense model; None if `model` is it.
         model: The model that is measured.
         tokens: Windows, LongTensor `(windows, seqlen)`.
-
-    Returns:
-        `nll` (nats per token), `perplexity` (`"inf"` where it is), `kl` (mean KL divergence from the dense model's
-        distribution, nats) and `agreement` (share of tokens where both models find the same token most likely), each
-        over all tokens but a window's first; `windows`.
     """
-    sums = torch.zeros(3, dtype=torch.float64)
-    model.eval()
-    for window in tokens:
-        logits = _logits(model, window)
-        wanted = logits if dense is None else _logits(dense.eval(), window).to(logits.device)
-        targets = window[1:].to(logits.device)
-        for mine, theirs, ids in zip(*(part.split(_POSITIONS) for part in (logits, wanted, targets))):
-            sums += _sums(mine.float(), theirs.float(), ids).cpu()
-    nll, kl, agreement = (sums / (len(tokens) * (tokens.shape[1] - 1))).tolist()
-    if math.isnan(nll):
-        raise NumericalError("The model's log-likelihoods are NaN.")
-    perplexity = math.exp(nll) if nll < 700 else "inf"
-    measured = {"nll": nll, "perplexity": perplexity, "kl": kl, "agreement": agreement}
-    return {**measured, "windows": len(tokens)}
-
-
-def _logits(model: PreTrainedModel, window: Tensor) -> Tensor:
-    """Logits of all positions that predict something, `(seqlen - 1, vocab_size)`."""
-    return model(input_ids=window[None].to(input_device(model)), use_cache=False).logits[0, :-1]
-
-
-def _sums(logits: Tensor, dense: Tensor, ids: Tensor) -> Tensor:
-    """NLL, KL divergence and agreements, each summed over positions, `(3,)` float64."""
-    nll = cross_entropy(logits, ids, reduction="none").double().sum()
-    mine, theirs = log_softmax(logits, dim=-1), log_softmax(dense, dim=-1)
-    divergence = kl_div(mine, theirs, reduction="none", log_target=True).sum(dim=-1).double().sum()
-    agreement = (logits.argmax(dim=-1) == dense.argmax(dim=-1)).double().sum()
-    return torch.stack((nll, divergence, agreement))
+    found = evaluate_model(model, dense, tokens, BATCH_SIZE, progress=False)
+    perplexity = found["perplexity"] if math.isfinite(found["perplexity"]) else "inf"
+    shared = {"kl": found.get("kl", 0.0), "agreement": found.get("agreement", 1.0)}
+    return {"nll": found["nll"], "perplexity": perplexity, **shared, "windows": len(tokens)}
 
 
 @contextmanager

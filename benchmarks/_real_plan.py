@@ -43,19 +43,20 @@ def _baseline(name: str) -> Method:
     return Method(name, {"method": name, "self_calibration": 0}, command=f"--method {name}")
 
 
+_GIVEN = 1 / (1 + 0.6)  # share of the samples that is given where the default `self_calibration` adds the rest
 _RECOVERY = {"num_tokens": 250_000}
 METHODS: dict[str, Method] = {
     "flap": _baseline("flap"),
     "wanda_sp": _baseline("wanda_sp"),
     "least_squares": _baseline("least_squares"),
-    "fast": Method("otprune, fast", {"quality": "fast"}, 0.5, command="--quality fast"),
-    "default": Method("otprune", {}, 0.5),
-    "default+recovery": Method("otprune + recovery", {}, 0.5, "default", _RECOVERY, command="--recover 250k"),
-    "best": Method("otprune, best", {"quality": "best"}, 0.5, command="--quality best"),
+    "fast": Method("otprune, fast", {"quality": "fast"}, _GIVEN, command="--quality fast"),
+    "default": Method("otprune", {}, _GIVEN),
+    "default+recovery": Method("otprune + recovery", {}, _GIVEN, "default", _RECOVERY, command="--recover 250k"),
+    "best": Method("otprune, best", {"quality": "best"}, _GIVEN, command="--quality best"),
     "best+recovery": Method(
         "otprune, best + recovery",
         {"quality": "best"},
-        0.5,
+        _GIVEN,
         "best",
         _RECOVERY,
         only_at=(0.5,),

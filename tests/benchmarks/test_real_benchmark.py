@@ -191,7 +191,7 @@ def test_every_row_is_a_valid_configuration_with_the_same_number_of_tokens():
         config = OTPruningConfig(**cell.settings["options"])
         assert config.calibration_split == "validation"
         if cell.name != "dense":
-            assert config.num_samples == (32 if config.method == "otprune" else 64)
+            assert config.num_samples == (40 if config.method == "otprune" else 64)
 
 
 def test_the_command_of_a_row_makes_what_the_row_measures():

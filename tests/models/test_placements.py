@@ -137,11 +137,10 @@ def test_a_block_is_loaded_once_for_many_runs_and_dropped_again(llama_folder, tm
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_models_are_scored_in_float32_and_keep_their_dtype(dtype, llama_folder, tokens):
+    config = OTPruningConfig(**FAST, self_calibration=0)  # other samples would be written in another dtype
     for limit in (0, "1GB"):
         model = AutoModelForCausalLM.from_pretrained(llama_folder, dtype=dtype)
-        report = OTPruner.from_pretrained(model, OTPruningConfig(**FAST, self_calibration=0)).prune(
-            tokens, progress=False, max_hidden_memory=limit
-        )
+        report = OTPruner.from_pretrained(model, config).prune(tokens, progress=False, max_hidden_memory=limit)
         assert model.model.layers[0].mlp.up_proj.weight.dtype == dtype
         full = OTPruner.from_pretrained(make_llama(), OTPruningConfig(**FAST, self_calibration=0)).prune(
             tokens, progress=False
