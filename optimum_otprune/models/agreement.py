@@ -77,6 +77,7 @@ class DenseOutputs:
         handle = prunable.blocks[-1].module.register_forward_hook(keep)
         try:
             yield
+            handle.remove()  # what follows runs the last block's hooks, too
             self._tokens = tokens.clone()
             self._logits = _last_logits(self._logits_by(prunable, tokens), tokens)
         except BaseException:

@@ -73,6 +73,7 @@ def test_what_is_kept_of_the_dense_model_says_what_the_dense_model_says(name, to
     pruner = OTPruner.from_pretrained(model, OTPruningConfig(pruning_ratio=0.5, multiple_of=1, quality="fast"))
     before = pruner.evaluate(text, dense=kept, batch_size=2, progress=False)
     assert "kl" not in before
+    assert len(kept._hidden) == len(text)
     pruner.prune(tokens, progress=False)
     after = pruner.evaluate(text, dense=kept, batch_size=3, progress=False)
     asked = pruner.evaluate(text, dense=dense, batch_size=2, progress=False)

@@ -145,7 +145,7 @@ def test_evaluation_is_counted_where_it_is_asked_for(config_only, llama, tokens,
             config_only, {"pruning_ratio": 0.0}, tokens, batch_size=batch_size, evaluate=True, evaluation_data=windows
         )
         count = batch_size * 40
-        assert uses(exact, "cpu")["more for evaluation"] == 4 * count * (64 + 4 * 48 + 8 * 32) + 6 * 2**25
+        assert uses(exact, "cpu")["more for evaluation"] == 4 * count * (2 * 64 + 4 * 48 + 8 * 32) + 6 * 2**25
     torch.save(windows, tmp_path / "ids.pt")
     arguments = ["prune", str(config_only), "-o", "out", "--dry-run", "--multiple-of", "1", "--eval", "--eval-data"]
     main([*arguments, str(tmp_path / "ids.pt"), "--calibration-data", str(tmp_path / "ids.pt")])
