@@ -74,8 +74,8 @@ def named_data(given: list[str]) -> dict[str, str]:
     """Return data by short names without folders: that of a Hub id is the whole id, those of equal names are numbered.
 
     Example:
-        >>> named_data(["user/text", "here/test.txt", "there/test.txt"])
-        {'user/text': 'user/text', 'test.txt': 'here/test.txt', 'test.txt (2)': 'there/test.txt'}
+        >>> named_data(["user/text", "./here/test.txt", "./there/test.txt"])
+        {'user/text': 'user/text', 'test.txt': './here/test.txt', 'test.txt (2)': './there/test.txt'}
     """
     named: dict[str, str] = {}
     for data in given:

@@ -56,7 +56,7 @@ def prunings(monkeypatch):
         {},
         {"method": "fo_snip"},
         {"quality": "best", "reconstruction_steps": 2},
-        {"allocation": "adaptive"},
+        {"allocation": "adaptive", "self_calibration": 0},
         {"layer_ratios": {1: 0.125}},
     ],
 )
