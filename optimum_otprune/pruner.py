@@ -9,13 +9,15 @@ from typing import Any, Unpack
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_otprune.checkpoints.check_loading import as_config, check_loading_options, refuse_loading_options
+from optimum_otprune.checkpoints.dense_model import dense_model
 from optimum_otprune.checkpoints.load import hub_id, load_checkpoint, load_skeleton
 from optimum_otprune.checkpoints.push import HubMixin, check_push, push_saved, refuse_push_options
 from optimum_otprune.checkpoints.save import Contents, save_checkpoint
 from optimum_otprune.config.checks import check_count
 from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.config.loading_options import LoadingOptions
-from optimum_otprune.models.changes import all_or_nothing, check_dense, check_whole, is_pruned
+from optimum_otprune.config.recovery_options import RecoveryOptions, RecoverySettings
+from optimum_otprune.models.changes import all_or_nothing, check_dense, check_pruned, check_whole, is_pruned
 from optimum_otprune.models.defaults import BATCH_SIZE, HIDDEN_MEMORY, TRIALS, VALIDATION_SHARE
 from optimum_otprune.models.devices import model_sizes
 from optimum_otprune.models.distributed import check_launch, check_model, check_single, is_main_process, wait_for_all
@@ -36,6 +38,9 @@ from optimum_otprune.pruning.dry_run.plan import PruningPlan
 from optimum_otprune.pruning.fingerprint import run_fingerprint
 from optimum_otprune.pruning.pipeline import prune_model
 from optimum_otprune.pruning.recipe import Recipe
+from optimum_otprune.pruning.recovery.recover import recover_model
+from optimum_otprune.pruning.recovery.samples import RecoveryData
+from optimum_otprune.pruning.recovery_report import RecoveryReport
 from optimum_otprune.pruning.report import PruningReport
 from optimum_otprune.pruning.resume import forget, resumable
 from optimum_otprune.pruning.settings import pass_settings
@@ -237,6 +242,53 @@ class OTPruner(HubMixin):
             "custom_functions": {name: recipe.functions[name].name for name in custom if name in recipe.functions},
             "references": {field: entry.citation for field, entry in recipe.functions.items() if entry.citation},
         }
+
+    def recover(
+        self,
+        data: TokenSource | None = None,
+        *,
+        base_model: str | os.PathLike | PreTrainedModel | None = None,
+        heldout_data: TokenSource | None = None,
+        **options: Unpack[RecoveryOptions],
+    ) -> RecoveryReport:
+        """Train the pruned model in place towards the dense model's own predictions; no labels are used.
+
+        It is trained on the given samples and on samples that the dense model writes itself. Some of each are held
+        out, and the weights that are kept are the best on them: on none are they worse than before, beyond noise. If
+        this ends early, by an error or an interruption, the model is what it was before, bit for bit.
+
+        Args:
+            data: What `optimum_otprune.pruning.calibration.data.calibration_tokens` takes; None is what the model was
+                pruned on, or the configuration's dataset where that is not in memory.
+            base_model: The dense model: in memory, or its Hub id or folder; default: where this one was made from.
+            heldout_data: Other text that is held out only, such as a second domain; as `evaluate` takes it.
+            **options: Options of `optimum_otprune.config.recovery_options.RecoveryOptions`, which says what each
+                means, such as `num_tokens`, `trained` and `learning_rate`.
+
+        Returns:
+            The report, also kept in `self.report.recoveries`.
+
+        Raises:
+            ConfigurationError: If an option is wrong, or the dense model is not known or not that of this one.
+            UnsupportedModelError: If the model is not pruned, or its weights are offloaded.
+            CalibrationDataError: If the data cannot be used.
+            NumericalError: If predictions are NaN or infinite.
+        """
+        settings = RecoverySettings.of(options, self.config.seed)
+        check_single("`recover`", "Start one.")
+        check_pruned(self.model)
+        dense = dense_model(base_model, self.model, self.base_model, options.get("base_options"))
+        self._places |= noted_places(calibration_data=data, evaluation_data=heldout_data)
+        read = (self.config, self.tokenizer, self.limits)
+        given = None if data is not None else self._calibrated_on
+        given = given or calibration_tokens(data, *read)
+        other = None if heldout_data is None else evaluation_tokens(heldout_data, *read, max_windows=64)
+        with all_or_nothing(self.model):
+            recovery = recover_model(self.model, dense, RecoveryData(given, other), settings)
+        recovery = dataclasses.replace(recovery, base_model=hub_id(dense.name_or_path))
+        if self.report is not None:
+            self.report = dataclasses.replace(self.report, recoveries=(*self.report.recoveries, recovery))
+        return recovery
 
     def tune(
         self,

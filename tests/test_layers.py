@@ -28,7 +28,7 @@ FLOORS = (
 )
 DOORS = {
     "ot": {"functional/transport/pot.py"},
-    "accelerate": {"models/devices.py", "models/distributed.py"},
+    "accelerate": {"models/devices.py", "models/distributed.py", "models/training.py"},
     "datasets": {"pruning/calibration/documents.py", "models/perplexity.py"},  # the metric declares its inputs' types
     "pandas": {"pruning/calibration/text_files.py"},
     "pyarrow": {"pruning/calibration/text_files.py"},

@@ -19,6 +19,7 @@ from optimum_otprune.commands.reading import protocol, tell_seen
 from optimum_otprune.commands.terminal import showing_progress
 from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.config.loading_options import LoadingOptions
+from optimum_otprune.config.recovery_options import RecoveryOptions
 from optimum_otprune.errors import IntegrityError, UsageError
 from optimum_otprune.models.changes import check_dense
 from optimum_otprune.models.defaults import VALIDATION_SHARE
@@ -29,7 +30,8 @@ from optimum_otprune.pruning.report import REPORT_FILE, PruningReport
 from optimum_otprune.pruning.resume import forget_if_saved
 from optimum_otprune.pruning.settings import spill_path
 from optimum_otprune.pruning.tuning.trials import TuningResult, TuningSettings
-from optimum_otprune.storage.files import recover, save_text
+from optimum_otprune.storage.files import recover as recover_folder
+from optimum_otprune.storage.files import save_text
 from optimum_otprune.storage.hub.options import PushOptions
 from optimum_otprune.storage.hub.push import PushResult
 from optimum_otprune.storage.manifest import verify_folder
@@ -59,7 +61,7 @@ def prune(args: argparse.Namespace) -> None:
         check_single("`--resume`", "Leave it out, or start one.")
     is_new = args.overwrite or args.dry_run
     if is_main_process() and not args.dry_run:
-        recover(output)
+        recover_folder(output)
     is_saved = state is not None and not is_new and _was_saved(args.model, output, state, config)
     if not is_saved:
         check_output_folder(output, args.overwrite)
@@ -125,6 +127,10 @@ def _prune_and_save(args: argparse.Namespace, config: OTPruningConfig, output: P
         **passes,
     )
     print(report)
+    if args.recover is not None:
+        recovery = RecoveryOptions(num_tokens=args.recover, batch_size=args.batch_size, progress=not args.quiet)
+        recovery["base_options"] = dict(chosen(args, LoadingOptions))
+        print(pruner.recover(base_model=args.model, **recovery))
     if args.eval:
         pruned = pruner.evaluate(args.eval_data, **measured)
         print(f"Perplexity: {dense['perplexity']:.2f} dense -> {pruned['perplexity']:.2f} pruned ({protocol(pruned)})")
@@ -134,6 +140,21 @@ def _prune_and_save(args: argparse.Namespace, config: OTPruningConfig, output: P
     pruner.save_pretrained(output, overwrite=args.overwrite)
     trust = ", trust_remote_code=True" if needs_remote_code(config, report) else ""
     print(f"Saved to {output}. Load it with AutoModelForCausalLM.from_pretrained({str(output)!r}{trust}).")
+
+
+@_main_process_speaks
+def recover(args: argparse.Namespace) -> None:
+    """Train a pruned model towards the dense one and save it."""
+    output = output_path(args.output)
+    recover_folder(output)
+    check_output_folder(output, args.overwrite)
+    pruner = OTPruner.from_pretrained(args.model, **chosen(args, LoadingOptions))
+    check_output_folder(output, args.overwrite, weight_bytes(pruner.model))
+    options = chosen(args, RecoveryOptions)
+    options["progress"] = not args.quiet
+    print(pruner.recover(args.data, base_model=args.base, heldout_data=args.heldout_data, **options))
+    pruner.save_pretrained(output, overwrite=args.overwrite)
+    print(f"Saved to {output}.")
 
 
 # Trials are printed; lines per layer would hide them.

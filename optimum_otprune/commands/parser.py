@@ -18,6 +18,8 @@ from optimum_otprune.commands.arguments import (
     add_model_options,
     add_options,
     add_overwrite_option,
+    add_recover_option,
+    add_recovery_options,
     add_resume_option,
     add_run_options,
     add_saved_folder,
@@ -119,9 +121,25 @@ class PruneCommand(_Command):
         parser.add_argument("--eval", action="store_true", help="measure perplexity before and after")
         parser.add_argument("--eval-data", metavar="DATA", help=f"what to measure it on: {DATA_HELP}")
         add_windows_option(parser)
+        add_recover_option(parser)
         add_resume_option(parser)
         add_config_options(parser)
         add_memory_options(parser)
+        add_run_options(parser)
+
+
+class RecoverCommand(_Command):
+    """`otprune recover`."""
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        """Options."""
+        add_model_options(parser)
+        parser.add_argument(
+            "-o", "--output", required=True, metavar="OUT", help="folder to write; must be new or empty"
+        )
+        add_overwrite_option(parser)
+        add_recovery_options(parser)
         add_run_options(parser)
 
 
@@ -275,6 +293,7 @@ class OTPruneCommand(BaseOptimumCLICommand):
     COMMAND = CommandInfo("otprune", "Structured pruning of FFN layers by optimal transport.")
     SUBCOMMANDS = (
         CommandInfo("prune", "Prune a model and save it.", PruneCommand),
+        CommandInfo("recover", "Train a pruned model towards the dense one, and save it.", RecoverCommand),
         CommandInfo("tune", "Search for a better configuration and write it to a file.", TuneCommand),
         CommandInfo("evaluate", "Measure the perplexity of a model, pruned or not.", EvaluateCommand),
         CommandInfo("benchmark", "Compare speed and memory of a dense and a pruned model.", BenchmarkCommand),

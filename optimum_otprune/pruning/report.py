@@ -35,6 +35,7 @@ from optimum_otprune.pruning.layer_report import (
     known_entries,
     warn_of_unknown,
 )
+from optimum_otprune.pruning.recovery_report import RecoveryReport
 from optimum_otprune.storage.files import replace_file
 from optimum_otprune.storage.untrusted import read_json
 
@@ -80,6 +81,7 @@ class PruningReport:
         options: Names of the fewest options that make the configuration; None in reports that do not say.
         references: Publications, or addresses of them, that registered functions were registered with, by field;
             None in reports that do not say.
+        recoveries: Reports of `recover`, oldest first.
     """
 
     config: Mapping[str, Any]
@@ -100,6 +102,7 @@ class PruningReport:
     token_weighting: str = "uniform"
     options: Sequence[str] | None = None
     references: Mapping[str, Mapping[str, str]] | None = None
+    recoveries: tuple[RecoveryReport, ...] = ()
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -182,6 +185,7 @@ class PruningReport:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values["layers"] = [layer.to_dict() for layer in self.layers]
         values["evaluations"] = [dict(evaluation) for evaluation in self.evaluations]
+        values["recoveries"] = [recovery.to_dict() for recovery in self.recoveries]
         values |= {name: getattr(self, name) for name in _DERIVED}
         return {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
 
@@ -208,10 +212,13 @@ class PruningReport:
         layers = [LayerReport.read(layer, f"layers[{i}]", unknown) for i, layer in enumerate(found["layers"])]
         evaluations = found.get("evaluations", ())
         check_entry("evaluations", evaluations, (list, tuple))
-        found |= {"layers": tuple(layers), "evaluations": tuple(evaluations)}
+        recoveries = found.get("recoveries", ())
+        check_entry("recoveries", recoveries, (list, tuple))
+        read = [RecoveryReport.read(entry, f"recoveries[{i}]", unknown) for i, entry in enumerate(recoveries)]
+        found |= {"layers": tuple(layers), "evaluations": tuple(evaluations), "recoveries": tuple(read)}
         if isinstance(found.get("options"), list):
             found["options"] = tuple(found["options"])
-        report = cls(**{name: found[name] for name in (*names, "evaluations")})
+        report = cls(**{name: found[name] for name in (*names, "evaluations", "recoveries")})
         report.check()
         for name in sorted(_DERIVED):
             derived = getattr(report, name)
@@ -266,6 +273,8 @@ class PruningReport:
             _check_parameters(self)
         for index, evaluation in enumerate(self.evaluations):
             check_evaluation(f"evaluations[{index}]", evaluation, is_finite)
+        for index, recovery in enumerate(self.recoveries):
+            recovery.check(f"recoveries[{index}]", is_finite)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the report as JSON."""

@@ -25,11 +25,17 @@ def partial_name(name: str, token: str) -> str:
 
 _MAY_BE_NAMES = (
     "source_model",
+    "base_model",
     "tokenizer",
     "calibration_data",
     "evaluation_data",
 )  # of the Hub, if no such path exists
-_CLOSED = ("source_model", "state", "offload_folder")  # a result inside would be mixed, or removed, with them
+_CLOSED = (
+    "source_model",
+    "base_model",
+    "state",
+    "offload_folder",
+)  # a result inside would be mixed, or removed, with them
 _SPACE_MARGIN = 1.1  # times the expected size, for what is not counted: tokenizer, card, blocks of the file system
 _LARGEST_JSON = 1 << 26  # bytes
 TOKEN_BYTES = 8  # of the random part of a hidden folder's name
@@ -117,9 +123,9 @@ def noted_places(**given: object) -> dict[str, Path]:
     """Return the paths among what a user gave, absolute, so that they hold when the working folder changes.
 
     Args:
-        **given: What the user gave as `source_model`, `tokenizer`, `calibration_data`, `evaluation_data`, `state`,
-            `spill_folder` or `offload_folder`; what is no path, such as a tensor or the name of a dataset on the Hub,
-            is left out.
+        **given: What the user gave as `source_model`, `base_model`, `tokenizer`, `calibration_data`,
+            `evaluation_data`, `state`, `spill_folder` or `offload_folder`; what is no path, such as a tensor or the
+            name of a dataset on the Hub, is left out.
 
     Raises:
         OutputError: If a name that must be a path cannot be the name of a file or folder.

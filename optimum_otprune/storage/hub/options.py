@@ -7,7 +7,7 @@ type checker finds a wrong one. No torch here, so that `otprune --help` is fast.
 import os
 from collections.abc import Callable, Mapping
 from functools import cache
-from numbers import Real
+from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Annotated, Any, ForwardRef, NamedTuple, TypedDict, TypeVar, Union, get_args, get_origin
 
@@ -18,6 +18,7 @@ PUSH_OPTION = "push option"  # the word for an option in messages
 _IN_WORDS = {
     str: "a string",
     bool: "True or False",
+    int: "an integer",
     float: "a number",
     dict: "a dictionary",
     os.PathLike: "a path",
@@ -70,7 +71,7 @@ class Keyword(NamedTuple):
     """One option, for programs.
 
     Attributes:
-        kind: `bool` and `float` as the type says, `str` for all that a command line can only give as text.
+        kind: `bool`, `int` and `float` as the type says, `str` for all that a command line can only give as text.
         about: The help text and default that are written beside its type.
         types: The types that a value may have; empty where torch is needed to know them.
     """
@@ -89,12 +90,12 @@ def keywords(options: Callable[..., object]) -> Mapping[str, Keyword]:
 def _keyword(annotation: object, about: About) -> Keyword:
     members = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
     types = () if isinstance(annotation, ForwardRef) else tuple(get_origin(member) or member for member in members)
-    return Keyword(members[0] if members[0] in (bool, float) else str, about, types)
+    return Keyword(members[0] if members[0] in (bool, int, float) else str, about, types)
 
 
 def _check_type(name: str, value: object, types: tuple[type, ...]) -> None:
     """Raise an error if a value has another type than is written; a wrong token is not shown."""
-    wider = tuple({float: Real, dict: Mapping}.get(kind, kind) for kind in types)
+    wider = tuple({int: Integral, float: Real, dict: Mapping}.get(kind, kind) for kind in types)
     if not types or (isinstance(value, wider) if not isinstance(value, bool) else bool in types):
         return
     shown = f"of type {type(value).__name__}" if name == "token" else visible(repr(value), 60)

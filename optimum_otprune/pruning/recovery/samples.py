@@ -1,0 +1,170 @@
+"""What recovery trains on and what it is judged on: given samples, samples that the dense model writes, other text."""
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from optimum_otprune.config.recovery_options import RecoverySettings
+from optimum_otprune.errors import CalibrationDataError, ConfigurationError
+from optimum_otprune.models.block_runner import input_device
+from optimum_otprune.models.pass_settings import PassSettings
+from optimum_otprune.pruning.calibration.data import TokenData
+from optimum_otprune.pruning.calibration.self_calibration import _plain_sampling
+from optimum_otprune.pruning.seeds import seed_of
+
+GIVEN, WRITTEN, HELDOUT = "given", "written by the dense model", "other"
+_SHARE = 1 / 8  # of the given samples that is held out
+_MOST_TOKENS = 8192  # of each part that is held out: each check of the weights reads them all
+
+
+class RecoveryData(NamedTuple):
+    """The text that a user gave.
+
+    Attributes:
+        given: The samples to train on, of which some are held out.
+        other: Windows that are held out only, or None.
+    """
+
+    given: TokenData
+    other: TokenData | None = None
+
+
+class Plan(NamedTuple):
+    """How many samples of each kind there will be.
+
+    Attributes:
+        given: Given samples to train on.
+        written: Written samples to train on.
+        heldout: Samples of each kind that are held out.
+    """
+
+    given: int
+    written: int
+    heldout: int
+
+
+def plan_samples(num_given: int, seqlen: int, num_tokens: int, written_per_sample: float) -> Plan:
+    """Plan the samples for a budget: all given ones, and as many written ones as fit, at most so many for each.
+
+    If the budget is below two samples for each given one, half of it is written.
+
+    Args:
+        num_given: Number of given samples.
+        seqlen: Number of tokens of each sample.
+        num_tokens: Number of tokens to train on.
+        written_per_sample: The most written samples for each given one.
+
+    Raises:
+        CalibrationDataError: If there are too few samples to hold any out.
+
+    Example:
+        >>> plan_samples(128, 256, 1_228_800, 4.0)
+        Plan(given=112, written=448, heldout=16)
+        >>> plan_samples(128, 256, 25_600, 4.0)
+        Plan(given=50, written=50, heldout=16)
+    """
+    if num_given < 2:
+        raise CalibrationDataError(
+            f"Recovery has {num_given} sample, and holds some out. Give two or more: shorter ones (`seqlen`), or more "
+            "text."
+        )
+    heldout = max(1, min(round(_SHARE * num_given), _MOST_TOKENS // seqlen))
+    left = num_given - heldout
+    wanted = max(1, num_tokens // seqlen)
+    written = min(int(written_per_sample * left), max(wanted - left, wanted // 2))
+    return Plan(min(left, max(1, wanted - written)), written, heldout)
+
+
+class RecoverySamples(NamedTuple):
+    """The samples of a recovery.
+
+    Attributes:
+        training: Samples to train on, LongTensor `(num_samples, seqlen)`.
+        counts: Number of them by what they are.
+        heldout: Held-out windows by what they are.
+    """
+
+    training: Tensor
+    counts: Mapping[str, int]
+    heldout: Mapping[str, Tensor]
+
+    def batches(self, size: int, seed: int) -> Iterator[Tensor]:
+        """Yield batches without end; no sample comes again before all others came as often.
+
+        Args:
+            size: Number of samples of a batch.
+            seed: Seed of the order.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        waiting = torch.empty(0, dtype=torch.long)
+        while True:
+            while len(waiting) < size:
+                waiting = torch.cat([waiting, torch.randperm(len(self.training), generator=generator)])
+            taken, waiting = waiting[:size], waiting[size:]
+            yield self.training[taken]
+
+
+def recovery_samples(dense: PreTrainedModel, data: RecoveryData, settings: RecoverySettings) -> RecoverySamples:
+    """Return what recovery trains on, and what it is judged on.
+
+    Args:
+        dense: The dense model, which writes.
+        data: What a user gave.
+        settings: The options, which say how much of it there is to be.
+
+    Raises:
+        CalibrationDataError: If too little was given.
+        ConfigurationError: If the dense model cannot write.
+    """
+    given, seed = data.given.tokens, settings.seed
+    passes = PassSettings(settings.batch_size, settings.progress)
+    plan = plan_samples(len(given), given.shape[1], settings.num_tokens, settings.written_per_sample)
+    order = torch.randperm(len(given), generator=torch.Generator().manual_seed(seed_of(seed, 0)))
+    held, kept = order[: plan.heldout].sort().values, order[plan.heldout :][: plan.given].sort().values
+    heldout: dict[str, Tensor] = {GIVEN: given[held]}
+    training, counts = [given[kept]], {GIVEN: plan.given}
+    if plan.written:
+        written = written_samples(dense, plan.written + plan.heldout, given.shape[1], passes, seed_of(seed, 1))
+        heldout[WRITTEN] = written[: plan.heldout]
+        training.append(written[plan.heldout :])
+        counts[WRITTEN] = plan.written
+    if data.other is not None:
+        windows = data.other.tokens
+        heldout[f"{HELDOUT}: {data.other.source}"] = windows[: max(1, _MOST_TOKENS // windows.shape[1])]
+    return RecoverySamples(torch.cat(training), counts, heldout)
+
+
+@torch.no_grad()
+def written_samples(
+    model: PreTrainedModel, num_samples: int, seqlen: int, settings: PassSettings, seed: int
+) -> Tensor:
+    """Let a model write samples from its first token, at temperature 1.
+
+    Args:
+        model: The model.
+        num_samples: Number of samples.
+        seqlen: Number of tokens of each.
+        settings: How the model is run.
+        seed: Seed of what it writes.
+
+    Returns:
+        LongTensor `(num_samples, seqlen)`, on the CPU.
+    """
+    if not model.can_generate():
+        raise ConfigurationError(
+            f"Recovery lets the dense model write text, which a {type(model).__name__} cannot. Set "
+            "`written_per_sample=0`."
+        )
+    first = model.config.bos_token_id
+    device = input_device(model)
+    prompts = torch.full((num_samples, 1), 0 if first is None else first)
+    written = []
+    with _plain_sampling(model, seqlen - 1), torch.random.fork_rng(range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        for batch in prompts.split(8 * settings.batch_size):
+            prompt = batch.to(device)
+            written.append(model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt)).cpu())  # type: ignore
+    return torch.cat(written)

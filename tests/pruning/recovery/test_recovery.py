@@ -1,0 +1,183 @@
+"""Recovery, end to end: what it gives, what it keeps, and what it refuses."""
+
+import json
+
+import pytest
+import torch
+
+from optimum_otprune import OTPruner, OTPruningConfig
+from optimum_otprune.errors import ConfigurationError, NumericalError, UnsupportedModelError
+from optimum_otprune.models import training
+from optimum_otprune.pruning.recovery import recover as module
+from optimum_otprune.pruning.recovery.heldout import Measured
+from optimum_otprune.pruning.recovery.samples import Plan, RecoverySamples, plan_samples
+from optimum_otprune.pruning.report import PruningReport
+from tests.conftest import VOCAB_SIZE, make_llama, run_command
+
+CONFIG = OTPruningConfig(pruning_ratio=0.5, multiple_of=1, quality="fast")
+FAST = {"num_tokens": 2000, "batch_tokens": 80, "progress": False}
+
+
+@pytest.fixture
+def pruned(llama, tokens) -> OTPruner:
+    pruner = OTPruner.from_pretrained(llama, CONFIG)
+    pruner.prune(tokens, progress=False)
+    return pruner
+
+
+def weights(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def changed(before, after):
+    return {name for name, value in before.items() if not torch.equal(value, after[name])}
+
+
+@pytest.mark.parametrize("trained", ["ffn", "all"])
+def test_recovery_brings_the_model_nearer_to_the_dense_one_on_all_held_out_parts(pruned, trained):
+    before = weights(pruned.model)
+    report = pruned.recover(
+        base_model=make_llama(), trained=trained, heldout_data=torch.arange(40).view(2, 20), **FAST
+    )
+    assert [part.data for part in report.heldout] == ["given", "written by the dense model", "other: token ids"]
+    assert all(part.kl_after <= part.kl_before for part in report.heldout[:2])
+    assert sum(part.kl_after for part in report.heldout) < sum(part.kl_before for part in report.heldout)
+    touched = changed(before, weights(pruned.model))
+    assert all("mlp" in name for name in touched) == (trained == "ffn")
+    assert len(touched) == (9 if trained == "ffn" else len(before))
+    assert report.trained_parameters == sum(before[name].numel() for name in touched)
+    assert report.num_tokens == 2000
+    assert report.steps == 25
+
+
+def test_the_model_is_as_before_but_for_its_weights_and_can_be_saved_and_loaded(pruned, tmp_path):
+    needs = [part.requires_grad for part in pruned.model.parameters()]
+    recovery = pruned.recover(base_model=make_llama(), **FAST)
+    assert [part.requires_grad for part in pruned.model.parameters()] == needs
+    assert not pruned.model.training
+    assert "_is_accelerate_prepared" not in vars(pruned.model)
+    pruned.save_pretrained(tmp_path / "out")
+    loaded = OTPruner.from_pretrained(tmp_path / "out")
+    assert not changed(weights(pruned.model), weights(loaded.model))
+    assert loaded.report.recoveries == (recovery,)
+
+
+def test_weights_that_are_worse_on_held_out_tokens_are_not_kept(pruned):
+    before = weights(pruned.model)
+    report = pruned.recover(base_model=make_llama(), learning_rate=0.9, **FAST)
+    assert report.kept_step == 0
+    assert report.steps < 25  # training stopped early
+    assert not changed(before, weights(pruned.model))
+    assert all(part.kl_after == part.kl_before for part in report.heldout)
+
+
+def test_one_part_that_gets_worse_beyond_noise_is_enough_to_refuse_weights():
+    def measured(*kl):
+        return Measured(torch.tensor([[value, 0.0, 0.0, 0.0] for value in kl], dtype=torch.float64), 2)
+
+    start = measured(1.0, 1.1, 0.9)
+    assert measured(1.2, 1.3, 1.2).is_worse_than(start)
+    assert not measured(1.5, 0.6, 1.0).is_worse_than(start)  # within noise
+    assert not start.is_worse_than(start)
+    best = module._Best({}, {}, {"one": start, "two": start})
+    best.look(1, {"one": measured(0.1, 0.1, 0.1), "two": measured(1.2, 1.3, 1.2)})
+    assert best.step == 0
+    best.look(2, {"one": measured(0.9, 1.0, 0.8), "two": start})
+    assert best.step == 2
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, NumericalError])
+def test_whatever_ends_recovery_early_leaves_the_model_bit_for_bit_as_it_was(pruned, monkeypatch, error):
+    before, objects = weights(pruned.model), [id(part) for part in pruned.model.parameters()]
+    add, calls = training.Stepper.add, []
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) == 10:
+            raise error("stop")
+        add(*args)
+
+    monkeypatch.setattr(training.Stepper, "add", failing)
+    with pytest.raises(error, match="stop"):
+        pruned.recover(base_model=make_llama(), **FAST)
+    assert len(calls) == 10
+    assert not changed(before, weights(pruned.model))
+    assert [id(part) for part in pruned.model.parameters()] == objects
+    assert all(part.requires_grad for part in pruned.model.parameters())
+    assert pruned.report.recoveries == ()
+
+
+def test_batches_in_parts_give_the_same_weights_as_whole_ones(llama, tokens):
+    found = []
+    for batch_size in (4, 1):
+        pruner = OTPruner.from_pretrained(
+            make_llama(), OTPruningConfig(pruning_ratio=0.5, multiple_of=1, quality="fast")
+        )
+        pruner.prune(tokens, progress=False)
+        pruner.recover(base_model=llama, **{**FAST, "num_tokens": 400, "written_per_sample": 0}, batch_size=batch_size)
+        found.append(weights(pruner.model))
+    assert changed(found[0], weights(llama))
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_a_model_of_16_bits_keeps_its_dtype_and_gets_better(tokens):
+    pruner = OTPruner.from_pretrained(make_llama().bfloat16(), OTPruningConfig(pruning_ratio=0.5, multiple_of=1))
+    pruner.prune(tokens, progress=False)
+    report = pruner.recover(base_model=make_llama().bfloat16(), **FAST)
+    assert {part.dtype for part in pruner.model.parameters()} == {torch.bfloat16}
+    assert report.kept_step > 0
+
+
+def test_no_sample_comes_again_before_all_others():
+    samples = RecoverySamples(torch.arange(10).view(10, 1), {}, {})
+    batches = samples.batches(4, seed=0)
+    seen = torch.cat([next(batches) for _ in range(5)]).flatten().tolist()
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
+    assert seen[:10] != seen[10:]
+
+
+def test_samples_are_planned_by_the_budget():
+    assert plan_samples(128, 256, 10**9, 4.0) == Plan(given=112, written=448, heldout=16)
+    assert plan_samples(128, 256, 300 * 256, 4.0) == Plan(given=112, written=188, heldout=16)
+    assert plan_samples(128, 256, 100 * 256, 4.0) == Plan(given=50, written=50, heldout=16)
+    assert plan_samples(128, 256, 100 * 256, 0.0) == Plan(given=100, written=0, heldout=16)
+
+
+def test_wrong_options_and_models_are_refused(pruned, llama):
+    dense = make_llama()
+    with pytest.raises(ConfigurationError, match="`num_tokens` 'many' is no number"):
+        pruned.recover(base_model=dense, num_tokens="many")
+    with pytest.raises(ConfigurationError, match="Did you mean 'ffn'"):
+        pruned.recover(base_model=dense, trained="ff")
+    with pytest.raises(ConfigurationError, match="`learning_rate` is 3; want a number > 0 and < 1"):
+        pruned.recover(base_model=dense, learning_rate=3)
+    with pytest.raises(ConfigurationError, match="Unknown option of recovery 'tokens'"):
+        pruned.recover(base_model=dense, tokens=3)
+    with pytest.raises(ConfigurationError, match="is pruned itself"):
+        pruned.recover(base_model=llama)
+    with pytest.raises(ConfigurationError, match="not known from which dense model"):
+        pruned.recover()
+    with pytest.raises(ConfigurationError, match="65 as vocabulary, the pruned one 64"):
+        pruned.recover(base_model=make_llama(vocab_size=VOCAB_SIZE + 1))
+    with pytest.raises(UnsupportedModelError, match="was not pruned"):
+        OTPruner.from_pretrained(dense).recover(base_model=dense)
+
+
+def test_the_commands_recover_a_folder_and_a_model_that_was_just_pruned(llama_folder, tokens, tmp_path, capsys):
+    torch.save(tokens, tmp_path / "tokens.pt")
+    data = ["--quiet", "--batch-size", "4"]
+    pruning = ["--pruning-ratio", "0.5", "--multiple-of", "1", "--quality", "fast"]
+    given = ["--calibration-data", tmp_path / "tokens.pt"]
+    assert run_command("prune", llama_folder, "-o", tmp_path / "half", *pruning, *given, *data) == 0
+    command = ["recover", tmp_path / "half", "--data", tmp_path / "tokens.pt", "--num-tokens", "1k", *data]
+    assert run_command(*command, "-o", tmp_path / "out") == 1
+    assert "pruned itself. Give the dense one" in capsys.readouterr().err
+    assert run_command(*command, "--base", llama_folder, "-o", tmp_path / "out", "--trained", "al") == 2
+    assert run_command(*command, "--base", llama_folder, "-o", tmp_path / "out") == 0
+    assert "distillation" in capsys.readouterr().out
+    saved = PruningReport.load(tmp_path / "out" / "otprune_report.json")
+    assert saved.recoveries[0].num_tokens == 1000
+    both = ["prune", llama_folder, "-o", tmp_path / "both", *pruning, *given, *data]
+    assert run_command(*both, "--recover", "1k") == 0
+    assert len(json.loads((tmp_path / "both" / "otprune_report.json").read_text())["recoveries"]) == 1
