@@ -3,56 +3,50 @@
 import dataclasses
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from optimum_otprune.checkpoints.base_model import load_base
 from optimum_otprune.checkpoints.check_loading import as_config, check_loading_options, refuse_loading_options
-from optimum_otprune.checkpoints.dense_model import dense_model
 from optimum_otprune.checkpoints.load import hub_id, load_checkpoint, load_skeleton
-from optimum_otprune.checkpoints.push import HubMixin, check_push, push_saved, refuse_push_options
-from optimum_otprune.checkpoints.save import Contents, save_checkpoint
+from optimum_otprune.checkpoints.mixin import CheckpointMixin
 from optimum_otprune.config.checks import check_count
 from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.config.loading_options import LoadingOptions
 from optimum_otprune.config.recovery_options import RecoveryOptions, RecoverySettings
-from optimum_otprune.models.changes import all_or_nothing, check_dense, check_pruned, check_whole, is_pruned
+from optimum_otprune.models.changes import all_or_nothing, check_pruned, check_whole, dense_model
 from optimum_otprune.models.defaults import BATCH_SIZE, HIDDEN_MEMORY, TRIALS, VALIDATION_SHARE
 from optimum_otprune.models.devices import model_sizes
-from optimum_otprune.models.distributed import check_launch, check_model, check_single, is_main_process, wait_for_all
+from optimum_otprune.models.distributed import check_launch, check_model, check_single
 from optimum_otprune.models.ffn_block import ffn_blocks
-from optimum_otprune.models.perplexity import evaluate_perplexity
-from optimum_otprune.models.prunable_model import PrunableModel
+from optimum_otprune.models.pass_settings import PassSettings
 from optimum_otprune.models.wrappers import checked_tokenizer, model_in_memory, unwrapped
-from optimum_otprune.pruning.calibration.data import (
-    ModelLimits,
-    TokenData,
-    TokenSource,
-    calibration_tokens,
-    evaluation_tokens,
-)
-from optimum_otprune.pruning.calibration.overlap import seen_windows
+from optimum_otprune.pruning.calibration.data import ModelLimits, TokenSource, calibration_tokens, evaluation_tokens
 from optimum_otprune.pruning.dry_run.estimate import Skeleton, plan_pruning
 from optimum_otprune.pruning.dry_run.plan import PruningPlan
+from optimum_otprune.pruning.evaluation import evaluation
 from optimum_otprune.pruning.fingerprint import run_fingerprint
+from optimum_otprune.pruning.outcome import Origin
 from optimum_otprune.pruning.pipeline import prune_model
 from optimum_otprune.pruning.recipe import Recipe
 from optimum_otprune.pruning.recovery.recover import recover_model
 from optimum_otprune.pruning.recovery.samples import RecoveryData
 from optimum_otprune.pruning.recovery_report import RecoveryReport
 from optimum_otprune.pruning.report import PruningReport
-from optimum_otprune.pruning.resume import forget, resumable
+from optimum_otprune.pruning.resume import resumable
 from optimum_otprune.pruning.settings import pass_settings
 from optimum_otprune.pruning.size_target import with_pruning_ratio
 from optimum_otprune.pruning.tuning.search import tune_model
 from optimum_otprune.pruning.tuning.trials import TuningResult, TuningSettings
-from optimum_otprune.storage.hub.options import PushOptions
-from optimum_otprune.storage.outputs import noted_places, output_path, resolved_output
+from optimum_otprune.storage.outputs import noted_places
 from optimum_otprune.storage.state_folder import state_path
 
 
-class OTPruner(HubMixin):
+class OTPruner(CheckpointMixin):
     """Prunes the feed-forward layers of a causal language model in place. Make one by `from_pretrained`.
 
     Attributes:
@@ -82,8 +76,7 @@ class OTPruner(HubMixin):
         self._places = noted_places(
             source_model=self.model.name_or_path, tokenizer=getattr(tokenizer, "name_or_path", None)
         )
-        self._calibrated_on: TokenData | None = None
-        self._unsaved_state: tuple[Path, Mapping[str, Any]] | None = None
+        self._calibrated_on: Tensor | None = None
         self._evaluations: list[Mapping[str, Any]] = list(report.evaluations) if report else []
 
     @classmethod
@@ -213,35 +206,24 @@ class OTPruner(HubMixin):
             StateError: If `resume_from` is in use, is damaged, or belongs to a run that differs from this one.
             OutputError: If `resume_from` cannot be written; finished layers are kept there.
         """
-        batch_size = check_count("batch_size", batch_size)
-        check_dense(self.model)
+        settings = pass_settings(check_count("batch_size", batch_size), progress, max_hidden_memory, spill_folder)
+        prunable = dense_model(self.model)
         check_model(self.model)
         if resume_from is not None:
             check_single("`resume_from`", "Leave it out, or start one.")
-        settings = pass_settings(batch_size, progress, max_hidden_memory, spill_folder)
-        prunable = PrunableModel.loadable(self.model)
         recipe = Recipe.resolve(with_pruning_ratio(self.config, prunable), functions)
         state = state_path(resume_from)
         self._places |= noted_places(calibration_data=calibration_data, state=state, spill_folder=spill_folder)
         data = calibration_tokens(calibration_data, self.config, self.tokenizer, self.limits)
         before = model_sizes(self.model)
-        run = {} if state is None else run_fingerprint(self.model, recipe, data.tokens, batch_size)
+        run = {} if state is None else run_fingerprint(self.model, recipe, data.tokens, settings.batch_size)
         with all_or_nothing(self.model), resumable(state, run) as store:
             pruned = prune_model(prunable, recipe, data.tokens, settings, store)
-            report = pruned.report(self.model, self.config, data, before, **self._known(recipe, functions))
+            origin = Origin(base_model=self.base_model, base_card=self.base_card, evaluations=tuple(self._evaluations))
+            report = pruned.report(self.model, self.config, recipe, data, before, **origin)
         self._unsaved_state = None if state is None else (state, run)
-        self._calibrated_on, self.report = data, report
+        self._calibrated_on, self.report = data.tokens, report
         return report
-
-    def _known(self, recipe: Recipe, custom: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the report's fields about the model and about functions that replace registered ones."""
-        return {
-            "base_model": self.base_model,
-            "base_card": self.base_card,
-            "evaluations": tuple(self._evaluations),
-            "custom_functions": {name: recipe.functions[name].name for name in custom if name in recipe.functions},
-            "references": {field: entry.citation for field, entry in recipe.functions.items() if entry.citation},
-        }
 
     def recover(
         self,
@@ -277,14 +259,12 @@ class OTPruner(HubMixin):
         settings = RecoverySettings.of(options, self.config.seed)
         check_single("`recover`", "Start one.")
         check_pruned(self.model)
-        dense = dense_model(base_model, self.model, self.base_model, options.get("base_options"))
+        dense = load_base(base_model, self.model, self.base_model, options.get("base_options"))
         self._places |= noted_places(calibration_data=data, evaluation_data=heldout_data)
-        read = (self.config, self.tokenizer, self.limits)
-        given = None if data is not None else self._calibrated_on
-        given = given or calibration_tokens(data, *read)
-        other = None if heldout_data is None else evaluation_tokens(heldout_data, *read, max_windows=64)
+        given = self._calibrated_on if data is None else data
+        texts = RecoveryData.read(given, heldout_data, self.config, self.tokenizer, self.limits)
         with all_or_nothing(self.model):
-            recovery = recover_model(self.model, dense, RecoveryData(given, other), settings)
+            recovery = recover_model(self.model, dense, texts, settings)
         recovery = dataclasses.replace(recovery, base_model=hub_id(dense.name_or_path))
         if self.report is not None:
             self.report = dataclasses.replace(self.report, recoveries=(*self.report.recoveries, recovery))
@@ -334,22 +314,27 @@ class OTPruner(HubMixin):
             OTPruneError: If optuna is missing, or an argument, the study's file or the first trial is at fault.
         """
         check_single("`tune`", "Start one.")
-        check_dense(self.model)
-        file = None if study is None else Path(os.path.expanduser(study))
-        space, shape, seed = search_space, latency_shape, self.config.seed if seed is None else seed
+        prunable = dense_model(self.model)
         settings = TuningSettings(
-            num_trials, timeout, space, file, target_latency, shape, validation_share, seed, batch_size, progress
+            num_trials=num_trials,
+            timeout=timeout,
+            search_space=search_space,
+            study=None if study is None else Path(os.path.expanduser(study)),
+            target_latency=target_latency,
+            latency_shape=latency_shape,
+            validation_share=validation_share,
+            seed=self.config.seed if seed is None else seed,
+            passes=PassSettings(batch_size, progress),
         ).checked()
-        prunable = PrunableModel.loadable(self.model)
         tokens = calibration_tokens(calibration_data, self.config, self.tokenizer, self.limits).tokens
-
-        def note(result: TuningResult) -> None:
-            self.tuning = result
-            if on_trial is not None:
-                on_trial(result)
-
+        note = partial(self._note_trial, on_trial)
         self.config = tune_model(prunable, self.config, tokens, settings, note).best.config
         return self.config
+
+    def _note_trial(self, on_trial: Callable[[TuningResult], None] | None, result: TuningResult) -> None:
+        self.tuning = result
+        if on_trial is not None:
+            on_trial(result)
 
     def evaluate(
         self,
@@ -383,66 +368,9 @@ class OTPruner(HubMixin):
         max_windows = None if max_windows is None else check_count("max_windows", max_windows)
         self._places |= noted_places(evaluation_data=data)
         tokens = evaluation_tokens(data, self.config, self.tokenizer, self.limits, max_windows)
-        measured = evaluate_perplexity(self.model, tokens.tokens, batch_size, progress)
-        stage = "dense" if self.report is None and not is_pruned(self.model) else "pruned"
-        metrics = {**measured, "data": tokens.source, "stage": stage}
-        calibrated_on = None if self._calibrated_on is None else self._calibrated_on.tokens
-        metrics |= seen_windows(tokens.tokens, calibrated_on, self.report and self.report.calibration.get("passages"))
+        metrics = evaluation(self.model, tokens, batch_size, progress, self.report, self._calibrated_on)
         metrics |= {} if max_windows is None else {"max_windows": max_windows}
         self._evaluations.append(metrics)
         if self.report is not None:
             self.report = dataclasses.replace(self.report, evaluations=tuple(self._evaluations))
         return dict(metrics)
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        *,
-        overwrite: bool = False,
-        max_shard_size: int | str | None = None,
-        push_to_hub: bool = False,
-        repo_id: str | None = None,
-        **push_options: Unpack[PushOptions],
-    ) -> Path:
-        """Save model, tokenizer, configuration, report, card and manifest; the folder appears complete or not at all.
-
-        Args:
-            save_directory: A folder that does not exist, or is empty, unless `overwrite`.
-            overwrite: Whether to replace a folder that holds a saved model and nothing else, in one step.
-            max_shard_size: The most bytes of a file; default: 5 GB, or a twentieth of a model with offloaded weights.
-            push_to_hub: Whether to push the folder as well; whether that will be allowed is checked before saving.
-            repo_id: The repository; default: the folder's name, under the token's own user.
-            **push_options: The options of pushing, as `push_to_hub` takes them.
-
-        Returns:
-            The folder.
-
-        Raises:
-            OutputError: If the folder is not empty, holds other files than may be replaced, cannot be written, or is
-                or contains a place of the user's; nothing half-written stays.
-            HubError: If pushing fails; the folder is there all the same, unless access was refused beforehand.
-        """
-        check_whole(self.model)
-        folder = output_path(save_directory)
-        if not push_to_hub:
-            refuse_push_options({"repo_id": repo_id, **push_options})
-            return self._save_for_good(folder, overwrite, max_shard_size)
-        check_single("`push_to_hub=True`", "Save, then push the folder from one.")
-        name = check_push(repo_id or resolved_output(folder).name, push_options)
-        self._save_for_good(folder, overwrite, max_shard_size)
-        push_saved(folder, name, **push_options)
-        return folder
-
-    def _save_for_good(self, folder: Path, overwrite: bool, max_shard_size: int | str | None) -> Path:
-        """Save the model, and remove the state of the run, which is not needed any more."""
-        if is_main_process():
-            self._save(folder, overwrite, max_shard_size)
-        wait_for_all()
-        if self._unsaved_state is not None:
-            forget(*self._unsaved_state)
-            self._unsaved_state = None
-        return folder
-
-    def _save(self, folder: Path, overwrite: bool, max_shard_size: int | str | None, name: str | None = None) -> Path:
-        contents = Contents(self.model, self.tokenizer, self.config, self.report)
-        return save_checkpoint(folder, contents, overwrite, max_shard_size, self._places, name)

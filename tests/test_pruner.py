@@ -243,7 +243,7 @@ def test_functions_of_ones_own_replace_names_and_are_reported(llama, tokens):
     def last_first(statistics):
         return torch.arange(statistics.weights.intermediate_size, dtype=torch.float32)
 
-    pruner = prune(llama, tokens, {"importance": last_first}, selection="top")
+    pruner = prune(llama, tokens, {"importance": last_first, "cost": None}, selection="top")
     assert pruner.report.layers[0].kept_channels == tuple(range(24, 48))
     assert pruner.report.custom_functions == {"importance": "last_first"}
 

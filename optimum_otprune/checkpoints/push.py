@@ -1,61 +1,17 @@
-"""`push_to_hub` of a model in memory, and the options that pushing takes."""
+"""Pushing a saved folder, and what is checked of the options of pushing before any work."""
 
-import tempfile
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Unpack
 
-from transformers import PreTrainedModel
-
 from optimum_otprune.checkpoints.card.folder import folder_card
 from optimum_otprune.config.options_file import CONFIG_FILE
 from optimum_otprune.errors import ConfigurationError
-from optimum_otprune.models.changes import check_whole
-from optimum_otprune.models.distributed import check_single
 from optimum_otprune.pruning.report import REPORT_FILE, PruningReport
 from optimum_otprune.storage.hub.options import PUSH_OPTION, PushOptions, filled
 from optimum_otprune.storage.hub.preflight import check_hub_access
 from optimum_otprune.storage.hub.push import PushResult, push_folder
-
-
-class HubMixin(ABC):
-    """Pushes a model or a configuration that can be saved."""
-
-    model: PreTrainedModel
-
-    @abstractmethod
-    def _save(self, folder: Path, overwrite: bool, max_shard_size: int | str | None, name: str | None = None) -> Path:
-        """Write a complete folder, whose card calls the model by a name (default: the folder's)."""
-
-    def push_to_hub(
-        self, repo_id: str, *, max_shard_size: int | str | None = None, **options: Unpack[PushOptions]
-    ) -> PushResult:
-        """Push the model in one commit, from a temporary folder that is removed again.
-
-        The temporary folder needs room for the model where `TMPDIR` points to. To keep the folder, use
-        `save_pretrained(..., push_to_hub=True)`; `otprune push` pushes a folder that is saved already.
-
-        Args:
-            repo_id: `user/name`, or a name alone for the token's own user; made if it does not exist.
-            max_shard_size: The most bytes of one safetensors file, as `save_pretrained` takes it.
-            **options: Options of `optimum_otprune.storage.hub.options.PushOptions`, which says what each means, such
-                as `private`, `revision` and `create_pr`.
-
-        Returns:
-            The repository and the commit, and whether there was anything to commit.
-
-        Raises:
-            HubError: If the push fails; the model in memory is unharmed, and the same call may be repeated.
-            OutputError: If there is no room for the temporary folder.
-        """
-        check_whole(self.model)
-        check_single("`push_to_hub`", "Save with `save_pretrained`, then push the folder from one.")
-        name = check_push(repo_id, options)
-        with tempfile.TemporaryDirectory(prefix="otprune-push-") as parent:
-            folder = self._save(Path(parent) / name.split("/")[-1], False, max_shard_size, name)
-            return push_folder(folder, name, **options)
 
 
 def push_saved(folder: Path, repo_id: str, **options: Unpack[PushOptions]) -> PushResult:

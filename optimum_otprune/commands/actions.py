@@ -22,9 +22,9 @@ from optimum_otprune.config.loading_options import LoadingOptions
 from optimum_otprune.config.recovery_options import RecoveryOptions
 from optimum_otprune.errors import IntegrityError, UsageError
 from optimum_otprune.models.changes import check_dense
-from optimum_otprune.models.defaults import VALIDATION_SHARE
 from optimum_otprune.models.devices import weight_bytes
 from optimum_otprune.models.distributed import check_model, check_single, is_main_process, wait_for_all
+from optimum_otprune.models.pass_settings import PassSettings
 from optimum_otprune.pruner import OTPruner
 from optimum_otprune.pruning.report import REPORT_FILE, PruningReport
 from optimum_otprune.pruning.resume import forget_if_saved
@@ -165,14 +165,10 @@ def tune(args: argparse.Namespace) -> None:
     settings = TuningSettings(
         num_trials=args.trials,
         timeout=args.timeout,
-        search_space=None,
-        study=None,
+        seed=config.seed,
+        passes=PassSettings(args.batch_size),
         target_latency=args.target_latency,
         latency_shape=args.latency_shape,
-        validation_share=VALIDATION_SHARE,
-        seed=config.seed,
-        batch_size=args.batch_size,
-        progress=not args.quiet,
     )
     usage(settings.checked)
     pruner = OTPruner.from_pretrained(args.model, config, **chosen(args, LoadingOptions))

@@ -95,6 +95,17 @@ def check_dense(model: PreTrainedModel) -> None:
         )
 
 
+def dense_model(model: PreTrainedModel) -> PrunableModel:
+    """Return a model with its blocks, ready to be pruned.
+
+    Raises:
+        HalfPrunedError: If it is half-pruned.
+        UnsupportedModelError: If it is pruned, or has no FFN that can be pruned and loaded again.
+    """
+    check_dense(model)
+    return PrunableModel.loadable(model)
+
+
 def check_pruned(model: PreTrainedModel) -> None:
     """Raise an error if there is nothing to recover in a model.
 

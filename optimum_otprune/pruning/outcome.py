@@ -1,14 +1,23 @@
 """The results of a finished run, and its report."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict, Unpack
 
 from transformers import PreTrainedModel
 
 from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.models.devices import model_sizes
 from optimum_otprune.pruning.calibration.data import TokenData
+from optimum_otprune.pruning.recipe import Recipe
 from optimum_otprune.pruning.report import LayerReport, PruningReport, versions
+
+
+class Origin(TypedDict):
+    """What the report says of the model that no run finds out; see `PruningReport`."""
+
+    base_model: str | None
+    base_card: Mapping[str, object]
+    evaluations: tuple[Mapping[str, object], ...]
 
 
 class PrunedLayers(NamedTuple):
@@ -28,28 +37,22 @@ class PrunedLayers(NamedTuple):
         self,
         model: PreTrainedModel,
         config: OTPruningConfig,
+        recipe: Recipe,
         data: TokenData,
         sizes_before: tuple[int, int],
-        **known: Any,
+        **origin: Unpack[Origin],
     ) -> PruningReport:
         """Return the report of the whole run.
 
         Args:
             model: The pruned model.
-            config: The configuration that it was pruned by.
+            config: The configuration that it was pruned by, as the user gave it.
+            recipe: That configuration with its functions.
             data: The calibration samples and where they come from.
             sizes_before: Parameters and bytes of the dense model.
-            **known: Other fields of the report.
+            **origin: What is known of the model and was measured before.
         """
         parameters, size = model_sizes(model)
-        measured: Mapping[str, Any] = {
-            "parameters_before": sizes_before[0],
-            "parameters_after": parameters - self.padding_parameters,
-            "padding_parameters": self.padding_parameters,
-            "added_biases": self.added_biases,
-            "size_before": sizes_before[1],
-            "size_after": size,
-        }
         return PruningReport(
             config=config.to_dict(),
             options=tuple(config.fewest_options()),
@@ -58,6 +61,13 @@ class PrunedLayers(NamedTuple):
             versions=versions(),
             model_type=model.config.model_type,
             token_weighting=config.token_weighting or "uniform",
-            **measured,
-            **known,
+            parameters_before=sizes_before[0],
+            parameters_after=parameters - self.padding_parameters,
+            padding_parameters=self.padding_parameters,
+            added_biases=self.added_biases,
+            size_before=sizes_before[1],
+            size_after=size,
+            custom_functions=recipe.custom_functions,
+            references=recipe.references,
+            **origin,
         )

@@ -18,10 +18,12 @@ class Recipe:
     Attributes:
         config: The configuration with its names and numbers.
         functions: The function to call, by field; fields that the method does not use are absent.
+        custom_functions: Names of those that the user gave in place of the configuration's, by field.
     """
 
     config: OTPruningConfig
     functions: Mapping[str, Entry]
+    custom_functions: Mapping[str, str]
 
     @classmethod
     def resolve(cls, config: OTPruningConfig, custom: Mapping[str, object]) -> "Recipe":
@@ -51,7 +53,13 @@ class Recipe:
             functions[field] = FUNCTION_FIELDS[field].entry(function)
         replaced = {field: function for field, function in custom.items() if function is not None}
         check_replaced({name: getattr(config, name) for name in OPTIONS_BY_NAME}, replaced)
-        return cls(config, {field: guarded(field, entry) for field, entry in functions.items()})
+        guards = {field: guarded(field, entry) for field, entry in functions.items()}
+        return cls(config, guards, {field: guards[field].name for field in replaced})
+
+    @property
+    def references(self) -> dict[str, Mapping[str, str]]:
+        """What the functions were registered with as their publications, by field."""
+        return {field: entry.citation for field, entry in self.functions.items() if entry.citation}
 
     @property
     def transports(self) -> bool:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from optimum_otprune import OTPruner, OTPruningConfig
-from optimum_otprune.checkpoints import push as pushing
+from optimum_otprune.checkpoints import mixin
 from optimum_otprune.checkpoints import save as checkpoint
 from optimum_otprune.checkpoints.card import folder as folder_of_card
 from optimum_otprune.checkpoints.card import plots
@@ -279,7 +279,7 @@ def test_the_card_of_a_model_in_memory_is_rendered_once_and_names_the_repository
 
     monkeypatch.setattr(checkpoint, "model_card", noted)
     monkeypatch.setattr(folder_of_card, "model_card", noted)
-    monkeypatch.setattr(pushing, "check_push", lambda name, options: name)
+    monkeypatch.setattr(mixin, "check_push", lambda name, options: name)
     assert 'from_pretrained("user/name")' in pruner.push_to_hub("user/name").decode()
     assert len(rendered) == 1
 

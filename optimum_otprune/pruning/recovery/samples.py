@@ -5,13 +5,20 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.config.recovery_options import RecoverySettings
 from optimum_otprune.errors import CalibrationDataError, ConfigurationError
 from optimum_otprune.models.block_runner import input_device
 from optimum_otprune.models.pass_settings import PassSettings
-from optimum_otprune.pruning.calibration.data import TokenData
+from optimum_otprune.pruning.calibration.data import (
+    ModelLimits,
+    TokenData,
+    TokenSource,
+    calibration_tokens,
+    evaluation_tokens,
+)
 from optimum_otprune.pruning.calibration.self_calibration import _plain_sampling
 from optimum_otprune.pruning.seeds import seed_of
 
@@ -30,6 +37,33 @@ class RecoveryData(NamedTuple):
 
     given: TokenData
     other: TokenData | None = None
+
+    @classmethod
+    def read(
+        cls,
+        given: TokenSource | None,
+        other: TokenSource | None,
+        config: OTPruningConfig,
+        tokenizer: PreTrainedTokenizerBase | None,
+        limits: ModelLimits,
+    ) -> "RecoveryData":
+        """Read the samples and windows; see `calibration_tokens` and `evaluation_tokens`.
+
+        Args:
+            given: The samples to train on, of which some are held out; None for the configuration's dataset.
+            other: Windows that are held out only, or None.
+            config: The configuration, which names the dataset and the number and length of samples.
+            tokenizer: The tokenizer; only text needs one.
+            limits: The vocabulary size and the longest sequence of the model.
+
+        Raises:
+            CalibrationDataError: If the data cannot be found or used.
+        """
+        samples = calibration_tokens(given, config, tokenizer, limits)
+        if other is None:
+            return cls(samples)
+        most = max(1, _MOST_TOKENS // limits.seqlen(config))
+        return cls(samples, evaluation_tokens(other, config, tokenizer, limits, most))
 
 
 class Plan(NamedTuple):

@@ -96,7 +96,7 @@ def tune_model(
         study = _open_study(optuna, settings.study)
         _check_same(study, fingerprint(prunable.model, tokens, base, space, **_conditions(settings)))
         base = _at_latency(study, prunable, base, settings)
-        objective = partial(_perplexity, prunable, fit, heldout, settings.batch_size)
+        objective = partial(_perplexity, prunable, fit, heldout, settings.passes.batch_size)
         return _Search(optuna, study, base, space, objective).run(settings, on_trial)
 
 
@@ -282,7 +282,7 @@ class _Search(NamedTuple):
             initial=len(result.trials),
             desc="Tuning",
             unit="trial",
-            disable=not settings.progress,
+            disable=not settings.passes.progress,
         ) as bar:
             while len(result.trials) < settings.num_trials and (not result.trials or time.monotonic() < deadline):
                 # A sampler of its own for each trial: an interrupted study goes on as if it had not been interrupted.

@@ -11,6 +11,8 @@ from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.config.options import OPTIONS_BY_NAME
 from optimum_otprune.config.quantities import real_number
 from optimum_otprune.errors import ConfigurationError
+from optimum_otprune.models.defaults import VALIDATION_SHARE
+from optimum_otprune.models.pass_settings import PassSettings
 
 
 class TuningSettings(NamedTuple):
@@ -19,26 +21,24 @@ class TuningSettings(NamedTuple):
     Attributes:
         num_trials: Number of finished trials in all, those of earlier runs of the study included.
         timeout: Seconds after which no trial but the first one starts; None for no limit.
-        search_space: A domain for each field; None for the default.
-        study: The file of the study; None keeps it in memory.
+        seed: Seed of the split and of the sampler.
+        passes: Number of samples per forward pass, and whether to show a progress bar.
         target_latency: Seconds that a forward pass may take, in place of the configuration's ratio.
         latency_shape: The shape `(batch_size, seqlen)` of that forward pass; None for one calibration sample.
+        search_space: A domain for each field; None for the default.
+        study: The file of the study; None keeps it in memory.
         validation_share: Share of the samples that the objective is measured on.
-        seed: Seed of the split and of the sampler.
-        batch_size: Number of samples per forward pass.
-        progress: Whether to show a progress bar.
     """
 
     num_trials: int
     timeout: float | None
-    search_space: Mapping[str, Any] | None
-    study: Path | None
-    target_latency: float | None
-    latency_shape: tuple[int, int] | None
-    validation_share: float
     seed: int
-    batch_size: int
-    progress: bool
+    passes: PassSettings
+    target_latency: float | None = None
+    latency_shape: tuple[int, int] | None = None
+    search_space: Mapping[str, object] | None = None
+    study: Path | None = None
+    validation_share: float = VALIDATION_SHARE
 
     def checked(self) -> "TuningSettings":
         """Return the same settings with plain numbers.
@@ -48,7 +48,7 @@ class TuningSettings(NamedTuple):
         """
         return self._replace(
             num_trials=check_count("num_trials", self.num_trials),
-            batch_size=check_count("batch_size", self.batch_size),
+            passes=self.passes.by(check_count("batch_size", self.passes.batch_size)),
             timeout=_between("timeout", self.timeout),
             target_latency=_between("target_latency", self.target_latency),
             validation_share=_between("validation_share", self.validation_share, 1),

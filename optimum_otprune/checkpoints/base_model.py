@@ -14,7 +14,7 @@ from optimum_otprune.models.devices import is_spread
 from optimum_otprune.models.wrappers import model_in_memory
 
 
-def dense_model(
+def load_base(
     given: str | os.PathLike | PreTrainedModel | None,
     pruned: PreTrainedModel,
     known: str | None,
