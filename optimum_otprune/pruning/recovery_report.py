@@ -19,7 +19,9 @@ class HeldoutPart:
     """How far the pruned model is from the dense one on held-out tokens of one kind, before and after recovery.
 
     Attributes:
-        data: What kind of text it is, or where it comes from.
+        part: What it is: `"given"` is held out of what was given to train on, `"written"` of what the dense model
+            wrote, `"other"` is text that nothing was trained on.
+        data: Where the text comes from; empty for what the dense model wrote.
         num_windows: Number of windows.
         seqlen: Number of tokens of a window; all but the first are predicted.
         kl_before: Mean divergence from the dense model's predictions before recovery, in nats per token.
@@ -31,6 +33,7 @@ class HeldoutPart:
         perplexity_after: The same after recovery.
     """
 
+    part: str
     data: str
     num_windows: int
     seqlen: int
@@ -52,8 +55,9 @@ class HeldoutPart:
         return dataclasses.asdict(self)
 
     def __str__(self) -> str:
+        what = f"{self.part} ({self.data})" if self.data else self.part
         return (
-            f"{self.data}: KL {self.kl_before:.4f} -> {self.kl_after:.4f}, agreement {self.agreement_before:.1%} -> "
+            f"{what}: KL {self.kl_before:.4f} -> {self.kl_after:.4f}, agreement {self.agreement_before:.1%} -> "
             f"{self.agreement_after:.1%}, perplexity {self.perplexity_before:.2f} -> {self.perplexity_after:.2f} "
             f"(dense {self.perplexity_dense:.2f})"
         )
@@ -66,6 +70,7 @@ class RecoveryReport:
     Attributes:
         trained: The weights that were trained, such as `"ffn"`.
         trained_parameters: The number of these weights.
+        budget: Number of tokens that were to be trained on.
         num_tokens: Number of tokens trained on, repetitions included.
         steps: Number of steps of the optimizer that were taken.
         kept_step: The step after which the weights were the best on held-out tokens; 0 if none were better than those
@@ -74,13 +79,15 @@ class RecoveryReport:
         learning_rate: The peak learning rate.
         batch_tokens: Number of tokens of a step.
         seed: Seed of what was written, held out and drawn.
-        samples: Number of different samples to train on, by what they are.
+        data: Where the given samples come from.
+        samples: Number of different samples to train on, `"given"` and `"written"` by the dense model.
         heldout: What was measured on held-out tokens of each kind.
         base_model: Hub id of the dense model, or None.
     """
 
     trained: str
     trained_parameters: int
+    budget: int
     num_tokens: int
     steps: int
     kept_step: int
@@ -88,6 +95,7 @@ class RecoveryReport:
     learning_rate: float
     batch_tokens: int
     seed: int
+    data: str
     samples: Mapping[str, int]
     heldout: tuple[HeldoutPart, ...]
     base_model: str | None = None
@@ -138,8 +146,9 @@ class RecoveryReport:
         Raises:
             ReportError: If there is one; the message names the first such entry.
         """
-        check_entry(f"{where}.trained", self.trained, str)
-        for name in ("trained_parameters", "num_tokens", "steps", "kept_step", "seed"):
+        for name in ("trained", "data"):
+            check_entry(f"{where}.{name}", getattr(self, name), str)
+        for name in ("trained_parameters", "budget", "num_tokens", "steps", "kept_step", "seed"):
             check_entry(f"{where}.{name}", getattr(self, name), int, 0)
         check_entry(f"{where}.batch_tokens", self.batch_tokens, int, 1)
         for name in ("seconds", "learning_rate"):
@@ -169,7 +178,8 @@ class RecoveryReport:
 
 
 def _check_part(where: str, part: HeldoutPart, is_finite: bool) -> None:
-    check_entry(f"{where}.data", part.data, str)
+    for name in ("part", "data"):
+        check_entry(f"{where}.{name}", getattr(part, name), str)
     check_entry(f"{where}.num_windows", part.num_windows, int, 1)
     check_entry(f"{where}.seqlen", part.seqlen, int, 2)
     for name, least in _least_numbers():

@@ -109,7 +109,9 @@ def limitations(report: PruningReport) -> list[str]:
         )
     return [
         *found,
-        "It was not fine-tuned after pruning.",
+        "It was trained towards the dense model's predictions after pruning, not fine-tuned on a task."
+        if report.recoveries
+        else "It was not fine-tuned after pruning.",
         "Perplexity is not everything: accuracy on tasks, instruction following, other languages, bias and safety "
         "were not measured. What pruning does to them may be out of proportion to perplexity.",
         "Limitations and biases of the base model remain.",

@@ -46,11 +46,18 @@ class Measured(NamedTuple):
         noise = _ERRORS * differences.std().item() / math.sqrt(count) if count > 1 else 0.0
         return differences.mean().item() > noise
 
-    def change(self, after: "Measured", name: str) -> HeldoutPart:
-        """Return the entry of the report for these windows before, and `after` recovery."""
+    def change(self, after: "Measured", part: str, data: str) -> HeldoutPart:
+        """Return the entry of the report for these windows before, and `after` recovery.
+
+        Args:
+            after: What was measured on the same windows after it.
+            part: What kind of text it is.
+            data: Where it comes from.
+        """
         old, new = self.per_token, after.per_token
         return HeldoutPart(
-            data=name,
+            part=part,
+            data=data,
             num_windows=len(self.sums),
             seqlen=self.seqlen,
             kl_before=self.kl,

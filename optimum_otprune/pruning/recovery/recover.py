@@ -179,6 +179,7 @@ def recover_model(
     return RecoveryReport(
         trained=settings.trained,
         trained_parameters=sum(part.numel() for part in weights.values()),
+        budget=settings.num_tokens,
         num_tokens=steps * schedule.size * samples.training.shape[1],
         steps=steps,
         kept_step=best.step,
@@ -186,6 +187,7 @@ def recover_model(
         learning_rate=schedule.rate,
         batch_tokens=schedule.size * samples.training.shape[1],
         seed=settings.seed,
+        data=data.given.source,
         samples=samples.counts,
-        heldout=tuple(part.change(best.measured[name], name) for name, part in before.items()),
+        heldout=tuple(part.change(best.measured[name], name, data.source(name)) for name, part in before.items()),
     )

@@ -22,7 +22,7 @@ from optimum_otprune.pruning.calibration.data import (
 from optimum_otprune.pruning.calibration.self_calibration import _plain_sampling
 from optimum_otprune.pruning.seeds import seed_of
 
-GIVEN, WRITTEN, HELDOUT = "given", "written by the dense model", "other"
+GIVEN, WRITTEN, OTHER = "given", "written", "other"  # kinds of text
 _SHARE = 1 / 8  # of the given samples that is held out
 _MOST_TOKENS = 8192  # of each part that is held out: each check of the weights reads them all
 
@@ -37,6 +37,11 @@ class RecoveryData(NamedTuple):
 
     given: TokenData
     other: TokenData | None = None
+
+    def source(self, part: str) -> str:
+        """Return where a kind of text comes from; empty for what the dense model writes."""
+        found = {GIVEN: self.given, OTHER: self.other}.get(part)
+        return "" if found is None else found.source
 
     @classmethod
     def read(
@@ -167,7 +172,7 @@ def recovery_samples(dense: PreTrainedModel, data: RecoveryData, settings: Recov
         counts[WRITTEN] = plan.written
     if data.other is not None:
         windows = data.other.tokens
-        heldout[f"{HELDOUT}: {data.other.source}"] = windows[: max(1, _MOST_TOKENS // windows.shape[1])]
+        heldout[OTHER] = windows[: max(1, _MOST_TOKENS // windows.shape[1])]
     return RecoverySamples(torch.cat(training), counts, heldout)
 
 
