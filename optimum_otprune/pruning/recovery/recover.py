@@ -25,8 +25,8 @@ _RATE = 0.1  # times 1 / hidden size: wider layers take smaller steps (see `lear
 _WARM_UP = 0.05  # share of the steps in which the learning rate rises
 _BETAS = (0.9, 0.95)  # as large language models are trained with; schedules are too short for a longer memory
 _LONGEST_GRADIENT = 1.0
-_CHECKS = 10  # of the held-out tokens over the whole schedule
-_PATIENCE = 4  # checks without anything better, after which training stops
+_CHECKS = 8  # of the held-out tokens over the whole schedule
+_PATIENCE = 3  # checks without anything better, after which training stops
 
 
 Weights = Mapping[str, nn.Parameter]

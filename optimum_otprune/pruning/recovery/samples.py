@@ -24,7 +24,8 @@ from optimum_otprune.pruning.seeds import seed_of
 
 GIVEN, WRITTEN, OTHER = "given", "written", "other"  # kinds of text
 _SHARE = 1 / 8  # of the given samples that is held out
-_MOST_TOKENS = 8192  # of each part that is held out: each check of the weights reads them all
+_LEAST_TOKENS, _MOST_TOKENS = 1024, 8192  # of each kind of text that are held out
+_TRAINED_PER_HELD_OUT = 64  # tokens: each check of the weights reads all that is held out, with both models
 
 
 class RecoveryData(NamedTuple):
@@ -103,18 +104,27 @@ def plan_samples(num_given: int, seqlen: int, num_tokens: int, written_per_sampl
         >>> plan_samples(128, 256, 1_228_800, 4.0)
         Plan(given=112, written=448, heldout=16)
         >>> plan_samples(128, 256, 25_600, 4.0)
-        Plan(given=50, written=50, heldout=16)
+        Plan(given=50, written=50, heldout=4)
     """
     if num_given < 2:
         raise CalibrationDataError(
             f"Recovery has {num_given} sample, and holds some out. Give two or more: shorter ones (`seqlen`), or more "
             "text."
         )
-    heldout = max(1, min(round(_SHARE * num_given), _MOST_TOKENS // seqlen))
+    heldout = max(1, min(round(_SHARE * num_given), heldout_tokens(num_tokens) // seqlen))
     left = num_given - heldout
     wanted = max(1, num_tokens // seqlen)
     written = min(int(written_per_sample * left), max(wanted - left, wanted // 2))
     return Plan(min(left, max(1, wanted - written)), written, heldout)
+
+
+def heldout_tokens(num_tokens: int) -> int:
+    """Return how many tokens of each kind of text are held out, where there is so much of it.
+
+    Args:
+        num_tokens: Number of tokens to train on.
+    """
+    return max(_LEAST_TOKENS, min(num_tokens // _TRAINED_PER_HELD_OUT, _MOST_TOKENS))
 
 
 class RecoverySamples(NamedTuple):
@@ -172,7 +182,7 @@ def recovery_samples(dense: PreTrainedModel, data: RecoveryData, settings: Recov
         counts[WRITTEN] = plan.written
     if data.other is not None:
         windows = data.other.tokens
-        heldout[OTHER] = windows[: max(1, _MOST_TOKENS // windows.shape[1])]
+        heldout[OTHER] = windows[: max(1, heldout_tokens(settings.num_tokens) // windows.shape[1])]
     return RecoverySamples(torch.cat(training), counts, heldout)
 
 

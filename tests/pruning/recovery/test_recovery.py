@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from optimum_otprune import OTPruner, OTPruningConfig
-from optimum_otprune.errors import ConfigurationError, NumericalError, UnsupportedModelError
+from optimum_otprune.errors import CalibrationDataError, ConfigurationError, NumericalError, UnsupportedModelError
 from optimum_otprune.models import training
 from optimum_otprune.pruning.recovery import recover as module
 from optimum_otprune.pruning.recovery.heldout import Measured
@@ -140,9 +140,12 @@ def test_no_sample_comes_again_before_all_others():
 
 def test_samples_are_planned_by_the_budget():
     assert plan_samples(128, 256, 10**9, 4.0) == Plan(given=112, written=448, heldout=16)
-    assert plan_samples(128, 256, 300 * 256, 4.0) == Plan(given=112, written=188, heldout=16)
-    assert plan_samples(128, 256, 100 * 256, 4.0) == Plan(given=50, written=50, heldout=16)
-    assert plan_samples(128, 256, 100 * 256, 0.0) == Plan(given=100, written=0, heldout=16)
+    assert plan_samples(128, 256, 300 * 256, 4.0) == Plan(given=124, written=176, heldout=4)
+    assert plan_samples(128, 256, 100 * 256, 4.0) == Plan(given=50, written=50, heldout=4)
+    assert plan_samples(128, 256, 100 * 256, 0.0) == Plan(given=100, written=0, heldout=4)
+    assert plan_samples(4, 2048, 10**9, 4.0) == Plan(given=3, written=12, heldout=1)
+    with pytest.raises(CalibrationDataError, match="has 1 sample, and holds some out"):
+        plan_samples(1, 2048, 10**9, 4.0)
 
 
 def test_wrong_options_and_models_are_refused(pruned, llama):
