@@ -35,6 +35,7 @@ from optimum_otprune.pruning.pipeline import prune_model
 from optimum_otprune.pruning.recipe import Recipe
 from optimum_otprune.pruning.recovery.recover import recover_model
 from optimum_otprune.pruning.recovery.samples import RecoveryData
+from optimum_otprune.pruning.recovery.snapshots import resumable_recovery
 from optimum_otprune.pruning.recovery_report import RecoveryReport
 from optimum_otprune.pruning.report import PruningReport
 from optimum_otprune.pruning.resume import resumable
@@ -221,7 +222,7 @@ class OTPruner(CheckpointMixin):
             pruned = prune_model(prunable, recipe, data.tokens, settings, store)
             origin = Origin(base_model=self.base_model, base_card=self.base_card, evaluations=tuple(self._evaluations))
             report = pruned.report(self.model, self.config, recipe, data, before, **origin)
-        self._unsaved_state = None if state is None else (state, run)
+        self._unsaved_states = () if state is None else ((state, run),)
         self._calibrated_on, self.report = data.tokens, report
         return report
 
@@ -255,6 +256,7 @@ class OTPruner(CheckpointMixin):
             UnsupportedModelError: If the model is not pruned, or its weights are offloaded.
             CalibrationDataError: If the data cannot be used.
             NumericalError: If predictions are NaN or infinite.
+            StateError: If `resume_from` is in use, is damaged, or belongs to a run that differs from this one.
         """
         settings = RecoverySettings.of(options, self.config.seed)
         check_single("`recover`", "Start one.")
@@ -263,8 +265,11 @@ class OTPruner(CheckpointMixin):
         self._places |= noted_places(calibration_data=data, evaluation_data=heldout_data)
         given = self._calibrated_on if data is None else data
         texts = RecoveryData.read(given, heldout_data, self.config, self.tokenizer, self.limits)
-        with all_or_nothing(self.model):
-            recovery = recover_model(self.model, dense, texts, settings)
+        state = state_path(options.get("resume_from"))
+        run = {} if state is None else texts.fingerprint(self.model, dense, settings)
+        with all_or_nothing(self.model), resumable_recovery(state, run) as store:
+            recovery = recover_model(self.model, dense, texts, settings, store)
+        self._unsaved_states += () if state is None else ((state, run),)
         recovery = dataclasses.replace(recovery, base_model=hub_id(dense.name_or_path))
         if self.report is not None:
             self.report = dataclasses.replace(self.report, recoveries=(*self.report.recoveries, recovery))

@@ -1,6 +1,7 @@
 """The options of recovery, written once: signatures, checks and the command line come from them; no torch here."""
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypedDict, get_args
 
@@ -33,6 +34,10 @@ class RecoveryOptions(TypedDict, total=False):
     ]
     base_options: Annotated[
         dict[str, Any] | None, About(None, "options of loading the dense model, as in `from_pretrained`", None, False)
+    ]
+    resume_from: Annotated[
+        str | os.PathLike[str] | None,
+        About(None, "folder that keeps where the training is until the model is saved", None, False),
     ]
     progress: Annotated[bool, About(True, "show progress bars", None, False)]
 

@@ -1,5 +1,6 @@
 """What recovery trains on and what it is judged on: given samples, samples that the dense model writes, other text."""
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from optimum_otprune.pruning.calibration.data import (
     evaluation_tokens,
 )
 from optimum_otprune.pruning.calibration.self_calibration import _plain_sampling
+from optimum_otprune.pruning.fingerprint import recovery_fingerprint
 from optimum_otprune.pruning.seeds import seed_of
 
 GIVEN, WRITTEN, OTHER = "given", "written", "other"  # kinds of text
@@ -43,6 +45,13 @@ class RecoveryData(NamedTuple):
         """Return where a kind of text comes from; empty for what the dense model writes."""
         found = {GIVEN: self.given, OTHER: self.other}.get(part)
         return "" if found is None else found.source
+
+    def fingerprint(
+        self, model: PreTrainedModel, dense: PreTrainedModel, settings: RecoverySettings
+    ) -> dict[str, object]:
+        """Return everything that the bits of a recovery with these texts depend on; see `recovery_fingerprint`."""
+        texts = [part.tokens for part in (self.given, self.other) if part is not None]
+        return recovery_fingerprint(model, dense, texts, dataclasses.asdict(settings))
 
     @classmethod
     def read(

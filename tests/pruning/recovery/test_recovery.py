@@ -80,7 +80,7 @@ def test_one_part_that_gets_worse_beyond_noise_is_enough_to_refuse_weights():
     assert measured(1.2, 1.3, 1.2).is_worse_than(start)
     assert not measured(1.5, 0.6, 1.0).is_worse_than(start)  # within noise
     assert not start.is_worse_than(start)
-    best = module._Best({}, {}, {"one": start, "two": start})
+    best = module.BestWeights({}, {}, {"one": start, "two": start})
     best.look(1, {"one": measured(0.1, 0.1, 0.1), "two": measured(1.2, 1.3, 1.2)})
     assert best.step == 0
     best.look(2, {"one": measured(0.9, 1.0, 0.8), "two": start})
