@@ -143,15 +143,20 @@ def add_benchmark_options(parser: argparse.ArgumentParser) -> None:
     add_debug_option(parser)
 
 
-def add_resume_option(parser: argparse.ArgumentParser) -> None:
-    """Add `--resume`, whose value without a folder is an empty string."""
+def add_resume_option(parser: argparse.ArgumentParser, kept: str = "every finished layer") -> None:
+    """Add `--resume`, whose value without a folder is an empty string.
+
+    Args:
+        parser: The parser that gets it.
+        kept: What the folder keeps, for the help text.
+    """
     parser.add_argument(
         "--resume",
         nargs="?",
         const="",
         metavar="DIR",
-        help="keep every finished layer in DIR (default: a hidden folder beside OUT) until OUT is saved, and go on "
-        "with what is there; write it last or as --resume=DIR",
+        help=f"keep {kept} in DIR (default: a hidden folder beside OUT) until OUT is saved, and go on with what is "
+        "there; write it last or as --resume=DIR",
     )
 
 
@@ -185,6 +190,12 @@ def add_recovery_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--data", metavar="DATA", help=f"what to train on: {DATA_HELP}")
     group.add_argument("--heldout-data", metavar="DATA", help="other text, which is held out only")
     add_options(group, RecoveryOptions)
+
+
+def recovery_state_folder(args: argparse.Namespace) -> Path | None:
+    """Return where `otprune prune --recover --resume` keeps the weights so far, or None without either."""
+    state = state_folder(args)
+    return None if state is None or args.recover is None else state.with_name(f"{state.name}-recovery")
 
 
 def saved_folder(given: str) -> Path:

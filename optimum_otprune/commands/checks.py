@@ -59,8 +59,10 @@ def recover(args: argparse.Namespace) -> None:
     """Check the arguments of `otprune recover`."""
     usage(lambda: check_count("batch_size", args.batch_size))
     usage(lambda: RecoverySettings.of(chosen(args, RecoveryOptions), 0))
-    output = usage(lambda: output_path(args.output))
+    output, state = usage(lambda: output_path(args.output)), state_folder(args)
+    check_place(output, {})
     places = noted_places(
+        state=state,
         source_model=args.model,
         base_model=args.base,
         calibration_data=args.data,
@@ -68,7 +70,8 @@ def recover(args: argparse.Namespace) -> None:
         offload_folder=args.offload_folder,
     )
     check_place(output, places)
-    check_output_folder(output, args.overwrite)
+    if state is None or args.overwrite:  # otherwise it may be the result of an earlier run
+        check_output_folder(output, args.overwrite)
 
 
 def tune(args: argparse.Namespace) -> None:

@@ -46,6 +46,8 @@ class _Command(BaseOptimumCLICommand):
 
     actions = "optimum_otprune.commands.actions"
     action: str | None = None  # the name of the function there, if it is not that of the command
+    lost = "No layer of it was kept; with `--resume`, finished ones are, and the same command goes on."
+    kept = "Finished layers are"
     _has_begun = False  # a half-imported module can be neither used nor imported again
 
     def run(self) -> None:
@@ -66,19 +68,19 @@ class _Command(BaseOptimumCLICommand):
             raise SystemExit(code) from None
 
     def _advice(self, error: BaseException) -> str:
-        """Return what to do after a failure that kept finished layers, or an interruption that lost them."""
+        """Return what to do after a failure that kept what was done, or an interruption that lost it."""
         assert self.args is not None
         folder = state_folder(self.args)
-        if folder is None and isinstance(error, KeyboardInterrupt) and self._lost_layers():
-            return " No layer of it was kept; with `--resume`, finished ones are, and the same command goes on."
+        if folder is None and isinstance(error, KeyboardInterrupt) and self._lost_work():
+            return f" {self.lost}"
         if folder is None or isinstance(error, (UsageError, StateError)) or not has_state(folder):
             return ""
-        return f" Finished layers are in {str(folder)!r}: run the same command again to go on."
+        return f" {self.kept} in {str(folder)!r}: run the same command again to go on."
 
-    def _lost_layers(self) -> bool:
-        """Return whether `--resume` would have kept layers that an interruption lost."""
+    def _lost_work(self) -> bool:
+        """Return whether `--resume` would have kept what an interruption lost."""
         assert self.args is not None
-        if "resume" not in self.args or self.args.dry_run or not self._has_begun:
+        if "resume" not in self.args or getattr(self.args, "dry_run", False) or not self._has_begun:
             return False
         is_alone = import_module("optimum_otprune.models.distributed").num_processes() == 1
         is_saved = (Path(self.args.output) / import_module("optimum_otprune.pruning.report").REPORT_FILE).is_file()
@@ -131,6 +133,9 @@ class PruneCommand(_Command):
 class RecoverCommand(_Command):
     """`otprune recover`."""
 
+    lost = "Nothing of it was kept; with `--resume`, the weights so far are, and the same command goes on."
+    kept = "The weights so far are"
+
     @staticmethod
     def parse_args(parser: argparse.ArgumentParser) -> None:
         """Options."""
@@ -140,6 +145,7 @@ class RecoverCommand(_Command):
         )
         add_overwrite_option(parser)
         add_recovery_options(parser)
+        add_resume_option(parser, "the weights so far")
         add_run_options(parser)
 
 

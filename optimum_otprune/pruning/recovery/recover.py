@@ -203,7 +203,7 @@ def recover_model(
         run.begin(weights, store)
         run.train(store)
     best = run.best
-    return RecoveryReport(
+    report = RecoveryReport(
         trained=settings.trained,
         trained_parameters=sum(part.numel() for part in weights.values()),
         budget=settings.num_tokens,
@@ -218,3 +218,5 @@ def recover_model(
         samples=samples.counts,
         heldout=tuple(part.change(best.measured[name], name, data.source(name)) for name, part in best.start.items()),
     )
+    store.finish(report)
+    return report

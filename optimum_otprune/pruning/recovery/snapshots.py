@@ -13,10 +13,12 @@ from optimum_otprune.errors import StateError, warn_user
 from optimum_otprune.pruning.layer_store import from_blob, to_blob
 from optimum_otprune.pruning.recovery.heldout import Measured
 from optimum_otprune.pruning.recovery.samples import RecoverySamples
+from optimum_otprune.pruning.recovery_report import RecoveryReport
+from optimum_otprune.pruning.report import PruningReport
 from optimum_otprune.pruning.resume import opened_state
 from optimum_otprune.storage.state_folder import StateFolder, strict_json
 
-_SAMPLES = "samples.safetensors"
+_SAMPLES, _REPORT = "samples.safetensors", "recovered.json"
 _KINDS = ("value", "exp_avg", "exp_avg_sq", "best")
 _TRAINING, _HELDOUT = "training", "heldout."
 
@@ -57,6 +59,10 @@ class RecoveryStore(Protocol):
         """Note where the run is, in place of where it was."""
         ...
 
+    def finish(self, report: RecoveryReport) -> None:
+        """Note the report of a run that is over, by which a saved result is known to be its."""
+        ...
+
 
 class NoRecoveryStore:
     """Keeps nothing."""
@@ -70,6 +76,9 @@ class NoRecoveryStore:
         return None
 
     def save(self, snapshot: Snapshot) -> None:
+        """Do nothing."""
+
+    def finish(self, report: RecoveryReport) -> None:
         """Do nothing."""
 
 
@@ -137,6 +146,40 @@ class RecoveryFolder:
         index = (f"step-{snapshot.step:07d}.json", (json.dumps(values, allow_nan=False) + "\n").encode())
         old = {name for name in self._state.names if name.startswith("step-")}
         self._state.write(_followed_by(files, index), instead_of=old)
+
+    def finish(self, report: RecoveryReport) -> None:
+        """Write the report."""
+        self._state.write({_REPORT: (json.dumps(report.to_dict(), sort_keys=True) + "\n").encode()})
+
+
+def forget_recovery_if_saved(folder: Path, report: PruningReport) -> bool:
+    """Remove the state of a recovery whose result is known to be saved, because its process ended before it could.
+
+    Args:
+        folder: The folder of the state.
+        report: The report of the saved model.
+
+    Returns:
+        Whether it was so: the state is of the last recovery of the report, or was being removed.
+
+    Raises:
+        StateError: If the state is in use or damaged.
+        OutputError: If it cannot be removed.
+    """
+    with StateFolder.opened(folder) as state:
+        is_begun = state.fingerprint is not None
+        is_saved = not is_begun or state.is_saved or _is_of(state, report)
+        if is_begun and is_saved:
+            state.discard()
+    return is_saved
+
+
+def _is_of(state: StateFolder, report: PruningReport) -> bool:
+    if _REPORT not in state.names or not report.recoveries:
+        return False
+    known = strict_json(state.read(_REPORT), _REPORT)
+    saved = json.loads(json.dumps(report.recoveries[-1].to_dict()))
+    return isinstance(known, dict) and {**known, "base_model": None} == {**saved, "base_model": None}
 
 
 @contextmanager

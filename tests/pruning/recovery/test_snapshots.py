@@ -1,12 +1,15 @@
 """A recovery that was interrupted goes on where it was, and gives the same weights."""
 
+import shutil
+
 import pytest
+import torch
 
 from optimum_otprune import OTPruner, OTPruningConfig
 from optimum_otprune.errors import StateError
 from optimum_otprune.models import training
 from optimum_otprune.pruning.recovery import samples as samples_module
-from tests.conftest import make_llama
+from tests.conftest import make_llama, run_command
 from tests.pruning.recovery.test_recovery import changed, weights
 
 OPTIONS = {"num_tokens": 2000, "batch_tokens": 80, "progress": False}  # 25 steps, a check every 4
@@ -84,7 +87,9 @@ def test_a_state_of_other_options_is_refused(pruned_folder, tokens, tmp_path, op
 def test_what_is_damaged_is_done_again_with_a_warning(pruned_folder, tokens, tmp_path, kind):
     state = tmp_path / "state"
     first = recover(pruned_folder, tokens, resume_from=state)
-    (file,) = [path for path in state.iterdir() if kind in path.name and path.name != "state.json"]
+    (file,) = [
+        path for path in state.iterdir() if kind in path.name and path.name not in ("state.json", "recovered.json")
+    ]
     file.write_bytes(file.read_bytes()[:-1] + b"?")
     with pytest.warns(UserWarning, match="interrupted"):
         second = recover(pruned_folder, tokens, resume_from=state)
@@ -98,3 +103,48 @@ def test_files_that_a_crash_left_are_removed(pruned_folder, tokens, tmp_path):
     left.write_bytes(b"half")
     recover(pruned_folder, tokens, resume_from=state)
     assert not left.exists()
+
+
+def test_the_command_goes_on_and_knows_a_result_that_was_saved(pruned_folder, tokens, tmp_path, steps, capsys):
+    torch.save(tokens, tmp_path / "tokens.pt")
+    make_llama().save_pretrained(tmp_path / "base")
+    command = ["recover", pruned_folder, "--base", tmp_path / "base", "--data", tmp_path / "tokens.pt"]
+    command += ["-o", tmp_path / "out", "--num-tokens", "2k", "--batch-tokens", "80", "--quiet", "--resume"]
+    steps["stop"] = 15
+    assert run_command(*command) == 130
+    state = tmp_path / ".out.otprune-state"
+    assert "interrupted. The weights so far are in" in capsys.readouterr().err
+    shutil.copytree(state, tmp_path / "kept")
+    steps.update(taken=0, stop=None)
+    assert run_command(*command) == 0
+    assert steps["taken"] == 25 - 12
+    assert not state.exists()
+    assert run_command(*command[:-1]) == 1  # the output is not empty
+    assert run_command(*command) == 1  # the state is new, so that it is another run
+    assert "not empty" in capsys.readouterr().err
+
+
+def test_a_result_that_was_saved_is_known_though_its_state_is_still_there(pruned_folder, tokens, tmp_path, capsys):
+    state = tmp_path / "state"
+    pruner = recover(pruned_folder, tokens, resume_from=state)
+    shutil.copytree(state, tmp_path / "kept")
+    pruner.save_pretrained(tmp_path / "out")
+    shutil.copytree(tmp_path / "kept", state)
+    command = ["recover", pruned_folder, "-o", tmp_path / "out", "--quiet", "--resume", state]
+    assert run_command(*command) == 0
+    assert "is complete already" in capsys.readouterr().out
+    assert not state.exists()
+
+
+def test_pruning_and_recovery_go_on_together(llama_folder, tokens, tmp_path, steps):
+    torch.save(tokens, tmp_path / "tokens.pt")
+    command = ["prune", llama_folder, "-o", tmp_path / "out", "--pruning-ratio", "0.5", "--multiple-of", "1"]
+    command += ["--quality", "fast", "--calibration-data", tmp_path / "tokens.pt", "--quiet", "--recover", "20k"]
+    command += ["--resume"]
+    steps["stop"] = 6
+    assert run_command(*command) == 130
+    assert {path.name for path in tmp_path.glob(".out*")} == {".out.otprune-state", ".out.otprune-state-recovery"}
+    steps.update(taken=0, stop=None)
+    assert run_command(*command) == 0
+    assert not list(tmp_path.glob(".out*"))
+    assert run_command("verify", tmp_path / "out") == 0
