@@ -34,6 +34,7 @@ DOORS = {
     "pyarrow": {"pruning/calibration/text_files.py"},
     "evaluate": {"models/perplexity.py"},
     "scipy": {"functional/costs.py"},
+    "peft": {"models/low_rank.py"},  # an extra
     "optuna": {"pruning/tuning/search.py"},  # an extra
     "matplotlib": {"checkpoints/card/plots.py"},  # an extra
     "jinja2": {"checkpoints/card/render.py", "pruning/calibration/documents.py"},  # what a chat template raises

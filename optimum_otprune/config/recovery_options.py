@@ -11,7 +11,7 @@ from optimum_otprune.errors import ConfigurationError, unknown_name
 from optimum_otprune.models.defaults import BATCH_SIZE
 from optimum_otprune.storage.hub.options import About, filled
 
-Trained = Literal["ffn", "all"]
+Trained = Literal["ffn", "all", "lora"]
 
 
 class RecoveryOptions(TypedDict, total=False):
@@ -20,13 +20,24 @@ class RecoveryOptions(TypedDict, total=False):
     num_tokens: Annotated[
         str | int, About("1M", "tokens to train on, such as 250k; each is also read by the dense model", "N")
     ]
-    trained: Annotated[str, About("ffn", "the weights that are trained: ffn (the pruned layers) or all", "NAME")]
+    trained: Annotated[
+        str,
+        About(
+            "ffn",
+            "the weights that are trained: ffn (the pruned layers), all, or lora (low-rank updates of the pruned "
+            "layers, which take little memory; needs the extra `recover`)",
+            "NAME",
+        ),
+    ]
     learning_rate: Annotated[
         float | None, About(None, "peak learning rate (default: 0.1 / the model's hidden size)", "X")
     ]
     batch_tokens: Annotated[int, About(2048, "tokens of one step of the optimizer", "N")]
     written_per_sample: Annotated[
         float, About(4.0, "samples that the dense model writes itself for each given one, if the budget is that large")
+    ]
+    gradient_checkpointing: Annotated[
+        bool, About(False, "compute the inside of each block twice, so that training takes less memory")
     ]
     seed: Annotated[int | None, About(None, "seed of what is written and held out (default: that of pruning)", "N")]
     batch_size: Annotated[
@@ -48,12 +59,13 @@ class RecoverySettings:
 
     Attributes:
         num_tokens: Number of tokens to train on.
-        trained: The weights that are trained, `"ffn"` or `"all"`.
+        trained: The weights that are trained, `"ffn"`, `"all"` or `"lora"`.
         learning_rate: The peak learning rate, or None for the default of the model's size.
         batch_tokens: Number of tokens of one step of the optimizer.
         written_per_sample: The most samples that the dense model writes for each given one.
         seed: Seed of what is written and held out, and of the order of samples.
         batch_size: The most samples of a forward pass.
+        gradient_checkpointing: Whether the inside of each block is computed twice.
         progress: Whether to show progress bars.
     """
 
@@ -64,6 +76,7 @@ class RecoverySettings:
     written_per_sample: float
     seed: int
     batch_size: int
+    gradient_checkpointing: bool
     progress: bool
 
     @classmethod
@@ -98,6 +111,7 @@ class RecoverySettings:
             number,
             int(chosen),
             check_count("batch_size", options["batch_size"]),
+            options["gradient_checkpointing"],
             options["progress"],
         )
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from optimum_otprune.config.recovery_options import RecoverySettings
 from optimum_otprune.errors import NumericalError
 from optimum_otprune.functional.distillation import kl_divergence
-from optimum_otprune.models.training import Stepper, computing, trained_copies, trained_weights
+from optimum_otprune.models.training import Stepper, computing, recomputed, training
 from optimum_otprune.pruning.recovery.heldout import Heldout, Measured, logits_of, mean_kl
 from optimum_otprune.pruning.recovery.samples import RecoveryData, RecoverySamples, recovery_samples
 from optimum_otprune.pruning.recovery.schedule import Schedule
@@ -194,18 +194,21 @@ def recover_model(
     Raises:
         NumericalError: If predictions are NaN or infinite.
         UnsupportedModelError: If the model's weights are offloaded.
+        MissingExtraError: If peft is needed and not installed.
     """
-    weights = trained_weights(model, settings.trained)
     samples = store.samples(lambda: recovery_samples(dense, data, settings))
     schedule = Schedule.of(model, samples.training.shape[1], settings)
-    with trained_copies(model, weights) as copies:
-        run = _Recovery((model, dense), copies, samples, schedule, settings)
-        run.begin(weights, store)
+    with (
+        recomputed(model, settings.gradient_checkpointing),
+        training(model, settings.trained, seed_of(settings.seed, 3)) as trained,
+    ):
+        run = _Recovery((model, dense), trained.weights, samples, schedule, settings)
+        run.begin(trained.start, store)
         run.train(store)
     best = run.best
     report = RecoveryReport(
         trained=settings.trained,
-        trained_parameters=sum(part.numel() for part in weights.values()),
+        trained_parameters=sum(part.numel() for part in trained.weights.values()),
         budget=settings.num_tokens,
         num_tokens=run.step * schedule.tokens,
         steps=run.step,

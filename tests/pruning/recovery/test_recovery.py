@@ -1,12 +1,19 @@
 """Recovery, end to end: what it gives, what it keeps, and what it refuses."""
 
 import json
+import sys
 
 import pytest
 import torch
 
 from optimum_otprune import OTPruner, OTPruningConfig
-from optimum_otprune.errors import CalibrationDataError, ConfigurationError, NumericalError, UnsupportedModelError
+from optimum_otprune.errors import (
+    CalibrationDataError,
+    ConfigurationError,
+    MissingExtraError,
+    NumericalError,
+    UnsupportedModelError,
+)
 from optimum_otprune.models import training
 from optimum_otprune.pruning.recovery import recover as module
 from optimum_otprune.pruning.recovery.heldout import Measured
@@ -33,7 +40,7 @@ def changed(before, after):
     return {name for name, value in before.items() if not torch.equal(value, after[name])}
 
 
-@pytest.mark.parametrize("trained", ["ffn", "all"])
+@pytest.mark.parametrize("trained", ["ffn", "all", "lora"])
 def test_recovery_brings_the_model_nearer_to_the_dense_one_on_all_held_out_parts(pruned, trained):
     before = weights(pruned.model)
     report = pruned.recover(
@@ -44,19 +51,23 @@ def test_recovery_brings_the_model_nearer_to_the_dense_one_on_all_held_out_parts
     assert all(part.kl_after <= part.kl_before for part in report.heldout[:2])
     assert sum(part.kl_after for part in report.heldout) < sum(part.kl_before for part in report.heldout)
     touched = changed(before, weights(pruned.model))
-    assert all("mlp" in name for name in touched) == (trained == "ffn")
-    assert len(touched) == (9 if trained == "ffn" else len(before))
-    assert report.trained_parameters == sum(before[name].numel() for name in touched)
+    assert all("mlp" in name for name in touched) == (trained != "all")
+    assert len(touched) == (len(before) if trained == "all" else 9)
+    size = sum(before[name].numel() for name in touched)
+    updates = sum(16 * sum(before[name].shape) for name in touched if "mlp" in name)
+    assert report.trained_parameters == (updates if trained == "lora" else size)
     assert report.num_tokens == 2000
     assert report.steps == 25
 
 
-def test_the_model_is_as_before_but_for_its_weights_and_can_be_saved_and_loaded(pruned, tmp_path):
+@pytest.mark.parametrize("trained", ["ffn", "lora"])
+def test_the_model_is_as_before_but_for_its_weights_and_can_be_saved_and_loaded(pruned, tmp_path, trained):
     needs = [part.requires_grad for part in pruned.model.parameters()]
-    recovery = pruned.recover(base_model=make_llama(), **FAST)
+    attributes = {name: set(vars(module)) for name, module in pruned.model.named_modules()}
+    recovery = pruned.recover(base_model=make_llama(), trained=trained, gradient_checkpointing=True, **FAST)
+    assert {name: set(vars(module)) for name, module in pruned.model.named_modules()} == attributes
     assert [part.requires_grad for part in pruned.model.parameters()] == needs
     assert not pruned.model.training
-    assert "_is_accelerate_prepared" not in vars(pruned.model)
     pruned.save_pretrained(tmp_path / "out")
     loaded = OTPruner.from_pretrained(tmp_path / "out")
     assert not changed(weights(pruned.model), weights(loaded.model))
@@ -87,8 +98,10 @@ def test_one_part_that_gets_worse_beyond_noise_is_enough_to_refuse_weights():
     assert best.step == 2
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, NumericalError])
-def test_whatever_ends_recovery_early_leaves_the_model_bit_for_bit_as_it_was(pruned, monkeypatch, error):
+@pytest.mark.parametrize(
+    ("error", "trained"), [(KeyboardInterrupt, "ffn"), (NumericalError, "all"), (OSError, "lora")]
+)
+def test_whatever_ends_recovery_early_leaves_the_model_bit_for_bit_as_it_was(pruned, monkeypatch, error, trained):
     before, objects = weights(pruned.model), [id(part) for part in pruned.model.parameters()]
     add, calls = training.Stepper.add, []
 
@@ -100,7 +113,7 @@ def test_whatever_ends_recovery_early_leaves_the_model_bit_for_bit_as_it_was(pru
 
     monkeypatch.setattr(training.Stepper, "add", failing)
     with pytest.raises(error, match="stop"):
-        pruned.recover(base_model=make_llama(), **FAST)
+        pruned.recover(base_model=make_llama(), trained=trained, **FAST)
     assert len(calls) == 10
     assert not changed(before, weights(pruned.model))
     assert [id(part) for part in pruned.model.parameters()] == objects
@@ -128,6 +141,23 @@ def test_a_model_of_16_bits_keeps_its_dtype_and_gets_better(tokens):
     report = pruner.recover(base_model=make_llama().bfloat16(), **FAST)
     assert {part.dtype for part in pruner.model.parameters()} == {torch.bfloat16}
     assert report.kept_step > 0
+
+
+def test_blocks_that_are_computed_twice_give_the_same_weights(llama, tokens):
+    found = []
+    for twice in (False, True):
+        pruner = OTPruner.from_pretrained(make_llama(), CONFIG)
+        pruner.prune(tokens, progress=False)
+        pruner.recover(base_model=llama, gradient_checkpointing=twice, **FAST)
+        found.append(weights(pruner.model))
+    assert not changed(*found)
+    assert changed(found[0], weights(llama))
+
+
+def test_low_rank_updates_need_peft(pruned, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(MissingExtraError, match=r"needs peft. Install it: pip install 'optimum_otprune\[recover\]'"):
+        pruned.recover(base_model=make_llama(), trained="lora", **FAST)
 
 
 def test_no_sample_comes_again_before_all_others():
