@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from optimum_otprune import OTPruner, OTPruningConfig
 from optimum_otprune.models.pass_settings import PassSettings
+from optimum_otprune.models.passes import Passes
 from optimum_otprune.models.prunable_model import PrunableModel
 from optimum_otprune.pruning.calibration.gradients import Asked, layer_gradients
 
@@ -105,7 +106,8 @@ def scoring_cost(size: Size) -> Cost:
     model, samples = model_and_samples(size)
     before = forward_seconds(model, samples)
     start = time.perf_counter()
-    layer_gradients(PrunableModel.of(model), samples, PassSettings(_BATCH, progress=False), Asked(True, False))
+    passes = Passes(PrunableModel.of(model), samples, PassSettings(_BATCH, progress=False))
+    layer_gradients(passes, Asked(True, False))
     seconds = time.perf_counter() - start
     return Cost(seconds, (before + forward_seconds(model, samples)) / 2)
 

@@ -25,7 +25,13 @@ from optimum_otprune.models.distributed import check_launch, check_model, check_
 from optimum_otprune.models.ffn_block import ffn_blocks
 from optimum_otprune.models.pass_settings import PassSettings
 from optimum_otprune.models.wrappers import checked_tokenizer, model_in_memory, unwrapped
-from optimum_otprune.pruning.calibration.data import ModelLimits, TokenSource, calibration_tokens, evaluation_tokens
+from optimum_otprune.pruning.calibration.data import (
+    ModelLimits,
+    TokenData,
+    TokenSource,
+    calibration_tokens,
+    evaluation_tokens,
+)
 from optimum_otprune.pruning.dry_run.estimate import Skeleton, plan_pruning
 from optimum_otprune.pruning.dry_run.plan import PruningPlan
 from optimum_otprune.pruning.evaluation import evaluation
@@ -263,7 +269,7 @@ class OTPruner(CheckpointMixin):
         check_pruned(self.model)
         dense = load_base(base_model, self.model, self.base_model, options.get("base_options"))
         self._places |= noted_places(calibration_data=data, evaluation_data=heldout_data)
-        given = self._calibrated_on if data is None else data
+        given = self._pruned_on() if data is None else data
         texts = RecoveryData.read(given, heldout_data, self.config, self.tokenizer, self.limits)
         state = state_path(options.get("resume_from"))
         run = {} if state is None else texts.fingerprint(self.model, dense, settings)
@@ -274,6 +280,12 @@ class OTPruner(CheckpointMixin):
         if self.report is not None:
             self.report = dataclasses.replace(self.report, recoveries=(*self.report.recoveries, recovery))
         return recovery
+
+    def _pruned_on(self) -> TokenData | None:
+        """Return the samples that the model was pruned on, if they are in memory."""
+        if self._calibrated_on is None or self.report is None:
+            return None
+        return TokenData(self._calibrated_on, str(self.report.calibration["data"]))
 
     def tune(
         self,

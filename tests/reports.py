@@ -38,6 +38,9 @@ def evaluation(stage: str, perplexity: float, **changes) -> dict:
     }
 
 
+CALIBRATION = {"data": "Salesforce/wikitext", "num_samples": 4, "seqlen": 100, "num_tokens": 400}
+
+
 def make_report(config: OTPruningConfig | None = None, **changes) -> PruningReport:
     """A report of two layers, evaluated before and after."""
     config = config or OTPruningConfig()
@@ -49,7 +52,13 @@ def make_report(config: OTPruningConfig | None = None, **changes) -> PruningRepo
         "layers": (layer_report(0), layer_report(1, rescue=0.25)),
         "parameters_before": 1000,
         "parameters_after": 700,
-        "calibration": {"data": "Salesforce/wikitext", "num_samples": 4, "seqlen": 100, "num_tokens": 400},
+        "calibration": {
+            "data": "Salesforce/wikitext",
+            "num_samples": 4,
+            "seqlen": 100,
+            "num_tokens": 400,
+            "written_samples": 4,
+        },
         "base_model": "meta-llama/Llama-3.2-1B",
         "evaluations": (evaluation("dense", 10.0), evaluation("pruned", 12.0)),
         "versions": {"torch": "2.13.0"},

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,7 +71,7 @@ class Checkpoint(NamedTuple):
     config: OTPruningConfig | None
     report: PruningReport | None
     base_model: str | None
-    base_card: Mapping[str, Any]
+    base_card: Mapping[str, object]
 
 
 def load_checkpoint(name: str, options: LoadingOptions) -> Checkpoint:
@@ -233,7 +233,7 @@ def _shown(name: str) -> str:
     return f"The folder {Path(name).name!r}" if Path(name).is_dir() else f"The model {name!r}"
 
 
-def _check_complete(name: str, info: Mapping[str, Any]) -> None:
+def _check_complete(name: str, info: Mapping[str, Iterable[object] | None]) -> None:
     for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
         found = sorted(visible(str(key)) for key in info.get(kind) or ())
         if found:
@@ -244,7 +244,7 @@ def _check_complete(name: str, info: Mapping[str, Any]) -> None:
             )
 
 
-def _load_tokenizer(name: str, hub: HubOptions, remote: dict[str, Any]) -> PreTrainedTokenizerBase | None:
+def _load_tokenizer(name: str, hub: HubOptions, remote: dict[str, bool]) -> PreTrainedTokenizerBase | None:
     """Return None only where there is no tokenizer; one that cannot be read is an error."""
     if all(_optional_file(name, file, hub) is None for file in TOKENIZER_FILES):
         return None

@@ -5,7 +5,6 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
@@ -154,7 +153,7 @@ def _copied_settings(model: PreTrainedModel) -> Iterator[GenerationConfig | None
             model.generation_config = generation
 
 
-def with_readable_names(config: Mapping[str, object], kind: type[PreTrainedConfig]) -> dict[str, Any]:
+def with_readable_names(config: Mapping[str, object], kind: type[PreTrainedConfig]) -> dict[str, object]:
     """Return a model's configuration with the older names, or without, where the present transformers would misread.
 
     It lets `rope_scaling` replace `rope_parameters`, although that of some architectures holds less.
@@ -180,14 +179,14 @@ def _ropes(config: Mapping[str, object]) -> dict[str, object]:
     return {**parts, "rope_parameters": config.get("rope_parameters")}
 
 
-def _edit(file: Path, change: Callable[[dict[str, Any]], Mapping[str, Any]]) -> None:
+def _edit(file: Path, change: Callable[[dict[str, object]], Mapping[str, object]]) -> None:
     """Change a JSON file if it exists."""
     if file.is_file():
         values = change(json.loads(file.read_text(encoding="utf-8")))
         file.write_text(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _with_code_of_its_own(values: dict[str, Any], folder: Path, custom: tuple[str, ...]) -> dict[str, object]:
+def _with_code_of_its_own(values: dict[str, object], folder: Path, custom: tuple[str, ...]) -> dict[str, object]:
     """Return a configuration that points to code in its folder only, and only for classes that code defines.
 
     Without this, a model of a transformers class that is loaded with `trust_remote_code=True` would run the code of

@@ -60,7 +60,7 @@ class _Command(BaseOptimumCLICommand):
                 action = getattr(_imported(self.actions), self.action or self.COMMAND.name)
                 self._has_begun = True
                 action(self.args)
-        except (OTPruneError, KeyboardInterrupt) as error:
+        except (OTPruneError, KeyboardInterrupt, MemoryError) as error:
             if self.args.debug:
                 raise
             code, message = _outcome(error)
@@ -96,6 +96,8 @@ def _outcome(error: BaseException) -> tuple[int, str]:
     """Return the exit code and the message."""
     if isinstance(error, KeyboardInterrupt):
         return (143, "terminated.") if isinstance(error, Terminated) else (130, "interrupted.")
+    if isinstance(error, MemoryError):
+        return 1, f"memory ran out{f' ({one_line(error)})' if str(error) else ''}. Close other programs, or use less."
     return 2 if isinstance(error, UsageError) else 1, one_line(error)
 
 

@@ -113,7 +113,7 @@ class SpeedComparison(NamedTuple):
         dense, pruned = self.dense.decode_tokens_per_second, self.pruned.decode_tokens_per_second
         return None if dense is None or pruned is None else pruned / dense
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return all results, ratios included, JSON-ready."""
         ratios = ("prefill_speedup", "promised_speedup", "share_reached", "share_of_time_saved", "decode_speedup")
         return {

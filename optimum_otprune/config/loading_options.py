@@ -17,7 +17,7 @@ class PlacementOptions(TypedDict, total=False):
         About("auto", "data type of the weights, such as float32 or bfloat16; auto is the checkpoint's"),
     ]
     device_map: Annotated[
-        "str | dict[str, Any] | int | torch.device | None", About(None, "where layers go, such as auto or cuda:0")
+        "str | dict[str, object] | int | torch.device | None", About(None, "where layers go, such as auto or cuda:0")
     ]
     max_memory: Annotated[dict[Any, Any] | None, About(None, "memory that weights may take, by device", is_flag=False)]
     offload_folder: Annotated[

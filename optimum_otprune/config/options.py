@@ -19,6 +19,7 @@ from optimum_otprune.models.save_formats import save_formats
 # Alternatives: a configuration has exactly one of them.
 BUDGET_FIELDS = ("pruning_ratio", "target_parameters", "target_size")
 VERSION_KEY = "optimum_otprune_version"
+WRITTEN = "self"  # in place of calibration data: the dense model writes all samples itself
 
 
 class Rules(NamedTuple):
@@ -223,9 +224,9 @@ class PruningOptions:
         "which directions of a layer's output error reconstruction heeds: all alike, or as the loss feels them "
         "(gradient: needs a backward pass through the model)"
     )
-    self_calibration: int | None = _decided(
-        "samples that the dense model writes itself, for each calibration sample, to have more tokens to fit (0: "
-        "none)",
+    self_calibration: float | None = _decided(
+        "samples that the dense model writes itself, each from a random token, for each given sample (0: none): "
+        "text of all the kinds it knows, so that it does not lose the other kinds",
         minimum=0,
         maximum=LARGEST_COUNT,
     )
@@ -237,7 +238,7 @@ class PruningOptions:
     )
     score_batch_size: int = _field(
         8,
-        "samples per backward pass, and written at a time; FO's singular values depend on it",
+        "samples per backward pass; FO's singular values depend on it",
         minimum=1,
         maximum=LARGEST_COUNT,
     )

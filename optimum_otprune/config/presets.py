@@ -46,6 +46,7 @@ _OTPRUNE: Mapping[str, object] = MappingProxyType(
         "ridge_prior": "transport",
         "target_correction": 0.5,
         "intercept": "auto",
+        "self_calibration": 1.0,
     }
 )
 METHOD_FIELDS = tuple(_OTPRUNE)
@@ -62,6 +63,7 @@ def _baseline(summary: str, importance: str, fixed: tuple[str, ...], **fields: o
         "compensation": "none",
         "ridge_prior": "identity",
         "target_correction": 0.0,
+        "self_calibration": 0.0,
     }
     return Preset(summary, MappingProxyType({**dict.fromkeys(METHOD_FIELDS), **decided, **fields}), fixed)
 
@@ -93,6 +95,7 @@ METHODS: Mapping[str, Preset] = MappingProxyType(
                     "ridge_prior": "transport",
                     "target_correction": 0.0,
                     "intercept": "never",
+                    "self_calibration": 0.0,
                 }
             ),
         ),
@@ -136,21 +139,21 @@ QUALITIES: Mapping[str, Mapping[str, object]] = MappingProxyType(
             "reconstruction_steps": 0,
             "reconstruction_batch_tokens": 1024,
             "error_weighting": "uniform",
-            "self_calibration": 0,
+            "self_calibration": 1.0,
             "target_correction": 0.75,
         },
         "balanced": {
             "reconstruction_steps": 300,
             "reconstruction_batch_tokens": 1024,
             "error_weighting": "uniform",
-            "self_calibration": 0,
+            "self_calibration": 1.0,
             "target_correction": 0.5,
         },
         "best": {
             "reconstruction_steps": 1000,
             "reconstruction_batch_tokens": 2048,
             "error_weighting": "uniform",
-            "self_calibration": 3,
+            "self_calibration": 3.0,
             "target_correction": 0.5,
         },
     }

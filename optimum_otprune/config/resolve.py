@@ -41,7 +41,7 @@ FUNCTION_FIELDS: Mapping[str, Registry[Any]] = MappingProxyType(
 
 def resolve(
     values: dict[str, Any], explicit: set[str], asked: set[str], saved: Collection[str] = ()
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Fill in the options that the method decides, and refuse those that contradict it or another option.
 
     Args:
@@ -122,7 +122,7 @@ def function_name(field: str, given: str | None) -> str | None:
         raise ConfigurationError(f"`{field}`: {error}") from error
 
 
-def _warn_of_ties(chosen: Mapping[str, Any], explicit: set[str]) -> None:
+def _warn_of_ties(chosen: Mapping[str, object], explicit: set[str]) -> None:
     if "importance" in explicit and "selection" not in explicit and chosen["selection"] == "obs":
         warn_user(
             f"With selection='obs' the importance {chosen['importance']!r} only breaks ties; set selection='top' to "
@@ -130,7 +130,7 @@ def _warn_of_ties(chosen: Mapping[str, Any], explicit: set[str]) -> None:
         )
 
 
-def _is_missing(field: str, given: Any) -> bool:
+def _is_missing(field: str, given: object) -> bool:
     """Return whether a text names a function that is not registered here, but could be."""
     name = split_name(given)[0] if isinstance(given, str) else ""
     return can_be_registered(name) and name not in FUNCTION_FIELDS[field]
@@ -180,7 +180,7 @@ def _check_layers(values: dict[str, Any]) -> None:
         )
 
 
-def _apply_strategy(chosen: dict[str, Any], values: dict[str, Any], explicit: set[str]) -> None:
+def _apply_strategy(chosen: dict[str, Any], values: dict[str, object], explicit: set[str]) -> None:
     if chosen["strategy"] is None:
         return
     if chosen["strategy"] not in strategies:
@@ -198,7 +198,7 @@ def _apply_strategy(chosen: dict[str, Any], values: dict[str, Any], explicit: se
         chosen["strategy"] = None  # the strategy of the method, which an option replaced
 
 
-def unused_fields(chosen: Mapping[str, Any]) -> dict[str, str]:
+def unused_fields(chosen: Mapping[str, object]) -> dict[str, str]:
     """Return the method fields that nothing reads, given the others, with the reason."""
     unused: dict[str, str] = {}
     ridge = chosen["compensation"] == "ridge"
@@ -219,7 +219,7 @@ def unused_fields(chosen: Mapping[str, Any]) -> dict[str, str]:
     return unused
 
 
-def unused_numbers(chosen: Mapping[str, Any]) -> dict[str, str]:
+def unused_numbers(chosen: Mapping[str, object]) -> dict[str, str]:
     """Return the numbers, and options that go with them, that nothing reads given all others, with the reason.
 
     Such options have a value as well, their default.
@@ -240,8 +240,8 @@ def unused_numbers(chosen: Mapping[str, Any]) -> dict[str, str]:
         unused |= dict.fromkeys(("error_weighting", "reconstruction_batch_tokens"), reason)
     weighs_errors = chosen["reconstruction_steps"] and chosen["error_weighting"] == "gradient"
     takes_gradients = weighs_errors or any(GRADIENTS in entry.requires for entry in entries.values())
-    if not (takes_gradients or chosen["allocation"] == "adaptive" or chosen["self_calibration"]):
-        unused["score_batch_size"] = "there is no backward pass and no text to write"
+    if not (takes_gradients or chosen["allocation"] == "adaptive"):
+        unused["score_batch_size"] = "there is no backward pass"
     return unused
 
 

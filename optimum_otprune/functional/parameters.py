@@ -62,7 +62,7 @@ class Parameter(NamedTuple):
         return found
 
 
-def parameters_of(function: Callable[..., Any], what: str) -> dict[str, Parameter]:
+def parameters_of(function: Callable[..., object], what: str) -> dict[str, Parameter]:
     """Return the keyword-only parameters in a function's signature, by name.
 
     Args:

@@ -153,6 +153,13 @@ def is_offloaded(model: PreTrainedModel) -> bool:
     return any(has_offloaded_params(module) for module in model.modules())
 
 
+def offloaded_bytes(model: PreTrainedModel) -> int:
+    """Return the bytes of all weights that are loaded each time their module runs."""
+    modules = [module for module in model.modules() if has_offloaded_params(module)]
+    parts = [part for module in modules for part in module.parameters(recurse=False)]
+    return sum(part.numel() * part.element_size() for part in parts)
+
+
 def restore_ties(model: PreTrainedModel) -> None:
     """Make offloaded weights that are shared one parameter again; a forward pass leaves one for each of its places.
 

@@ -22,7 +22,7 @@ from optimum_otprune.models.ffn_hooks import hooked, noted, unchunked, watched
 from optimum_otprune.models.prunable_model import PrunableModel
 from optimum_otprune.models.spill import TensorSpill
 
-_SAMPLE_TOKENS = 64
+SAMPLE_TOKENS = 64  # that a model is checked on
 _HANDED_ON = (
     "The block changes, or needs, what blocks hand on beside the hidden states, as layers that share keys and values "
     "do, so blocks cannot be pruned one by one. Choose a model whose layers hand on nothing but hidden states."
@@ -149,7 +149,7 @@ def check_parameters(model: PreTrainedModel, blocks: Sequence[FFNBlock] = ()) ->
 
 
 def _sample(tokens: Tensor) -> Tensor:
-    return tokens[:1, :_SAMPLE_TOKENS]
+    return tokens[:1, :SAMPLE_TOKENS]
 
 
 def _output(model: PreTrainedModel, batch: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from optimum_otprune.models.prunable_model import PrunableModel
@@ -62,6 +63,15 @@ def forward_flops(prunable: PrunableModel, batch_size: int, seqlen: int, num_log
         scores=4 * pairs * heads * head_size * len(prunable.blocks),
         head=2 * batch_size * num_logits * _entries(model.get_output_embeddings()),
     )
+
+
+def cache_bytes(model: PreTrainedModel) -> int:
+    """Return the bytes of the keys and values that all layers keep for one token while a model writes."""
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    return 2 * config.num_hidden_layers * groups * size * model.dtype.itemsize
 
 
 def _entries(head: nn.Module | None) -> int:

@@ -6,7 +6,7 @@ from the ones before it. The model runs in its own dtype, log-probabilities are 
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import TypedDict
 
 import datasets
 import evaluate
@@ -27,6 +27,30 @@ _FLOAT32_BYTES = 4
 _LARGEST_EXPONENT = 700  # nats; `math.exp` overflows from 710 on
 
 PROTOCOL = "non-overlapping windows, tail dropped, every token but a window's first, log-softmax in float32"
+
+
+class Perplexity(TypedDict):
+    """One measurement and its protocol.
+
+    Attributes:
+        perplexity: The perplexity, `exp(nll)`.
+        nll: Nats per predicted token.
+        num_tokens: Number of predicted tokens.
+        num_windows: Number of windows.
+        seqlen: Number of tokens of a window.
+        stride: Number of tokens from the beginning of a window to that of the next.
+        dtype: The data type of the model.
+        protocol: The rest of the protocol, in words.
+    """
+
+    perplexity: float
+    nll: float
+    num_tokens: int
+    num_windows: int
+    seqlen: int
+    stride: int
+    dtype: str
+    protocol: str
 
 
 class TokenPerplexity(evaluate.Metric):
@@ -61,7 +85,7 @@ class TokenPerplexity(evaluate.Metric):
 @torch.no_grad()
 def evaluate_perplexity(
     model: PreTrainedModel, tokens: Tensor, batch_size: int = BATCH_SIZE, progress: bool = True
-) -> dict[str, Any]:
+) -> Perplexity:
     """Measure a model on windows of tokens.
 
     Args:
@@ -72,8 +96,7 @@ def evaluate_perplexity(
         progress: Whether to show a progress bar.
 
     Returns:
-        A mapping with `perplexity`, `nll` (nats per token), `num_tokens` (predicted), and the protocol: `num_windows`,
-        `seqlen`, `stride`, `dtype`, `protocol`.
+        The perplexity, and the protocol.
 
     Raises:
         NumericalError: If a log-likelihood is NaN.
@@ -94,14 +117,17 @@ def evaluate_perplexity(
         found += nll.tolist()
     predictions = [nll for part in gathered(found) for nll in part]
     metric.add_batch(predictions=predictions, references=[tokens.shape[1] - 1] * len(tokens))
-    return {
-        **metric.compute(),
-        "num_windows": len(tokens),
-        "seqlen": tokens.shape[1],
-        "stride": tokens.shape[1],
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "protocol": PROTOCOL,
-    }
+    measured = metric.compute()
+    return Perplexity(
+        perplexity=measured["perplexity"],
+        nll=measured["nll"],
+        num_tokens=measured["num_tokens"],
+        num_windows=len(tokens),
+        seqlen=tokens.shape[1],
+        stride=tokens.shape[1],
+        dtype=str(model.dtype).removeprefix("torch."),
+        protocol=PROTOCOL,
+    )
 
 
 def windows_together(batch_size: int, seqlen: int, vocab_size: int, element_size: int) -> int:

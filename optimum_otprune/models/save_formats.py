@@ -131,15 +131,16 @@ def save_format(name: str) -> SaveFormat:
     return save_formats[name]()
 
 
-def saved_widths(name: str, widths: Sequence[int]) -> list[int]:
+def saved_widths(name: str, widths: Sequence[int], dense: Sequence[int] | None = None) -> list[int]:
     """Return the width that each layer has in the saved files: its own where all layers are of one width.
 
     Args:
         name: The registered name of a save format.
         widths: The channels that each layer keeps.
+        dense: The channels of each layer before pruning, which no saved layer exceeds; None where not known.
 
     Raises:
-        CustomFunctionError: If the format gives too few widths, or one that is too small.
+        CustomFunctionError: If the format gives too few widths, or one that is too small or too large.
 
     Example:
         >>> saved_widths("pad", [2, 4]), saved_widths("per_layer_config", [2, 4])
@@ -156,6 +157,11 @@ def saved_widths(name: str, widths: Sequence[int]) -> list[int]:
         raise CustomFunctionError(
             f"The save format {name!r} gives the widths {saved!r:.200} to layers that keep {list(widths)} channels; "
             "want one width per layer, none smaller, all integers. Mend its `saved_widths`."
+        )
+    if dense is not None and any(wide > most for wide, most in zip(found, dense)):
+        raise CustomFunctionError(
+            f"The save format {name!r} gives the widths {found!r:.200} to layers that had {list(dense)!r:.200} "
+            "channels before pruning; want none larger. Mend its `saved_widths`, or use non_uniform_format='pad'."
         )
     return found
 

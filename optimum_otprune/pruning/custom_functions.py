@@ -33,7 +33,7 @@ def guarded(field: str, entry: Entry) -> Entry:
 
 def _guarded(field: str, name: str, function: Callable) -> Callable:
     @functools.wraps(function)
-    def call(*inputs: object) -> Any:
+    def call(*inputs: object) -> object:
         copies = [_copied(part) for part in inputs]
         try:
             return function(*copies)

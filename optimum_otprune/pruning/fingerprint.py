@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,7 +74,7 @@ def _surroundings(model: PreTrainedModel) -> dict[str, object]:
 
 def recovery_fingerprint(
     model: PreTrainedModel, dense: PreTrainedModel, texts: Sequence[Tensor], settings: Mapping[str, object]
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Return everything that the bits of a recovery's result depend on, JSON-ready.
 
     Args:
@@ -94,7 +93,7 @@ def recovery_fingerprint(
     return json.loads(json.dumps(values))
 
 
-def run_fingerprint(model: PreTrainedModel, recipe: Recipe, tokens: Tensor, batch_size: int) -> dict[str, Any]:
+def run_fingerprint(model: PreTrainedModel, recipe: Recipe, tokens: Tensor, batch_size: int) -> dict[str, object]:
     """Return everything that the bits of a run's result depend on, JSON-ready; functions count by their names.
 
     Args:

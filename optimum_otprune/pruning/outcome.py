@@ -27,11 +27,13 @@ class PrunedLayers(NamedTuple):
         reports: The report of each layer.
         padding_parameters: Zeros in the model that only fill up layers to a common width.
         added_biases: Whether the model's configuration had no biases before and has them now.
+        written_samples: Number of calibration samples that the dense model wrote itself.
     """
 
     reports: list[LayerReport]
     padding_parameters: int
     added_biases: bool = False
+    written_samples: int = 0
 
     def report(
         self,
@@ -57,7 +59,7 @@ class PrunedLayers(NamedTuple):
             config=config.to_dict(),
             options=tuple(config.fewest_options()),
             layers=tuple(self.reports),
-            calibration=data.describe(),
+            calibration={**data.describe(), **self._written()},
             versions=versions(),
             model_type=model.config.model_type,
             token_weighting=config.token_weighting or "uniform",
@@ -71,3 +73,6 @@ class PrunedLayers(NamedTuple):
             references=recipe.references,
             **origin,
         )
+
+    def _written(self) -> dict[str, int]:
+        return {"written_samples": self.written_samples} if self.written_samples else {}

@@ -10,14 +10,22 @@ from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.errors import warn_user
 from optimum_otprune.functional.ffn import check_weights
 from optimum_otprune.models.changes import mark_half_pruned
-from optimum_otprune.models.devices import is_offloaded, large_blocks_returned, return_freed_memory
+from optimum_otprune.models.devices import (
+    is_offloaded,
+    large_blocks_returned,
+    offloaded_bytes,
+    return_freed_memory,
+)
 from optimum_otprune.models.distributed import from_main
-from optimum_otprune.models.faithfulness import check_logits, check_parameters, measured_factors
+from optimum_otprune.models.faithfulness import check_parameters
 from optimum_otprune.models.ffn_block import FFNBlock, named
 from optimum_otprune.models.ffn_hooks import unchunked
 from optimum_otprune.models.pass_settings import PassSettings
+from optimum_otprune.models.passes import Passes
 from optimum_otprune.models.prunable_model import PrunableModel
 from optimum_otprune.models.resize import finish_resize, switches_biases
+from optimum_otprune.models.save_formats import saved_widths
+from optimum_otprune.pruning.calibration.self_calibration import check_can_write, probe_passes
 from optimum_otprune.pruning.layer_store import LayerStore
 from optimum_otprune.pruning.outcome import PrunedLayers
 from optimum_otprune.pruning.preflight import check_feasible, warn_of_empty
@@ -38,7 +46,8 @@ def prune_model(
     Args:
         prunable: The dense model; it is checked unless that was done before.
         recipe: The configuration with its functions.
-        tokens: Calibration samples, LongTensor `(num_samples, seqlen)`.
+        tokens: The given calibration samples, LongTensor `(num_samples, seqlen)`. Where there are none, the model
+            writes them all.
         settings: How the passes are run.
         store: Where finished layers are looked up and kept.
 
@@ -46,24 +55,28 @@ def prune_model(
         OTPruneError: If the model cannot be pruned, of the fitting class; the message names the layer.
     """
     model, blocks, config = prunable.model, prunable.blocks, recipe.config
+    passes = Passes(prunable, tokens, settings)
     widths = plan_widths(blocks, config)
     empty = check_parameters(model, blocks)
     if widths == prunable.widths:
-        check_logits(model, tokens)
+        passes.check_logits()
         return PrunedLayers([untouched(block) for block in blocks], 0)
     _check(prunable, config, widths, empty)
-    if prunable.factors is None:
-        prunable = prunable.checked(measured_factors(prunable, tokens))
+    num_written = check_can_write(model, config, tokens.shape, offloaded_bytes(model))
+    probe = probe_passes(passes, config.seed).checked()
+    passes = probe.of(tokens)
     with unchunked(model), large_blocks_returned(is_offloaded(model)):
         prepared = store.prepared(
-            lambda: prepare(prunable, widths, recipe, tokens, settings),
+            lambda: prepare(passes, widths, recipe, num_written),
             lambda: Expected.of(
                 (block.read() for block in blocks), tokens, recipe.needs_gradients, recipe.weighs_errors
             ),
         )
-        reports = _prune_layers(Run.begun(prunable, recipe, prepared, settings), store, settings.progress)
+        saved_widths(config.non_uniform_format, prepared.widths, prunable.widths)  # as shared; called for its errors
+        reports = _prune_layers(Run.begun(passes, recipe, prepared), store, settings.progress)
         pruned = _resized(prunable, reports, config)
-    check_logits(model, tokens)
+    pruned = pruned._replace(written_samples=len(prepared.samples.tokens) - len(tokens))
+    probe.check_logits()
     _tell_of_size(pruned)
     return pruned
 

@@ -6,15 +6,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.errors import StateError
 from optimum_otprune.functional.ffn import FFNWeights
 from optimum_otprune.functional.importance import WeightScores
+from optimum_otprune.functional.seeds import seed_of
 from optimum_otprune.models.distributed import from_main
-from optimum_otprune.models.pass_settings import PassSettings
-from optimum_otprune.models.prunable_model import PrunableModel
+from optimum_otprune.models.passes import Passes
 from optimum_otprune.pruning.calibration.gradients import Asked, GradientScores, LayerGradients, layer_gradients
 from optimum_otprune.pruning.calibration.samples import Samples
-from optimum_otprune.pruning.calibration.self_calibration import self_calibration_tokens
+from optimum_otprune.pruning.calibration.self_calibration import written_samples
 from optimum_otprune.pruning.recipe import Recipe
 from optimum_otprune.pruning.widths import adaptive_widths
 
@@ -129,29 +130,35 @@ def _scores(tensors: Mapping[str, Tensor], layer: int) -> GradientScores:
     return GradientScores(**parts)
 
 
-def prepare(
-    prunable: PrunableModel, widths: list[int], recipe: Recipe, tokens: Tensor, settings: PassSettings
-) -> Prepared:
+def prepare(passes: Passes, widths: list[int], recipe: Recipe, num_written: int) -> Prepared:
     """Compute gradients, widths and samples with the whole dense model, before its first layer is pruned.
 
     Args:
-        prunable: The dense model.
+        passes: The dense model and the given calibration samples.
         widths: Channels of each layer after pruning, from `plan_widths`.
         recipe: The configuration with its functions.
-        tokens: Calibration samples, LongTensor `(num_samples, seqlen)`.
-        settings: How the passes are run.
+        num_written: Number of samples that the model writes itself.
     """
     config = recipe.config
-    samples = Samples.split(tokens, config.holdout_share, config.seed)
-    scoring = settings.by(config.score_batch_size)
+    samples = _samples(passes, config, num_written)
+    passes = passes.of(samples.tokens)
     asked = Asked(recipe.needs_gradients, recipe.needs_moments)
-    own = samples.own(config.score_batch_size if any(asked) else 1)
-    found = layer_gradients(prunable, own.tokens, scoring, asked) if any(asked) else LayerGradients(None, None)
-    if config.allocation == "adaptive":
-        assert found.moments is not None
-        shared = adaptive_widths(prunable, own, settings, config, widths, found.moments)
-        widths = from_main(shared)  # other processes may have rounded differently
-    if config.self_calibration:
-        written = self_calibration_tokens(prunable.model, tokens, config.self_calibration, scoring, config.seed)
-        samples = samples.followed_by(from_main(written))
+    batch_size = config.score_batch_size
+    found = LayerGradients(None, None)
+    if any(asked):
+        own = passes.own(batch_size)
+        found = layer_gradients(own.by(batch_size), asked)
+        if config.allocation == "adaptive":
+            assert found.moments is not None
+            shared = adaptive_widths(own, samples.own(batch_size).is_heldout, config, widths, found.moments)
+            widths = from_main(shared)  # other processes may have rounded differently
     return Prepared(widths, samples, found.scores, found.moments if recipe.weighs_errors else None)
+
+
+def _samples(passes: Passes, config: OTPruningConfig, num_written: int) -> Samples:
+    """Return the given samples, and those that the model writes after them; some of each are held out."""
+    samples = Samples.split(passes.tokens, config.holdout_share, config.seed)
+    if not num_written:
+        return samples
+    written = from_main(written_samples(passes, num_written, config.seed))  # others may have rounded differently
+    return samples.followed_by(Samples.split(written, config.holdout_share, seed_of(config.seed, 1)))

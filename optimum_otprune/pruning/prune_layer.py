@@ -11,10 +11,11 @@ from optimum_otprune.functional.error_metric import error_metric
 from optimum_otprune.functional.ffn import FFNWeights
 from optimum_otprune.functional.ratios import RescueEnergies, dilution_ratio, relative_error, rescue_ratio
 from optimum_otprune.functional.reconstruction import ReconstructionSettings, Share, TrainingTokens, reconstruct
+from optimum_otprune.functional.seeds import seed_of
 from optimum_otprune.models.distributed import gathered, process_index, summed
 from optimum_otprune.models.ffn_block import FFNBlock
 from optimum_otprune.models.forward_stream import CalibrationStream
-from optimum_otprune.models.pass_settings import PassSettings
+from optimum_otprune.models.passes import Passes
 from optimum_otprune.models.prunable_model import PrunableModel
 from optimum_otprune.pruning.calibration.layer_statistics import (
     LayerData,
@@ -27,7 +28,6 @@ from optimum_otprune.pruning.layer_store import FinishedLayer
 from optimum_otprune.pruning.preparation import Prepared
 from optimum_otprune.pruning.recipe import Recipe
 from optimum_otprune.pruning.report import LayerReport
-from optimum_otprune.pruning.seeds import seed_of
 
 
 class Run(NamedTuple):
@@ -48,11 +48,11 @@ class Run(NamedTuple):
     is_heldout: Tensor
 
     @classmethod
-    def begun(cls, prunable: PrunableModel, recipe: Recipe, prepared: Prepared, settings: PassSettings) -> "Run":
+    def begun(cls, passes: Passes, recipe: Recipe, prepared: Prepared) -> "Run":
         """Return a run whose calibration samples are before the first layer."""
-        own = prepared.samples.own()
+        prunable, own = passes.prunable, prepared.samples.own()
         corrects = any(_correction(prunable, recipe, block) for block in prunable.blocks)
-        stream = CalibrationStream(prunable, own.tokens, settings, track_dense=corrects)
+        stream = passes.of(own.tokens).forward(track_dense=corrects)
         return cls(prunable, recipe, prepared, stream, own.is_heldout)
 
     def seed(self, block: FFNBlock) -> int:

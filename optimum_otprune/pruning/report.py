@@ -65,7 +65,8 @@ class PruningReport:
         layers: One report per layer, in order.
         parameters_before: Parameters of the whole model before pruning.
         parameters_after: Parameters of the whole model after pruning, zeros that only fill up layers not counted.
-        calibration: Description of the calibration data: `data`, `num_samples`, `seqlen`, `num_tokens`.
+        calibration: Description of the calibration data: `data`, `num_samples`, `seqlen`, `num_tokens` of
+            what was given, and `written_samples` where the dense model wrote samples of that length itself.
         base_model: Hub id of the model that was pruned, or None.
         evaluations: Results of `evaluate`, oldest first, each with its protocol.
         custom_functions: Functions given in place of registered names, by field.
@@ -263,6 +264,7 @@ class PruningReport:
             if getattr(self, name) is not None:
                 check_entry(name, getattr(self, name), kind, 0 if kind is int else None)
         check_numbers("calibration", self.calibration, _CALIBRATION, is_finite)
+        check_entry("calibration.written_samples", self.calibration.get("written_samples", 0), int, 0)
         tokens, samples = self.calibration["num_tokens"], self.calibration["num_samples"]
         if tokens != samples * self.calibration["seqlen"]:
             raise ReportError(

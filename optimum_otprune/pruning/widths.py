@@ -12,11 +12,8 @@ from optimum_otprune.functional.allocation import allocate_widths
 from optimum_otprune.functional.error_metric import metric_root
 from optimum_otprune.functional.selection import kept_width, obs_elimination, sensible_multiple
 from optimum_otprune.models.ffn_block import FFNBlock, dense_width
-from optimum_otprune.models.forward_stream import CalibrationStream
-from optimum_otprune.models.pass_settings import PassSettings
-from optimum_otprune.models.prunable_model import PrunableModel
+from optimum_otprune.models.passes import Passes
 from optimum_otprune.pruning.calibration.layer_statistics import LayerData
-from optimum_otprune.pruning.calibration.samples import Samples
 
 
 def given_widths(blocks: list[FFNBlock], config: OTPruningConfig) -> dict[int, int]:
@@ -93,12 +90,7 @@ def _warn_of_nothing(width: int, widths: list[int], config: OTPruningConfig) -> 
 
 
 def adaptive_widths(
-    prunable: PrunableModel,
-    samples: Samples,
-    settings: PassSettings,
-    config: OTPruningConfig,
-    widths: list[int],
-    moments: Sequence[Tensor],
+    passes: Passes, is_heldout: Tensor, config: OTPruningConfig, widths: list[int], moments: Sequence[Tensor]
 ) -> list[int]:
     """Share the channels of the layers without a width of their own by what removing them costs the loss.
 
@@ -107,9 +99,8 @@ def adaptive_widths(
     loss by the output. It is twice the empirical Fisher estimate of the change of the loss if g and e are independent.
 
     Args:
-        prunable: The dense model.
-        samples: The calibration samples of this process.
-        settings: How the pass is run.
+        passes: The dense model and the calibration samples of this process.
+        is_heldout: Which of their tokens are held out, BoolTensor.
         config: The configuration to prune by.
         widths: Channels of each layer after pruning, from `plan_widths`.
         moments: Second moments of the gradients for each layer, from `layer_gradients`.
@@ -117,18 +108,18 @@ def adaptive_widths(
     Returns:
         Widths by layer, in sum at most that of `widths`.
     """
-    blocks = prunable.blocks
+    blocks = passes.prunable.blocks
     given = given_widths(blocks, config)
     free = [block for block in blocks if block.layer not in given]
     budget = sum(widths[block.layer] for block in free)
-    stream = CalibrationStream(prunable, samples.tokens, settings, stays_dense=True)
+    stream = passes.forward(stays_dense=True)
     costs = []
-    for block in tqdm(blocks, desc="Removal costs", unit="layer", disable=not settings.progress):
+    for block in tqdm(blocks, desc="Removal costs", unit="layer", disable=not passes.settings.progress):
         if block.layer in given:
             stream.advance(block)
             continue
         dense = block.read()
-        data = LayerData.of(block, dense, stream, samples.is_heldout, config)
+        data = LayerData.of(block, dense, stream, is_heldout, config)
         weighed = metric_root(moments[block.layer]).to(block.device) @ data.dense.down
         costs.append(obs_elimination(data.statistics.total.gram, weighed, dense.intermediate_size).costs)
     multiple = sensible_multiple(blocks[0].intermediate_size, config.multiple_of)

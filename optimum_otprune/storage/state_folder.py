@@ -13,7 +13,6 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from optimum_otprune.errors import OutputError, StateError
 from optimum_otprune.storage.files import replace_file, sync, why_not_written
@@ -65,7 +64,7 @@ def has_state(folder: Path) -> bool:
     return os.path.isfile(folder / STATE_FILE)
 
 
-def strict_json(blob: bytes, name: str) -> Any:
+def strict_json(blob: bytes, name: str) -> object:
     """Parse JSON of a state.
 
     Args:
@@ -92,7 +91,7 @@ class StateFolder:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.fingerprint: dict[str, Any] | None = None
+        self.fingerprint: dict[str, object] | None = None
         self.is_saved = False
         self._entries: dict[str, FileEntry] = {}
 
@@ -128,7 +127,7 @@ class StateFolder:
         """The names of the files that were written."""
         return frozenset(self._entries)
 
-    def begin(self, fingerprint: Mapping[str, Any]) -> None:
+    def begin(self, fingerprint: Mapping[str, object]) -> None:
         """Write down the run that later files belong to; files of an earlier run are removed."""
         self._remove_files()
         self.fingerprint = dict(fingerprint)

@@ -47,7 +47,7 @@ def folder(llama, tokens, tmp_path):
     return tmp_path / "out"
 
 
-def test_it_is_loaded_evaluated_and_carded(folder, tokens):
+def test_it_is_loaded_evaluated_and_carded(folder, tokens, capsys):
     text = (folder / CONFIG_FILE).read_text()
     pruner = OTPruner.from_pretrained(folder, trust_remote_code=True)
     assert pruner.evaluate(tokens, progress=False)["stage"] == "pruned"
@@ -56,7 +56,10 @@ def test_it_is_loaded_evaluated_and_carded(folder, tokens):
     assert config.replace(seed=3).importance == "elsewhere:power=2.0"
     assert config.fewest_options()["importance"] == "elsewhere:power=2.0"
     assert run_command("card", folder) == 0
-    assert "trust_remote_code=True" in (folder / "README.md").read_text()
+    assert "trust_remote_code=True)" in (folder / "README.md").read_text()
+    card = capsys.readouterr().out
+    assert "saved in the format folded, which is not registered" in card
+    assert "trust_remote_code=True)" not in card
 
 
 def test_whoever_would_use_such_a_name_is_told_to_install_its_package(folder, llama, tokens, tmp_path):

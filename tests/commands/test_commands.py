@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from optimum_otprune import OTPruner, OTPruningConfig
+from optimum_otprune.commands import actions
 from optimum_otprune.commands.arguments import LISTED, chosen, config_options
 from optimum_otprune.commands.main import main
 from optimum_otprune.commands.parser import EvaluateCommand, OTPruneCommand, PruneCommand, PushCommand, TuneCommand
@@ -145,6 +146,19 @@ def test_a_failure_is_one_line_and_exits_with_1(tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.startswith("otprune prune: error: The folder 'empty' is empty, so it holds no model")
     assert error.count("\n") == 1
+
+
+def test_memory_that_runs_out_is_one_line(monkeypatch, tmp_path, capsys):
+    def fail(args):
+        raise MemoryError("4 GB wanted")
+
+    monkeypatch.setattr(actions, "evaluate", fail)
+    with pytest.raises(SystemExit) as ended:
+        main(["evaluate", str(tmp_path)])
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == (
+        "otprune evaluate: error: memory ran out (4 GB wanted). Close other programs, or use less.\n"
+    )
 
 
 def test_debug_shows_the_traceback(tmp_path):

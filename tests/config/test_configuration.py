@@ -273,7 +273,7 @@ UNREAD = [
     ({"method": "wanda_sp", "epsilon": 0.1}, "nothing is transported"),
     ({"method": "random", "holdout_share": 0.5}, "nothing is chosen on held-out tokens"),
     ({"method": "flap", "holdout_share": 0.5}, "nothing is chosen on held-out tokens"),
-    ({"score_batch_size": 2}, "there is no backward pass and no text to write"),
+    ({"score_batch_size": 2}, "there is no backward pass"),
     ({"quality": "fast", "reconstruction_batch_tokens": 64}, "only reconstruction reads it"),
     ({"quality": "fast", "error_weighting": "gradient"}, "only reconstruction reads it"),
 ]
@@ -288,7 +288,6 @@ READ = [
     {"source_distribution": "weight_aware", "score_batch_size": 2},
     {"error_weighting": "gradient", "score_batch_size": 2},
     {"allocation": "adaptive", "score_batch_size": 2},
-    {"self_calibration": 1, "score_batch_size": 2},
 ]
 
 

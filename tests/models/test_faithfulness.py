@@ -23,6 +23,7 @@ from transformers import (
 
 from optimum_otprune import OTPruner, OTPruningConfig
 from optimum_otprune.errors import NumericalError, UnsupportedModelError
+from optimum_otprune.models import passes
 from optimum_otprune.models.block_runner import BlockRunner
 from optimum_otprune.models.faithfulness import check_parameters, measured_factors
 from optimum_otprune.models.ffn_block import FFNBlock, ffn_blocks
@@ -30,7 +31,6 @@ from optimum_otprune.models.forward_stream import CalibrationStream
 from optimum_otprune.models.pass_settings import PassSettings
 from optimum_otprune.models.prunable_model import PrunableModel
 from optimum_otprune.models.spill import TensorSpill
-from optimum_otprune.pruning import pipeline
 from optimum_otprune.pruning.tuning import search as tuning
 from tests.conftest import make_llama
 from tests.models.test_contract import BERT, ROPE
@@ -516,7 +516,7 @@ def test_tuning_checks_the_model_once(llama, tokens, monkeypatch):
         return measured_factors(*args)
 
     monkeypatch.setattr(tuning, "measured_factors", counted)
-    monkeypatch.setattr(pipeline, "measured_factors", None)
+    monkeypatch.setattr(passes, "measured_factors", None)
     OTPruner.from_pretrained(llama, OTPruningConfig(**FAST)).tune(tokens, num_trials=2, progress=False)
     assert len(calls) == 1
 

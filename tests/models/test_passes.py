@@ -25,7 +25,7 @@ from optimum_otprune.pruning.calibration.layer_statistics import LayerData, meas
 from optimum_otprune.pruning.calibration.samples import Samples, heldout_mask
 from tests.conftest import VOCAB_SIZE, make_llama
 from tests.models.test_contract import build
-from tests.passes import moments_of, quiet, scores_of, stream_of
+from tests.passes import moments_of, passes_of, quiet, scores_of, stream_of
 
 MAP = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
 DISK = MAP | {"model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk"}
@@ -270,7 +270,7 @@ def test_a_nan_in_the_gradients_names_the_layer(llama, tokens):
 
 
 def test_scores_and_moments_of_one_walk_are_those_of_two(llama, tokens):
-    both = layer_gradients(PrunableModel.of(llama), tokens, quiet(5), Asked(scores=True, moments=True))
+    both = layer_gradients(passes_of(llama, tokens, 5), Asked(scores=True, moments=True))
     for one, other in zip(both.scores, scores_of(llama, tokens, 5), strict=True):
         assert all(torch.equal(*pair) for pair in zip((*one.snip, *one.fo), (*other.snip, *other.fo), strict=True))
     assert all(torch.equal(*pair) for pair in zip(both.moments, moments_of(llama, tokens, 5), strict=True))

@@ -123,6 +123,14 @@ def test_widths_that_cannot_be_are_refused_by_the_formats_name(tiled, wrong, mon
         saved_widths("tiled", [12, 24, 24])
 
 
+def test_layers_wider_than_before_are_refused_before_any_work(tiled, llama, tokens, monkeypatch):
+    before = {name: value.clone() for name, value in llama.state_dict().items()}
+    monkeypatch.setattr(tiled, "saved_widths", lambda self, widths: [64] * len(widths))
+    with pytest.raises(CustomFunctionError, match=r"'tiled' gives the widths \[64, 64, 64\] .* had \[48, 48, 48\]"):
+        OTPruner.from_pretrained(llama, OTPruningConfig(**FAST, non_uniform_format="tiled")).prune(tokens)
+    assert all(torch.equal(value, before[name]) for name, value in llama.state_dict().items())
+
+
 @pytest.mark.parametrize("method", ["saved_widths", "check", "finish"])
 def test_a_method_that_fails_is_one_error_and_the_model_is_as_before(tiled, method, llama, tokens, monkeypatch):
     before = {name: value.clone() for name, value in llama.state_dict().items()}

@@ -15,11 +15,10 @@ from optimum_otprune.errors import ConfigurationError, ModelLoadError, Unsupport
 from optimum_otprune.models.architectures import ARCHITECTURES, FFNSpec, find_spec
 from optimum_otprune.models.ffn_block import ffn_blocks
 from optimum_otprune.models.modeling_code import MODELING_FILE, modeling_code
-from optimum_otprune.models.prunable_model import PrunableModel
-from optimum_otprune.pruning.calibration.samples import Samples
+from optimum_otprune.pruning.calibration.samples import heldout_mask
 from optimum_otprune.pruning.widths import adaptive_widths
 from tests.conftest import make_llama
-from tests.passes import moments_of, quiet, stream_of
+from tests.passes import moments_of, passes_of, stream_of
 
 FAST = {"pruning_ratio": 0.5, "multiple_of": 2, "quality": "fast"}
 
@@ -58,13 +57,11 @@ def test_a_layer_whose_outputs_no_later_layer_reads_is_cheap_only_to_the_loss(to
         last = model.model.layers[2]
         for norm in (last.input_layernorm, last.post_attention_layernorm, model.model.norm):
             norm.weight[:4] = 0
-    prunable, config = PrunableModel.of(model), OTPruningConfig(**FAST, allocation="adaptive")
+    dense, config = passes_of(model, tokens, 4), OTPruningConfig(**FAST, allocation="adaptive")
     felt = moments_of(model, tokens, 4)
     alike = [torch.eye(32, dtype=torch.float64)] * 3
-    samples = Samples.split(tokens, 0.25, 0)
-    widths, unweighed = (
-        adaptive_widths(prunable, samples, quiet(4), config, [24] * 3, moments) for moments in (felt, alike)
-    )
+    is_heldout = heldout_mask(*tokens.shape, 0.25, 0)
+    widths, unweighed = (adaptive_widths(dense, is_heldout, config, [24] * 3, moments) for moments in (felt, alike))
     assert sum(widths) == sum(unweighed) == 72
     assert widths[1] < widths[0]
     assert widths[1] < unweighed[1]

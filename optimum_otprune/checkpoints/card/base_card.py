@@ -3,7 +3,6 @@
 import logging
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import yaml
 
@@ -31,7 +30,7 @@ _LINK = re.compile(r"https://[A-Za-z0-9._~:/?#@!$&*+,;=%-]{1,300}|[A-Za-z0-9._-]
 _LANGUAGE = re.compile(r"[a-z]{2,20}(-[A-Za-z0-9]{1,8})*")
 
 
-def read_base_card(text: str) -> dict[str, Any]:
+def read_base_card(text: str) -> dict[str, object]:
     r"""Return what the front matter of a model card says about license and language.
 
     From a card without front matter, or with one that is no YAML, nothing is returned; the latter is logged.
@@ -60,7 +59,7 @@ def read_base_card(text: str) -> dict[str, Any]:
     return checked_base_card(values) if isinstance(values, dict) else {}
 
 
-def checked_base_card(values: Mapping[str, object]) -> dict[str, Any]:
+def checked_base_card(values: Mapping[str, object]) -> dict[str, object]:
     """Return the entries that are what they should be: `license`, `license_name`, `license_link`, `language`.
 
     Args:
@@ -70,7 +69,7 @@ def checked_base_card(values: Mapping[str, object]) -> dict[str, Any]:
         A mapping of strings, with a list of strings for `language`; what is missing or malformed is left out. A
         license that the Hub does not list becomes `other` with its identifier as `license_name`.
     """
-    checked: dict[str, Any] = {}
+    checked: dict[str, object] = {}
     license_id = _only(values.get("license"))
     if license_id is not None and _NAME.fullmatch(license_id):
         known = license_id.lower() in LICENSES

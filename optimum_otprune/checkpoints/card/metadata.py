@@ -63,9 +63,9 @@ def copied_metadata(report: PruningReport) -> dict[str, Any]:
     copied = checked_base_card(report.base_card)
     address = copied.pop("license_link", None)
     base = hub_name(report.base_model)
-    if address is not None and address.startswith("https://"):
+    if isinstance(address, str) and address.startswith("https://"):
         copied["license_link"] = address
-    elif address is not None and base is not None:
+    elif isinstance(address, str) and base is not None:
         copied["license_link"] = f"{HUB}/{base}/blob/main/{address}"
     return copied
 

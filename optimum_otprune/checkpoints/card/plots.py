@@ -18,6 +18,7 @@ _FLOOR, _CEILING = -1.0, 1.0
 _RESCUED, _HARMED, _DILUTED, _WIDTHS = "#2a78b5", "#c0392b", "#e08e0b", "#8a8f98"
 _MAX_LABELS = 40  # layers up to which the numbers beside bars that are cut off do not overlap
 _BAR = 0.4  # width of a bar; a layer has two, side by side
+_EDGE = 0.7  # from the axis's end to the middle of the outermost layer: half a layer's two bars, and air beside them
 
 
 def can_plot() -> bool:
@@ -46,6 +47,7 @@ def save_rescue_plot(report: PruningReport, path: Path) -> None:
     layers = [layer.layer for layer in report.layers]
     widths = [layer.intermediate_size_after for layer in report.layers]
     heights = [3, 1] if len(set(widths)) > 1 else [3]
+    # In inches: room for the axis of two layers and 0.1 for each more, up to the width of a text column at full size.
     figure = Figure(
         figsize=(min(6.8 + 0.1 * len(layers), 12.0), 2.2 + 0.5 * sum(heights)), dpi=130, layout="constrained"
     )
@@ -57,7 +59,7 @@ def save_rescue_plot(report: PruningReport, path: Path) -> None:
         panels[1].bar(layers, widths, width=2 * _BAR, color=_WIDTHS)
         panels[1].set_ylabel("channels kept")
     panels[-1].set_xlabel("layer")
-    panels[-1].set_xlim(min(layers) - 0.7, max(layers) + 0.7)
+    panels[-1].set_xlim(min(layers) - _EDGE, max(layers) + _EDGE)
     panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     for panel in panels:
         panel.spines[["top", "right"]].set_visible(False)
@@ -81,7 +83,7 @@ def _draw_ratios(axes: "Axes", report: PruningReport) -> None:
                     _label(axes, layer.layer + offset, height, f"{value:.2f}" if abs(value) < 10 else f"{value:.0f}")
     axes.axhline(0.0, color="black", linewidth=0.8)
     lowest = max(_FLOOR, min((layer.rescue_ratio for layer in report.layers if layer.rescue_ratio < 0), default=0.0))
-    axes.set_ylim(1.15 * lowest, _CEILING + 0.08)
+    axes.set_ylim(1.15 * lowest, _CEILING + 0.08)  # room for the numbers beside bars that are cut off
     axes.set_ylabel("ratio, cut off at ±1" if cut else "ratio")
 
 

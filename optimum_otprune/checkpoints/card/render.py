@@ -21,7 +21,7 @@ from optimum_otprune.checkpoints.card.results import (
     limitations,
     partly_calibrated_on,
 )
-from optimum_otprune.config.options import OPTIONS_BY_NAME, PruningOptions
+from optimum_otprune.config.options import OPTIONS_BY_NAME, WRITTEN, PruningOptions
 from optimum_otprune.models.compatibility import tested_versions
 from optimum_otprune.models.save_formats import SaveFormat, save_format, save_formats, saved_widths
 from optimum_otprune.pruning.comparison import Comparison
@@ -63,6 +63,7 @@ def model_card(
         title=escape(name.rsplit("/", 1)[-1], max_length=96) or "Pruned model",
         loading=_loading(config, report, name, has_tokenizer),
         remote_code=needs_remote_code(config, report),
+        unknown_format=_unknown_format(config, report),
         config_block=fenced(config.to_json_string(), "json"),
         report=report,
         has_tokenizer=has_tokenizer,
@@ -77,6 +78,12 @@ def needs_remote_code(config: PruningOptions, report: PruningReport | None) -> b
     return uneven is not None and uneven.needs_remote_code
 
 
+def _unknown_format(config: PruningOptions, report: PruningReport | None) -> str | None:
+    """The name of the format of such a model where it is not registered here."""
+    uneven = None if report is None else _uneven_format(config, report)
+    return escape(config.non_uniform_format) if isinstance(uneven, _Unregistered) else None
+
+
 def _uneven_format(config: PruningOptions, report: PruningReport) -> SaveFormat | None:
     """The save format of a model that was saved with layers of different widths."""
     name = config.non_uniform_format
@@ -86,9 +93,7 @@ def _uneven_format(config: PruningOptions, report: PruningReport) -> SaveFormat 
 
 
 class _Unregistered(SaveFormat):
-    """A format of a package that is not installed here; code in the folder may be needed."""
-
-    needs_remote_code = True
+    """A format of a package that is not installed here; nobody knows what the folder needs."""
 
 
 @cache
@@ -125,6 +130,7 @@ def _facts(config: PruningOptions, report: PruningReport, name: str, older_names
         "headline_data": _data(config, pairs[0].data, config.evaluation_split) if pairs else "",
         "evaluations": [_evaluation(config, report, pair) for pair in pairs],
         "calibration_data": _data(config, report.calibration["data"], config.calibration_split),
+        "written_samples": report.calibration.get("written_samples", 0),
         "limitations": limitations(report),
         "recoveries": recovery_facts(
             report,
@@ -207,6 +213,8 @@ def _options(config: PruningOptions, report: PruningReport) -> dict[str, object]
 
 def _argument(config: PruningOptions, data: str, placeholder: str) -> str | None:
     """Return the data's name on the command line, or a placeholder; None for the configuration's own data."""
+    if data == WRITTEN:
+        return WRITTEN
     return None if data == config.dataset else hub_name(data) or placeholder
 
 

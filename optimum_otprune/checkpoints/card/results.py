@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from optimum_otprune.config.options import WRITTEN
 from optimum_otprune.pruning.comparison import Comparison
 from optimum_otprune.pruning.report import ADDED_BIASES, PruningReport, named_layers
 from optimum_otprune.storage.hub.client import is_hub_id
@@ -15,6 +16,7 @@ UNNAMED_DATA: Mapping[str, str] = {
     "local file": "a local file",
     "local folder": "a local folder",
     "a datasets.Dataset": "a data set in memory",
+    WRITTEN: "text that the dense model wrote itself",
 }
 PASSAGE = 32  # tokens in a row by which two texts are told to have a passage in common
 _FEW_EVALUATED = 20_000  # tokens up to which chance moves a perplexity by some percent
@@ -61,6 +63,11 @@ def seen_before(report: PruningReport, evaluation: Mapping[str, Any]) -> str | N
     return f"{windows} text that the model was calibrated on; expect a higher perplexity on other text."
 
 
+def calibration_samples(report: PruningReport) -> int:
+    """Return how many samples a model was calibrated on, given and written ones."""
+    return int(report.calibration["num_samples"] + report.calibration.get("written_samples", 0))
+
+
 def limitations(report: PruningReport) -> list[str]:
     """Return sentences in plain text on what not to trust the model with, the gravest first."""
     found = []
@@ -102,11 +109,14 @@ def limitations(report: PruningReport) -> list[str]:
     if pairs and pairs[0].one["num_tokens"] < _FEW_EVALUATED:
         found.append(f"It was evaluated on only {pairs[0].one['num_tokens']:,} tokens, so its perplexity is rough.")
     width = max((layer.intermediate_size_before for layer in report.layers), default=0)
-    if report.calibration["num_tokens"] < _WELL_CALIBRATED * width:
+    num_tokens = calibration_samples(report) * report.calibration["seqlen"]
+    if num_tokens < _WELL_CALIBRATED * width:
         found.append(
-            f"It was calibrated on {report.calibration['num_tokens']:,} tokens, fewer than twice the FFN width of "
+            f"It was calibrated on {num_tokens:,} tokens, fewer than twice the FFN width of "
             f"{width:,}: too few to fit the layers well."
         )
+    if not report.calibration.get("written_samples"):
+        found.append("It was calibrated on the given text alone; expect it to have lost more on other kinds of text.")
     return [
         *found,
         "It was trained towards the dense model's predictions after pruning, not fine-tuned on a task."

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_otprune.config.configuration import OTPruningConfig
+from optimum_otprune.config.options import WRITTEN
 from optimum_otprune.errors import CalibrationDataError
 from optimum_otprune.models.block_runner import vocabulary_size
 from optimum_otprune.pruning.calibration.documents import Documents, TokenSource, documents
@@ -41,7 +42,7 @@ class TokenData(NamedTuple):
     tokens: Tensor
     source: str
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         """Return the entries for a report."""
         num_samples, seqlen = self.tokens.shape
         entries = {"data": self.source, "num_samples": num_samples, "seqlen": seqlen}
@@ -101,7 +102,8 @@ def calibration_tokens(
     pieces for each sample are read, and samples come from its beginning alone.
 
     Args:
-        data: None for the configuration's dataset, a Hub dataset name, a file (text, JSON, JSON lines, CSV, Parquet,
+        data: None for the configuration's dataset, `"self"` for nothing but what the model writes itself (no samples
+            are given then), a Hub dataset name, a file (text, JSON, JSON lines, CSV, Parquet,
             compressed or not, or token ids as .npy, .safetensors or .pt) or a folder of such or of a dataset, a list
             of strings, a dataset of `datasets`, or token ids `(num_samples, seqlen)` or as one stream. In place of
             strings, rows may be conversations, which the tokenizer's chat template renders, or lists of token ids.
@@ -112,8 +114,10 @@ def calibration_tokens(
     Raises:
         CalibrationDataError: If the data cannot be found or used; the message says why.
     """
-    ids = given_ids(data)
     seqlen = limits.seqlen(config)
+    if is_written(data):
+        return _nothing_given(seqlen, limits)
+    ids = given_ids(data)
     if ids is not None:
         return TokenData(
             _checked(ids if ids.ndim == 2 else _drawn(_windows(ids, seqlen), config), limits), "token ids"
@@ -142,6 +146,9 @@ def expected_samples(
     Raises:
         CalibrationDataError: If the data are known to be of no use: not there, of the wrong kind, or too long.
     """
+    if is_written(data):
+        written = _nothing_given(limits.seqlen(config), limits)
+        return ExpectedSamples(0, written.tokens.shape[1], written.source, is_exact=True)
     if given_ids(data) is not None:
         read = calibration_tokens(data, config, None, limits)
         num_samples, seqlen = read.tokens.shape
@@ -192,6 +199,16 @@ def evaluation_tokens(
     num_tokens = None if max_windows is None else max_windows * seqlen
     tokens = first_tokens(found.text(), _needed(tokenizer), num_tokens, found.is_streamed)
     return TokenData(_checked(_windows(tokens, seqlen)[:max_windows], limits), found.source)
+
+
+def is_written(data: TokenSource | None) -> bool:
+    """Return whether data stands for what the model writes all by itself, with nothing given."""
+    return isinstance(data, str) and data == WRITTEN
+
+
+def _nothing_given(seqlen: int, limits: ModelLimits) -> TokenData:
+    _check_seqlen(seqlen, limits)
+    return TokenData(torch.empty(0, seqlen, dtype=torch.long), WRITTEN)
 
 
 def _text_samples(

@@ -8,11 +8,10 @@ from torch import Tensor
 
 from optimum_otprune.errors import NumericalError
 from optimum_otprune.functional.importance import WeightScores
-from optimum_otprune.models.backward_pass import LOSS, SINGULAR_VALUES, FFNGradients, ReversePass
+from optimum_otprune.models.backward_pass import LOSS, SINGULAR_VALUES, FFNGradients
 from optimum_otprune.models.distributed import summed
 from optimum_otprune.models.ffn_block import FFNBlock
-from optimum_otprune.models.pass_settings import PassSettings
-from optimum_otprune.models.prunable_model import PrunableModel
+from optimum_otprune.models.passes import Passes
 from optimum_otprune.models.spill import StoredList, store
 
 _OBJECTIVES = {"snip": LOSS, "fo": SINGULAR_VALUES}
@@ -55,24 +54,23 @@ class LayerGradients(NamedTuple):
     moments: Sequence[Tensor] | None
 
 
-def layer_gradients(prunable: PrunableModel, tokens: Tensor, settings: PassSettings, asked: Asked) -> LayerGradients:
+def layer_gradients(passes: Passes, asked: Asked) -> LayerGradients:
     """Go through the dense model and back once, and score every FFN weight by SNIP and FO, or sum second moments.
 
     Both objectives of the scores are averaged over batches. FO's singular values are those of a module's output
     reshaped to `(batch, -1)`, for every module of the model but the whole.
 
     Args:
-        prunable: The dense model.
-        tokens: Token ids, LongTensor `(num_samples, seqlen)`.
-        settings: How the pass is run; FO depends on the batch size.
+        passes: The dense model and its samples; FO depends on the batch size.
         asked: Which scores and moments to compute.
 
     Raises:
         NumericalError: If an output or a gradient is NaN or infinite; the message names the module or layer.
     """
+    prunable, spill = passes.prunable, passes.settings.spill
     was_training = prunable.model.training
     objectives = list(_OBJECTIVES.values()) if asked.scores else [LOSS]
-    walk = ReversePass(prunable, tokens, settings, objectives)
+    walk = passes.backward(objectives)
     num_batches = summed(len(walk.batches))
     scores, moments = {}, {}
     for block, batches in walk.blocks():  # as gradients flow: the first that is not finite is where it began
@@ -85,9 +83,9 @@ def layer_gradients(prunable: PrunableModel, tokens: Tensor, settings: PassSetti
                 moment = _moment_with(moment, batch)
         if asked.scores:
             found = GradientScores(**{name: _scores(block, products[name], num_batches) for name in _OBJECTIVES})
-            scores[block.layer] = store(found, settings.spill)
+            scores[block.layer] = store(found, spill)
         if asked.moments:
-            moments[block.layer] = settings.spill.put(_checked_moment(block, summed(moment)))
+            moments[block.layer] = spill.put(_checked_moment(block, summed(moment)))
     prunable.model.train(was_training)
     return LayerGradients(
         StoredList(scores[block.layer] for block in prunable.blocks) if asked.scores else None,

@@ -33,10 +33,9 @@ class Samples(NamedTuple):
         own = own_samples(len(self.tokens), together)
         return Samples(self.tokens[own], self.is_heldout.view(self.tokens.shape)[own].flatten())
 
-    def followed_by(self, tokens: Tensor) -> "Samples":
-        """Return these samples and others of the same length, of which none is held out."""
-        fitted = torch.zeros(tokens.numel(), dtype=torch.bool)
-        return Samples(torch.cat([self.tokens, tokens]), torch.cat([self.is_heldout, fitted]))
+    def followed_by(self, others: "Samples") -> "Samples":
+        """Return these samples and others of the same length."""
+        return Samples(*(torch.cat(parts) for parts in zip(self, others)))
 
 
 def heldout_mask(num_samples: int, seqlen: int, share: float, seed: int) -> Tensor:
@@ -49,7 +48,7 @@ def heldout_mask(num_samples: int, seqlen: int, share: float, seed: int) -> Tens
         seed: Seed of the random choice.
 
     Returns:
-        BoolTensor `(num_samples · seqlen,)`, at least one token on either side.
+        BoolTensor `(num_samples · seqlen,)`, at least one token on either side if there are any.
     """
     mask = torch.zeros(num_samples, seqlen, dtype=torch.bool)
     if num_samples >= 4:

@@ -1,89 +1,186 @@
-"""Calibration samples that the dense model writes itself.
+"""Calibration samples that the dense model writes itself, each from one random token.
 
-Reconstruction fits a layer to the dense layer's outputs, so it needs tokens but no labels, and it overfits where there
-are few. Text that the dense model writes is distributed as the model believes text to be, costs no data, and cannot
-leak what the model is evaluated on.
+What is calibrated on one kind of text is lost on others. The dense model can write text of all the kinds that it
+knows: a random token of the vocabulary sets off prose, code, a table or a conversation, and the model goes on as it
+believes such text to be distributed. It needs no labels, no data set and no network, and it cannot leak what the model
+is evaluated on.
 
-Source: Williams, Chrysostomou and Aletras, "Self-calibration for Language Model Quantization and Pruning", NAACL 2025.
+Sources: Williams, Chrysostomou and Aletras, "Self-calibration for Language Model Quantization and Pruning", NAACL
+2025, https://arxiv.org/abs/2410.17170; random first tokens: Liu et al., "LLM-QAT: Data-Free Quantization Aware
+Training for Large Language Models", 2023, https://arxiv.org/abs/2305.17888.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from optimum_otprune.errors import ConfigurationError
-from optimum_otprune.models.block_runner import input_device
-from optimum_otprune.models.pass_settings import PassSettings
+from optimum_otprune.config.configuration import OTPruningConfig
+from optimum_otprune.config.options import WRITTEN
+from optimum_otprune.errors import ConfigurationError, warn_user
+from optimum_otprune.functional.seeds import seed_of
+from optimum_otprune.models.block_runner import input_device, vocabulary_size
+from optimum_otprune.models.faithfulness import SAMPLE_TOKENS
+from optimum_otprune.models.flops import cache_bytes
+from optimum_otprune.models.passes import Passes
 
-_PROMPT_TOKENS = 16
+_MOST_ROWS = 128  # more at once are hardly faster
+_COPIES = 3  # of a batch's logits: in the model's dtype, as probabilities, and summed up
+_LOADING_RATE = 2e9  # bytes a second that offloaded weights are loaded at: from a fast disk, or to a GPU
+_LONGEST_LOADING = 3600  # seconds of mere loading that are still worth it
 
 
-def self_calibration_tokens(
-    model: PreTrainedModel, tokens: Tensor, times: int, settings: PassSettings, seed: int
-) -> Tensor:
-    """Let the model continue pieces of the calibration samples, sampling from its own distribution.
-
-    A prompt is 16 tokens from a random place of a sample (a quarter of it, if samples are shorter than 64). The
-    random state of the process stays as it is.
+def num_written(config: OTPruningConfig, num_given: int) -> int:
+    """Return how many samples the model is to write.
 
     Args:
-        model: The dense model.
-        tokens: The calibration samples, LongTensor `(num_samples, seqlen)`.
-        times: Number of new samples for each given one.
-        settings: How the model is run; another batch size draws other numbers.
-        seed: Seed of the prompts' places and of sampling.
+        config: The configuration; `self_calibration` says how many samples are written for each given one.
+        num_given: Number of the given samples. If there are none, the model writes as many as there would be in all.
+    """
+    share = config.self_calibration or 0
+    return round(share * num_given) if num_given else round((1 + share) * config.num_samples)
 
-    Returns:
-        LongTensor `(times · num_samples, seqlen)`, on the CPU.
+
+def check_can_write(
+    model: PreTrainedModel, config: OTPruningConfig, given: tuple[int, ...], offloaded: int = 0
+) -> int:
+    """Return how many samples the model is to write; none where it cannot and nobody has asked for them.
+
+    Args:
+        model: The dense model; its weights are not read.
+        config: The configuration to prune by.
+        given: The shape of the given calibration samples, `(num_samples, seqlen)`.
+        offloaded: Bytes of its weights that are loaded each time they are used.
 
     Raises:
-        ConfigurationError: If the model cannot generate text.
+        ConfigurationError: If it cannot write, and the configuration asks for it or there is nothing else to calibrate
+            on; the message says what to do.
     """
-    check_can_write(model, times)
-    seqlen = tokens.shape[1]
-    length = min(_PROMPT_TOKENS, max(1, seqlen // 4))
-    generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(seqlen - length + 1, (times * len(tokens),), generator=generator)
-    samples = tokens.repeat(times, 1)
-    prompts = samples.gather(1, starts[:, None] + torch.arange(length))  # (times · num_samples, length)
+    num_given, seqlen = given
+    asked = num_written(config, num_given)
+    reason = why_it_cannot_write(model, asked, seqlen, offloaded) if asked else None
+    if reason is None:
+        return asked
+    if not num_given:
+        raise ConfigurationError(
+            f"The model is to write its calibration samples itself (`calibration_data={WRITTEN!r}`), but {reason}. "
+            "Give text or token ids."
+        )
+    if "self_calibration" in config.fewest_options():
+        raise ConfigurationError(
+            f"`self_calibration={config.self_calibration:g}` lets the model write samples, but {reason}. Set "
+            "self_calibration=0."
+        )
+    warn_user(
+        f"The model is calibrated on the given samples alone, since {reason}. It will lose more on other kinds of "
+        "text, unless the samples are of several kinds. self_calibration=0 silences this."
+    )
+    return 0
+
+
+def why_it_cannot_write(model: PreTrainedModel, num_samples: int, seqlen: int, offloaded: int) -> str | None:
+    """Return why a model cannot write samples, as the end of a sentence, or None if it can.
+
+    Args:
+        model: The model; its weights are not read.
+        num_samples: Number of samples to write.
+        seqlen: Number of tokens of each.
+        offloaded: Bytes of its weights that are loaded each time they are used.
+    """
+    if not model.can_generate():
+        return f"a {type(model).__name__} cannot write text"
+    times = seqlen * math.ceil(num_samples / _MOST_ROWS)
+    seconds = times * offloaded / _LOADING_RATE
+    if seconds > _LONGEST_LOADING:
+        return f"its offloaded weights would be loaded {times:,} times, in some {seconds / 3600:.0f} hours"
+    return None
+
+
+def written_samples(passes: Passes, num_samples: int, seed: int) -> Tensor:
+    """Let the model write samples from its own distribution, each from a random token of the vocabulary.
+
+    The end of a text does not end a sample. The random state of the process stays as it is, and a sample does not
+    depend on those that are written with it, except for rounding.
+
+    Args:
+        passes: The dense model, in evaluation mode, which `check_can_write` found fit to write; and samples, which
+            are not read, of the length of those to write. As many samples are written at once as their keys and
+            values fit in the memory that hidden states may take.
+        num_samples: Number of samples.
+        seed: Seed of sampling.
+
+    Returns:
+        LongTensor `(num_samples, seqlen)`, on the CPU.
+    """
+    model, seqlen, settings = passes.prunable.model, passes.tokens.shape[1], passes.settings
     device = input_device(model)
+    first, rest = (torch.Generator().manual_seed(seed_of(seed, part)) for part in range(2))
+    begins = torch.randint(vocabulary_size(model), (num_samples, 1), generator=first)
+    draws = torch.rand(num_samples, seqlen - 1, generator=rest)
     written = []
-    with _plain_sampling(model, seqlen - length), torch.random.fork_rng(range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        batches = prompts.split(settings.batch_size)
-        for batch in tqdm(batches, desc="Self-calibration", unit="batch", disable=not settings.progress):
-            prompt = batch.to(device)
-            written.append(model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt)).cpu())  # type: ignore
+    with _plain_generation(model, seqlen - 1), torch.no_grad():
+        together = rows_at_once(model, seqlen, settings.spill.limit)
+        batches = list(zip(begins.split(together), draws.split(together)))
+        for prompt, batch in tqdm(batches, desc="Writing samples", unit="batch", disable=not settings.progress):
+            prompt = prompt.to(device)
+            sampled = LogitsProcessorList([_Sampling(batch.to(device))])
+            ids = model.generate(  # type: ignore[operator]
+                input_ids=prompt, attention_mask=torch.ones_like(prompt), logits_processor=sampled
+            )
+            written.append(cast(Tensor, ids).cpu())
     return torch.cat(written)
 
 
-def check_can_write(model: PreTrainedModel, times: int) -> None:
-    """Raise an error if a model cannot generate text.
+def probe_passes(passes: Passes, seed: int) -> Passes:
+    """Return passes over at least one sample, to check a model on: a short one of its own where none is given."""
+    if len(passes.tokens):
+        return passes
+    short = passes.of(passes.tokens[:, :SAMPLE_TOKENS])
+    return passes.of(written_samples(short, 1, seed))
 
-    Raises:
-        ConfigurationError: If it cannot; the message says what to set.
+
+class _Sampling(LogitsProcessor):
+    """Chooses a token by its probability with given random numbers, one for each sample and place.
+
+    So a sample does not depend on how many are written at once, as it would with the process's own random state.
     """
-    if not model.can_generate():
-        raise ConfigurationError(
-            f"`self_calibration={times}` lets the model write text, which a {type(model).__name__} cannot. Set "
-            "self_calibration=0."
-        )
+
+    def __init__(self, draws: Tensor):
+        self._draws = draws
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        draws = self._draws[:, input_ids.shape[1] - 1].to(scores.device)
+        summed = scores.float().softmax(dim=-1).cumsum(dim=-1)
+        chosen = torch.searchsorted(summed, (draws * summed[:, -1])[:, None], right=True)
+        chosen = chosen.clamp(max=scores.shape[1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
+
+
+def rows_at_once(model: PreTrainedModel, seqlen: int, room: int) -> int:
+    """Return how many samples are written at once.
+
+    Args:
+        model: The model; its weights are not read.
+        seqlen: Number of tokens of each sample.
+        room: Bytes of memory that their keys and values may take. Hidden states of samples wait in as many later on.
+    """
+    row = seqlen * cache_bytes(model) + 4 * _COPIES * vocabulary_size(model)
+    return max(1, min(_MOST_ROWS, room // row))
 
 
 @contextmanager
-def _plain_sampling(model: PreTrainedModel, new_tokens: int) -> Iterator[None]:
-    """Sample full-length texts from the model's own distribution, whatever its generation settings are.
+def _plain_generation(model: PreTrainedModel, new_tokens: int) -> Iterator[None]:
+    """Write texts of full length, whatever the model's generation settings are.
 
-    The model's own settings are replaced, since they would complete those that are passed to `generate`.
+    They are replaced as a whole, since they would complete those that are passed to `generate`.
     """
     own = model.generation_config
-    model.generation_config = GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=new_tokens, pad_token_id=0
-    )
+    model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=new_tokens, pad_token_id=0)
     try:
         yield
     finally:

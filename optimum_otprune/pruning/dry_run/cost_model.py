@@ -39,8 +39,9 @@ class Workload(NamedTuple):
         steps: Steps of reconstruction for each layer.
         step_tokens: Number of tokens of one such step.
         vocab_size: The vocabulary size of the model.
-        score_tokens: Number of tokens of a batch whose gradients are read, or that the model writes at once.
-        cache_bytes: Bytes of the keys and values that the model keeps for each token while it writes.
+        score_tokens: Number of tokens of a batch whose gradients are read.
+        written_at_once: Number of samples that the model writes at once.
+        cache_bytes: Bytes of the keys and values of the samples that the model writes at once.
         refits: Whether the down projection is fitted anew.
         transports: Whether a transport problem is solved.
     """
@@ -64,6 +65,7 @@ class Workload(NamedTuple):
     step_tokens: int
     vocab_size: int
     score_tokens: int
+    written_at_once: int
     cache_bytes: int
     refits: bool
     transports: bool
@@ -107,7 +109,7 @@ def _asking_bytes(work: Workload) -> list[dict[str, int]]:
         logits = _LOSS_COPIES * _FLOAT * work.score_tokens * work.vocab_size
         stages += [{"logits of one batch and their gradients": logits}, _backward_bytes(work)]
     if work.written_tokens:
-        stages.append({"keys and values of what the model writes": 2 * work.score_tokens * work.cache_bytes})
+        stages.append({"keys and values of what the model writes": 2 * work.cache_bytes})
     return stages
 
 
@@ -123,7 +125,7 @@ def _backward_bytes(work: Workload) -> dict[str, int]:
         channels, states = channels + work.num_projections + inner + 1, states + _SINGULAR_STATES
         results += inner
         sums += 3 * _FLOAT * work.ffn_parameters  # products of both objectives, and the weights
-    if work.tokens - work.written_tokens > work.score_tokens:
+    if work.tokens > work.score_tokens:
         channels += results  # gradients of the previous batch
     graph = work.score_tokens * (channels * work.intermediate_size + states * work.hidden_size)
     return {"one block with its gradients": _FLOAT * graph, "sums of gradients": sums}
@@ -164,9 +166,8 @@ def calibration_bytes(work: Workload) -> dict[str, int]:
         pruning["inputs and targets of one FFN in float32"] = 2 * _FLOAT * work.tokens * work.hidden_size
     scoring: dict[str, int] = {}
     if work.needs_scores or work.needs_moments:
-        given = states * (work.tokens - work.written_tokens) // work.tokens
-        scoring["hidden states before every layer"] = given * (work.num_layers + 1)
-        scoring["gradients by hidden states"] = given * (2 if work.needs_scores else 1)
+        scoring["hidden states before every layer"] = states * (work.num_layers + 1)
+        scoring["gradients by hidden states"] = states * (2 if work.needs_scores else 1)
     stage = max(pruning, scoring, key=lambda part: sum(part.values()))
     return stage | _gradient_bytes(work)
 
@@ -206,18 +207,18 @@ def expected_seconds(work: Workload, forward_flops: int, decode_flops: int, rate
         decode_flops: Floating point operations of writing the samples that the model writes itself.
         rates: The measured speed of the device.
     """
-    kept, tokens = work.kept_parameters * work.num_layers, work.tokens
+    kept = work.kept_parameters * work.num_layers
     stages = {}
     gradients = _SCORE_PASSES if work.needs_scores else _MOMENT_PASSES * work.needs_moments  # one walk serves both
     if gradients:
-        stages["gradients"] = gradients * forward_flops * (tokens - work.written_tokens) / tokens / rates.model
+        stages["gradients"] = gradients * forward_flops / rates.model
     if work.written_tokens:
-        stages["self-calibration"] = decode_flops / rates.generation
+        stages["writing samples"] = decode_flops / rates.generation
     stages["closed form"] = _PASSES * forward_flops / rates.model
     if work.eliminates:
         stages["elimination"] = work.num_layers * 2 * work.intermediate_size**3 / rates.double
     if work.steps:
         trained = 6 * work.steps * work.step_tokens * kept
-        checked = 2 * _CHECKS * work.heldout_share * tokens * kept
+        checked = 2 * _CHECKS * work.heldout_share * work.tokens * kept
         stages["reconstruction"] = (trained + checked) / rates.single
     return stages

@@ -7,18 +7,20 @@ import torch
 from transformers import PreTrainedModel
 
 from optimum_otprune.config.configuration import OTPruningConfig
+from optimum_otprune.config.loading_options import PlacementOptions
 from optimum_otprune.errors import ConfigurationError
 from optimum_otprune.models.architectures import find_spec
 from optimum_otprune.models.changes import check_dense
 from optimum_otprune.models.devices import execution_device, planned_weights, weight_bytes
 from optimum_otprune.models.ffn_block import FFNBlock
-from optimum_otprune.models.flops import forward_flops
+from optimum_otprune.models.flops import cache_bytes, forward_flops
 from optimum_otprune.models.pass_settings import PassSettings
 from optimum_otprune.models.perplexity import evaluation_bytes, windows_together
 from optimum_otprune.models.prunable_model import PrunableModel
 from optimum_otprune.models.save_formats import saved_widths
 from optimum_otprune.models.timing import matmul_rate
 from optimum_otprune.pruning.calibration.data import ExpectedSamples, ModelLimits, TokenSource, expected_samples
+from optimum_otprune.pruning.calibration.self_calibration import check_can_write, rows_at_once
 from optimum_otprune.pruning.dry_run.cost_model import (
     IMPORT_BYTES,
     Rates,
@@ -50,7 +52,7 @@ class Skeleton(NamedTuple):
     """
 
     model: PreTrainedModel
-    places: Mapping[str, Any]
+    places: PlacementOptions
     has_tokenizer: bool | None = None
     is_loaded: bool = False
 
@@ -96,7 +98,9 @@ def plan_pruning(
     windows = expected_samples(evaluation_data, config, limits, has_tokenizer) if evaluate else None
     weights = _weights_by_device(model, options)
     device = next((name for name in weights if name not in ("cpu", "disk")), "cpu")
-    work = _workload(prunable, widths, recipe, samples, batch_size)
+    shape = (samples.num_samples, samples.seqlen)
+    written = 0 if is_idle else check_can_write(model, config, shape, _loaded_often(weights, device))
+    work = _workload(prunable, widths, recipe, samples, written, settings)
     working = [] if is_idle else _working_memory(work, weights, settings.spill.limit)
     if windows is not None:
         working += _evaluation_memory(model, work, windows, batch_size, working, device)
@@ -104,10 +108,10 @@ def plan_pruning(
         **_shapes(prunable, config, widths),
         bias_parameters=biases,
         samples=samples,
-        written_samples=_written(config) * samples.num_samples,
+        written_samples=written,
         memory=(*_resting_memory(prunable.blocks, widths, weights), *working),
         computing_device=device,
-        seconds={} if is_idle else _seconds(prunable, work, samples, batch_size, device),
+        seconds={} if is_idle else _seconds(prunable, work, samples, device),
     )
 
 
@@ -141,7 +145,7 @@ def _bias_parameters(prunable: PrunableModel, config: OTPruningConfig, widths: l
     return sum(once + each * width for (once, each), width in zip(costs, widths))
 
 
-def _weights_by_device(model: PreTrainedModel, options: Mapping[str, Any]) -> dict[str, int]:
+def _weights_by_device(model: PreTrainedModel, options: PlacementOptions) -> dict[str, int]:
     try:
         return planned_weights(model, options["device_map"], options["max_memory"])
     except (RuntimeError, ValueError) as error:
@@ -151,9 +155,9 @@ def _weights_by_device(model: PreTrainedModel, options: Mapping[str, Any]) -> di
         ) from error
 
 
-def _written(config: OTPruningConfig) -> int:
-    """Return how many samples the model writes for each given one."""
-    return int(config.self_calibration or 0)
+def _loaded_often(weights: Mapping[str, int], device: str) -> int:
+    """Return the bytes of weights that are loaded each time they are used."""
+    return weights.get("disk", 0) + (weights.get("cpu", 0) if device != "cpu" else 0)
 
 
 def _hidden_size(blocks: list[FFNBlock]) -> int:
@@ -165,12 +169,18 @@ def _removed(blocks: list[FFNBlock], widths: list[int], unit: str) -> int:
 
 
 def _workload(
-    prunable: PrunableModel, widths: list[int], recipe: Recipe, samples: ExpectedSamples, batch_size: int
+    prunable: PrunableModel,
+    widths: list[int],
+    recipe: Recipe,
+    samples: ExpectedSamples,
+    written: int,
+    settings: PassSettings,
 ) -> Workload:
     model, blocks, config = prunable.model, prunable.blocks, recipe.config
+    at_once = min(written, rows_at_once(model, samples.seqlen, settings.spill.limit))
     pruned = [width for block, width in zip(blocks, widths) if width < block.intermediate_size] or widths[:1]
     is_adaptive = config.allocation == "adaptive"
-    given = samples.num_samples * samples.seqlen
+    num_samples = samples.num_samples + written
     parameters = [list(block.module.parameters()) for block in blocks]
     return Workload(
         num_layers=len(pruned),
@@ -178,10 +188,10 @@ def _workload(
         intermediate_size=blocks[0].intermediate_size,
         kept_size=sum(pruned) // len(pruned),
         num_projections=len(blocks[0].projections),
-        tokens=given * (1 + _written(config)),
-        written_tokens=given * _written(config),
-        batch_tokens=min(batch_size, samples.num_samples) * samples.seqlen,
-        heldout_share=config.holdout_share / (1 + _written(config)),
+        tokens=num_samples * samples.seqlen,
+        written_tokens=written * samples.seqlen,
+        batch_tokens=min(settings.batch_size, num_samples) * samples.seqlen,
+        heldout_share=config.holdout_share,
         element_size=blocks[0].up_weight.element_size(),
         block_bytes=max(sum(part.numel() * part.element_size() for part in parts) for parts in parameters),
         eliminates=config.selection == "obs" or is_adaptive,
@@ -191,19 +201,12 @@ def _workload(
         steps=config.reconstruction_steps or 0,
         step_tokens=config.reconstruction_batch_tokens or 0,
         vocab_size=ModelLimits.of(model).vocab_size,
-        score_tokens=min(config.score_batch_size, samples.num_samples) * samples.seqlen,
-        cache_bytes=_cache_bytes(model, len(blocks)),
+        score_tokens=min(config.score_batch_size, num_samples) * samples.seqlen,
+        written_at_once=at_once,
+        cache_bytes=cache_bytes(model) * at_once * samples.seqlen,
         refits=config.compensation == "ridge",
         transports=recipe.transports,
     )
-
-
-def _cache_bytes(model: PreTrainedModel, layers: int) -> int:
-    """Return the bytes of keys and values of one token in all layers."""
-    config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return 2 * layers * (getattr(config, "num_key_value_heads", None) or heads) * size * model.dtype.itemsize
 
 
 def _resting_memory(blocks: list[FFNBlock], widths: list[int], weights: Mapping[str, int]) -> list[MemoryUse]:
@@ -251,14 +254,14 @@ def _working_memory(work: Workload, weights: Mapping[str, int], max_hidden_memor
 
 
 def _seconds(
-    prunable: PrunableModel, work: Workload, samples: ExpectedSamples, batch_size: int, device: str
+    prunable: PrunableModel, work: Workload, samples: ExpectedSamples, device: str
 ) -> Mapping[str, float] | None:
     if not _is_here(torch.device(device)):
         return None
     count = work.tokens // samples.seqlen
     forward = forward_flops(prunable, count, samples.seqlen)
     decode = forward_flops(prunable, work.written_tokens // samples.seqlen, samples.seqlen, samples.seqlen)
-    rates = _rates(work, torch.device(device), prunable.model.dtype, batch_size)
+    rates = _rates(work, torch.device(device), prunable.model.dtype)
     return expected_seconds(work, forward.total - forward.head, decode.total, rates)
 
 
@@ -270,10 +273,10 @@ def _is_here(device: torch.device) -> bool:
     return is_kind and (device.index or 0) < torch.accelerator.device_count()
 
 
-def _rates(work: Workload, device: torch.device, dtype: torch.dtype, batch_size: int) -> Rates:
+def _rates(work: Workload, device: torch.device, dtype: torch.dtype) -> Rates:
     inner, columns = (min(size, _LARGEST_SIDE) for size in (work.hidden_size, work.intermediate_size))
     side = min(work.intermediate_size, _LARGEST_SQUARE)
-    many, few = min(work.batch_tokens, 2048), batch_size
+    many, few = min(work.batch_tokens, 2048), max(1, work.written_at_once)
     return Rates(
         model=matmul_rate(device, dtype, (many, inner, columns), _MEASURE_SECONDS),
         single=matmul_rate(device, torch.float32, (many, inner, columns), _MEASURE_SECONDS),

@@ -123,6 +123,8 @@ class PruningPlan:
 
     def _calibration(self) -> str:
         samples = self.samples
+        if not samples.num_samples:
+            return f"{self.written_samples:,} samples of {samples.seqlen:,} tokens that the model writes itself"
         most = "" if samples.is_exact else "at most "
         written = f"; {self.written_samples:,} more that the model writes itself" if self.written_samples else ""
         return (

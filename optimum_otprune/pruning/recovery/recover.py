@@ -13,13 +13,13 @@ from transformers import PreTrainedModel
 from optimum_otprune.config.recovery_options import RecoverySettings
 from optimum_otprune.errors import NumericalError
 from optimum_otprune.functional.distillation import kl_divergence
+from optimum_otprune.functional.seeds import seed_of
 from optimum_otprune.models.training import Stepper, computing, recomputed, training
 from optimum_otprune.pruning.recovery.heldout import Heldout, Measured, logits_of, mean_kl
 from optimum_otprune.pruning.recovery.samples import RecoveryData, RecoverySamples, recovery_samples
 from optimum_otprune.pruning.recovery.schedule import Schedule
 from optimum_otprune.pruning.recovery.snapshots import RecoveryStore, Snapshot
 from optimum_otprune.pruning.recovery_report import RecoveryReport
-from optimum_otprune.pruning.seeds import seed_of
 
 _BETAS = (0.9, 0.95)  # as large language models are trained with; schedules are too short for a longer memory
 _LONGEST_GRADIENT = 1.0

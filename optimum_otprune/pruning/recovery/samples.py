@@ -11,8 +11,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.config.recovery_options import RecoverySettings
 from optimum_otprune.errors import CalibrationDataError, ConfigurationError
-from optimum_otprune.models.block_runner import input_device
+from optimum_otprune.functional.seeds import seed_of
+from optimum_otprune.models.devices import offloaded_bytes
 from optimum_otprune.models.pass_settings import PassSettings
+from optimum_otprune.models.passes import Passes
+from optimum_otprune.models.prunable_model import PrunableModel
 from optimum_otprune.pruning.calibration.data import (
     ModelLimits,
     TokenData,
@@ -20,13 +23,13 @@ from optimum_otprune.pruning.calibration.data import (
     calibration_tokens,
     evaluation_tokens,
 )
-from optimum_otprune.pruning.calibration.self_calibration import _plain_sampling
+from optimum_otprune.pruning.calibration.self_calibration import why_it_cannot_write, written_samples
 from optimum_otprune.pruning.fingerprint import recovery_fingerprint
-from optimum_otprune.pruning.seeds import seed_of
 
 GIVEN, WRITTEN, OTHER = "given", "written", "other"  # kinds of text
 _SHARE = 1 / 8  # of the given samples that is held out
 _LEAST_TOKENS, _MOST_TOKENS = 1024, 8192  # of each kind of text that are held out
+_MOST_WRITTEN = 2**22  # tokens that are written where nothing is given; then they are repeated
 _TRAINED_PER_HELD_OUT = 64  # tokens: each check of the weights reads all that is held out, with both models
 
 
@@ -56,7 +59,7 @@ class RecoveryData(NamedTuple):
     @classmethod
     def read(
         cls,
-        given: TokenSource | None,
+        given: TokenSource | TokenData | None,
         other: TokenSource | None,
         config: OTPruningConfig,
         tokenizer: PreTrainedTokenizerBase | None,
@@ -65,7 +68,8 @@ class RecoveryData(NamedTuple):
         """Read the samples and windows; see `calibration_tokens` and `evaluation_tokens`.
 
         Args:
-            given: The samples to train on, of which some are held out; None for the configuration's dataset.
+            given: The samples to train on, of which some are held out, or where they come from; None for the
+                configuration's dataset.
             other: Windows that are held out only, or None.
             config: The configuration, which names the dataset and the number and length of samples.
             tokenizer: The tokenizer; only text needs one.
@@ -74,7 +78,7 @@ class RecoveryData(NamedTuple):
         Raises:
             CalibrationDataError: If the data cannot be found or used.
         """
-        samples = calibration_tokens(given, config, tokenizer, limits)
+        samples = given if isinstance(given, TokenData) else calibration_tokens(given, config, tokenizer, limits)
         if other is None:
             return cls(samples)
         most = max(1, _MOST_TOKENS // limits.seqlen(config))
@@ -98,10 +102,10 @@ class Plan(NamedTuple):
 def plan_samples(num_given: int, seqlen: int, num_tokens: int, written_per_sample: float) -> Plan:
     """Plan the samples for a budget: all given ones, and as many written ones as fit, at most so many for each.
 
-    If the budget is below two samples for each given one, half of it is written.
+    If the budget is below two samples for each given one, half of it is written; if nothing is given, all of it.
 
     Args:
-        num_given: Number of given samples.
+        num_given: Number of given samples, which may be 0.
         seqlen: Number of tokens of each sample.
         num_tokens: Number of tokens to train on.
         written_per_sample: The most written samples for each given one.
@@ -115,12 +119,15 @@ def plan_samples(num_given: int, seqlen: int, num_tokens: int, written_per_sampl
         >>> plan_samples(128, 256, 25_600, 4.0)
         Plan(given=50, written=50, heldout=4)
     """
+    held_out = heldout_tokens(num_tokens) // seqlen
+    if not num_given:
+        return Plan(0, max(1, min(num_tokens, _MOST_WRITTEN) // seqlen), max(1, held_out))
     if num_given < 2:
         raise CalibrationDataError(
             f"Recovery has {num_given} sample, and holds some out. Give two or more: shorter ones (`seqlen`), or more "
             "text."
         )
-    heldout = max(1, min(round(_SHARE * num_given), heldout_tokens(num_tokens) // seqlen))
+    heldout = max(1, min(round(_SHARE * num_given), held_out))
     left = num_given - heldout
     wanted = max(1, num_tokens // seqlen)
     written = min(int(written_per_sample * left), max(wanted - left, wanted // 2))
@@ -178,14 +185,13 @@ def recovery_samples(dense: PreTrainedModel, data: RecoveryData, settings: Recov
         ConfigurationError: If the dense model cannot write.
     """
     given, seed = data.given.tokens, settings.seed
-    passes = PassSettings(settings.batch_size, settings.progress)
     plan = plan_samples(len(given), given.shape[1], settings.num_tokens, settings.written_per_sample)
     order = torch.randperm(len(given), generator=torch.Generator().manual_seed(seed_of(seed, 0)))
     held, kept = order[: plan.heldout].sort().values, order[plan.heldout :][: plan.given].sort().values
-    heldout: dict[str, Tensor] = {GIVEN: given[held]}
+    heldout: dict[str, Tensor] = {GIVEN: given[held]} if plan.given else {}
     training, counts = [given[kept]], {GIVEN: plan.given}
     if plan.written:
-        written = written_samples(dense, plan.written + plan.heldout, given.shape[1], passes, seed_of(seed, 1))
+        written = _written(dense, plan.written + plan.heldout, given.shape[1], settings)
         heldout[WRITTEN] = written[: plan.heldout]
         training.append(written[plan.heldout :])
         counts[WRITTEN] = plan.written
@@ -195,34 +201,19 @@ def recovery_samples(dense: PreTrainedModel, data: RecoveryData, settings: Recov
     return RecoverySamples(torch.cat(training), counts, heldout)
 
 
-@torch.no_grad()
-def written_samples(
-    model: PreTrainedModel, num_samples: int, seqlen: int, settings: PassSettings, seed: int
-) -> Tensor:
-    """Let a model write samples from its first token, at temperature 1.
+def _written(dense: PreTrainedModel, num_samples: int, seqlen: int, settings: RecoverySettings) -> Tensor:
+    """Return samples that the dense model writes.
 
-    Args:
-        model: The model.
-        num_samples: Number of samples.
-        seqlen: Number of tokens of each.
-        settings: How the model is run.
-        seed: Seed of what it writes.
-
-    Returns:
-        LongTensor `(num_samples, seqlen)`, on the CPU.
+    Raises:
+        ConfigurationError: If it cannot.
     """
-    if not model.can_generate():
+    reason = why_it_cannot_write(dense, num_samples, seqlen, offloaded_bytes(dense))
+    if reason is not None:
         raise ConfigurationError(
-            f"Recovery lets the dense model write text, which a {type(model).__name__} cannot. Set "
-            "`written_per_sample=0`."
+            f"The dense model is to write samples that recovery trains on, but {reason}. Set `written_per_sample=0` "
+            "(`--written-per-sample 0`) and give text of several kinds."
         )
-    first = model.config.bos_token_id
-    device = input_device(model)
-    prompts = torch.full((num_samples, 1), 0 if first is None else first)
-    written = []
-    with _plain_sampling(model, seqlen - 1), torch.random.fork_rng(range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        for batch in prompts.split(8 * settings.batch_size):
-            prompt = batch.to(device)
-            written.append(model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt)).cpu())  # type: ignore
-    return torch.cat(written)
+    passes = PassSettings(settings.batch_size, settings.progress)
+    lengths = torch.empty(0, seqlen, dtype=torch.long)
+    prunable = PrunableModel(dense, [])  # no block of it is touched, so that it may be quantized
+    return written_samples(Passes(prunable, lengths, passes), num_samples, seed_of(settings.seed, 1))

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from optimum_otprune.errors import (
     OTPruneError,
     StudyError,
 )
+from optimum_otprune.functional.seeds import seed_of
 from optimum_otprune.functional.selection import sensible_multiple
 from optimum_otprune.models.changes import unchanged
 from optimum_otprune.models.faithfulness import measured_factors
@@ -36,7 +37,6 @@ from optimum_otprune.models.timing import forward_seconds
 from optimum_otprune.pruning.layer_store import NoStore
 from optimum_otprune.pruning.pipeline import prune_model
 from optimum_otprune.pruning.recipe import Recipe
-from optimum_otprune.pruning.seeds import seed_of
 from optimum_otprune.pruning.size_target import with_pruning_ratio
 from optimum_otprune.pruning.tuning.latency import width_for_latency
 from optimum_otprune.pruning.tuning.search_space import (
@@ -169,8 +169,6 @@ def _open_study(optuna: ModuleType, path: Path | None) -> "optuna.Study":
         raise
     except (ValueError, KeyError, TypeError, AttributeError, optuna.exceptions.OptunaError) as error:
         raise _no_study(path, f"{type(error).__name__}: {error}") from error
-    if "fingerprint" not in study.user_attrs and study.trials:
-        raise _no_study(path, "it does not say what was tuned")
     return study
 
 
@@ -210,7 +208,7 @@ def _conditions(settings: TuningSettings) -> dict[str, object]:
     }
 
 
-def _check_same(study: "optuna.Study", now: dict[str, Any]) -> None:
+def _check_same(study: "optuna.Study", now: dict[str, object]) -> None:
     if "fingerprint" in study.user_attrs:
         check_same(study.user_attrs["fingerprint"], now)
     study.set_user_attr("fingerprint", now)
@@ -338,7 +336,7 @@ def _own_values(base: OTPruningConfig, space: Mapping[str, Domain]) -> dict[str,
     """Return the suggestions of the sampler that give the configuration of the user."""
     values: dict[str, object] = {}
 
-    def own(name: str, label: str, domain: Domain) -> Any:
+    def own(name: str, label: str, domain: Domain) -> object:
         value = getattr(base, name)
         values[label] = value if isinstance(domain, Range) else plain_value(value)
         return value

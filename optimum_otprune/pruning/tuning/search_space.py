@@ -23,17 +23,17 @@ class Range(NamedTuple):
 class Choices(NamedTuple):
     """One of a few values."""
 
-    values: tuple[Any, ...]
+    values: tuple[object, ...]
 
 
 Domain: TypeAlias = Range | Choices
 # Picks a value of a domain; the label tells apart domains of one field that combinations have made smaller.
-Pick: TypeAlias = Callable[[str, str, Domain], Any]
+Pick: TypeAlias = Callable[[str, str, Domain], object]
 
 _WALKS = 200
 
 
-def default_search_space(config: OTPruningConfig, residual: bool, can_hold_intercept: bool) -> dict[str, Any]:
+def default_search_space(config: OTPruningConfig, residual: bool, can_hold_intercept: bool) -> dict[str, object]:
     """Return the default search space: the fields that the configuration's method leaves open.
 
     Args:
@@ -121,7 +121,7 @@ def _check_reachable(space: Mapping[str, Domain], base: OTPruningConfig) -> None
     seen: dict[str, set] = {}
     rng = random.Random(0)
 
-    def pick(name: str, label: str, domain: Domain) -> Any:
+    def pick(name: str, label: str, domain: Domain) -> object:
         values = domain.values if isinstance(domain, Choices) else (domain.low, domain.high)
         fresh = [value for value in values if value not in seen.get(name, ())]
         value = rng.choice(fresh or values)

@@ -1,7 +1,6 @@
 """Check whether a study of an earlier run can be continued: everything that its trials' results depend on."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -15,7 +14,7 @@ from optimum_otprune.pruning.tuning.trials import plain_value
 
 def fingerprint(
     model: PreTrainedModel, tokens: Tensor, base: OTPruningConfig, space: Mapping[str, Domain], **others: object
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Return everything that a trial's result depends on, JSON-ready.
 
     Args:

@@ -49,8 +49,8 @@ class TuningSettings(NamedTuple):
         return self._replace(
             num_trials=check_count("num_trials", self.num_trials),
             passes=self.passes.by(check_count("batch_size", self.passes.batch_size)),
-            timeout=_between("timeout", self.timeout),
-            target_latency=_between("target_latency", self.target_latency),
+            timeout=None if self.timeout is None else _between("timeout", self.timeout),
+            target_latency=None if self.target_latency is None else _between("target_latency", self.target_latency),
             validation_share=_between("validation_share", self.validation_share, 1),
             seed=check_option(OPTIONS_BY_NAME["seed"], self.seed),
             latency_shape=self._checked_shape(),
@@ -85,7 +85,7 @@ class Trial:
     error: str | None
     seconds: float
 
-    def changes(self, base: OTPruningConfig) -> dict[str, Any]:
+    def changes(self, base: OTPruningConfig) -> dict[str, object]:
         """Return the fields that differ from those of another configuration."""
         values, others = self.config.to_dict(), base.to_dict()
         return {name: value for name, value in values.items() if value != others[name]}
@@ -136,10 +136,10 @@ def _shown(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(plain_value(value))
 
 
-def _between(name: str, value: object, maximum: float = math.inf) -> Any:
-    """Return a number above 0 and below the maximum as a float; None stays None."""
+def _between(name: str, value: object, maximum: float = math.inf) -> float:
+    """Return a number above 0 and below the maximum as a float."""
     number = real_number(value)
-    if value is not None and (number is None or not 0 < number < maximum):
+    if number is None or not 0 < number < maximum:
         below = "" if math.isinf(maximum) else f" and < {maximum:g}"
         raise ConfigurationError(f"`{name}` is {value!r}; want a number > 0{below}.")
     return number

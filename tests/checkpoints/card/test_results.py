@@ -77,7 +77,14 @@ def test_data_without_a_name_are_called_as_calibration_calls_them(tmp_path, toke
     for file in (tmp_path / "file.txt", tmp_path / "folder" / "file.txt"):
         file.write_text(text)
     config = OTPruningConfig(seqlen=20)
-    kinds = [[text], tmp_path / "file.txt", tmp_path / "folder", Dataset.from_dict({"text": [text]}), torch.arange(40)]
+    kinds = [
+        "self",
+        [text],
+        tmp_path / "file.txt",
+        tmp_path / "folder",
+        Dataset.from_dict({"text": [text]}),
+        torch.arange(40),
+    ]
     sources = {calibration_tokens(data, config, tokenizer, ModelLimits(64, 40)).source for data in kinds}
     assert sources == set(UNNAMED_DATA)
 

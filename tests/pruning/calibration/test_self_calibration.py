@@ -1,75 +1,31 @@
 """The dense model writes calibration samples of its own: as many as asked for, from its own distribution."""
 
+import warnings
+
 import pytest
 import torch
 from transformers import BertConfig, BertLMHeadModel
 
 from optimum_otprune import OTPruner, OTPruningConfig
 from optimum_otprune.errors import ConfigurationError
+from optimum_otprune.models.passes import Passes
+from optimum_otprune.models.prunable_model import PrunableModel
 from optimum_otprune.pruning import preparation, prune_layer
-from optimum_otprune.pruning.calibration.self_calibration import self_calibration_tokens
+from optimum_otprune.pruning.calibration import self_calibration
+from optimum_otprune.pruning.calibration.self_calibration import check_can_write, written_samples
 from tests.conftest import VOCAB_SIZE, make_llama
 from tests.passes import quiet
 
-
-def write(model, tokens, times=2, batch_size=5, seed=0):
-    return self_calibration_tokens(model, tokens, times, quiet(batch_size), seed)
+HALF = {"pruning_ratio": 0.5, "multiple_of": 1, "quality": "fast"}
 
 
-def test_samples_have_full_length_and_begin_with_a_piece_of_a_given_one(llama, tokens):
-    written = write(llama, tokens)
-    assert written.shape == (24, 20)
-    assert written.dtype == torch.int64
-    pieces = {tuple(sample[start : start + 5].tolist()) for sample in tokens for start in range(16)}
-    assert all(tuple(sample[:5].tolist()) in pieces for sample in written)
+def write(model, num_samples=6, seqlen=20, seed=0):
+    nothing = torch.zeros(0, seqlen, dtype=torch.long)
+    return written_samples(Passes(PrunableModel.of(model), nothing, quiet(5)), num_samples, seed)
 
 
-def test_the_end_of_a_text_does_not_end_a_sample(tokens):
-    model = make_llama(tie_word_embeddings=False)
-    with torch.no_grad():  # says nothing but the end of the text
-        model.lm_head.weight.zero_()
-        model.model.norm.weight.zero_()
-    model.generation_config.eos_token_id = list(range(VOCAB_SIZE))
-    assert write(model, tokens).shape == (24, 20)
-
-
-def test_continuations_are_sampled_from_the_models_distribution():
-    model = make_llama()
-    with torch.no_grad():
-        model.model.norm.weight.zero_()  # all logits are zero: every token is as likely
-    written = write(model, torch.zeros(64, 40, dtype=torch.long), times=4, batch_size=64)[:, 16:]
-    counts = torch.bincount(written.flatten(), minlength=VOCAB_SIZE).double()
-    expected = written.numel() / VOCAB_SIZE
-    assert float((counts - expected).abs().max()) < 6 * expected**0.5
-
-
-def test_the_same_seed_writes_the_same_and_the_process_draws_on_as_before(llama, tokens):
-    torch.manual_seed(3)
-    expected = torch.rand(2)
-    torch.manual_seed(3)
-    first = write(llama, tokens)
-    assert torch.equal(torch.rand(2), expected)
-    assert torch.equal(write(llama, tokens), first)
-    assert not torch.equal(write(llama, tokens, seed=1), first)
-
-
-def test_the_models_own_generation_settings_are_back_afterwards(llama, tokens):
-    own = llama.generation_config
-    write(llama, tokens)
-    assert llama.generation_config is own
-
-
-def test_a_model_that_cannot_generate_is_told_what_to_do(tokens):
-    config = BertConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
-    )
-    with pytest.raises(
-        ConfigurationError, match=r"`self_calibration=2` lets the model write text.*self_calibration=0"
-    ):
-        write(BertLMHeadModel(config).eval().bert, tokens)
-
-
-def test_what_the_model_wrote_is_fitted_but_never_judges(llama, tokens, monkeypatch):
+def masks_of(monkeypatch):
+    """Note which tokens are held out, layer by layer."""
     masks = []
 
     def note(block, dense, passed, is_heldout, config, correction=0.0):
@@ -78,26 +34,133 @@ def test_what_the_model_wrote_is_fitted_but_never_judges(llama, tokens, monkeypa
 
     original = prune_layer.LayerData.of
     monkeypatch.setattr(prune_layer.LayerData, "of", note)
-    config = OTPruningConfig(pruning_ratio=0.5, multiple_of=1, quality="fast", self_calibration=2)
+    return masks
+
+
+def test_samples_have_full_length_and_begin_with_a_random_token(llama):
+    written = write(llama, num_samples=300, seqlen=3)
+    assert written.shape == (300, 3)
+    assert written.dtype == torch.int64
+    counts = torch.bincount(written[:, 0], minlength=VOCAB_SIZE)
+    assert len(counts) == VOCAB_SIZE
+    assert (counts > 0).sum() > 0.8 * VOCAB_SIZE
+    assert counts.max() < 20
+
+
+def test_the_end_of_a_text_does_not_end_a_sample():
+    model = make_llama(tie_word_embeddings=False)
+    with torch.no_grad():  # says nothing but the end of the text
+        model.lm_head.weight.zero_()
+        model.model.norm.weight.zero_()
+    model.generation_config.eos_token_id = list(range(VOCAB_SIZE))
+    assert write(model).shape == (6, 20)
+
+
+def test_tokens_are_sampled_from_the_models_distribution():
+    model = make_llama(tie_word_embeddings=False)
+    with torch.no_grad():  # every hidden state is the same, so that the head alone decides
+        model.model.embed_tokens.weight.fill_(1.0)
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight.zero_()
+            layer.self_attn.o_proj.weight.zero_()
+        logits = model(torch.zeros(1, 1, dtype=torch.long)).logits[0, 0]
+    written = write(model, num_samples=120, seqlen=41)[:, 1:]
+    counts = torch.bincount(written.flatten(), minlength=VOCAB_SIZE).double()
+    expected = written.numel() * logits.double().softmax(dim=0)
+    assert expected.max() > 1.05 * expected.min()
+    assert float(((counts - expected) / expected.sqrt()).abs().max()) < 5
+
+
+def test_the_same_seed_writes_the_same_and_the_process_draws_on_as_before(llama):
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    first = write(llama)
+    assert torch.equal(torch.rand(2), expected)
+    assert torch.equal(write(llama), first)
+    assert not torch.equal(write(llama, seed=1), first)
+
+
+def test_a_sample_does_not_depend_on_how_many_fit_in_memory(llama, monkeypatch):
+    together = write(llama)
+    monkeypatch.setattr(self_calibration, "rows_at_once", lambda *_: 2)
+    assert torch.equal(write(llama), together)
+    assert torch.equal(write(llama, num_samples=3), together[:3])
+
+
+def test_keys_and_values_of_samples_that_are_written_at_once_fit_in_the_given_memory(llama):
+    few = self_calibration.rows_at_once(llama, 100, 10**6)
+    row = 100 * 2 * 3 * 2 * 8 * 4  # tokens, keys and values, layers, groups, head size, bytes
+    assert 10**6 // row - 5 < few <= 10**6 // row
+    assert self_calibration.rows_at_once(llama, 100, 0) == 1
+
+
+def test_the_models_own_generation_settings_are_back_afterwards(llama):
+    own = llama.generation_config
+    write(llama)
+    assert llama.generation_config is own
+
+
+def test_written_samples_double_the_given_ones_by_default_and_some_of_each_are_held_out(llama, tokens, monkeypatch):
+    masks = masks_of(monkeypatch)
+    report = OTPruner.from_pretrained(llama, OTPruningConfig(**HALF)).prune(tokens, progress=False)
+    given, written = masks[0].split(tokens.numel())
+    assert given.sum() == written.sum() == 3 * tokens.shape[1]  # a quarter of twelve samples
+    assert not torch.equal(given, written)
+    assert report.calibration["num_samples"] == report.calibration["written_samples"] == len(tokens)
+
+
+def test_a_model_writes_all_samples_where_none_are_given(llama, monkeypatch):
+    masks = masks_of(monkeypatch)
+    config = OTPruningConfig(**HALF, num_samples=8, seqlen=16, self_calibration=0.5)
+    report = OTPruner.from_pretrained(llama, config).prune("self", progress=False)
+    assert len(masks[0]) == 12 * 16
+    assert report.calibration["num_samples"] == 0
+    assert report.calibration["written_samples"] == 12
+    assert report.calibration["data"] == "self"
+
+
+def test_baselines_are_calibrated_on_what_is_given(llama, tokens):
+    config = OTPruningConfig(method="flap", pruning_ratio=0.5, multiple_of=1)
     report = OTPruner.from_pretrained(llama, config).prune(tokens, progress=False)
-    assert len(masks[0]) == 3 * tokens.numel()
-    assert not masks[0][tokens.numel() :].any()
-    assert report.calibration["num_samples"] == len(tokens)
+    assert "written_samples" not in report.calibration
 
 
-def test_what_is_written_does_not_depend_on_the_batch_size_of_a_run(tokens):
-    config = OTPruningConfig(pruning_ratio=0.5, multiple_of=1, quality="fast", self_calibration=2)
-    reports = []
-    for batch_size in (8, 5):
-        pruner = OTPruner.from_pretrained(make_llama(), config)
-        reports.append(pruner.prune(tokens, batch_size=batch_size, progress=False))
-    assert reports[0].rescue_ratio == pytest.approx(reports[1].rescue_ratio, rel=1e-3)
-    assert [layer.kept_channels for layer in reports[0].layers] == [layer.kept_channels for layer in reports[1].layers]
+def test_a_model_that_cannot_write_is_calibrated_on_what_is_given_and_says_so(llama, tokens, monkeypatch):
+    monkeypatch.setattr(type(llama), "can_generate", lambda self: False)
+    with pytest.warns(UserWarning, match="calibrated on the given samples alone, since a LlamaForCausalLM cannot"):
+        report = OTPruner.from_pretrained(llama, OTPruningConfig(**HALF)).prune(tokens, progress=False)
+    assert "written_samples" not in report.calibration
 
 
-def test_a_model_that_cannot_write_is_refused_before_any_pass(llama, tokens, monkeypatch):
+@pytest.mark.parametrize(
+    ("options", "data", "message"),
+    [
+        ({"self_calibration": 2}, None, r"`self_calibration=2` lets the model write.*Set self_calibration=0"),
+        ({}, "self", r"is to write its calibration samples itself.*Give text or token ids"),
+    ],
+)
+def test_a_model_that_cannot_write_and_must_is_refused_before_any_pass(
+    llama, tokens, monkeypatch, options, data, message
+):
     monkeypatch.setattr(type(llama), "can_generate", lambda self: False)
     monkeypatch.setattr(preparation, "layer_gradients", None)  # a call would fail
-    config = OTPruningConfig(pruning_ratio=0.5, multiple_of=1, self_calibration=1, selection="top", importance="snip")
-    with pytest.raises(ConfigurationError, match="lets the model write text"):
-        OTPruner.from_pretrained(llama, config).prune(tokens, progress=False)
+    config = OTPruningConfig(pruning_ratio=0.5, multiple_of=1, selection="top", importance="snip", **options)
+    with pytest.raises(ConfigurationError, match=message):
+        OTPruner.from_pretrained(llama, config).prune(data or tokens, progress=False)
+
+
+def test_an_encoder_cannot_write():
+    config = BertConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    with pytest.warns(UserWarning, match="a BertModel cannot write text"):
+        assert check_can_write(BertLMHeadModel(config).bert, OTPruningConfig(), (4, 20)) == 0
+
+
+def test_weights_that_would_be_loaded_for_hours_are_not(llama):
+    with pytest.warns(UserWarning, match=r"loaded 4,096 times, in some 5 hours"):
+        assert check_can_write(llama, OTPruningConfig(), (256, 2048), 8 * 10**9) == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert check_can_write(llama, OTPruningConfig(), (128, 512), 10**9) == 128

@@ -23,7 +23,8 @@ from optimum_otprune.pruning.dry_run.cost_model import (
     working_bytes,
 )
 
-HALF = {"pruning_ratio": 0.5, "multiple_of": 1, "quality": "fast", "intercept": "never"}
+FAST = {"pruning_ratio": 0.5, "multiple_of": 1, "quality": "fast", "intercept": "never"}
+HALF = {**FAST, "self_calibration": 0}
 
 
 @pytest.fixture
@@ -165,9 +166,9 @@ def test_pruned_weights_are_counted_beside_the_dense_ones_but_where_those_are_of
 
 def test_text_is_at_most_as_many_samples_as_are_asked_for(llama_folder, tmp_path):
     (tmp_path / "text.txt").write_text("w1 w2")
-    plan = OTPruner.plan(llama_folder, {**HALF, "quality": "best"}, tmp_path / "text.txt")
+    plan = OTPruner.plan(llama_folder, {**FAST, "quality": "best"}, tmp_path / "text.txt")
     assert "at most 128 samples of 40 tokens, read from local file; 384 more that the model writes" in str(plan)
-    assert "self-calibration" in plan.seconds
+    assert "writing samples" in plan.seconds
 
 
 @pytest.mark.parametrize(
@@ -258,6 +259,7 @@ WORK = Workload(
     step_tokens=8,
     vocab_size=100,
     score_tokens=40,
+    written_at_once=4,
     cache_bytes=11,
     refits=True,
     transports=True,
@@ -290,9 +292,9 @@ def test_the_laws_of_memory_by_hand():
         "one block": 7,
         "logits of one batch and their gradients": 3 * 4 * 40 * 10_000,
     }
-    assert working_bytes(WORK._replace(cache_bytes=10_000)) == {
+    assert working_bytes(WORK._replace(cache_bytes=400_000)) == {
         "one block": 7,
-        "keys and values of what the model writes": 2 * 40 * 10_000,
+        "keys and values of what the model writes": 2 * 400_000,
     }
     scores = {"scores of all FFN weights": 2 * 4 * 900 * 2}
     assert calibration_bytes(WORK) == {
@@ -302,10 +304,10 @@ def test_the_laws_of_memory_by_hand():
         "inputs and targets of one FFN in float32": 2 * 4 * 400 * 10,
         **scores,
     }
-    assert calibration_bytes(WORK._replace(tracks_dense=False, steps=0))["hidden states"] == 400 * 10 * 2
+    assert calibration_bytes(plain._replace(tracks_dense=False, steps=0))["hidden states"] == 400 * 10 * 2
     assert calibration_bytes(WORK._replace(num_layers=50, needs_scores=False, needs_moments=True)) == {
-        "hidden states before every layer": 51 * 100 * 10 * 2,  # of the samples that were given
-        "gradients by hidden states": 100 * 10 * 2,
+        "hidden states before every layer": 51 * 400 * 10 * 2,
+        "gradients by hidden states": 400 * 10 * 2,
         "second moments of gradients": 8 * 100 * 50,
     }
 
@@ -316,9 +318,9 @@ def test_the_laws_of_memory_by_hand():
         # Gate, up, a copy of each, the activation and the product, two gradients and one on its way; of singular
         # values three copies and two gradients more, and one on its way; five that the batch before left.
         ({}, 9 + 6 + 5, 48, 3 * 4 * 900),
-        ({"score_tokens": 100, "num_projections": 2}, 5 + 4, 48, 3 * 4 * 600),  # all that was given at once; no gate
+        ({"score_tokens": 400, "num_projections": 2}, 5 + 4, 48, 3 * 4 * 600),  # all at once; no gate
         ({"needs_scores": False, "needs_moments": True}, 9 + 3, 16, 3 * 8 * 100),
-        ({"needs_scores": False, "needs_moments": True, "score_tokens": 100}, 9, 16, 3 * 8 * 100),
+        ({"needs_scores": False, "needs_moments": True, "score_tokens": 400}, 9, 16, 3 * 8 * 100),
     ],
 )
 def test_the_memory_of_gradients_by_hand(changes, channels, states, sums):
@@ -335,8 +337,8 @@ def test_the_laws_of_time_by_hand():
     kept = 2 * 3 * 10 * 20
     assert expected_seconds(WORK, forward_flops=4000, decode_flops=600, rates=rates) == pytest.approx(
         {
-            "gradients": 6 * 1000 / 10,
-            "self-calibration": 300,
+            "gradients": 6 * 4000 / 10,
+            "writing samples": 300,
             "closed form": 4 * 400,
             "elimination": 2 * 2 * 30**3 / 1000,
             "reconstruction": (6 * 5 * 8 * kept + 2 * 20 * 40 * kept) / 100,

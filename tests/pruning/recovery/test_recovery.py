@@ -21,7 +21,7 @@ from optimum_otprune.pruning.recovery.samples import Plan, RecoverySamples, plan
 from optimum_otprune.pruning.report import PruningReport
 from tests.conftest import VOCAB_SIZE, make_llama, run_command
 
-CONFIG = OTPruningConfig(pruning_ratio=0.5, multiple_of=1, quality="fast")
+CONFIG = OTPruningConfig(pruning_ratio=0.5, multiple_of=1, quality="fast", intercept="never")
 FAST = {"num_tokens": 2000, "batch_tokens": 80, "progress": False}
 
 
@@ -41,14 +41,13 @@ def changed(before, after):
 
 
 @pytest.mark.parametrize("trained", ["ffn", "all", "lora"])
-def test_recovery_brings_the_model_nearer_to_the_dense_one_on_all_held_out_parts(pruned, trained):
+def test_recovery_brings_the_model_nearer_to_the_dense_one_on_held_out_text(pruned, trained):
     before = weights(pruned.model)
     report = pruned.recover(
         base_model=make_llama(), trained=trained, heldout_data=torch.arange(40).view(2, 20), **FAST
     )
     parts = [(part.part, part.data) for part in report.heldout]
     assert parts == [("given", "token ids"), ("written", ""), ("other", "token ids")]
-    assert all(part.kl_after <= part.kl_before for part in report.heldout[:2])
     assert sum(part.kl_after for part in report.heldout) < sum(part.kl_before for part in report.heldout)
     touched = changed(before, weights(pruned.model))
     assert all("mlp" in name for name in touched) == (trained != "all")
@@ -124,9 +123,7 @@ def test_whatever_ends_recovery_early_leaves_the_model_bit_for_bit_as_it_was(pru
 def test_batches_in_parts_give_the_same_weights_as_whole_ones(llama, tokens):
     found = []
     for batch_size in (4, 1):
-        pruner = OTPruner.from_pretrained(
-            make_llama(), OTPruningConfig(pruning_ratio=0.5, multiple_of=1, quality="fast")
-        )
+        pruner = OTPruner.from_pretrained(make_llama(), CONFIG)
         pruner.prune(tokens, progress=False)
         pruner.recover(base_model=llama, **{**FAST, "num_tokens": 400, "written_per_sample": 0}, batch_size=batch_size)
         found.append(weights(pruner.model))
@@ -136,7 +133,7 @@ def test_batches_in_parts_give_the_same_weights_as_whole_ones(llama, tokens):
 
 
 def test_a_model_of_16_bits_keeps_its_dtype_and_gets_better(tokens):
-    pruner = OTPruner.from_pretrained(make_llama().bfloat16(), OTPruningConfig(pruning_ratio=0.5, multiple_of=1))
+    pruner = OTPruner.from_pretrained(make_llama().bfloat16(), CONFIG)
     pruner.prune(tokens, progress=False)
     report = pruner.recover(base_model=make_llama().bfloat16(), **FAST)
     assert {part.dtype for part in pruner.model.parameters()} == {torch.bfloat16}
@@ -174,8 +171,27 @@ def test_samples_are_planned_by_the_budget():
     assert plan_samples(128, 256, 100 * 256, 4.0) == Plan(given=50, written=50, heldout=4)
     assert plan_samples(128, 256, 100 * 256, 0.0) == Plan(given=100, written=0, heldout=4)
     assert plan_samples(4, 2048, 10**9, 4.0) == Plan(given=3, written=12, heldout=1)
+    assert plan_samples(0, 256, 100 * 256, 4.0) == Plan(given=0, written=100, heldout=4)
+    assert plan_samples(0, 256, 10**12, 4.0) == Plan(given=0, written=2**14, heldout=32)
     with pytest.raises(CalibrationDataError, match="has 1 sample, and holds some out"):
         plan_samples(1, 2048, 10**9, 4.0)
+
+
+def test_a_model_that_was_pruned_without_data_is_recovered_without(llama):
+    pruner = OTPruner.from_pretrained(llama, CONFIG.replace(num_samples=12, seqlen=20))
+    pruner.prune("self", progress=False)
+    report = pruner.recover(base_model=make_llama(), **FAST)
+    assert [part.part for part in report.heldout] == ["written"]
+    assert report.samples == {"given": 0, "written": 100}
+    assert report.data == "self"
+
+
+def test_a_dense_model_that_cannot_write_is_refused(pruned, monkeypatch):
+    dense = make_llama()
+    monkeypatch.setattr(type(dense), "can_generate", lambda self: False)
+    with pytest.raises(ConfigurationError, match="cannot write text. Set `written_per_sample=0`"):
+        pruned.recover(base_model=dense, **FAST)
+    assert pruned.recover(base_model=dense, written_per_sample=0, **FAST).samples["given"] > 0
 
 
 def test_wrong_options_and_models_are_refused(pruned, llama):

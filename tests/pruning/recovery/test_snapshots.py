@@ -5,19 +5,19 @@ import shutil
 import pytest
 import torch
 
-from optimum_otprune import OTPruner, OTPruningConfig
+from optimum_otprune import OTPruner
 from optimum_otprune.errors import StateError
 from optimum_otprune.models import training
 from optimum_otprune.pruning.recovery import samples as samples_module
 from tests.conftest import make_llama, run_command
-from tests.pruning.recovery.test_recovery import changed, weights
+from tests.pruning.recovery.test_recovery import CONFIG, changed, weights
 
 OPTIONS = {"num_tokens": 2000, "batch_tokens": 80, "progress": False}  # 25 steps, a check every 4
 
 
 @pytest.fixture
 def pruned_folder(llama, tokens, tmp_path):
-    pruner = OTPruner.from_pretrained(llama, OTPruningConfig(pruning_ratio=0.5, multiple_of=1, quality="fast"))
+    pruner = OTPruner.from_pretrained(llama, CONFIG)
     pruner.prune(tokens, progress=False)
     return pruner.save_pretrained(tmp_path / "pruned")
 

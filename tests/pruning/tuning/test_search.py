@@ -336,6 +336,7 @@ def test_without_optuna_one_error_names_the_extra(samples, monkeypatch):
         ({"timeout": 0}, "`timeout` is 0; want a number > 0"),
         ({"timeout": float("nan")}, "`timeout` is nan"),
         ({"validation_share": 1}, "`validation_share` is 1; want a number > 0 and < 1"),
+        ({"validation_share": None}, "`validation_share` is None; want a number > 0 and < 1"),
         ({"target_latency": -1}, "`target_latency` is -1"),
         ({"seed": -1}, "`seed` is -1"),
         ({"seed": 2**63}, "`seed` is 9223372036854775808; want an integer >= 0 and <= 9223372036854775807"),
