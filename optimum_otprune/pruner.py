@@ -17,7 +17,7 @@ from optimum_otprune.checkpoints.mixin import CheckpointMixin
 from optimum_otprune.config.checks import check_count
 from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.config.loading_options import LoadingOptions
-from optimum_otprune.config.recovery_options import RecoveryOptions, RecoverySettings
+from optimum_otprune.config.recovery_options import RecoveryOptions, RecoverySettings, check_tokens
 from optimum_otprune.models.changes import all_or_nothing, check_pruned, check_whole, dense_model
 from optimum_otprune.models.defaults import BATCH_SIZE, HIDDEN_MEMORY, TRIALS, VALIDATION_SHARE
 from optimum_otprune.models.devices import model_sizes
@@ -34,6 +34,7 @@ from optimum_otprune.pruning.calibration.data import (
 )
 from optimum_otprune.pruning.dry_run.estimate import Skeleton, plan_pruning
 from optimum_otprune.pruning.dry_run.plan import PruningPlan
+from optimum_otprune.pruning.dry_run.recovery_plan import with_recovery
 from optimum_otprune.pruning.evaluation import evaluation
 from optimum_otprune.pruning.fingerprint import run_fingerprint
 from optimum_otprune.pruning.outcome import Origin
@@ -139,6 +140,7 @@ class OTPruner(CheckpointMixin):
         max_hidden_memory: int | str = HIDDEN_MEMORY,
         evaluate: bool = False,
         evaluation_data: TokenSource | None = None,
+        recover: int | str | None = None,
         **loading: Unpack[LoadingOptions],
     ) -> PruningPlan:
         """Return within seconds what `prune` would do and take: widths, sizes, memory on each device, time.
@@ -153,6 +155,7 @@ class OTPruner(CheckpointMixin):
             max_hidden_memory: Bytes of hidden states in main memory; what is more is spilled to disk.
             evaluate: Whether the model is evaluated before and after.
             evaluation_data: The evaluation data, as in `evaluate`.
+            recover: Number of tokens that `recover` is to train on afterwards, or None.
             **loading: Options of `from_pretrained`, such as `dtype`, `device_map` and `max_memory`.
 
         Raises:
@@ -165,7 +168,10 @@ class OTPruner(CheckpointMixin):
             refuse_loading_options(options)
         given = OTPruningConfig() if config is None else as_config(config, options)
         known = load_skeleton(str(model_name_or_path), options) if model is None else Skeleton.of_loaded(model)
-        return plan_pruning(known, given, calibration_data, settings, evaluate, evaluation_data)
+        plan = plan_pruning(known, given, calibration_data, settings, evaluate, evaluation_data)
+        if recover is None:
+            return plan
+        return with_recovery(plan, known.model, check_tokens("recover", recover), batch_size)
 
     @property
     def limits(self) -> ModelLimits:

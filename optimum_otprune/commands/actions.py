@@ -96,6 +96,7 @@ def _dry_run(args: argparse.Namespace, config: OTPruningConfig, output: Path) ->
         max_hidden_memory=args.max_hidden_memory,
         evaluate=args.eval,
         evaluation_data=args.eval_data,
+        recover=args.recover,
         **chosen(args, LoadingOptions),
     )
     check_output_folder(output, args.overwrite, plan.bytes_after)

@@ -104,7 +104,7 @@ class RecoverySettings:
         if not 0 <= chosen <= LARGEST_SEED:
             raise ConfigurationError(f"`seed` is {chosen!r:.60}; want an integer >= 0 and <= {LARGEST_SEED}.")
         return cls(
-            _tokens(options["num_tokens"]),
+            check_tokens("num_tokens", options["num_tokens"]),
             options["trained"],
             None if rate is None else float(rate),
             check_count("batch_tokens", options["batch_tokens"]),
@@ -116,10 +116,19 @@ class RecoverySettings:
         )
 
 
-def _tokens(value: str | int) -> int:
+def check_tokens(name: str, value: str | int) -> int:
+    """Return a number of tokens as an int, or raise with the argument's name.
+
+    Args:
+        name: The name of the argument.
+        value: A whole number, or a string such as `"250k"`.
+
+    Raises:
+        ConfigurationError: If it is no number, or out of range.
+    """
     try:
-        return check_count("num_tokens", parse_quantity(value, COUNT_UNITS))
+        return check_count(name, parse_quantity(value, COUNT_UNITS) if isinstance(value, str) else value)
     except ValueError as error:
         if isinstance(error, ConfigurationError):
             raise
-        raise ConfigurationError(f"`num_tokens` {error}. Give a number, or such as '250k'.") from error
+        raise ConfigurationError(f"`{name}` {error}. Give a number, or such as '250k'.") from error

@@ -11,7 +11,7 @@ from optimum_otprune.models.perplexity import windows_together
 
 _RATE = 0.1  # times 1 / hidden size
 _WARM_UP = 0.05  # share of the steps in which the learning rate rises
-_CHECKS = 8  # of the held-out tokens over the whole schedule
+CHECKS = 8  # of the held-out tokens over the whole schedule
 _FLOAT32_BYTES = 4
 
 
@@ -66,7 +66,7 @@ class Schedule(NamedTuple):
         together = min(size, windows_together(settings.batch_size, seqlen, vocabulary_size(model), _FLOAT32_BYTES))
         default = learning_rate(model.config.get_text_config().hidden_size)
         rate = default if settings.learning_rate is None else settings.learning_rate
-        return cls(steps, size, seqlen, together, -(-steps // _CHECKS), rate)
+        return cls(steps, size, seqlen, together, -(-steps // CHECKS), rate)
 
     @property
     def tokens(self) -> int:

@@ -1,6 +1,7 @@
 """Recovery, end to end: what it gives, what it keeps, and what it refuses."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -231,3 +232,28 @@ def test_the_commands_recover_a_folder_and_a_model_that_was_just_pruned(llama_fo
     both = ["prune", llama_folder, "-o", tmp_path / "both", *pruning, *given, *data]
     assert run_command(*both, "--recover", "1k") == 0
     assert len(json.loads((tmp_path / "both" / "otprune_report.json").read_text())["recoveries"]) == 1
+
+
+def test_a_dry_run_includes_recovery(llama_folder, tokens, tmp_path, capsys):
+    torch.save(tokens, tmp_path / "tokens.pt")
+    command = [
+        "prune",
+        llama_folder,
+        "-o",
+        tmp_path / "out",
+        "--calibration-data",
+        tmp_path / "tokens.pt",
+        "--dry-run",
+    ]
+    assert run_command(*command) == 0
+    assert "recovery" not in capsys.readouterr().out
+    assert run_command(*command, "--recover", "1M") == 0
+    printed = capsys.readouterr().out
+    assert "recovery: weights, gradients and moments" in printed
+    assert re.search(r"Time +about .*\(.*, recovery [0-9u]", printed)
+    assert run_command(*command, "--recover", "much") == 2
+    plan = OTPruner.plan(llama_folder, CONFIG, tokens, recover=10**6)
+    longer = OTPruner.plan(llama_folder, CONFIG, tokens, recover="100M")
+    assert longer.seconds["recovery"] > 10 * plan.seconds["recovery"]
+    trained = [use.bytes for use in plan.memory if "moments" in use.purpose]
+    assert trained == [16 * 3 * 3 * 32 * 24]
