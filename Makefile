@@ -33,7 +33,7 @@ test-newest:
 	$(NEWEST_BIN)/python -m pip install --quiet --upgrade pip
 	grep '^torch==' constraints.txt > $(NEWEST_VENV)/torch.txt
 	$(NEWEST_BIN)/python -m pip install --quiet --upgrade --upgrade-strategy eager --constraint $(NEWEST_VENV)/torch.txt \
-	  --editable ".[plots,tests,tune]"
+	  --editable ".[plots,recover,tests,tune]"
 	$(NEWEST_BIN)/python -m pip freeze --exclude-editable
 	OMP_NUM_THREADS=1 $(NEWEST_BIN)/python -m pytest -n $(WORKERS) --dist worksteal \
 	  -m "not slow and not gpu and not multi_gpu" $(addprefix --ignore=,$(NOT_NEWEST))
@@ -111,7 +111,7 @@ $(READY): pyproject.toml setup.py constraints.txt
 	  { echo "Python 3.11 or newer is needed; $(PYTHON) is older. Try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[plots,quality,tests,tune]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[plots,quality,recover,tests,tune]"
 	@touch $@
 
 clean:

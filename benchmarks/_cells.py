@@ -27,7 +27,7 @@ from optimum_otprune.errors import OTPruneError
 from optimum_otprune.models.ffn_block import ffn_blocks
 from optimum_otprune.models.perplexity import PROTOCOL
 from optimum_otprune.pruning.calibration.data import calibration_tokens, evaluation_tokens
-from optimum_otprune.pruning.report import versions
+from optimum_otprune.pruning.versions import versions
 
 DEFAULT = "otprune"
 _FAST = {"quality": "fast"}

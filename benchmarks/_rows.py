@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from optimum_otprune.pruning.report import versions
+from optimum_otprune.pruning.versions import versions
 
 
 class Row(NamedTuple):

@@ -31,7 +31,7 @@ from optimum_otprune.functional.solvers import solve_transport
 from optimum_otprune.models.flops import forward_flops
 from optimum_otprune.models.prunable_model import PrunableModel
 from optimum_otprune.models.timing import forward_seconds, matmul_rate, wait_for_devices
-from optimum_otprune.pruning.report import versions
+from optimum_otprune.pruning.versions import versions
 
 _RESULTS = Path(__file__).parent / "results"
 

@@ -2,14 +2,13 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, Unpack
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from optimum_otprune.checkpoints.base_model import load_base
 from optimum_otprune.checkpoints.check_loading import as_config, check_loading_options, refuse_loading_options
 from optimum_otprune.checkpoints.dense import dense_reference
 from optimum_otprune.checkpoints.load import hub_id, load_checkpoint, load_skeleton
@@ -18,37 +17,46 @@ from optimum_otprune.config.checks import check_count
 from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.config.loading_options import LoadingOptions
 from optimum_otprune.config.options import WRITTEN
+from optimum_otprune.config.recovery_options import RecoveryOptions, RecoverySettings, check_tokens
 from optimum_otprune.models.agreement import DenseOutputs
-from optimum_otprune.models.changes import all_or_nothing, check_whole, dense_model
-from optimum_otprune.models.defaults import BATCH_SIZE, HIDDEN_MEMORY, TRIALS, VALIDATION_SHARE
+from optimum_otprune.models.changes import all_or_nothing, check_pruned, check_whole, dense_model
+from optimum_otprune.models.defaults import BATCH_SIZE, HIDDEN_MEMORY
 from optimum_otprune.models.devices import model_sizes
 from optimum_otprune.models.distributed import check_launch, check_model, check_single
 from optimum_otprune.models.ffn_block import ffn_blocks
 from optimum_otprune.models.pass_settings import PassSettings
 from optimum_otprune.models.passes import Passes
 from optimum_otprune.models.wrappers import checked_tokenizer, model_in_memory, unwrapped
-from optimum_otprune.pruning.calibration.data import ModelLimits, TokenSource, calibration_tokens, evaluation_tokens
+from optimum_otprune.pruning.calibration.data import (
+    TokenData,
+    TokenSource,
+    calibration_tokens,
+    evaluation_tokens,
+)
 from optimum_otprune.pruning.calibration.self_calibration import samples_alone
 from optimum_otprune.pruning.dry_run.estimate import Skeleton, plan_pruning
 from optimum_otprune.pruning.dry_run.plan import PruningPlan
+from optimum_otprune.pruning.dry_run.recovery_plan import with_recovery
 from optimum_otprune.pruning.evaluation import evaluation
 from optimum_otprune.pruning.fingerprint import run_fingerprint
 from optimum_otprune.pruning.outcome import Origin
 from optimum_otprune.pruning.pipeline import prune_model
 from optimum_otprune.pruning.recipe import Recipe
+from optimum_otprune.pruning.recovery.recover import recover_model
+from optimum_otprune.pruning.recovery.samples import RecoveryData
+from optimum_otprune.pruning.recovery.snapshots import resumable_recovery
+from optimum_otprune.pruning.recovery_report import RecoveryReport
 from optimum_otprune.pruning.report import PruningReport
 from optimum_otprune.pruning.resume import resumable
 from optimum_otprune.pruning.settings import pass_settings
 from optimum_otprune.pruning.size_target import with_pruning_ratio
-from optimum_otprune.pruning.tuning.search import tune_model
-from optimum_otprune.pruning.tuning.sweep import SweepOptions, SweepSettings, SweepSource, sweep_configs, sweep_model
-from optimum_otprune.pruning.tuning.sweep_results import SweepResult
-from optimum_otprune.pruning.tuning.trials import TuningResult, TuningSettings
+from optimum_otprune.pruning.tuning.mixin import SearchMixin
+from optimum_otprune.pruning.tuning.trials import TuningResult
 from optimum_otprune.storage.outputs import noted_places
 from optimum_otprune.storage.state_folder import state_path
 
 
-class OTPruner(CheckpointMixin):
+class OTPruner(SearchMixin, CheckpointMixin):
     """Prunes the feed-forward layers of a causal language model in place. Make one by `from_pretrained`.
 
     Attributes:
@@ -134,6 +142,7 @@ class OTPruner(CheckpointMixin):
         max_hidden_memory: int | str = HIDDEN_MEMORY,
         evaluate: bool = False,
         evaluation_data: TokenSource | None = None,
+        recover: int | str | None = None,
         **loading: Unpack[LoadingOptions],
     ) -> PruningPlan:
         """Return within seconds what `prune` would do and take: widths, sizes, memory on each device, time.
@@ -148,6 +157,7 @@ class OTPruner(CheckpointMixin):
             max_hidden_memory: Bytes of hidden states in main memory; what is more is spilled to disk.
             evaluate: Whether the model is evaluated before and after.
             evaluation_data: The evaluation data, as in `evaluate`.
+            recover: Number of tokens that `recover` is to train on afterwards, or None.
             **loading: Options of `from_pretrained`, such as `dtype`, `device_map` and `max_memory`.
 
         Raises:
@@ -160,12 +170,10 @@ class OTPruner(CheckpointMixin):
             refuse_loading_options(options)
         given = OTPruningConfig() if config is None else as_config(config, options)
         known = load_skeleton(str(model_name_or_path), options) if model is None else Skeleton.of_loaded(model)
-        return plan_pruning(known, given, calibration_data, settings, evaluate, evaluation_data)
-
-    @property
-    def limits(self) -> ModelLimits:
-        """Vocabulary and positions of the model."""
-        return ModelLimits.of(self.model)
+        plan = plan_pruning(known, given, calibration_data, settings, evaluate, evaluation_data)
+        if recover is None:
+            return plan
+        return with_recovery(plan, known.model, check_tokens("recover", recover), batch_size)
 
     def prune(
         self,
@@ -223,100 +231,64 @@ class OTPruner(CheckpointMixin):
             pruned = prune_model(prunable, recipe, data.tokens, settings, store)
             origin = Origin(base_model=self.base_model, base_card=self.base_card, evaluations=tuple(self._evaluations))
             report = pruned.report(self.model, self.config, recipe, data, before, **origin)
-        self._unsaved_state = None if state is None else (state, run)
+        self._unsaved_states = () if state is None else ((state, run),)
         self._calibrated_on, self.report = data.tokens, report
         return report
 
-    def tune(
+    def recover(
         self,
-        calibration_data: TokenSource | None = None,
+        data: TokenSource | None = None,
         *,
-        num_trials: int = TRIALS,
-        timeout: float | None = None,
-        search_space: Mapping[str, Any] | None = None,
-        study: str | os.PathLike | None = None,
-        target_latency: float | None = None,
-        latency_shape: tuple[int, int] | None = None,
-        validation_share: float = VALIDATION_SHARE,
-        seed: int | None = None,
-        batch_size: int = BATCH_SIZE,
-        progress: bool = True,
-        on_trial: Callable[[TuningResult], None] | None = None,
-    ) -> OTPruningConfig:
-        """Search for a better configuration at the same budget; the model stays as it is. Needs the extra `tune`.
+        base_model: str | os.PathLike | PreTrainedModel | None = None,
+        heldout_data: TokenSource | None = None,
+        **options: Unpack[RecoveryOptions],
+    ) -> RecoveryReport:
+        """Train the pruned model in place towards the dense model's own predictions; no labels are used.
 
-        The calibration samples are split once: each trial prunes on one part, is judged by perplexity on the other,
-        and leaves the model bit for bit as it was. The first trial is `self.config`, so the result is never worse than
-        it there. A configuration that fails ends its trial only, and is logged with the reason.
+        It is trained on the given samples and on samples that the dense model writes itself. Some of each are held
+        out, and the weights that are kept are the best on them: on none are they worse than before, beyond noise. If
+        this ends early, by an error or an interruption, the model is what it was before, bit for bit.
 
         Args:
-            calibration_data: The calibration samples, as `prune` takes them.
-            num_trials: How many trials are finished in the end, those of earlier runs of the study included.
-            timeout: Seconds after which no trial starts; the first one always does.
-            search_space: Tuples `(low, high)` or lists of choices by field; default: `default_search_space`.
-            study: File of the trials; one process at a time continues an existing one of the same search.
-            target_latency: Median seconds of a forward pass on the model's device, in place of the ratio, which is
-                found first by bisection: FFNs are cut to a width, for speed depends on nothing else.
-            latency_shape: The shape `(batch_size, seqlen)` of that forward pass; default: one calibration sample.
-            validation_share: Share of the samples that trials are judged on.
-            seed: The seed of the split and of the sampler; default: the configuration's.
-            batch_size: Number of samples per forward pass.
-            progress: Whether to show a progress bar.
-            on_trial: A function that gets the result so far, `self.tuning`, at the start and after each trial.
+            data: What `optimum_otprune.pruning.calibration.data.calibration_tokens` takes; None is what the model was
+                pruned on, or the configuration's dataset where that is not in memory.
+            base_model: The dense model: in memory, or its Hub id or folder; default: where this one was made from.
+            heldout_data: Other text that is held out only, such as a second domain; as `evaluate` takes it.
+            **options: Options of `optimum_otprune.config.recovery_options.RecoveryOptions`, which says what each
+                means, such as `num_tokens`, `trained` and `learning_rate`.
 
         Returns:
-            The best configuration, also kept as `self.config`.
+            The report, also kept in `self.report.recoveries`.
 
         Raises:
-            OTPruneError: If optuna is missing, or an argument, the study's file or the first trial is at fault.
+            ConfigurationError: If an option is wrong, or the dense model is not known or not that of this one.
+            UnsupportedModelError: If the model is not pruned, or its weights are offloaded.
+            CalibrationDataError: If the data cannot be used.
+            NumericalError: If predictions are NaN or infinite.
+            StateError: If `resume_from` is in use, is damaged, or belongs to a run that differs from this one.
         """
-        check_single("`tune`", "Start one.")
-        prunable = dense_model(self.model)
-        settings = TuningSettings(
-            num_trials=num_trials,
-            timeout=timeout,
-            search_space=search_space,
-            study=None if study is None else Path(os.path.expanduser(study)),
-            target_latency=target_latency,
-            latency_shape=latency_shape,
-            validation_share=validation_share,
-            seed=self.config.seed if seed is None else seed,
-            passes=PassSettings(batch_size, progress),
-        ).checked()
-        tokens = calibration_tokens(calibration_data, self.config, self.tokenizer, self.limits).tokens
-        note = partial(self._note_trial, on_trial)
-        self.config = tune_model(prunable, self.config, tokens, settings, note).best.config
-        return self.config
+        settings = RecoverySettings.of(options, self.config.seed)
+        check_single("`recover`", "Start one.")
+        check_pruned(self.model)
+        dense = load_base(base_model, self.model, self.base_model, options.get("base_options"))
+        self._places |= noted_places(calibration_data=data, evaluation_data=heldout_data)
+        given = self._pruned_on() if data is None else data
+        texts = RecoveryData.read(given, heldout_data, self.config, self.tokenizer, self.limits)
+        state = state_path(options.get("resume_from"))
+        run = {} if state is None else texts.fingerprint(self.model, dense, settings)
+        with all_or_nothing(self.model), resumable_recovery(state, run) as store:
+            recovery = recover_model(self.model, dense, texts, settings, store)
+        self._unsaved_states += () if state is None else ((state, run),)
+        recovery = dataclasses.replace(recovery, base_model=hub_id(dense.name_or_path))
+        if self.report is not None:
+            self.report = dataclasses.replace(self.report, recoveries=(*self.report.recoveries, recovery))
+        return recovery
 
-    def _note_trial(self, on_trial: Callable[[TuningResult], None] | None, result: TuningResult) -> None:
-        self.tuning = result
-        if on_trial is not None:
-            on_trial(result)
-
-    def sweep(
-        self,
-        ratios: Sequence[float],
-        calibration_data: TokenSource | None = None,
-        evaluation_data: TokenSource | Mapping[str, TokenSource] | None = None,
-        **options: Unpack[SweepOptions],
-    ) -> SweepResult:
-        """Prune at each ratio, measure the perplexity, and put the model back bit for bit: its quality curve.
-
-        Args:
-            ratios: Shares of every FFN's channels to remove, in [0, 1).
-            calibration_data: The calibration samples, as `prune` takes them, drawn once for all ratios.
-            evaluation_data: What to measure on, as `evaluate` takes it; several by name as a dictionary.
-            **options: Options of `optimum_otprune.pruning.tuning.sweep.SweepOptions`, such as `max_windows`, `folder`.
-
-        Raises:
-            OTPruneError: If an argument, the data, the folder's curve or the first ratio is at fault.
-        """
-        check_single("`sweep`", "Start one.")
-        prunable = dense_model(self.model)
-        settings, configs = SweepSettings.of(options), sweep_configs(self.config, ratios)
-        source = SweepSource(self.config, self.tokenizer, self.limits)
-        texts = source.read(calibration_data, evaluation_data, settings.max_windows)
-        return sweep_model(prunable, configs, texts, settings)
+    def _pruned_on(self) -> TokenData | None:
+        """Return the samples that the model was pruned on, if they are in memory."""
+        if self._calibrated_on is None or self.report is None:
+            return None
+        return TokenData(self._calibrated_on, str(self.report.calibration["data"]))
 
     def write_calibration(self, *, max_hidden_memory: int | str = HIDDEN_MEMORY, progress: bool = True) -> Tensor:
         """Let the dense model write calibration samples as `prune` does: `num_samples` of `seqlen` tokens, by `seed`.

@@ -7,6 +7,7 @@ from markdown_it import MarkdownIt
 from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.functional.ratios import RescueEnergies
 from optimum_otprune.pruning.recipe import Recipe
+from optimum_otprune.pruning.recovery_report import HeldoutPart, RecoveryReport
 from optimum_otprune.pruning.report import LayerReport, PruningReport
 
 
@@ -132,3 +133,25 @@ class Page(HTMLParser):
     def text(self) -> str:
         """All text."""
         return "".join(self.texts)
+
+
+def make_recovery(**changes) -> RecoveryReport:
+    """A report of a recovery that made two kinds of text better."""
+    numbers = {"num_windows": 4, "seqlen": 100, "kl_before": 0.2, "kl_after": 0.1, "agreement_before": 0.6}
+    numbers |= {"agreement_after": 0.7, "perplexity_dense": 12.5, "perplexity_before": 20.0, "perplexity_after": 15.0}
+    settings = {
+        "trained": "ffn",
+        "trained_parameters": 300,
+        "budget": 20_000,
+        "num_tokens": 18_000,
+        "steps": 10,
+        "kept_step": 9,
+        "seconds": 12.0,
+        "learning_rate": 1e-3,
+        "batch_tokens": 2000,
+        "seed": 0,
+        "data": "user/text",
+        "samples": {"given": 10, "written": 40},
+        "heldout": (HeldoutPart("given", "user/text", **numbers), HeldoutPart("written", "", **numbers)),
+    }
+    return RecoveryReport(**{**settings, **changes})

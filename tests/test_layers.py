@@ -28,12 +28,13 @@ FLOORS = (
 )
 DOORS = {
     "ot": {"functional/transport/pot.py"},
-    "accelerate": {"models/devices.py", "models/distributed.py"},
+    "accelerate": {"models/devices.py", "models/distributed.py", "models/training.py"},
     "datasets": {"pruning/calibration/documents.py", "models/perplexity.py"},  # the metric declares its inputs' types
     "pandas": {"pruning/calibration/text_files.py"},
     "pyarrow": {"pruning/calibration/text_files.py"},
     "evaluate": {"models/perplexity.py"},
     "scipy": {"functional/costs.py"},
+    "peft": {"models/low_rank.py"},  # an extra
     "optuna": {"pruning/tuning/search.py"},  # an extra
     "matplotlib": {"checkpoints/card/plots.py"},  # an extra
     "jinja2": {"checkpoints/card/templates.py", "pruning/calibration/documents.py"},  # what a chat template raises

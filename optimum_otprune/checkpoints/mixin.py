@@ -35,7 +35,7 @@ class CheckpointMixin:
     tokenizer: PreTrainedTokenizerBase | None
     report: PruningReport | None
     _places: dict[str, Path]  # folders and files of the user, which no output may harm
-    _unsaved_state: tuple[Path, Mapping[str, object]] | None = None  # state of a finished run, and its fingerprint
+    _unsaved_states: tuple[tuple[Path, Mapping[str, object]], ...] = ()  # of finished runs, with their fingerprints
 
     def save_pretrained(
         self,
@@ -105,13 +105,13 @@ class CheckpointMixin:
             return push_folder(folder, name, **options)
 
     def _save_for_good(self, folder: Path, overwrite: bool, max_shard_size: int | str | None) -> Path:
-        """Save the model, and remove the state of the run, which is not needed any more."""
+        """Save the model, and remove the states of runs, which are not needed any more."""
         if is_main_process():
             self._save(folder, overwrite, max_shard_size)
         wait_for_all()
-        if self._unsaved_state is not None:
-            forget(*self._unsaved_state)
-            self._unsaved_state = None
+        for state, fingerprint in self._unsaved_states:
+            forget(state, fingerprint)
+        self._unsaved_states = ()
         return folder
 
     def _save(self, folder: Path, overwrite: bool, max_shard_size: int | str | None, name: str | None = None) -> Path:

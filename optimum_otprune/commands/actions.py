@@ -20,6 +20,7 @@ from optimum_otprune.commands.arguments import (
     chosen,
     config_options,
     given_options,
+    recovery_state_folder,
     saved_folder,
     state_folder,
 )
@@ -32,6 +33,7 @@ from optimum_otprune.commands.terminal import showing_progress
 from optimum_otprune.config.checks import hidden_memory
 from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.config.loading_options import LoadingOptions
+from optimum_otprune.config.recovery_options import RecoveryOptions
 from optimum_otprune.errors import IntegrityError, UsageError
 from optimum_otprune.models.agreement import DenseOutputs
 from optimum_otprune.models.changes import check_dense
@@ -39,11 +41,13 @@ from optimum_otprune.models.devices import weight_bytes
 from optimum_otprune.models.distributed import check_model, check_single, is_main_process, wait_for_all
 from optimum_otprune.models.pass_settings import PassSettings
 from optimum_otprune.pruner import OTPruner
+from optimum_otprune.pruning.recovery.snapshots import forget_recovery_if_saved
 from optimum_otprune.pruning.report import REPORT_FILE, PruningReport
 from optimum_otprune.pruning.resume import forget_if_saved
 from optimum_otprune.pruning.settings import spill_path
 from optimum_otprune.pruning.tuning.trials import TuningResult, TuningSettings
-from optimum_otprune.storage.files import recover, save_bytes, save_text
+from optimum_otprune.storage.files import recover as recover_folder
+from optimum_otprune.storage.files import save_bytes, save_text
 from optimum_otprune.storage.hub.options import PushOptions
 from optimum_otprune.storage.hub.push import PushResult
 from optimum_otprune.storage.manifest import verify_folder
@@ -73,8 +77,10 @@ def prune(args: argparse.Namespace) -> None:
         check_single("`--resume`", "Leave it out, or start one.")
     is_new = args.overwrite or args.dry_run
     if is_main_process() and not args.dry_run:
-        recover(output)
-    is_saved = state is not None and not is_new and _was_saved(args.model, output, state, config)
+        recover_folder(output)
+    is_saved = (
+        state is not None and not is_new and _was_saved(args.model, output, state, config, recovery_state_folder(args))
+    )
     if not is_saved:
         check_output_folder(output, args.overwrite)
     target = PushOptions(private=args.private or None, token=args.token)
@@ -99,13 +105,14 @@ def _dry_run(args: argparse.Namespace, config: OTPruningConfig, output: Path) ->
         max_hidden_memory=args.max_hidden_memory,
         evaluate=args.eval,
         evaluation_data=args.eval_data,
+        recover=args.recover,
         **chosen(args, LoadingOptions),
     )
     check_output_folder(output, args.overwrite, plan.bytes_after)
     print(plan)
 
 
-def _was_saved(model: str, output: Path, state: Path, config: OTPruningConfig) -> bool:
+def _was_saved(model: str, output: Path, state: Path, config: OTPruningConfig, recovery: Path | None) -> bool:
     """Return whether an earlier run of this command ended between saving its result and removing its state."""
     if not os.path.isdir(state) or not (output / REPORT_FILE).is_file():
         return False
@@ -115,7 +122,20 @@ def _was_saved(model: str, output: Path, state: Path, config: OTPruningConfig) -
         return False
     report = PruningReport.load(output / REPORT_FILE)
     is_same = report.config == config.to_dict() and report.base_model == hub_id(model)
+    if recovery is not None and os.path.isdir(recovery) and is_same:
+        is_same = forget_recovery_if_saved(recovery, report)
     return is_same and forget_if_saved(state, report)
+
+
+def _was_recovered(output: Path, state: Path) -> bool:
+    """Return whether an earlier run of `otprune recover` ended between saving its result and removing its state."""
+    if not os.path.isdir(state) or not (output / REPORT_FILE).is_file():
+        return False
+    try:
+        verify_folder(output)
+    except IntegrityError:
+        return False
+    return forget_recovery_if_saved(state, PruningReport.load(output / REPORT_FILE))
 
 
 def _prune_and_save(args: argparse.Namespace, config: OTPruningConfig, output: Path, state: Path | None) -> None:
@@ -140,6 +160,11 @@ def _prune_and_save(args: argparse.Namespace, config: OTPruningConfig, output: P
         **passes,
     )
     print(report)
+    if args.recover is not None:
+        recovery = RecoveryOptions(num_tokens=args.recover, batch_size=args.batch_size, progress=not args.quiet)
+        recovery["resume_from"] = recovery_state_folder(args)
+        recovery["base_options"] = dict(chosen(args, LoadingOptions))
+        print(pruner.recover(base_model=args.model, **recovery))
     if args.eval:
         pruned = pruner.evaluate(args.eval_data, **measured)
         print(f"Perplexity: {dense['perplexity']:.2f} dense -> {pruned['perplexity']:.2f} pruned ({protocol(pruned)})")
@@ -150,6 +175,28 @@ def _prune_and_save(args: argparse.Namespace, config: OTPruningConfig, output: P
     pruner.save_pretrained(output, overwrite=args.overwrite)
     trust = ", trust_remote_code=True" if needs_remote_code(config, report) else ""
     print(f"Saved to {output}. Load it with AutoModelForCausalLM.from_pretrained({str(output)!r}{trust}).")
+
+
+@_main_process_speaks
+def recover(args: argparse.Namespace) -> None:
+    """Train a pruned model towards the dense one and save it."""
+    output, state = output_path(args.output), state_folder(args)
+    check_single("`otprune recover`", "Start one.")
+    recover_folder(output)
+    if state is not None and not args.overwrite and _was_recovered(output, state):
+        print(f"{output} is complete already; what was left of the run is removed.")
+        return
+    check_output_folder(output, args.overwrite)
+    if state is not None:
+        with StateFolder.opened(state):
+            pass  # a folder that cannot be used is an error before a model is loaded
+    pruner = OTPruner.from_pretrained(args.model, **chosen(args, LoadingOptions))
+    check_output_folder(output, args.overwrite, weight_bytes(pruner.model))
+    options = chosen(args, RecoveryOptions)
+    options["progress"], options["resume_from"] = not args.quiet, state
+    print(pruner.recover(args.data, base_model=args.base, heldout_data=args.heldout_data, **options))
+    pruner.save_pretrained(output, overwrite=args.overwrite)
+    print(f"Saved to {output}.")
 
 
 # Trials are printed; lines per layer would hide them.

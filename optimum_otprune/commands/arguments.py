@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from optimum_otprune.config.comparison_options import MeasuringOptions
 from optimum_otprune.config.loading_options import LoadingOptions
 from optimum_otprune.config.options import OPTIONS, OPTIONS_BY_NAME, Option
+from optimum_otprune.config.recovery_options import RecoveryOptions
 from optimum_otprune.errors import UsageError
 from optimum_otprune.models.defaults import BATCH_SIZE, HIDDEN_MEMORY
 from optimum_otprune.storage.hub.options import keywords
@@ -176,15 +177,20 @@ def add_compare_options(parser: argparse.ArgumentParser) -> None:
     add_run_options(parser)
 
 
-def add_resume_option(parser: argparse.ArgumentParser) -> None:
-    """Add `--resume`, whose value without a folder is an empty string."""
+def add_resume_option(parser: argparse.ArgumentParser, kept: str = "every finished layer") -> None:
+    """Add `--resume`, whose value without a folder is an empty string.
+
+    Args:
+        parser: The parser that gets it.
+        kept: What the folder keeps, for the help text.
+    """
     parser.add_argument(
         "--resume",
         nargs="?",
         const="",
         metavar="DIR",
-        help="keep every finished layer in DIR (default: a hidden folder beside OUT) until OUT is saved, and go on "
-        "with what is there; write it last or as --resume=DIR",
+        help=f"keep {kept} in DIR (default: a hidden folder beside OUT) until OUT is saved, and go on with what is "
+        "there; write it last or as --resume=DIR",
     )
 
 
@@ -194,6 +200,36 @@ def state_folder(args: argparse.Namespace) -> Path | None:
     if resume is None:
         return None
     return Path(os.path.expanduser(resume)) if resume else default_state_folder(Path(os.path.expanduser(args.output)))
+
+
+def add_recover_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--recover` of a command that prunes."""
+    tokens = keywords(RecoveryOptions)["num_tokens"].about.default
+    parser.add_argument(
+        "--recover",
+        nargs="?",
+        const=tokens,
+        metavar="N",
+        help=f"then train the pruned model towards the dense one on N tokens (default: {tokens}), as "
+        "`otprune recover` does",
+    )
+
+
+def add_recovery_options(parser: argparse.ArgumentParser) -> None:
+    """Add the dense model, the data and the options of recovery."""
+    group = parser.add_argument_group("recovery")
+    group.add_argument(
+        "--base", metavar="MODEL", help="the dense model: Hub id or folder (default: the one that the report names)"
+    )
+    group.add_argument("--data", metavar="DATA", help=f"what to train on: {DATA_HELP}")
+    group.add_argument("--heldout-data", metavar="DATA", help="other text, which is held out only")
+    add_options(group, RecoveryOptions)
+
+
+def recovery_state_folder(args: argparse.Namespace) -> Path | None:
+    """Return where `otprune prune --recover --resume` keeps the weights so far, or None without either."""
+    state = state_folder(args)
+    return None if state is None or args.recover is None else state.with_name(f"{state.name}-recovery")
 
 
 def saved_folder(given: str) -> Path:

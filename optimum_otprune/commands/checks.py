@@ -7,9 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from optimum_otprune.commands.arguments import SAMPLING, config_options, given_options, state_folder
+from optimum_otprune.commands.arguments import SAMPLING, chosen, config_options, given_options, state_folder
 from optimum_otprune.config.checks import check_count, check_option, check_size
 from optimum_otprune.config.options import BUDGET_FIELDS, OPTIONS_BY_NAME
+from optimum_otprune.config.recovery_options import RecoveryOptions, RecoverySettings
 from optimum_otprune.errors import ConfigurationError, OutputError, UsageError
 from optimum_otprune.models.defaults import SWEEP_FILE, SWEEP_PLOT
 from optimum_otprune.storage.hub.retries import Deadline
@@ -45,6 +46,8 @@ def prune(args: argparse.Namespace) -> None:
     usage(lambda: check_count("batch_size", args.batch_size))
     usage(lambda: check_size("max_hidden_memory", args.max_hidden_memory))
     _check_windows(args)
+    if args.recover is not None:
+        usage(lambda: RecoverySettings.of({"num_tokens": args.recover}, 0))
     output, state = usage(lambda: output_path(args.output)), state_folder(args)
     check_place(output, {})  # checked before the state, which is named after it
     places = noted_places(
@@ -71,6 +74,25 @@ def write_calibration(args: argparse.Namespace) -> None:
         raise UsageError("`--output`: want the name of a file that ends in .safetensors.")
     check_output_file(output, False, noted_places(source_model=args.model))
     check_outside_results(output)
+
+
+def recover(args: argparse.Namespace) -> None:
+    """Check the arguments of `otprune recover`."""
+    usage(lambda: check_count("batch_size", args.batch_size))
+    usage(lambda: RecoverySettings.of(chosen(args, RecoveryOptions), 0))
+    output, state = usage(lambda: output_path(args.output)), state_folder(args)
+    check_place(output, {})
+    places = noted_places(
+        state=state,
+        source_model=args.model,
+        dense_model=args.base,
+        calibration_data=args.data,
+        evaluation_data=args.heldout_data,
+        offload_folder=args.offload_folder,
+    )
+    check_place(output, places)
+    if state is None or args.overwrite:  # otherwise it may be the result of an earlier run
+        check_output_folder(output, args.overwrite)
 
 
 def tune(args: argparse.Namespace) -> None:

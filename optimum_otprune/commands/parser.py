@@ -21,6 +21,8 @@ from optimum_otprune.commands.arguments import (
     add_option,
     add_options,
     add_overwrite_option,
+    add_recover_option,
+    add_recovery_options,
     add_resume_option,
     add_run_options,
     add_saved_folder,
@@ -47,6 +49,8 @@ class _Command(BaseOptimumCLICommand):
 
     actions = "optimum_otprune.commands.actions"
     action: str | None = None  # the name of the function there, if it is not that of the command
+    lost = "No layer of it was kept; with `--resume`, finished ones are, and the same command goes on."
+    kept = "Finished layers are"
     _has_begun = False  # a half-imported module can be neither used nor imported again
 
     def run(self) -> None:
@@ -67,19 +71,19 @@ class _Command(BaseOptimumCLICommand):
             raise SystemExit(code) from None
 
     def _advice(self, error: BaseException) -> str:
-        """Return what to do after a failure that kept finished layers, or an interruption that lost them."""
+        """Return what to do after a failure that kept what was done, or an interruption that lost it."""
         assert self.args is not None
         folder = state_folder(self.args)
-        if folder is None and isinstance(error, KeyboardInterrupt) and self._lost_layers():
-            return " No layer of it was kept; with `--resume`, finished ones are, and the same command goes on."
+        if folder is None and isinstance(error, KeyboardInterrupt) and self._lost_work():
+            return f" {self.lost}"
         if folder is None or isinstance(error, (UsageError, StateError)) or not has_state(folder):
             return ""
-        return f" Finished layers are in {str(folder)!r}: run the same command again to go on."
+        return f" {self.kept} in {str(folder)!r}: run the same command again to go on."
 
-    def _lost_layers(self) -> bool:
-        """Return whether `--resume` would have kept layers that an interruption lost."""
+    def _lost_work(self) -> bool:
+        """Return whether `--resume` would have kept what an interruption lost."""
         assert self.args is not None
-        if "resume" not in self.args or self.args.dry_run or not self._has_begun:
+        if "resume" not in self.args or getattr(self.args, "dry_run", False) or not self._has_begun:
             return False
         is_alone = import_module("optimum_otprune.models.distributed").num_processes() == 1
         is_saved = (Path(self.args.output) / import_module("optimum_otprune.pruning.report").REPORT_FILE).is_file()
@@ -126,9 +130,29 @@ class PruneCommand(_Command):
         )
         parser.add_argument("--eval-data", metavar="DATA", help=f"what to measure it on: {DATA_HELP}")
         add_windows_option(parser)
+        add_recover_option(parser)
         add_resume_option(parser)
         add_config_options(parser)
         add_memory_options(parser)
+        add_run_options(parser)
+
+
+class RecoverCommand(_Command):
+    """`otprune recover`."""
+
+    lost = "Nothing of it was kept; with `--resume`, the weights so far are, and the same command goes on."
+    kept = "The weights so far are"
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        """Options."""
+        add_model_options(parser)
+        parser.add_argument(
+            "-o", "--output", required=True, metavar="OUT", help="folder to write; must be new or empty"
+        )
+        add_overwrite_option(parser)
+        add_recovery_options(parser)
+        add_resume_option(parser, "the weights so far")
         add_run_options(parser)
 
 
@@ -353,6 +377,7 @@ class OTPruneCommand(BaseOptimumCLICommand):
     COMMAND = CommandInfo("otprune", "Structured pruning of FFN layers by optimal transport.")
     SUBCOMMANDS = (
         CommandInfo("prune", "Prune a model and save it.", PruneCommand),
+        CommandInfo("recover", "Train a pruned model towards the dense one, and save it.", RecoverCommand),
         CommandInfo(
             "write-calibration", "Let a model write calibration samples into a file.", WriteCalibrationCommand
         ),

@@ -30,6 +30,8 @@ def report(args: argparse.Namespace) -> None:
     for layer in saved.layers:
         print(layer)
     print(saved)
+    for recovery in saved.recoveries:
+        print(recovery)
     for metrics in saved.evaluations:
         print(f"Perplexity of the {metrics['stage']} model: {metrics['perplexity']:.2f} ({protocol(metrics)})")
         tell_agreement(metrics)

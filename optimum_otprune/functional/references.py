@@ -115,6 +115,13 @@ PARTIAL_TRANSPORT = Reference(
     "2020",
     "https://arxiv.org/abs/2002.08276",
 )
+DISTILLATION = Reference(
+    "hinton2015distilling",
+    "Hinton, Geoffrey and Vinyals, Oriol and Dean, Jeff",
+    "Distilling the Knowledge in a Neural Network",
+    "2015",
+    "https://arxiv.org/abs/1503.02531",
+)
 UNBALANCED_TRANSPORT = Reference(
     "chizat2016scaling",
     "Chizat, Lenaic and Peyré, Gabriel and Schmitzer, Bernhard and Vialard, François-Xavier",

@@ -106,6 +106,21 @@ def dense_model(model: PreTrainedModel) -> PrunableModel:
     return PrunableModel.loadable(model)
 
 
+def check_pruned(model: PreTrainedModel) -> None:
+    """Raise an error if there is nothing to recover in a model.
+
+    Raises:
+        HalfPrunedError: If it is half-pruned.
+        UnsupportedModelError: If it is dense.
+    """
+    check_whole(model)
+    if not is_pruned(model):
+        raise UnsupportedModelError(
+            "This model was not pruned, so there is nothing to recover. Prune it first, or load the folder of a "
+            "pruned one."
+        )
+
+
 def _kept_state(model: PreTrainedModel) -> Callable[[], None]:
     """Return a function that gives every module and configuration of a model the attributes that it has now.
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from optimum_otprune.models.devices import read_parameter
 from optimum_otprune.pruning.recipe import Recipe
-from optimum_otprune.pruning.report import versions
+from optimum_otprune.pruning.versions import versions
 from optimum_otprune.storage.untrusted import visible
 
 _SHOWN = 60
@@ -59,6 +59,40 @@ def _short(values: Mapping[str, object], name: str) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
+def _surroundings(model: PreTrainedModel) -> dict[str, object]:
+    """Return what every run's bits depend on: the model and where it is computed."""
+    settings = model.config.to_json_string(use_diff=True) + str(model.config._attn_implementation)
+    return {
+        "model": model_digest(model),
+        "model configuration": tensors_digest([torch.frombuffer(bytearray(settings.encode()), dtype=torch.uint8)]),
+        "data type": str(model.dtype).removeprefix("torch."),
+        "device type": model.device.type,
+        "number of threads": torch.get_num_threads(),
+        **{f"version of {name}": version for name, version in versions().items() if name != "datasets"},
+    }
+
+
+def recovery_fingerprint(
+    model: PreTrainedModel, dense: PreTrainedModel, texts: Sequence[Tensor], settings: Mapping[str, object]
+) -> dict[str, object]:
+    """Return everything that the bits of a recovery's result depend on, JSON-ready.
+
+    Args:
+        model: The pruned model.
+        dense: The dense model.
+        texts: The given samples, and other text if there is any, LongTensors `(num_samples, seqlen)`.
+        settings: The options by name.
+    """
+    values = {
+        **_surroundings(model),
+        "dense model": model_digest(dense),
+        "data type of the dense model": str(dense.dtype).removeprefix("torch."),
+        **dict(zip(("calibration samples", "other text"), (tensors_digest([tokens]) for tokens in texts))),
+        **{f"`{name}` of recovery": value for name, value in settings.items() if name != "progress"},
+    }
+    return json.loads(json.dumps(values))
+
+
 def run_fingerprint(model: PreTrainedModel, recipe: Recipe, tokens: Tensor, batch_size: int) -> dict[str, object]:
     """Return everything that the bits of a run's result depend on, JSON-ready; functions count by their names.
 
@@ -69,17 +103,11 @@ def run_fingerprint(model: PreTrainedModel, recipe: Recipe, tokens: Tensor, batc
         batch_size: Number of samples per forward pass, which the rounding of sums depends on.
     """
     config = {name: value for name, value in recipe.config.to_dict().items() if name != "optimum_otprune_version"}
-    settings = model.config.to_json_string(use_diff=True) + str(model.config._attn_implementation)
     values = {
-        "model": model_digest(model),
-        "model configuration": tensors_digest([torch.frombuffer(bytearray(settings.encode()), dtype=torch.uint8)]),
+        **_surroundings(model),
         "calibration samples": tensors_digest([tokens]),
-        "data type": str(model.dtype).removeprefix("torch."),
-        "device type": model.device.type,
-        "number of threads": torch.get_num_threads(),
         "batch size": batch_size,
         **{f"function for `{field}`": entry.name for field, entry in sorted(recipe.functions.items())},
-        **{f"version of {name}": version for name, version in versions().items() if name != "datasets"},
         **{f"`{name}` of the configuration": value for name, value in config.items()},
     }
     return json.loads(json.dumps(values))

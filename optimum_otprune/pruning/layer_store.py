@@ -75,11 +75,11 @@ class FolderStore:
         """Return the preparation in the folder, or make it and put it there."""
         if PREPARED_FILE in self._state.names:
             try:
-                return from_tensors(_tensors(self._state.read(PREPARED_FILE)), expected())
+                return from_tensors(from_blob(self._state.read(PREPARED_FILE)), expected())
             except StateError as error:
                 _warn(f"The file {PREPARED_FILE!r} of the interrupted run is damaged and made again", error)
         made = make()
-        self._state.write({PREPARED_FILE: _blob(to_tensors(made))})
+        self._state.write({PREPARED_FILE: to_blob(to_tensors(made))})
         return made
 
     def finished(self, layer: int, dense: FFNWeights, width: int) -> FinishedLayer | None:
@@ -88,7 +88,7 @@ class FolderStore:
         if not {weights_file, report_file} <= self._state.names:
             return None
         try:
-            weights = _weights(_tensors(self._state.read(weights_file)), dense, width)
+            weights = _weights(from_blob(self._state.read(weights_file)), dense, width)
             report = _report(strict_json(self._state.read(report_file), report_file), layer, dense, width)
         except StateError as error:
             _warn(f"Layer {layer} of the interrupted run is damaged and done again", error)
@@ -99,7 +99,7 @@ class FolderStore:
         """Write a layer's weights and report."""
         weights_file, report_file = layer_files(finished.report.layer)
         report = json.dumps(finished.report.to_dict(), sort_keys=True, allow_nan=False) + "\n"
-        self._state.write({weights_file: _blob(dict(finished.weights.items())), report_file: report.encode()})
+        self._state.write({weights_file: to_blob(dict(finished.weights.items())), report_file: report.encode()})
 
 
 def layer_files(layer: int) -> tuple[str, str]:
@@ -116,12 +116,18 @@ def _warn(what: str, error: StateError) -> None:
     warn_user(f"{what}: {error}")
 
 
-def _blob(tensors: Mapping[str, Tensor]) -> bytes:
+def to_blob(tensors: Mapping[str, Tensor]) -> bytes:
+    """Return tensors as the bytes of a safetensors file."""
     # Cloned because safetensors refuses tensors that share memory.
     return save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()})
 
 
-def _tensors(blob: bytes) -> dict[str, Tensor]:
+def from_blob(blob: bytes) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file.
+
+    Raises:
+        StateError: If the bytes are none.
+    """
     try:
         return load(blob)
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:

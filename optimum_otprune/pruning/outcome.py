@@ -9,7 +9,8 @@ from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.models.devices import model_sizes
 from optimum_otprune.pruning.calibration.data import TokenData
 from optimum_otprune.pruning.recipe import Recipe
-from optimum_otprune.pruning.report import LayerReport, PruningReport, versions
+from optimum_otprune.pruning.report import LayerReport, PruningReport
+from optimum_otprune.pruning.versions import versions
 
 
 class Origin(TypedDict):

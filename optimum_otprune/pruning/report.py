@@ -8,7 +8,6 @@ import math
 import os
 import statistics
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from optimum_otprune.pruning.layer_report import (
     known_entries,
     warn_of_unknown,
 )
+from optimum_otprune.pruning.recovery_report import RecoveryReport
 from optimum_otprune.pruning.task_results import TaskResult
 from optimum_otprune.storage.files import replace_file
 from optimum_otprune.storage.untrusted import read_json
@@ -82,6 +82,7 @@ class PruningReport:
         options: Names of the fewest options that make the configuration; None in reports that do not say.
         references: Publications, or addresses of them, that registered functions were registered with, by field;
             None in reports that do not say.
+        recoveries: Reports of `recover`, oldest first.
         tasks: Results on tasks that were added to the saved model, in the order in which they came.
     """
 
@@ -103,6 +104,7 @@ class PruningReport:
     token_weighting: str = "uniform"
     options: Sequence[str] | None = None
     references: Mapping[str, Mapping[str, str]] | None = None
+    recoveries: tuple[RecoveryReport, ...] = ()
     tasks: tuple[TaskResult, ...] = ()
 
     @property
@@ -188,6 +190,7 @@ class PruningReport:
         values["evaluations"] = [dict(evaluation) for evaluation in self.evaluations]
         del values["tasks"]
         values |= {"tasks": [task.to_dict() for task in self.tasks]} if self.tasks else {}
+        values["recoveries"] = [recovery.to_dict() for recovery in self.recoveries]
         values |= {name: getattr(self, name) for name in _DERIVED}
         return {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
 
@@ -214,13 +217,17 @@ class PruningReport:
         layers = [LayerReport.read(layer, f"layers[{i}]", unknown) for i, layer in enumerate(found["layers"])]
         evaluations = found.get("evaluations", ())
         check_entry("evaluations", evaluations, (list, tuple))
-        tasks = found.get("tasks", ())
+        tasks, recoveries = found.get("tasks", ()), found.get("recoveries", ())
         check_entry("tasks", tasks, (list, tuple))
+        check_entry("recoveries", recoveries, (list, tuple))
         found["tasks"] = tuple(TaskResult.read(task, f"tasks[{i}]", unknown) for i, task in enumerate(tasks))
+        found["recoveries"] = tuple(
+            RecoveryReport.read(entry, f"recoveries[{i}]", unknown) for i, entry in enumerate(recoveries)
+        )
         found |= {"layers": tuple(layers), "evaluations": tuple(evaluations)}
         if isinstance(found.get("options"), list):
             found["options"] = tuple(found["options"])
-        report = cls(**{name: found[name] for name in {*names, "evaluations", "tasks"}})
+        report = cls(**{name: found[name] for name in {*names, "evaluations", "tasks", "recoveries"}})
         report.check()
         for name in sorted(_DERIVED):
             derived = getattr(report, name)
@@ -278,6 +285,8 @@ class PruningReport:
             check_evaluation(f"evaluations[{index}]", evaluation, is_finite)
         for index, task in enumerate(self.tasks):
             task.check(f"tasks[{index}]")
+        for index, recovery in enumerate(self.recoveries):
+            recovery.check(f"recoveries[{index}]", is_finite)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the report as JSON."""
@@ -304,12 +313,6 @@ class PruningReport:
 
     def __str__(self) -> str:
         return _summary(self)
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of this package and of the libraries that a result depends on."""
-    names = ("torch", "transformers", "POT", "datasets")
-    return {"optimum_otprune": metadata.version("optimum_otprune"), **{name: metadata.version(name) for name in names}}
 
 
 def _check_parameters(report: PruningReport) -> None:

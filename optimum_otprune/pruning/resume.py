@@ -14,7 +14,7 @@ from optimum_otprune.storage.state_folder import StateFolder, strict_json
 
 logger = logging.getLogger(__name__)
 
-_OPAQUE = ("model", "model configuration", "calibration samples")
+_OPAQUE = ("model", "model configuration", "dense model", "calibration samples", "other text")
 
 
 @contextmanager
@@ -28,22 +28,39 @@ def resumable(folder: Path | None, fingerprint: Mapping[str, object]) -> Iterato
     if folder is None:
         yield NoStore()
         return
-    with StateFolder.opened(folder) as state:
-        if state.fingerprint is None or state.is_saved:
-            state.begin(fingerprint)
-        _check_same(folder, state.fingerprint or {}, fingerprint)
+    with opened_state(folder, fingerprint, "the model as it was before pruning") as state:
         finished = sum(name.endswith(".json") for name in state.names)
         if finished:
             logger.info("Going on with a run of which %d layers are finished.", finished)
         yield FolderStore(state)
 
 
-def _check_same(folder: Path, known: Mapping[str, object], now: Mapping[str, object]) -> None:
+@contextmanager
+def opened_state(folder: Path, fingerprint: Mapping[str, object], model: str) -> Iterator[StateFolder]:
+    """Open the state of a run, new or interrupted.
+
+    Args:
+        folder: The folder.
+        fingerprint: What the run's result depends on.
+        model: The words for the model that an interrupted run goes on with.
+
+    Raises:
+        StateError: If the folder is in use, damaged, or of another run; names what differs.
+        OutputError: If it cannot be written.
+    """
+    with StateFolder.opened(folder) as state:
+        if state.fingerprint is None or state.is_saved:
+            state.begin(fingerprint)
+        _check_same(folder, state.fingerprint or {}, fingerprint, model)
+        yield state
+
+
+def _check_same(folder: Path, known: Mapping[str, object], now: Mapping[str, object], model: str) -> None:
     difference = describe_difference(known, now, _OPAQUE)
     if difference is not None:
         raise StateError(
             f"The state in {folder.name!r} was begun with another {difference}. Go on with what it was begun with "
-            "(the model as it was before pruning), or remove the folder to begin anew."
+            f"({model}), or remove the folder to begin anew."
         )
 
 

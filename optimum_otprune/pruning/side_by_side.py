@@ -22,7 +22,8 @@ from optimum_otprune.pruning.calibration.data import ModelLimits, TokenData, Tok
 from optimum_otprune.pruning.calibration.documents import chat_prompt
 from optimum_otprune.pruning.calibration.overlap import seen_windows
 from optimum_otprune.pruning.model_comparison import DataComparison, ModelComparison, ModelFacts, PromptComparison
-from optimum_otprune.pruning.report import PruningReport, versions
+from optimum_otprune.pruning.report import PruningReport
+from optimum_otprune.pruning.versions import versions
 
 # Short beginnings of several kinds of text; none asks for an opinion, and none is a test of skill.
 PROMPTS = (

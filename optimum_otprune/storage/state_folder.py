@@ -10,7 +10,7 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,7 +26,11 @@ STATE_FILE = "state.json"
 LOCK_FILE = "state.lock"
 
 _FORMAT = 1
-_NAME = re.compile(r"(layer-[0-9]{5}\.(safetensors|json)|prepared\.safetensors)")
+_NAME = re.compile(
+    r"(layer-[0-9]{5}\.(safetensors|json)|(prepared|samples)\.safetensors|recovered\.json"
+    r"|step-[0-9]{7}(-[0-9]{5}\.safetensors|\.json))"
+)
+_SUPERSEDED = re.compile(r"step-[0-9]{7}.*")  # files that others take the place of
 _TEMPORARY = re.compile(r"\.[a-z0-9-]+\.(safetensors|json)\.tmp")
 _LARGEST_JSON = 1 << 26
 
@@ -144,18 +148,27 @@ class StateFolder:
             raise StateError(f"{name!r} has other bytes than were written.")
         return blob
 
-    def write(self, files: Mapping[str, bytes]) -> None:
+    def write(self, files: Mapping[str, bytes] | Iterable[tuple[str, bytes]], instead_of: Iterable[str] = ()) -> None:
         """Write files, then note all of them at once: after a crash in between, none counts.
+
+        Args:
+            files: Bytes by name, or pairs of both, of which one is in memory at a time.
+            instead_of: Names of files that are no longer needed when all are written; they are removed.
 
         Raises:
             OutputError: If the disk is full or the folder not writable; earlier files stay.
         """
-        for name, blob in files.items():
+        entries = {}
+        for name, blob in files.items() if isinstance(files, Mapping) else files:
             assert _NAME.fullmatch(name), name
             self._replace(name, blob)
-        for name, blob in files.items():
-            self._entries[name] = FileEntry(len(blob), hashlib.sha256(blob).hexdigest())
+            entries[name] = FileEntry(len(blob), hashlib.sha256(blob).hexdigest())
+        old = set(instead_of) - set(entries)
+        self._entries = {name: entry for name, entry in self._entries.items() if name not in old} | entries
         self._write_index()
+        with _writing(self.folder):
+            for name in old:
+                (self.folder / name).unlink(missing_ok=True)
 
     def discard(self) -> None:
         """Remove the run's files; `opened` removes the folder if nothing else is in it."""
@@ -185,6 +198,10 @@ class StateFolder:
             return
         with self._explained():
             self._parse(strict_json(self._index_bytes(), STATE_FILE))
+        with _writing(self.folder):
+            for name in names - self.names:  # a crash left them before or after the index was written
+                if _NAME.fullmatch(name) and _SUPERSEDED.fullmatch(name):
+                    (self.folder / name).unlink()
 
     def _index_bytes(self) -> bytes:
         blob = _read_plain_file(self.folder / STATE_FILE, _LARGEST_JSON)

@@ -218,6 +218,6 @@ def test_a_state_that_cannot_be_removed_is_a_warning_for_the_model_is_saved(toke
 def test_the_state_of_another_run_outlives_a_save(tokens, tmp_path):
     pruner = prune(make_pruner(), tokens, tmp_path / "state")
     prune(make_pruner(seed=1), tokens, tmp_path / "other")
-    pruner._unsaved_state = (tmp_path / "other", pruner._unsaved_state[1])
+    pruner._unsaved_states = ((tmp_path / "other", pruner._unsaved_states[0][1]),)
     pruner.save_pretrained(tmp_path / "out")
     assert (tmp_path / "other" / "state.json").is_file()

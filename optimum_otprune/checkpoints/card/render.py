@@ -1,12 +1,13 @@
 """The model card, from configuration and report alone."""
 
-from functools import cache
+from functools import cache, partial
 
 from optimum_otprune.checkpoints.card.citations import Citation, bibliography, citations
 from optimum_otprune.checkpoints.card.figures import FIGURES
 from optimum_otprune.checkpoints.card.markdown import escape, fenced, link, plain_text
 from optimum_otprune.checkpoints.card.metadata import card_metadata, copied_metadata
 from optimum_otprune.checkpoints.card.plots import PLOT_FILE
+from optimum_otprune.checkpoints.card.recovery import recovery_citations, recovery_facts
 from optimum_otprune.checkpoints.card.reproduction import Rerun, command, literal, make_whole, python_lines
 from optimum_otprune.checkpoints.card.results import (
     HUB,
@@ -103,7 +104,7 @@ def _facts(config: PruningOptions, report: PruningReport, name: str, older_names
     """Return everything that the template shows of a pruned model, with strings escaped."""
     report.check(is_finite=False)
     pairs = report.comparisons
-    cited = citations(config, report.references or {}, report.custom_functions)
+    cited = citations(config, report.references or {}, report.custom_functions) + recovery_citations(report)
     base, uneven = hub_name(report.base_model), _uneven_format(config, report)
     before = [layer.intermediate_size_before for layer in report.layers]
     after = [layer.intermediate_size_after for layer in report.layers]
@@ -121,6 +122,12 @@ def _facts(config: PruningOptions, report: PruningReport, name: str, older_names
         "calibration_data": _data(config, report.calibration["data"], config.calibration_split),
         "written_samples": report.calibration.get("written_samples", 0),
         "limitations": limitations(report),
+        "recoveries": recovery_facts(
+            report,
+            hub_name(report.base_model) or _BASE_PLACEHOLDER,
+            plain_text(name.rsplit("/", 1)[-1]) or "pruned",
+            partial(_data, config, split=""),
+        ),
         "versions_that_load": tested_versions(
             report.model_type,
             None if uneven is None else uneven.needs_transformers,

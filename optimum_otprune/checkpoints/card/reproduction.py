@@ -81,7 +81,7 @@ def command(options: Mapping[str, object] | None, run: Rerun) -> str:
             words.append(["--eval-data", run.evaluation_data])
         if run.max_windows is not None:
             words.append(["--max-windows", str(run.max_windows)])
-    return _wrapped([["otprune", "prune", run.model], ["-o", run.output], *words])
+    return wrapped([["otprune", "prune", run.model], ["-o", run.output], *words])
 
 
 def python_lines(options: Mapping[str, object] | None, run: Rerun) -> str:
@@ -145,7 +145,8 @@ def _call(function: str, arguments: list[str]) -> str:
     return "\n".join([f"{function}(", *lines, ")"])
 
 
-def _wrapped(groups: list[list[str]]) -> str:
+def wrapped(groups: list[list[str]]) -> str:
+    """Return groups of words as a command, over several lines if it is long; no group is torn apart."""
     lines = [""]
     for group in groups:
         text = shlex.join(group)

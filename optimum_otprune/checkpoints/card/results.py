@@ -119,7 +119,9 @@ def limitations(report: PruningReport) -> list[str]:
         found.append("It was calibrated on the given text alone; expect it to have lost more on other kinds of text.")
     return [
         *found,
-        "It was not fine-tuned after pruning.",
+        "It was trained towards the dense model's predictions after pruning, not fine-tuned on a task."
+        if report.recoveries
+        else "It was not fine-tuned after pruning.",
         f"Perplexity is not everything: accuracy on {'other ' if report.tasks else ''}tasks, instruction following, "
         "other languages, bias and safety were not measured. What pruning does to them may be out of proportion to "
         "perplexity.",

@@ -64,7 +64,7 @@ def check_can_write(
     """
     num_given, seqlen = given
     asked = num_written(config, num_given)
-    reason = _why_it_cannot_write(model, asked, seqlen, offloaded) if asked else None
+    reason = why_it_cannot_write(model, asked, seqlen, offloaded) if asked else None
     if reason is None:
         return asked
     if not num_given:
@@ -84,7 +84,15 @@ def check_can_write(
     return 0
 
 
-def _why_it_cannot_write(model: PreTrainedModel, num_samples: int, seqlen: int, offloaded: int) -> str | None:
+def why_it_cannot_write(model: PreTrainedModel, num_samples: int, seqlen: int, offloaded: int) -> str | None:
+    """Return why a model cannot write samples, as the end of a sentence, or None if it can.
+
+    Args:
+        model: The model; its weights are not read.
+        num_samples: Number of samples to write.
+        seqlen: Number of tokens of each.
+        offloaded: Bytes of its weights that are loaded each time they are used.
+    """
     if not model.can_generate():
         return f"a {type(model).__name__} cannot write text"
     times = seqlen * math.ceil(num_samples / _MOST_ROWS)

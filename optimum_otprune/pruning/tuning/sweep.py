@@ -37,10 +37,10 @@ from optimum_otprune.pruning.layer_store import NoStore
 from optimum_otprune.pruning.pipeline import prune_model
 from optimum_otprune.pruning.preparation import Expected, Prepared
 from optimum_otprune.pruning.recipe import Recipe
-from optimum_otprune.pruning.report import versions
 from optimum_otprune.pruning.settings import pass_settings
 from optimum_otprune.pruning.tuning.sweep_file import SweepFile
 from optimum_otprune.pruning.tuning.sweep_results import SweepPoint, SweepResult
+from optimum_otprune.pruning.versions import versions
 from optimum_otprune.pruning.widths import plan_widths
 from optimum_otprune.storage.outputs import check_results_folder, output_path
 
