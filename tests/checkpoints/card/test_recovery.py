@@ -4,7 +4,7 @@ from optimum_otprune.checkpoints.card.render import model_card
 from optimum_otprune.config.configuration import OTPruningConfig
 from tests.checkpoints.card.test_render import assert_harmless, words
 from tests.hostile import HOSTILE
-from tests.reports import make_recovery, make_report
+from tests.reports import CALIBRATION, make_recovery, make_report
 
 CONFIG = OTPruningConfig(pruning_ratio=0.5)
 
@@ -35,7 +35,9 @@ def test_a_card_of_a_model_that_was_not_recovered_says_nothing_of_it():
 def test_samples_that_the_dense_model_wrote_are_told_if_there_are_any():
     def told(written):
         recovery = make_recovery(samples={"given": 10, "written": written})
-        return "wrote itself" in words(model_card(CONFIG, make_report(recoveries=(recovery,)), "small"))
+        return "wrote itself" in words(
+            model_card(CONFIG, make_report(recoveries=(recovery,), calibration=CALIBRATION), "small")
+        )
 
     assert told(4)
     assert not told(0)
