@@ -261,8 +261,8 @@ class OTPruner(SearchMixin, CheckpointMixin):
             The report, also kept in `self.report.recoveries`.
 
         Raises:
-            ConfigurationError: If an option is wrong, or the dense model is not known or not that of this one.
-            UnsupportedModelError: If the model is not pruned, or its weights are offloaded.
+            ConfigurationError: If an option is wrong, or the dense model is not known.
+            UnsupportedModelError: If the model is not pruned, or offloaded, or was not made from the dense one.
             CalibrationDataError: If the data cannot be used.
             NumericalError: If predictions are NaN or infinite.
             StateError: If `resume_from` is in use, is damaged, or belongs to a run that differs from this one.

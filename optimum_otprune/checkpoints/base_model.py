@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from transformers import PreTrainedModel
 
 from optimum_otprune.checkpoints.check_loading import check_loading_options, refuse_loading_options
+from optimum_otprune.checkpoints.dense import check_same_text
 from optimum_otprune.checkpoints.load import load_checkpoint, load_skeleton
-from optimum_otprune.errors import ConfigurationError
-from optimum_otprune.models.block_runner import vocabulary_size
-from optimum_otprune.models.changes import is_pruned
+from optimum_otprune.errors import ConfigurationError, UnsupportedModelError
 from optimum_otprune.models.devices import is_spread
 from optimum_otprune.models.wrappers import model_in_memory
 
@@ -29,7 +28,8 @@ def load_base(
         options: Options of loading; by default it gets the pruned model's dtype and device.
 
     Raises:
-        ConfigurationError: If it is not known, pruned itself, or of other sizes than the pruned model.
+        ConfigurationError: If it is not known.
+        UnsupportedModelError: If it is pruned itself, or of other sizes than the pruned model.
         ModelLoadError: If it cannot be found or read.
     """
     loading = check_loading_options(options or {})
@@ -53,22 +53,11 @@ def load_base(
 
 
 def _check(dense: PreTrainedModel, pruned: PreTrainedModel) -> None:
-    if is_pruned(dense):
-        raise ConfigurationError(
-            "The model to recover towards is pruned itself. Give the dense one as `base_model` (`--base`): a Hub id, "
-            "a folder or a model in memory."
-        )
-    for what, size in {"vocabulary": vocabulary_size, "hidden size": _hidden_size, "layers": _num_layers}.items():
-        if size(dense) != size(pruned):
-            raise ConfigurationError(
-                f"The dense model has {size(dense):,} as {what}, the pruned one {size(pruned):,}: it was not made "
-                "from it. Give the model that was pruned as `base_model` (`--base`)."
+    check_same_text(dense, pruned)
+    for what in ("hidden_size", "num_hidden_layers"):
+        sizes = [getattr(model.config.get_text_config(), what) for model in (dense, pruned)]
+        if sizes[0] != sizes[1]:
+            raise UnsupportedModelError(
+                f"The dense model has `{what}={sizes[0]:,}`, the pruned one {sizes[1]:,}: it was not made from it. "
+                "Give the model that was pruned as `base_model` (`--base`)."
             )
-
-
-def _hidden_size(model: PreTrainedModel) -> int:
-    return model.config.get_text_config().hidden_size
-
-
-def _num_layers(model: PreTrainedModel) -> int:
-    return model.config.get_text_config().num_hidden_layers

@@ -92,7 +92,7 @@ def check_same_text(
     check_whole(dense)
     if is_pruned(dense):
         raise UnsupportedModelError(
-            "The model to compare with is itself pruned, so it is not the dense one. Give the model that was pruned."
+            "The model that is taken for the dense one is pruned itself. Give the one that was pruned."
         )
     sizes = vocabulary_size(dense), vocabulary_size(model)
     if sizes[0] != sizes[1]:

@@ -205,11 +205,11 @@ def test_wrong_options_and_models_are_refused(pruned, llama):
         pruned.recover(base_model=dense, learning_rate=3)
     with pytest.raises(ConfigurationError, match="Unknown option of recovery 'tokens'"):
         pruned.recover(base_model=dense, tokens=3)
-    with pytest.raises(ConfigurationError, match="is pruned itself"):
+    with pytest.raises(UnsupportedModelError, match="is pruned itself"):
         pruned.recover(base_model=llama)
     with pytest.raises(ConfigurationError, match="not known from which dense model"):
         pruned.recover()
-    with pytest.raises(ConfigurationError, match="65 as vocabulary, the pruned one 64"):
+    with pytest.raises(UnsupportedModelError, match="vocabulary has 65 tokens, that of the other 64"):
         pruned.recover(base_model=make_llama(vocab_size=VOCAB_SIZE + 1))
     with pytest.raises(UnsupportedModelError, match="was not pruned"):
         OTPruner.from_pretrained(dense).recover(base_model=dense)
@@ -223,7 +223,7 @@ def test_the_commands_recover_a_folder_and_a_model_that_was_just_pruned(llama_fo
     assert run_command("prune", llama_folder, "-o", tmp_path / "half", *pruning, *given, *data) == 0
     command = ["recover", tmp_path / "half", "--data", tmp_path / "tokens.pt", "--num-tokens", "1k", *data]
     assert run_command(*command, "-o", tmp_path / "out") == 1
-    assert "pruned itself. Give the dense one" in capsys.readouterr().err
+    assert "pruned itself. Give the one that was pruned" in capsys.readouterr().err
     assert run_command(*command, "--base", llama_folder, "-o", tmp_path / "out", "--trained", "al") == 2
     assert run_command(*command, "--base", llama_folder, "-o", tmp_path / "out") == 0
     assert "distillation" in capsys.readouterr().out
