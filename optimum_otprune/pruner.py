@@ -291,7 +291,7 @@ class OTPruner(SearchMixin, CheckpointMixin):
         return TokenData(self._calibrated_on, str(self.report.calibration["data"]))
 
     def write_calibration(self, *, max_hidden_memory: int | str = HIDDEN_MEMORY, progress: bool = True) -> Tensor:
-        """Let the dense model write calibration samples as `prune` does: `num_samples` of `seqlen` tokens, by `seed`.
+        """Let the dense model write `num_samples` calibration samples of `seqlen` tokens, by `seed`.
 
         Args:
             max_hidden_memory: How much memory the keys and values of samples that are written at once may take.
@@ -301,8 +301,10 @@ class OTPruner(SearchMixin, CheckpointMixin):
             Token ids, LongTensor `(num_samples, seqlen)`, on the CPU; `prune` takes them as calibration data.
 
         Raises:
-            ConfigurationError: If the model cannot write, or takes shorter samples only.
-            UnsupportedModelError: If the model was pruned already.
+            ConfigurationError: If the model cannot write.
+            CalibrationDataError: If it takes shorter samples only.
+            NumericalError: If its weights or outputs are NaN or infinite.
+            UnsupportedModelError: If the model was pruned already, or cannot be.
         """
         check_single("`write_calibration`", "Start one.")
         prunable = dense_model(self.model)

@@ -28,7 +28,7 @@ from optimum_otprune.commands.benchmark import run_benchmark
 from optimum_otprune.commands.checks import CONFIGURATION_KEYS, usage
 from optimum_otprune.commands.compare import run_compare
 from optimum_otprune.commands.demo import run_demo
-from optimum_otprune.commands.reading import protocol, tell_agreement, tell_seen
+from optimum_otprune.commands.reading import calibration_words, protocol, tell_agreement, tell_seen
 from optimum_otprune.commands.terminal import showing_progress
 from optimum_otprune.config.checks import hidden_memory
 from optimum_otprune.config.configuration import OTPruningConfig
@@ -160,6 +160,7 @@ def _prune_and_save(args: argparse.Namespace, config: OTPruningConfig, output: P
         **passes,
     )
     print(report)
+    print(calibration_words(report))
     if args.recover is not None:
         recovery = RecoveryOptions(num_tokens=args.recover, batch_size=args.batch_size, progress=not args.quiet)
         recovery["resume_from"] = recovery_state_folder(args)

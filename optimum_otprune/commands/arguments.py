@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from optimum_otprune.config.comparison_options import MeasuringOptions
 from optimum_otprune.config.loading_options import LoadingOptions
-from optimum_otprune.config.options import OPTIONS, OPTIONS_BY_NAME, Option
+from optimum_otprune.config.options import OPTIONS, OPTIONS_BY_NAME, WRITTEN, Option
 from optimum_otprune.config.recovery_options import RecoveryOptions
 from optimum_otprune.errors import UsageError
 from optimum_otprune.models.defaults import BATCH_SIZE, HIDDEN_MEMORY
@@ -16,13 +16,14 @@ from optimum_otprune.storage.hub.options import keywords
 from optimum_otprune.storage.state_folder import default_state_folder
 from optimum_otprune.storage.untrusted import visible, why_no_name
 
+SAMPLING = ("num_samples", "seqlen", "seed")  # the options of text that a model writes alone
 DATA_HELP = (
     "Hub dataset name, file (text, JSON, CSV or Parquet, or token ids as .npy, .safetensors or .pt) or folder; "
     "default: the configuration's dataset"
 )
+CALIBRATION_HELP = f"{DATA_HELP}; or {WRITTEN}: the dense model writes all samples itself"
 
 # What `otprune list` lists: the registries of functions and of save formats, and two kinds of presets.
-SAMPLING = ("num_samples", "seqlen", "seed")  # the options of text that a model writes alone
 LISTED = (
     *dict.fromkeys(option.rules.registry for option in OPTIONS if option.rules.registry is not None),
     "save_formats",

@@ -23,6 +23,7 @@ from optimum_otprune.storage.outputs import (
     check_results_folder,
     noted_places,
     output_path,
+    resolved_output,
 )
 from optimum_otprune.storage.untrusted import visible
 
@@ -72,6 +73,8 @@ def write_calibration(args: argparse.Namespace) -> None:
     output = usage(lambda: output_path(args.output))
     if output.suffix != ".safetensors":
         raise UsageError("`--output`: want the name of a file that ends in .safetensors.")
+    if os.path.lexists(output):
+        raise OutputError(f"The output file {resolved_output(output).name!r} exists. Choose another name.")
     check_output_file(output, False, noted_places(source_model=args.model))
     check_outside_results(output)
 

@@ -9,6 +9,7 @@ from types import ModuleType
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from optimum_otprune.commands.arguments import (
+    CALIBRATION_HELP,
     DATA_HELP,
     LISTED,
     SAMPLING,
@@ -119,7 +120,7 @@ class PruneCommand(_Command):
             "--push-to-hub", metavar="REPO", help="also push the result there; checked before the model is loaded"
         )
         parser.add_argument("--private", action="store_true", help="make that repository private if it is new")
-        parser.add_argument("--calibration-data", metavar="DATA", help=DATA_HELP)
+        parser.add_argument("--calibration-data", metavar="DATA", help=CALIBRATION_HELP)
         parser.add_argument(
             "--dry-run",
             action="store_true",
@@ -188,7 +189,7 @@ class TuneCommand(_Command):
         parser.add_argument(
             "--overwrite", action="store_true", help="replace an output file that holds a configuration"
         )
-        parser.add_argument("--calibration-data", metavar="DATA", help=DATA_HELP)
+        parser.add_argument("--calibration-data", metavar="DATA", help=CALIBRATION_HELP)
         group = parser.add_argument_group("search")
         group.add_argument(
             "--trials", type=int, default=TRIALS, metavar="N", help=f"trials in all (default: {TRIALS})"
@@ -235,7 +236,7 @@ class SweepCommand(_Command):
             metavar="FOLDER",
             help="folder that keeps the result of each ratio; the same command goes on with what is there",
         )
-        parser.add_argument("--calibration-data", metavar="DATA", help=DATA_HELP)
+        parser.add_argument("--calibration-data", metavar="DATA", help=CALIBRATION_HELP)
         parser.add_argument("--data", nargs="+", metavar="DATA", help=f"what to measure on: {DATA_HELP}")
         add_windows_option(parser)
         add_config_options(parser)

@@ -16,6 +16,7 @@ from optimum_otprune.errors import ReportError
 from optimum_otprune.pruning.report import REPORT_FILE, PruningReport
 from optimum_otprune.storage.hub.options import HubOptions
 from optimum_otprune.storage.hub.push import verify_saved
+from optimum_otprune.storage.untrusted import visible
 
 
 def report(args: argparse.Namespace) -> None:
@@ -30,6 +31,7 @@ def report(args: argparse.Namespace) -> None:
     for layer in saved.layers:
         print(layer)
     print(saved)
+    print(calibration_words(saved))
     for recovery in saved.recoveries:
         print(recovery)
     for metrics in saved.evaluations:
@@ -38,6 +40,15 @@ def report(args: argparse.Namespace) -> None:
         tell_seen(saved, metrics)
     for task in saved.tasks:
         print(task)
+
+
+def calibration_words(saved: PruningReport) -> str:
+    """Return what a model was calibrated on, in one line."""
+    calibration = saved.calibration
+    given, written = calibration["num_samples"], calibration.get("written_samples", 0)
+    shown = f"{given:,} samples of {calibration['seqlen']:,} tokens from {visible(calibration['data'], 60)}"
+    own = f"{written:,} {'more ' if given else ''}that the dense model wrote itself"
+    return f"Calibrated on: {', and '.join([*([shown] if given else []), *([own] if written else [])])}"
 
 
 def card(args: argparse.Namespace) -> None:

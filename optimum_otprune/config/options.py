@@ -228,7 +228,7 @@ class PruningOptions:
         "samples that the dense model writes itself, each from a random token, for each given sample (0: none): "
         "text of all the kinds it knows, so that it does not lose the other kinds",
         minimum=0,
-        maximum=LARGEST_COUNT,
+        maximum=1000,
     )
     epsilon: float = _field(0.05, "entropic regularization of sinkhorn, in units of the median cost", above=0.0)
     mass_share: float = _field(0.9, "share of the mass that the partial solver transports", maximum=1.0, above=0.0)

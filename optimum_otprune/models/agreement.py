@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from optimum_otprune.errors import ConfigurationError, NumericalError
+from optimum_otprune.errors import ConfigurationError, NumericalError, UnsupportedModelError
 from optimum_otprune.models.block_runner import BlockRunner, input_device, vocabulary_size
+from optimum_otprune.models.changes import is_pruned
 from optimum_otprune.models.defaults import HIDDEN_MEMORY
 from optimum_otprune.models.distributed import gathered, own_samples
 from optimum_otprune.models.perplexity import (
@@ -183,12 +184,18 @@ def evaluate_model(
     Raises:
         NumericalError: If a log-likelihood is NaN.
         ConfigurationError: If what was kept of the dense model is of other windows.
+        UnsupportedModelError: If outputs of a model that is pruned are to be kept as the dense one's.
     """
     if dense is None:
         return Evaluation(**evaluate_perplexity(model, tokens, batch_size, progress))
     if isinstance(dense, PreTrainedModel):
         return _evaluate_against(model, _asked(dense), tokens, batch_size, progress)
     if dense.is_empty:
+        if is_pruned(model):
+            raise UnsupportedModelError(
+                "The outputs of the dense model are to be kept, but this model is pruned. Evaluate the dense model "
+                "with them first."
+            )
         with dense.keeping(PrunableModel.of(model), tokens):
             return Evaluation(**evaluate_perplexity(model, tokens, batch_size, progress))
     dense_logits = dense.logits_by(PrunableModel.of(model), tokens)

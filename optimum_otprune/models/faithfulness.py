@@ -15,7 +15,7 @@ from optimum_otprune.errors import NumericalError, OTPruneError, UnsupportedMode
 from optimum_otprune.functional.ffn import check_weights, empty_channels, ffn_forward
 from optimum_otprune.models.architectures import submodule
 from optimum_otprune.models.block_runner import BlockRunner, input_device, vocabulary_size
-from optimum_otprune.models.devices import onloaded, read_parameter
+from optimum_otprune.models.devices import is_offloaded, onloaded, read_parameter
 from optimum_otprune.models.distributed import from_main
 from optimum_otprune.models.ffn_block import FFNBlock, named
 from optimum_otprune.models.ffn_hooks import hooked, noted, unchunked, watched
@@ -89,6 +89,28 @@ def measured_factors(prunable: PrunableModel, tokens: Tensor) -> list[float | No
     if found.error is not None:
         raise found.error
     return found.factors
+
+
+def looks_ahead(model: PreTrainedModel) -> bool:
+    """Return whether a model's logits depend on tokens that follow, as those of encoders do.
+
+    Args:
+        model: The model; it is not asked where its weights are on the meta device, and False is returned.
+    """
+    if model.device.type == "meta" and not is_offloaded(model):
+        return False
+    vocab_size = vocabulary_size(model)
+    ids = torch.arange(min(_FEW_TOKENS, vocab_size)).repeat(2, 1)
+    ids[1, -1] = (ids[1, -1] + 1) % vocab_size
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            logits = model(input_ids=ids.to(input_device(model)), use_cache=False).logits[:, :-1].float()
+    finally:
+        for module, training in modes:
+            module.training = training
+    return bool((logits[1] - logits[0]).norm() > _ROUNDING[model.dtype] * logits[0].norm())
 
 
 def check_logits(model: PreTrainedModel, tokens: Tensor | None = None) -> None:

@@ -60,7 +60,7 @@ class PrunedLayers(NamedTuple):
             config=config.to_dict(),
             options=tuple(config.fewest_options()),
             layers=tuple(self.reports),
-            calibration={**data.describe(), **self._written()},
+            calibration={**data.describe(), "written_samples": self.written_samples},
             versions=versions(),
             model_type=model.config.model_type,
             token_weighting=config.token_weighting or "uniform",
@@ -74,6 +74,3 @@ class PrunedLayers(NamedTuple):
             references=recipe.references,
             **origin,
         )
-
-    def _written(self) -> dict[str, int]:
-        return {"written_samples": self.written_samples} if self.written_samples else {}

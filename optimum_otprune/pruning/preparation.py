@@ -19,6 +19,8 @@ from optimum_otprune.pruning.calibration.self_calibration import written_samples
 from optimum_otprune.pruning.recipe import Recipe
 from optimum_otprune.pruning.widths import adaptive_widths
 
+_WRITTEN_TOO = 2  # part of a run, of which splits of samples are the first ones: what is written beside given samples
+
 
 class Prepared(NamedTuple):
     """The results of the whole dense model's passes before any layer is pruned.
@@ -160,5 +162,7 @@ def _samples(passes: Passes, config: OTPruningConfig, num_written: int) -> Sampl
     samples = Samples.split(passes.tokens, config.holdout_share, config.seed)
     if not num_written:
         return samples
-    written = from_main(written_samples(passes, num_written, config.seed))  # others may have rounded differently
+    # Given samples may be those that the model writes by the seed itself, see `samples_alone`.
+    seed = seed_of(config.seed, _WRITTEN_TOO) if len(passes.tokens) else config.seed
+    written = from_main(written_samples(passes, num_written, seed))  # others may have rounded differently
     return samples.followed_by(Samples.split(written, config.holdout_share, seed_of(config.seed, 1)))

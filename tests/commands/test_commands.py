@@ -584,7 +584,7 @@ def test_a_model_writes_calibration_samples_into_a_file_that_prune_reads(llama_f
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        (("-o", "there.safetensors"), 1, "exists. Choose another"),
+        (("-o", "there.safetensors"), 1, "exists. Choose another name"),
         (("-o", "written.txt"), 2, "ends in .safetensors"),
         (("-o", "new.safetensors", "--seqlen", "1"), 2, "`seqlen` is 1; want an integer >= 2"),
         (("-o", "new.safetensors", "--seqlen", "41"), 1, "has only 40 positions"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from optimum_otprune import OTPruner, OTPruningConfig
-from optimum_otprune.errors import ConfigurationError, NumericalError
+from optimum_otprune.errors import ConfigurationError, NumericalError, UnsupportedModelError
 from optimum_otprune.models import agreement, perplexity
 from optimum_otprune.models.agreement import DenseOutputs, evaluate_model
 from optimum_otprune.models.perplexity import evaluate_perplexity
@@ -131,3 +131,12 @@ def test_which_model_is_damaged_is_said(llama, tokens):
         evaluate_model(llama, damaged, tokens, 4, progress=False)
     with pytest.raises(NumericalError, match="The model's log-likelihoods are NaN"):
         evaluate_model(damaged, llama, tokens, 4, progress=False)
+
+
+def test_outputs_of_a_pruned_model_are_not_kept_as_the_dense_ones(tokens):
+    pruner = OTPruner.from_pretrained(make_llama(), OTPruningConfig(pruning_ratio=0.5, multiple_of=1, quality="fast"))
+    pruner.prune(tokens, progress=False)
+    kept = DenseOutputs()
+    with pytest.raises(UnsupportedModelError, match="this model is pruned. Evaluate the dense model with them first"):
+        pruner.evaluate(tokens, dense=kept, progress=False)
+    assert kept.is_empty

@@ -115,7 +115,7 @@ def limitations(report: PruningReport) -> list[str]:
             f"It was calibrated on {num_tokens:,} tokens, fewer than twice the FFN width of "
             f"{width:,}: too few to fit the layers well."
         )
-    if not report.calibration.get("written_samples"):
+    if report.calibration.get("written_samples") == 0:  # earlier reports do not say
         found.append("It was calibrated on the given text alone; expect it to have lost more on other kinds of text.")
     return [
         *found,

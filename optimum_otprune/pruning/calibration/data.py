@@ -186,6 +186,11 @@ def evaluation_tokens(
     Raises:
         CalibrationDataError: If the data cannot be found or used.
     """
+    if is_written(data):
+        raise CalibrationDataError(
+            f"{WRITTEN!r} stands for samples that the dense model writes to calibrate on. Give text to evaluate on (a "
+            f"folder of that name as './{WRITTEN}')."
+        )
     ids = given_ids(data)
     seqlen = limits.seqlen(config)
     if ids is not None:

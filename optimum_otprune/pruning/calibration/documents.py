@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from optimum_otprune.config.configuration import OTPruningConfig
+from optimum_otprune.config.options import WRITTEN
 from optimum_otprune.errors import CalibrationDataError
 from optimum_otprune.pruning.calibration.text_files import (
     DATA_SUFFIXES,
@@ -331,7 +332,8 @@ def _hub_table(name: str, dataset_config: str | None, split: str) -> datasets.Da
         reason = next(iter(str(error).splitlines()), "")
         raise CalibrationDataError(
             f"The dataset {name!r} (split {split!r}) could not be loaded: it does not exist, or the Hub cannot be "
-            f"reached ({type(error).__name__}: {reason}). Offline, give a local text file or token ids as data."
+            f"reached ({type(error).__name__}: {reason}). Offline, give a local text file or token ids as data; to "
+            f"calibrate, also {WRITTEN!r}."
         ) from error
 
 

@@ -26,7 +26,7 @@ from optimum_otprune.errors import ConfigurationError, warn_user
 from optimum_otprune.functional.seeds import seed_of
 from optimum_otprune.models.block_runner import input_device, vocabulary_size
 from optimum_otprune.models.devices import offloaded_bytes
-from optimum_otprune.models.faithfulness import SAMPLE_TOKENS
+from optimum_otprune.models.faithfulness import SAMPLE_TOKENS, check_parameters, looks_ahead
 from optimum_otprune.models.flops import cache_bytes
 from optimum_otprune.models.passes import Passes
 
@@ -44,7 +44,9 @@ def num_written(config: OTPruningConfig, num_given: int) -> int:
         num_given: Number of the given samples. If there are none, the model writes as many as there would be in all.
     """
     share = config.self_calibration or 0
-    return round(share * num_given) if num_given else round((1 + share) * config.num_samples)
+    if not num_given:
+        return round((1 + share) * config.num_samples)
+    return max(1, round(share * num_given)) if share else 0
 
 
 def check_can_write(
@@ -95,6 +97,8 @@ def why_it_cannot_write(model: PreTrainedModel, num_samples: int, seqlen: int, o
     """
     if not model.can_generate():
         return f"a {type(model).__name__} cannot write text"
+    if looks_ahead(model):
+        return f"this {type(model).__name__} reads tokens that are yet to come, as encoders do"
     times = seqlen * math.ceil(num_samples / _MOST_ROWS)
     seconds = times * offloaded / _LOADING_RATE
     if seconds > _LONGEST_LOADING:
@@ -138,7 +142,7 @@ def written_samples(passes: Passes, num_samples: int, seed: int) -> Tensor:
 
 
 def samples_alone(passes: Passes, config: OTPruningConfig) -> Tensor:
-    """Return `num_samples` samples of a model that is checked for it and put into evaluation mode.
+    """Return `num_samples` samples of a model that is checked and put into evaluation mode.
 
     Args:
         passes: The dense model, and no samples, of the length of those to write.
@@ -146,10 +150,14 @@ def samples_alone(passes: Passes, config: OTPruningConfig) -> Tensor:
 
     Raises:
         ConfigurationError: If the model cannot write.
+        NumericalError: If its weights or outputs are NaN or infinite.
+        UnsupportedModelError: If it computes something else than pruning assumes.
     """
     model = passes.prunable.model
-    check_can_write(model, config, tuple(passes.tokens.shape), offloaded_bytes(model))
+    check_parameters(model, passes.prunable.blocks)
+    check_can_write(model, config.replace(self_calibration=0), tuple(passes.tokens.shape), offloaded_bytes(model))
     model.eval()
+    probe_passes(passes, config.seed).checked()
     return written_samples(passes, config.num_samples, config.seed)
 
 

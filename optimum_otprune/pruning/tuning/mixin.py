@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_otprune.config.configuration import OTPruningConfig
@@ -13,7 +14,10 @@ from optimum_otprune.models.changes import dense_model
 from optimum_otprune.models.defaults import BATCH_SIZE, TRIALS, VALIDATION_SHARE
 from optimum_otprune.models.distributed import check_single
 from optimum_otprune.models.pass_settings import PassSettings
+from optimum_otprune.models.passes import Passes
+from optimum_otprune.models.prunable_model import PrunableModel
 from optimum_otprune.pruning.calibration.data import ModelLimits, TokenSource, calibration_tokens
+from optimum_otprune.pruning.calibration.self_calibration import samples_alone
 from optimum_otprune.pruning.tuning.search import tune_model
 from optimum_otprune.pruning.tuning.sweep import SweepOptions, SweepSettings, SweepSource, sweep_configs, sweep_model
 from optimum_otprune.pruning.tuning.sweep_results import SweepResult
@@ -96,10 +100,15 @@ class SearchMixin:
             seed=self.config.seed if seed is None else seed,
             passes=PassSettings(batch_size, progress),
         ).checked()
-        tokens = calibration_tokens(calibration_data, self.config, self.tokenizer, self.limits).tokens
+        tokens = self._judged_samples(calibration_data, prunable, settings.passes)
         note = partial(self._note_trial, on_trial)
         self.config = tune_model(prunable, self.config, tokens, settings, note).best.config
         return self.config
+
+    def _judged_samples(self, data: TokenSource | None, prunable: PrunableModel, passes: PassSettings) -> Tensor:
+        """Return the samples of a search, a part of which judges the trials; the model writes them if none are given."""
+        tokens = calibration_tokens(data, self.config, self.tokenizer, self.limits).tokens
+        return tokens if len(tokens) else samples_alone(Passes(prunable, tokens, passes), self.config)
 
     def _note_trial(self, on_trial: Callable[[TuningResult], None] | None, result: TuningResult) -> None:
         self.tuning = result

@@ -21,8 +21,8 @@ from optimum_otprune.errors import CalibrationDataError, ConfigurationError, Num
 from optimum_otprune.models.changes import unchanged
 from optimum_otprune.models.defaults import BATCH_SIZE, HIDDEN_MEMORY, SWEEP_FILE, SWEEP_PLOT
 from optimum_otprune.models.devices import model_sizes
-from optimum_otprune.models.faithfulness import measured_factors
 from optimum_otprune.models.pass_settings import PassSettings
+from optimum_otprune.models.passes import Passes
 from optimum_otprune.models.perplexity import evaluate_perplexity
 from optimum_otprune.models.prunable_model import PrunableModel
 from optimum_otprune.pruning.calibration.data import (
@@ -32,6 +32,7 @@ from optimum_otprune.pruning.calibration.data import (
     evaluation_tokens,
 )
 from optimum_otprune.pruning.calibration.overlap import seen_windows
+from optimum_otprune.pruning.calibration.self_calibration import probe_passes
 from optimum_otprune.pruning.fingerprint import model_digest, tensors_digest
 from optimum_otprune.pruning.layer_store import NoStore
 from optimum_otprune.pruning.pipeline import prune_model
@@ -212,7 +213,8 @@ def sweep_model(
     settings.on_point(result)
     left = [config for config in configs if result.point(_ratio(config)) is None]
     if left:
-        prunable = prunable.checked(measured_factors(prunable, texts.calibration))
+        passes = Passes(prunable, texts.calibration, settings.passes)
+        prunable = probe_passes(passes, configs[0].seed).checked().prunable
     shared = None if configs[0].allocation == "adaptive" else _SharedPreparation()
     curve = _Curve(prunable, texts, settings.passes, shared)
     for config in tqdm(left, desc="Sweeping", unit="ratio", disable=not settings.passes.progress):

@@ -7,7 +7,7 @@ import torch
 from transformers import BertConfig, BertLMHeadModel
 
 from optimum_otprune import OTPruner, OTPruningConfig
-from optimum_otprune.errors import ConfigurationError
+from optimum_otprune.errors import CalibrationDataError, ConfigurationError, NumericalError
 from optimum_otprune.models.passes import Passes
 from optimum_otprune.models.prunable_model import PrunableModel
 from optimum_otprune.pruning import preparation, prune_layer
@@ -123,14 +123,14 @@ def test_a_model_writes_all_samples_where_none_are_given(llama, monkeypatch):
 def test_baselines_are_calibrated_on_what_is_given(llama, tokens):
     config = OTPruningConfig(method="flap", pruning_ratio=0.5, multiple_of=1)
     report = OTPruner.from_pretrained(llama, config).prune(tokens, progress=False)
-    assert "written_samples" not in report.calibration
+    assert report.calibration["written_samples"] == 0
 
 
 def test_a_model_that_cannot_write_is_calibrated_on_what_is_given_and_says_so(llama, tokens, monkeypatch):
     monkeypatch.setattr(type(llama), "can_generate", lambda self: False)
     with pytest.warns(UserWarning, match="calibrated on the given samples alone, since a LlamaForCausalLM cannot"):
         report = OTPruner.from_pretrained(llama, OTPruningConfig(**HALF)).prune(tokens, progress=False)
-    assert "written_samples" not in report.calibration
+    assert report.calibration["written_samples"] == 0
 
 
 @pytest.mark.parametrize(
@@ -164,3 +164,52 @@ def test_weights_that_would_be_loaded_for_hours_are_not(llama):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert check_can_write(llama, OTPruningConfig(), (128, 512), 10**9) == 77
+
+
+def test_what_is_written_beside_given_samples_repeats_none_of_those_that_the_model_wrote(llama, monkeypatch):
+    seen = []
+    original = prune_layer.CalibrationStream
+
+    def note(prunable, tokens, *rest, **options):
+        seen.append(tokens)
+        return original(prunable, tokens, *rest, **options)
+
+    monkeypatch.setattr("optimum_otprune.models.passes.CalibrationStream", note)
+    pruner = OTPruner.from_pretrained(llama, OTPruningConfig(**HALF, num_samples=8, seqlen=16, self_calibration=1))
+    pruner.prune(pruner.write_calibration(progress=False), progress=False)
+    assert len(seen[-1]) == 16
+    assert len(seen[-1].unique(dim=0)) == 16
+
+
+def test_a_few_given_samples_have_at_least_one_beside_them(llama, tokens):
+    config = OTPruningConfig(**HALF, self_calibration=0.01)
+    report = OTPruner.from_pretrained(llama, config).prune(tokens, progress=False)
+    assert report.calibration["written_samples"] == 1
+
+
+def test_a_decoder_that_reads_what_follows_cannot_write(tokens):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    encoder = BertLMHeadModel(BertConfig(vocab_size=64, **sizes)).eval()
+    with pytest.raises(ConfigurationError, match="reads tokens that are yet to come"):
+        OTPruner.from_pretrained(encoder, OTPruningConfig(**HALF, seqlen=16)).prune("self", progress=False)
+
+
+def test_a_damaged_model_writes_nothing(llama):
+    with torch.no_grad():
+        llama.model.norm.weight[3] = torch.nan
+    with pytest.raises(NumericalError, match=r"model.norm.weight"):
+        OTPruner.from_pretrained(llama, OTPruningConfig(num_samples=4, seqlen=16)).write_calibration(progress=False)
+
+
+def test_searches_write_their_samples_where_none_are_given(llama, tokens):
+    pruner = OTPruner.from_pretrained(llama, OTPruningConfig(**HALF, num_samples=8, seqlen=16))
+    curve = pruner.sweep([0.5], "self", tokens, progress=False)
+    assert curve.points[0].error is None
+    pytest.importorskip("optuna")
+    pruner.tune("self", num_trials=1, progress=False)
+    assert pruner.tuning.best.perplexity > 1
+
+
+def test_samples_of_the_models_own_are_nothing_to_evaluate_on(llama):
+    with pytest.raises(CalibrationDataError, match="stands for samples that the dense model writes"):
+        OTPruner.from_pretrained(llama).evaluate("self", progress=False)
