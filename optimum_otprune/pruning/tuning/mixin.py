@@ -106,7 +106,7 @@ class SearchMixin:
         return self.config
 
     def _judged_samples(self, data: TokenSource | None, prunable: PrunableModel, passes: PassSettings) -> Tensor:
-        """Return the samples of a search, a part of which judges the trials; the model writes them if none are given."""
+        """Return the samples of a search, a part of which judges the trials; the model writes them if need be."""
         tokens = calibration_tokens(data, self.config, self.tokenizer, self.limits).tokens
         return tokens if len(tokens) else samples_alone(Passes(prunable, tokens, passes), self.config)
 
