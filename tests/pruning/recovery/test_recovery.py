@@ -22,8 +22,8 @@ from optimum_otprune.pruning.recovery.samples import Plan, RecoverySamples, plan
 from optimum_otprune.pruning.report import PruningReport
 from tests.conftest import VOCAB_SIZE, make_llama, run_command
 
-CONFIG = OTPruningConfig(pruning_ratio=0.5, multiple_of=1, quality="fast", intercept="never")
-FAST = {"num_tokens": 2000, "batch_tokens": 80, "progress": False}
+CONFIG = OTPruningConfig(pruning_ratio=0.5, multiple_of=1, quality="fast", intercept="never", self_calibration=0)
+FAST = {"num_tokens": 2000, "batch_tokens": 80, "learning_rate": 1e-3, "progress": False}
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_the_model_is_as_before_but_for_its_weights_and_can_be_saved_and_loaded(
 
 def test_weights_that_are_worse_on_held_out_tokens_are_not_kept(pruned):
     before = weights(pruned.model)
-    report = pruned.recover(base_model=make_llama(), learning_rate=0.9, **FAST)
+    report = pruned.recover(base_model=make_llama(), **{**FAST, "learning_rate": 0.9})
     assert report.kept_step == 0
     assert report.steps < 25  # training stopped early
     assert not changed(before, weights(pruned.model))
