@@ -12,6 +12,7 @@ from optimum_otprune.config.options import OPTIONS, OPTIONS_BY_NAME, WRITTEN, Op
 from optimum_otprune.config.recovery_options import RecoveryOptions
 from optimum_otprune.errors import UsageError
 from optimum_otprune.models.defaults import BATCH_SIZE, HIDDEN_MEMORY
+from optimum_otprune.storage.hub.client import is_hub_id
 from optimum_otprune.storage.hub.options import keywords
 from optimum_otprune.storage.state_folder import default_state_folder
 from optimum_otprune.storage.untrusted import visible, why_no_name
@@ -32,6 +33,25 @@ LISTED = (
 )
 
 T = TypeVar("T")
+
+
+def named_data(given: list[str]) -> dict[str, str]:
+    """Return data by short names without folders: that of a Hub id is the whole id, those of equal names are numbered.
+
+    Example:
+        >>> named_data(["user/text", "./here/test.txt", "./there/test.txt"])
+        {'user/text': 'user/text', 'test.txt': './here/test.txt', 'test.txt (2)': './there/test.txt'}
+    """
+    named: dict[str, str] = {}
+    for data in given:
+        is_path = not is_hub_id(data) or Path(data).expanduser().exists()
+        name = label = Path(data).name if is_path else data
+        number = 1
+        while label in named:
+            number += 1
+            label = f"{name} ({number})"
+        named[label] = data
+    return named
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from optimum_otprune.checkpoints.comparison.compare import LoadedPair, load_pair
 from optimum_otprune.checkpoints.comparison.page import comparison_page, times
-from optimum_otprune.commands.arguments import chosen
+from optimum_otprune.commands.arguments import chosen, named_data
 from optimum_otprune.commands.benchmark import device_name
 from optimum_otprune.commands.checks import COMPARISON_JSON, COMPARISON_PAGE
 from optimum_otprune.commands.speed import BenchmarkSettings, check_comparable, check_settings, compare
@@ -44,7 +44,7 @@ def run_compare(args: argparse.Namespace) -> None:
         _check_speed(pair)
     options = chosen(args, MeasuringOptions)
     options["progress"] = not args.quiet
-    comparison = pair.compare(_by_name(args.data), prompts, options)
+    comparison = pair.compare(named_data(args.data) if args.data else None, prompts, options)
     if args.speed:
         comparison = _with_speed(comparison, pair)
     _print(comparison)
@@ -72,22 +72,6 @@ def _prompts(args: argparse.Namespace) -> list[str] | None:
     if not lines:
         raise UsageError(f"{file.name!r} holds no prompts. Give a text file, a prompt a line.")
     return [*(args.prompt or ()), *lines]
-
-
-def _by_name(data: list[str] | None) -> dict[str, str] | None:
-    """Return data sets by the last part of a path, or by the name on the Hub."""
-    if not data:
-        return None
-    found: dict[str, str] = {}
-    for source in data:
-        path = Path(os.path.expanduser(source))
-        name = base = path.name if path.exists() else source
-        number = 1
-        while name in found:
-            number += 1
-            name = f"{base} ({number})"
-        found[name] = source
-    return found
 
 
 def _check_speed(pair: LoadedPair) -> None:

@@ -5,14 +5,13 @@ from pathlib import Path
 
 from optimum_otprune.checkpoints.card.plots import can_plot, save_sweep_plot
 from optimum_otprune.commands.actions import given_config
-from optimum_otprune.commands.arguments import chosen
+from optimum_otprune.commands.arguments import chosen, named_data
 from optimum_otprune.commands.reading import protocol
 from optimum_otprune.commands.terminal import showing_progress
 from optimum_otprune.config.loading_options import LoadingOptions
 from optimum_otprune.models.defaults import SWEEP_FILE, SWEEP_PLOT
 from optimum_otprune.pruner import OTPruner
 from optimum_otprune.pruning.tuning.sweep_results import SweepPoint, SweepResult
-from optimum_otprune.storage.hub.client import is_hub_id
 from optimum_otprune.storage.outputs import output_path
 
 
@@ -68,25 +67,6 @@ class _Teller:
             return f"failed: {point.error}"
         found = (f"{value:,.2f} ({result.increase(point, name):+.1%})" for name, value in point.perplexities.items())
         return f"perplexity {', '.join(found)}; {point.seconds:.1f} s"
-
-
-def named_data(given: list[str]) -> dict[str, str]:
-    """Return data by short names without folders: that of a Hub id is the whole id, those of equal names are numbered.
-
-    Example:
-        >>> named_data(["user/text", "./here/test.txt", "./there/test.txt"])
-        {'user/text': 'user/text', 'test.txt': './here/test.txt', 'test.txt (2)': './there/test.txt'}
-    """
-    named: dict[str, str] = {}
-    for data in given:
-        is_path = not is_hub_id(data) or Path(data).expanduser().exists()
-        name = label = Path(data).name if is_path else data
-        number = 1
-        while label in named:
-            number += 1
-            label = f"{name} ({number})"
-        named[label] = data
-    return named
 
 
 def _save_plot(result: SweepResult, folder: Path) -> None:
