@@ -28,8 +28,8 @@ _SEQLEN = 256
 _NUM_SAMPLES = 64
 _NEW_TOKENS = 24
 _SETTINGS = (
-    f"Pruned on {_NUM_SAMPLES} windows of text so that it takes seconds; the README's table is of 128, so its figures "
-    "differ.\nThe data are this Python's documentation, which changes with its version."
+    f"Pruned on {_NUM_SAMPLES} windows of text so that it takes seconds; the table in docs/results.md is of 128, so "
+    "its figures differ.\nThe data are this Python's documentation, which changes with its version."
 )
 
 

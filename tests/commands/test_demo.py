@@ -41,7 +41,7 @@ def test_the_demo_rescues_saves_and_reloads(tmp_path, capsys, monkeypatch):
     assert after.startswith("Return a new")
     assert len(before) > 30
     assert before != after
-    assert "the README's table is of 128" in printed
+    assert "the table in docs/results.md is of 128" in printed
     assert "largest difference of logits 0." in printed
     assert "RESCUE EFFECT SUMMARY REPORT" in printed
     assert (tmp_path / "out" / "model.safetensors").is_file()
