@@ -114,13 +114,9 @@ def _dry_run(args: argparse.Namespace, config: OTPruningConfig, output: Path) ->
 
 def _was_saved(model: str, output: Path, state: Path, config: OTPruningConfig, recovery: Path | None) -> bool:
     """Return whether an earlier run of this command ended between saving its result and removing its state."""
-    if not os.path.isdir(state) or not (output / REPORT_FILE).is_file():
+    report = _saved_report(output, state)
+    if report is None:
         return False
-    try:
-        verify_folder(output)
-    except IntegrityError:
-        return False
-    report = PruningReport.load(output / REPORT_FILE)
     is_same = report.config == config.to_dict() and report.base_model == hub_id(model)
     if recovery is not None and os.path.isdir(recovery) and is_same:
         is_same = forget_recovery_if_saved(recovery, report)
@@ -129,13 +125,19 @@ def _was_saved(model: str, output: Path, state: Path, config: OTPruningConfig, r
 
 def _was_recovered(output: Path, state: Path) -> bool:
     """Return whether an earlier run of `otprune recover` ended between saving its result and removing its state."""
+    report = _saved_report(output, state)
+    return report is not None and forget_recovery_if_saved(state, report)
+
+
+def _saved_report(output: Path, state: Path) -> PruningReport | None:
+    """Return the report of a complete output beside which a state is left; None where one of them is not there."""
     if not os.path.isdir(state) or not (output / REPORT_FILE).is_file():
-        return False
+        return None
     try:
         verify_folder(output)
     except IntegrityError:
-        return False
-    return forget_recovery_if_saved(state, PruningReport.load(output / REPORT_FILE))
+        return None
+    return PruningReport.load(output / REPORT_FILE)
 
 
 def _prune_and_save(args: argparse.Namespace, config: OTPruningConfig, output: Path, state: Path | None) -> None:

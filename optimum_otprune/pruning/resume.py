@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -94,9 +94,23 @@ def forget_if_saved(folder: Path, report: PruningReport) -> bool:
         StateError: If the state is in use or damaged.
         OutputError: If it cannot be removed.
     """
+    return forget_where(folder, lambda state: _has_layers(state, report))
+
+
+def forget_where(folder: Path, is_result: Callable[[StateFolder], bool]) -> bool:
+    """Remove the state of a run whose result is known to be saved, and return whether it was so.
+
+    Args:
+        folder: The folder of the state.
+        is_result: A function that tells whether what is saved is the result of a state.
+
+    Raises:
+        StateError: If the state is in use or damaged.
+        OutputError: If it cannot be removed.
+    """
     with StateFolder.opened(folder) as state:
         is_begun = state.fingerprint is not None
-        is_saved = not is_begun or state.is_saved or _has_layers(state, report)
+        is_saved = not is_begun or state.is_saved or is_result(state)
         if is_begun and is_saved:
             state.discard()
     return is_saved

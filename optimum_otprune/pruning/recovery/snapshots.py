@@ -15,7 +15,7 @@ from optimum_otprune.pruning.recovery.heldout import Measured
 from optimum_otprune.pruning.recovery.samples import RecoverySamples
 from optimum_otprune.pruning.recovery_report import RecoveryReport
 from optimum_otprune.pruning.report import PruningReport
-from optimum_otprune.pruning.resume import opened_state
+from optimum_otprune.pruning.resume import forget_where, opened_state
 from optimum_otprune.storage.state_folder import StateFolder, strict_json
 
 _SAMPLES, _REPORT = "samples.safetensors", "recovered.json"
@@ -166,12 +166,7 @@ def forget_recovery_if_saved(folder: Path, report: PruningReport) -> bool:
         StateError: If the state is in use or damaged.
         OutputError: If it cannot be removed.
     """
-    with StateFolder.opened(folder) as state:
-        is_begun = state.fingerprint is not None
-        is_saved = not is_begun or state.is_saved or _is_of(state, report)
-        if is_begun and is_saved:
-            state.discard()
-    return is_saved
+    return forget_where(folder, lambda state: _is_of(state, report))
 
 
 def _is_of(state: StateFolder, report: PruningReport) -> bool:
