@@ -24,6 +24,8 @@ from accelerate.utils.offload import OffloadedWeightsLoader, PrefixedDataset, of
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+_BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")  # of x86 and ARM, as torch names them
+
 
 def execution_device(module: nn.Module) -> torch.device:
     """Return the device that a module computes on, whether or not its weights are there now."""
@@ -36,6 +38,20 @@ def execution_device(module: nn.Module) -> torch.device:
             if parameter.device.type != "meta":
                 return parameter.device
     return torch.device("cpu")
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Return whether a device has instructions that multiply in bfloat16, several times as fast as in float32.
+
+    Args:
+        device: A CPU or an accelerator; of accelerators other than CUDA's it is not known, and False.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):  # earlier versions of torch do not say
+        return False
+    found = torch.cpu.get_capabilities()
+    return any(found.get(name, False) for name in _BFLOAT16_INSTRUCTIONS)
 
 
 def planned_weights(

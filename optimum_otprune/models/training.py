@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from optimum_otprune.errors import UnsupportedModelError
-from optimum_otprune.models.devices import is_offloaded
+from optimum_otprune.models.devices import is_offloaded, multiplies_bfloat16
 from optimum_otprune.models.ffn_block import ffn_blocks
 from optimum_otprune.models.low_rank import low_rank_updates
 
@@ -149,9 +149,13 @@ def recomputed(model: PreTrainedModel, is_wanted: bool) -> Iterator[None]:
 
 
 def computing(model: PreTrainedModel) -> AbstractContextManager:
-    """Return a context in which float32 weights multiply in bfloat16 if the rest of the model is of 16 bits."""
-    kind = next(model.parameters()).device.type
-    return torch.autocast(kind, torch.bfloat16, enabled=model.dtype.itemsize < torch.float32.itemsize)
+    """Return a context in which a model multiplies in bfloat16 where its device has instructions for it.
+
+    Elsewhere only a model of 16 bits does, since the weights that are trained are float32 and the others are not.
+    """
+    device = next(model.parameters()).device
+    is_small = model.dtype.itemsize < torch.float32.itemsize
+    return torch.autocast(device.type, torch.bfloat16, enabled=is_small or multiplies_bfloat16(device))
 
 
 class Stepper:

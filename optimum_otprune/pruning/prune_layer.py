@@ -12,6 +12,7 @@ from optimum_otprune.functional.ffn import FFNWeights
 from optimum_otprune.functional.ratios import RescueEnergies, dilution_ratio, relative_error, rescue_ratio
 from optimum_otprune.functional.reconstruction import ReconstructionSettings, Share, TrainingTokens, reconstruct
 from optimum_otprune.functional.seeds import seed_of
+from optimum_otprune.models.devices import multiplies_bfloat16
 from optimum_otprune.models.distributed import gathered, process_index, summed
 from optimum_otprune.models.ffn_block import FFNBlock
 from optimum_otprune.models.forward_stream import CalibrationStream
@@ -104,7 +105,11 @@ def _reconstructed(block: FFNBlock, compression: Compression, data: LayerData, r
     generator = torch.Generator().manual_seed(run.seed(block))
     assert config.reconstruction_steps is not None
     assert config.reconstruction_batch_tokens is not None
-    settings = ReconstructionSettings(config.reconstruction_steps, batch_tokens=config.reconstruction_batch_tokens)
+    settings = ReconstructionSettings(
+        config.reconstruction_steps,
+        batch_tokens=config.reconstruction_batch_tokens,
+        mixed_precision=multiplies_bfloat16(block.device),
+    )
     metric = None if moments is None else error_metric(moments[block.layer].to(block.device))
     fit, heldout = token_sets(data, run.stream.spill)
     counts = gathered(len(fit.inputs))

@@ -96,7 +96,8 @@ class Heldout:
         together = windows_together(self._batch_size, tokens.shape[1], vocabulary_size(self._model), 4)
         rows = []
         for batch in tokens.split(together):
-            wanted = logits_of(self._dense, batch)
+            with computing(self._dense):
+                wanted = logits_of(self._dense, batch)
             with computing(self._model):
                 logits = logits_of(self._model, batch)
             for window in range(len(batch)):

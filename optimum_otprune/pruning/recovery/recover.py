@@ -162,7 +162,7 @@ class _Recovery:
 
     def _take_step(self, stepper: Stepper, batch: Tensor) -> None:
         for part in batch.split(self._schedule.together):
-            with torch.no_grad():
+            with torch.no_grad(), computing(self._dense):
                 wanted = logits_of(self._dense, part)
             with computing(self._model):
                 logits = logits_of(self._model, part)
