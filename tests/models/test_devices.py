@@ -2,17 +2,22 @@
 
 import pytest
 import torch
-from tests.conftest import make_llama
 
 from optimum_otprune.models.devices import multiplies_bfloat16
 from optimum_otprune.models.training import computing
+from tests.conftest import make_llama
 
 CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
     ("found", "is_fast"),
-    [({"avx512_bf16": True}, True), ({"bf16": True}, True), ({"avx512_bf16": False, "avx2": True}, False), ({}, False)],
+    [
+        ({"avx512_bf16": True}, True),
+        ({"bf16": True}, True),
+        ({"avx512_bf16": False, "avx2": True}, False),
+        ({}, False),
+    ],
 )
 def test_training_multiplies_in_bfloat16_where_the_cpu_has_instructions_for_it(monkeypatch, found, is_fast):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
