@@ -15,6 +15,7 @@ from optimum_otprune.models.perplexity import windows_together
 from optimum_otprune.models.training import computing
 from optimum_otprune.pruning.recovery_report import HeldoutPart
 
+_LARGEST_EXPONENT = 700.0  # nats; `math.exp` overflows from 710 on
 _ERRORS = 2.0  # standard errors of a paired difference that count as noise
 
 
@@ -32,12 +33,12 @@ class Measured(NamedTuple):
     @property
     def per_token(self) -> Divergence:
         """Means over all predicted tokens."""
-        return Divergence(*(self.sums.sum(0) / (len(self.sums) * (self.seqlen - 1))))
+        return Divergence(*(self.sums.sum(0) / (len(self.sums) * (self.seqlen - 1))).tolist())
 
     @property
     def kl(self) -> float:
         """Mean divergence in nats per token."""
-        return max(0.0, self.per_token.kl.item())
+        return max(0.0, self.per_token.kl)
 
     def is_worse_than(self, other: "Measured") -> bool:
         """Return whether the divergence is larger by more than noise: two standard errors of the paired difference."""
@@ -62,11 +63,11 @@ class Measured(NamedTuple):
             seqlen=self.seqlen,
             kl_before=self.kl,
             kl_after=after.kl,
-            agreement_before=old.agreement.item(),
-            agreement_after=new.agreement.item(),
-            perplexity_dense=old.teacher_nll.exp().item(),
-            perplexity_before=old.nll.exp().item(),
-            perplexity_after=new.nll.exp().item(),
+            agreement_before=old.agreement,
+            agreement_after=new.agreement,
+            perplexity_dense=_perplexity(old.teacher_nll),
+            perplexity_before=_perplexity(old.nll),
+            perplexity_after=_perplexity(new.nll),
         )
 
 
@@ -101,15 +102,18 @@ class Heldout:
                 logits = logits_of(self._model, batch)
             for window in range(len(batch)):
                 ids = batch[window, 1:].to(logits.device)
-                found = divergence(wanted[window, :-1].to(logits.device), logits[window, :-1], ids)
-                rows.append(torch.stack(list(found)).cpu())
-        sums = torch.stack(rows)
+                rows.append(divergence(wanted[window, :-1], logits[window, :-1], ids))
+        sums = torch.tensor(rows, dtype=torch.float64)
         if torch.isnan(sums).any():
             raise NumericalError(
                 f"Predictions on held-out tokens ({name}) are NaN: a learning rate that is too high, damaged weights, "
                 "or a dtype that overflowed. Give a lower `learning_rate`, or load the model in float32."
             )
         return Measured(sums, tokens.shape[1])
+
+
+def _perplexity(nll: float) -> float:
+    return math.exp(min(nll, _LARGEST_EXPONENT))
 
 
 def logits_of(model: PreTrainedModel, batch: Tensor) -> Tensor:
