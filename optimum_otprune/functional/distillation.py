@@ -40,7 +40,7 @@ class TopLogits(NamedTuple):
             k: Number of tokens that are kept, smaller than the vocabulary.
         """
         size = positions_together(logits.shape[-1])
-        found = [_top(rows, ids, k) for rows, ids in zip(logits.split(size), targets.split(size))]
+        found = [_top(rows, ids, k) for rows, ids in zip(torch.split(logits, size), torch.split(targets, size))]
         return cls(*(torch.cat(parts) for parts in zip(*found)))
 
     def rows(self, start: int, stop: int) -> "TopLogits":
@@ -63,9 +63,9 @@ def kl_divergence(teacher: Teacher, student: Tensor) -> Tensor:
     anew.
 
     Of the teacher's k most likely tokens S, with `p` and `q` the two models' probabilities, the divergence is
-    `Σ_{i in S} p_i log(p_i / q_i) + r log(r / s)` with `r = 1 - Σ_{i in S} p_i` and `s = 1 - Σ_{i in S} q_i`: all other
-    tokens count as one. That is never more than the divergence on the full vocabulary (the log sum inequality), and
-    equal to it where the student shares out the rest as the teacher does.
+    `Σ_{i in S} p_i log(p_i / q_i) + r log(r / s)` with `r = 1 - Σ_{i in S} p_i` and `s = 1 - Σ_{i in S} q_i`: all
+    other tokens count as one. That is never more than the divergence on the full vocabulary (the log sum inequality),
+    and equal to it where the student shares out the rest as the teacher does.
 
     Args:
         teacher: Logits of the model that is to be followed, `(num_tokens, vocab_size)`, or the largest of them; no
@@ -80,7 +80,7 @@ def kl_divergence(teacher: Teacher, student: Tensor) -> Tensor:
         0.0
     """
     total = student.new_zeros((), dtype=torch.float32)
-    for target, logits in zip(_chunks(teacher, student), student.split(positions_together(student.shape[-1]))):
+    for target, logits in zip(_chunks(teacher, student), torch.split(student, positions_together(student.shape[-1]))):
         total = total + checkpoint(_summed_kl, target, logits, use_reentrant=False)
     return total
 
@@ -120,7 +120,7 @@ def divergence(teacher: Teacher, student: Tensor, targets: Tensor) -> Divergence
         targets: The ids of the tokens that follow, LongTensor `(num_tokens,)`.
     """
     size = positions_together(student.shape[-1])
-    parts = zip(_chunks(teacher, student), student.split(size), targets.split(size))
+    parts = zip(_chunks(teacher, student), torch.split(student, size), torch.split(targets, size))
     found = [torch.stack(_sums(wanted.to(student.device), logits, ids)) for wanted, logits, ids in parts]
     return Divergence(*torch.stack(found).sum(0).tolist())
 
@@ -128,7 +128,7 @@ def divergence(teacher: Teacher, student: Tensor, targets: Tensor) -> Divergence
 def _chunks(teacher: Teacher, student: Tensor) -> Sequence[Teacher]:
     size = positions_together(student.shape[-1])
     if isinstance(teacher, Tensor):
-        return teacher.detach().split(size)
+        return torch.split(teacher.detach(), size)
     return [teacher.rows(start, start + size) for start in range(0, len(student), size)]
 
 

@@ -13,7 +13,7 @@ from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.errors import NumericalError
 from optimum_otprune.functional import distillation
 from optimum_otprune.functional.gram import gram_statistics
-
+from optimum_otprune.models import perplexity
 from optimum_otprune.models.block_runner import BlockRunner
 from optimum_otprune.models.devices import execution_device, read_parameter, replace_parameter
 from optimum_otprune.models.faithfulness import measured_factors
