@@ -8,9 +8,8 @@ from typing import Any, Unpack
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from optimum_otprune.checkpoints.base_model import load_base
 from optimum_otprune.checkpoints.check_loading import as_config, check_loading_options, refuse_loading_options
-from optimum_otprune.checkpoints.dense import dense_reference
+from optimum_otprune.checkpoints.dense import Measured, dense_reference, load_base
 from optimum_otprune.checkpoints.load import hub_id, load_checkpoint, load_skeleton
 from optimum_otprune.checkpoints.mixin import CheckpointMixin
 from optimum_otprune.config.checks import check_count
@@ -270,7 +269,9 @@ class OTPruner(SearchMixin, CheckpointMixin):
         settings = RecoverySettings.of(options, self.config.seed)
         check_single("`recover`", "Start one.")
         check_pruned(self.model)
-        dense = load_base(base_model, self.model, self.base_model, options.get("base_options"))
+        dense = load_base(
+            base_model, Measured(self.model, self.tokenizer), self.base_model, options.get("base_options")
+        )
         self._places |= noted_places(calibration_data=data, evaluation_data=heldout_data)
         given = self._pruned_on() if data is None else data
         texts = RecoveryData.read(given, heldout_data, self.config, self.tokenizer, self.limits)
