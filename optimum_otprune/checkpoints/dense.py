@@ -155,12 +155,9 @@ def _check_base(dense: PreTrainedModel, pruned: PreTrainedModel) -> None:
 
 def _warn_of_other_embeddings(dense: PreTrainedModel, pruned: PreTrainedModel) -> None:
     """Warn if a model's embeddings are not those of the pruned one: pruning leaves them, though training does not."""
-    owners = [model.get_input_embeddings() for model in (dense, pruned)]
-    if any(
-        owner.weight.is_meta and not is_offloaded(owner) or not owner.weight.is_floating_point() for owner in owners
-    ):
+    one, other = (_first_embeddings(model) for model in (dense, pruned))
+    if one is None or other is None:
         return
-    one, other = (_first_rows(owner) for owner in owners)
     distance = float((one - other).norm() / other.norm().clamp(min=1e-30))
     if not distance <= _SAME:
         warn_user(
