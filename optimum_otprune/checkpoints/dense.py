@@ -22,7 +22,7 @@ _SAME = 0.01  # relative distance of embeddings that rounding to 16 or 8 bits st
 _PROBE = "The 12 cafés\n\tcost 3.50 €; it's 日本語, isn’t it?  def f(x): return x**2"
 
 
-class Measured(NamedTuple):
+class Compared(NamedTuple):
     """A model that is measured against the dense one, or trained towards it.
 
     Attributes:
@@ -62,7 +62,7 @@ def dense_reference(
         return loaded
     given = _beside(model) if options is None else loading_of_dense(options)
     given["dtype"] = model.dtype
-    return _loaded(os.fspath(dense), given, Measured(model, tokenizer), check_same_text)
+    return _loaded(os.fspath(dense), given, Compared(model, tokenizer), check_same_text)
 
 
 def loading_of_dense(options: LoadingOptions) -> LoadingOptions:
@@ -84,7 +84,7 @@ def loading_of_dense(options: LoadingOptions) -> LoadingOptions:
 
 def load_base(
     given: str | os.PathLike | PreTrainedModel | None,
-    pruned: Measured,
+    pruned: Compared,
     known: str | None,
     options: Mapping[str, object] | None = None,
 ) -> PreTrainedModel:
@@ -130,14 +130,14 @@ def _beside(model: PreTrainedModel) -> LoadingOptions:
 def _loaded(
     source: str,
     options: LoadingOptions,
-    measured: Measured,
+    compared: Compared,
     check: Callable[[PreTrainedModel, PreTrainedModel], None],
 ) -> PreTrainedModel:
     """Load the dense model; if its configuration shows that it does not fit, its weights are not read."""
-    check(load_skeleton(source, options).model, measured.model)
+    check(load_skeleton(source, options).model, compared.model)
     found = load_checkpoint(source, options)
-    check(found.model, measured.model)
-    check_same_text(found.model, measured.model, found.tokenizer, measured.tokenizer)
+    check(found.model, compared.model)
+    check_same_text(found.model, compared.model, found.tokenizer, compared.tokenizer)
     return found.model
 
 

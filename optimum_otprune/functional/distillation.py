@@ -3,7 +3,7 @@
 Source: Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", 2015, https://arxiv.org/abs/1503.02531.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -43,16 +43,23 @@ class TopLogits(NamedTuple):
         found = [_top(rows, ids, k) for rows, ids in zip(torch.split(logits, size), torch.split(targets, size))]
         return cls(*(torch.cat(parts) for parts in zip(*found)))
 
-    def rows(self, start: int, stop: int) -> "TopLogits":
-        """Return those of some positions."""
-        return TopLogits(*(part[start:stop] for part in self))
-
     def to(self, device: torch.device) -> "TopLogits":
         """Return them on a device."""
         return TopLogits(*(part.to(device) for part in self))
 
 
 Teacher = Tensor | TopLogits  # logits `(num_tokens, vocab_size)`, or what was kept of them
+
+
+def positions_of(teacher: Teacher, start: int, stop: int) -> Teacher:
+    """Return what a teacher says at some positions.
+
+    Args:
+        teacher: What it says at all of them.
+        start: The first position.
+        stop: The one behind the last.
+    """
+    return teacher[start:stop] if isinstance(teacher, Tensor) else TopLogits(*(part[start:stop] for part in teacher))
 
 
 def kl_divergence(teacher: Teacher, student: Tensor) -> Tensor:
@@ -125,11 +132,10 @@ def divergence(teacher: Teacher, student: Tensor, targets: Tensor) -> Divergence
     return Divergence(*torch.stack(found).sum(0).tolist())
 
 
-def _chunks(teacher: Teacher, student: Tensor) -> Sequence[Teacher]:
+def _chunks(teacher: Teacher, student: Tensor) -> Iterator[Teacher]:
     size = positions_together(student.shape[-1])
-    if isinstance(teacher, Tensor):
-        return torch.split(teacher.detach(), size)
-    return [teacher.rows(start, start + size) for start in range(0, len(student), size)]
+    for start in range(0, len(student), size):
+        yield positions_of(teacher, start, start + size)
 
 
 def _sums(teacher: Teacher, student: Tensor, targets: Tensor) -> list[Tensor]:
@@ -147,7 +153,8 @@ def _sums(teacher: Teacher, student: Tensor, targets: Tensor) -> list[Tensor]:
 
 
 def _summed_kl(teacher: Teacher, student: Tensor) -> Tensor:
-    return _kl(teacher, student).sum()
+    wanted = teacher.detach() if isinstance(teacher, Tensor) else teacher
+    return _kl(wanted, student).sum()
 
 
 def _kl(teacher: Teacher, student: Tensor) -> Tensor:

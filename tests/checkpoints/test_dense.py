@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from optimum_otprune import OTPruner, OTPruningConfig
-from optimum_otprune.checkpoints.dense import Measured, load_base
+from optimum_otprune.checkpoints.dense import Compared, load_base
 from optimum_otprune.errors import ConfigurationError, UnsupportedModelError
 from tests.conftest import make_llama
 
@@ -17,7 +17,7 @@ CONFIG = OTPruningConfig(pruning_ratio=0.5, multiple_of=1, quality="fast", self_
 def pruned(tokens, tokenizer):
     pruner = OTPruner.from_pretrained(make_llama(), CONFIG, tokenizer=tokenizer)
     pruner.prune(tokens, progress=False)
-    return Measured(pruner.model, tokenizer)
+    return Compared(pruner.model, tokenizer)
 
 
 def test_the_dense_model_gets_the_dtype_of_the_pruned_one_unless_another_is_given(pruned, llama_folder):
