@@ -16,6 +16,7 @@ from optimum_otprune.models.block_runner import input_device, vocabulary_size
 from optimum_otprune.models.changes import check_whole, is_pruned
 from optimum_otprune.models.devices import is_offloaded, is_spread, read_parameter
 from optimum_otprune.models.wrappers import model_in_memory, unwrapped
+from optimum_otprune.pruning.dry_run.estimate import Skeleton
 
 _ROWS = 1024  # of the embeddings that are compared
 _SAME = 0.01  # relative distance of embeddings that rounding to 16 or 8 bits stays below
@@ -101,23 +102,61 @@ def load_base(
         UnsupportedModelError: If it is pruned itself, or of other sizes than the pruned model.
         ModelLoadError: If it cannot be found or read.
     """
-    chosen = {name: value for name, value in (options or {}).items() if value is not None}
-    loading = check_loading_options({**_beside(pruned.model), **chosen})
+    loading = _loading_of_base(pruned, options)
     model = None if given is None else model_in_memory(given)
     if model is not None:
-        refuse_loading_options(check_loading_options(chosen))
+        refuse_loading_options(check_loading_options(_given(options)))
         _check_base(model, pruned.model)
         _warn_of_other_embeddings(model, pruned.model)
         return model
+    source = _source_of_base(given, pruned, known)
+    dense = _loaded(source, loading, pruned, _check_base)
+    _warn_of_other_embeddings(dense, pruned.model)
+    return dense
+
+
+def base_skeleton(
+    given: str | os.PathLike | PreTrainedModel | None,
+    pruned: Compared,
+    known: str | None,
+    options: Mapping[str, object] | None = None,
+) -> Skeleton:
+    """Return what `load_base` would load, without its weights.
+
+    Args:
+        given: The model, or its Hub id or folder; None for the one that is known.
+        pruned: The pruned model.
+        known: Where the dense model is, as far as that was noted; None if it was not.
+        options: Options of loading, as in `load_base`.
+
+    Raises:
+        OTPruneError: Whatever `load_base` raises before it reads weights.
+    """
+    model = None if given is None else model_in_memory(given)
+    if model is not None:
+        _check_base(model, pruned.model)
+        return Skeleton.of_loaded(model)
+    skeleton = load_skeleton(_source_of_base(given, pruned, known), _loading_of_base(pruned, options))
+    _check_base(skeleton.model, pruned.model)
+    return skeleton
+
+
+def _source_of_base(given: object, pruned: Compared, known: str | None) -> str:
     source = known or pruned.model.name_or_path if given is None else str(given)
     if not source:
         raise ConfigurationError(
             "It is not known from which dense model this one was made. Give it as `base_model` (`--base`): a Hub id, "
             "a folder or a model in memory."
         )
-    dense = _loaded(source, loading, pruned, _check_base)
-    _warn_of_other_embeddings(dense, pruned.model)
-    return dense
+    return source
+
+
+def _loading_of_base(pruned: Compared, options: Mapping[str, object] | None) -> LoadingOptions:
+    return check_loading_options({**_beside(pruned.model), **_given(options)})
+
+
+def _given(options: Mapping[str, object] | None) -> dict[str, object]:
+    return {name: value for name, value in (options or {}).items() if value is not None}
 
 
 def _beside(model: PreTrainedModel) -> LoadingOptions:

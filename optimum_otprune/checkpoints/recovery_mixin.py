@@ -8,14 +8,22 @@ from typing import Unpack
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from optimum_otprune.checkpoints.dense import Compared, load_base
+from optimum_otprune.checkpoints.dense import Compared, base_skeleton, load_base
 from optimum_otprune.checkpoints.load import hub_id
 from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.config.recovery_options import RecoveryOptions, RecoverySettings
 from optimum_otprune.models.changes import all_or_nothing, check_pruned
 from optimum_otprune.models.distributed import check_model, check_single
 from optimum_otprune.models.training import check_trainable
-from optimum_otprune.pruning.calibration.data import ModelLimits, TokenData, TokenSource
+from optimum_otprune.pruning.calibration.data import (
+    ExpectedSamples,
+    ModelLimits,
+    TokenData,
+    TokenSource,
+    expected_samples,
+)
+from optimum_otprune.pruning.dry_run.estimate import Skeleton
+from optimum_otprune.pruning.dry_run.recovery_plan import Files, RecoveryPlan, plan_recovery
 from optimum_otprune.pruning.recovery.dense_logits import DenseLogits, asked, facts, write_logits
 from optimum_otprune.pruning.recovery.recover import recover_model
 from optimum_otprune.pruning.recovery.samples import RecoveryData
@@ -135,22 +143,62 @@ class RecoveryMixin:
         assert where is not None
         return write_logits(where, self._base(base_model, options), texts, settings)
 
+    def plan_recovery(
+        self,
+        data: TokenSource | None = None,
+        *,
+        base_model: str | os.PathLike | PreTrainedModel | None = None,
+        skeleton: Skeleton | None = None,
+        **options: Unpack[RecoveryOptions],
+    ) -> RecoveryPlan:
+        """Return within seconds what `recover` would take: samples, steps, memory on each device, disk, time.
+
+        No weights are read, and nothing is written; memory and time are rough.
+
+        Args:
+            data: The data, as in `recover`; text is not read.
+            base_model: The dense model, as in `recover`; of a name only the configuration is read.
+            skeleton: This model where it is not loaded; default: where it is now.
+            **options: The options of `recover`.
+
+        Raises:
+            OTPruneError: Whatever `recover` raises before it loads the dense model.
+        """
+        settings = self._checked(options)
+        dense = base_skeleton(base_model, self._compared, self.base_model, options.get("base_options"))
+        known = Skeleton.of_loaded(self.model) if skeleton is None else skeleton
+        given = self._pruned_on() if data is None else None
+        if given is not None:
+            samples = ExpectedSamples(len(given.tokens), given.tokens.shape[1], given.source, is_exact=True)
+        else:
+            has_tokenizer = self.tokenizer is not None
+            samples = expected_samples(data, self.config, ModelLimits.of(self.model), has_tokenizer)
+        kept = Files(options.get("resume_from") is not None, options.get("cache_logits") is not None)
+        return plan_recovery(known, dense, samples, settings, kept)
+
     def _recovery(
         self, data: TokenSource | None, other: TokenSource | None, options: RecoveryOptions
     ) -> tuple[RecoverySettings, RecoveryData]:
         """Return checked options and the text of a recovery."""
+        settings = self._checked(options)
+        self._places |= noted_places(calibration_data=data, evaluation_data=other)
+        given = self._pruned_on() if data is None else data
+        return settings, RecoveryData.read(given, other, self.config, self.tokenizer, ModelLimits.of(self.model))
+
+    def _checked(self, options: RecoveryOptions) -> RecoverySettings:
         settings = RecoverySettings.of(options, self.config.seed)
         check_model(self.model)
         if options.get("resume_from") is not None:
             check_single("`resume_from`", "Leave it out, or start one.")
         check_pruned(self.model)
-        self._places |= noted_places(calibration_data=data, evaluation_data=other)
-        given = self._pruned_on() if data is None else data
-        return settings, RecoveryData.read(given, other, self.config, self.tokenizer, ModelLimits.of(self.model))
+        return settings
+
+    @property
+    def _compared(self) -> Compared:
+        return Compared(self.model, self.tokenizer)
 
     def _base(self, given: str | os.PathLike | PreTrainedModel | None, options: RecoveryOptions) -> PreTrainedModel:
-        pruned = Compared(self.model, self.tokenizer)
-        return load_base(given, pruned, self.base_model, options.get("base_options"))
+        return load_base(given, self._compared, self.base_model, options.get("base_options"))
 
     def _pruned_on(self) -> TokenData | None:
         """Return the samples that the model was pruned on, if they are in memory."""

@@ -52,6 +52,12 @@ def low_rank_updates(model: PreTrainedModel, seed: int) -> Iterator[dict[str, nn
         vars(model).pop("peft_config", None)
 
 
+def update_parameters(model: PreTrainedModel) -> int:
+    """Return how many parameters the updates of a model's FFNs have; its weights are not read."""
+    modules = [module for block in ffn_blocks(model) for module in block.projections.values()]
+    return sum(_RANK * sum(module.get_parameter("weight").shape) for module in modules)
+
+
 def peft_module() -> ModuleType:
     """Return the library.
 
