@@ -93,6 +93,7 @@ class RecoveryMixin:
         state, kept = state_path(options.get("resume_from")), options.get("cache_logits")
         dense: PreTrainedModel | DenseLogits
         if isinstance(base_model, DenseLogits):
+            check_single("`recover` with logits in files", "Start one, or give the dense model itself.")
             dense = base_model
         elif kept is None:
             dense = self._base(base_model, options)
@@ -188,8 +189,9 @@ class RecoveryMixin:
     def _checked(self, options: RecoveryOptions) -> RecoverySettings:
         settings = RecoverySettings.of(options, self.config.seed)
         check_model(self.model)
-        if options.get("resume_from") is not None:
-            check_single("`resume_from`", "Leave it out, or start one.")
+        for name in ("resume_from", "cache_logits"):
+            if options.get(name) is not None:
+                check_single(f"`{name}`", "Leave it out, or start one.")
         check_pruned(self.model)
         return settings
 
