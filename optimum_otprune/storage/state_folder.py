@@ -27,10 +27,10 @@ LOCK_FILE = "state.lock"
 
 _FORMAT = 1
 _NAME = re.compile(
-    r"(layer-[0-9]{5}\.(safetensors|json)|(prepared|samples)\.safetensors|recovered\.json"
+    r"(layer-[0-9]{5}\.(safetensors|json)|(prepared|written|samples)\.safetensors|recovered\.json"
     r"|step-[0-9]{7}(-[0-9]{5}\.safetensors|\.json)|logits-[0-9]{5}\.safetensors)"
 )
-_SUPERSEDED = re.compile(r"step-[0-9]{7}.*")  # files that others take the place of
+_SUPERSEDED = re.compile(r"step-[0-9]{7}.*|written\.safetensors")  # files that others take the place of
 _TEMPORARY = re.compile(r"\.[a-z0-9-]+\.(safetensors|json)\.tmp")
 _LARGEST_JSON = 1 << 26
 
