@@ -10,6 +10,7 @@ from optimum_otprune import OTPruner
 from optimum_otprune.checkpoints import load
 from optimum_otprune.commands import recover as command
 from optimum_otprune.commands.arguments import base_options
+from optimum_otprune.models import training
 from optimum_otprune.pruning.report import PruningReport
 from tests.conftest import make_llama, run_command
 from tests.pruning.recovery.test_recovery import CONFIG
@@ -117,3 +118,11 @@ def test_weights_in_8_bits_are_asked_of_bitsandbytes(arguments, tmp_path, monkey
     assert run_command(*arguments, "-o", tmp_path / "out", "--base-load-in-8bit") == 0
     assert found[0] is None
     assert found[1].load_in_8bit
+
+
+def test_prune_refuses_to_recover_what_cannot_be_trained_before_it_prunes(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training, "is_offloaded", lambda model: True)
+    monkeypatch.setattr(OTPruner, "prune", None)
+    data = ["--calibration-data", tmp_path / "tokens.pt", "--recover", "1k", "--quiet"]
+    assert run_command("prune", tmp_path / "base", "-o", tmp_path / "out", *data) == 1
+    assert "offloaded, so that they cannot be trained" in capsys.readouterr().err
