@@ -8,18 +8,18 @@ from typing import Any, Unpack
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from optimum_otprune.checkpoints.base_model import load_base
 from optimum_otprune.checkpoints.check_loading import as_config, check_loading_options, refuse_loading_options
 from optimum_otprune.checkpoints.dense import dense_reference
 from optimum_otprune.checkpoints.load import hub_id, load_checkpoint, load_skeleton
 from optimum_otprune.checkpoints.mixin import CheckpointMixin
+from optimum_otprune.checkpoints.recovery_mixin import RecoveryMixin
 from optimum_otprune.config.checks import check_count
 from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.config.loading_options import LoadingOptions
 from optimum_otprune.config.options import WRITTEN
-from optimum_otprune.config.recovery_options import RecoveryOptions, RecoverySettings, check_tokens
+from optimum_otprune.config.recovery_options import check_tokens
 from optimum_otprune.models.agreement import DenseOutputs
-from optimum_otprune.models.changes import all_or_nothing, check_pruned, check_whole, dense_model
+from optimum_otprune.models.changes import all_or_nothing, check_whole, dense_model
 from optimum_otprune.models.defaults import BATCH_SIZE, HIDDEN_MEMORY
 from optimum_otprune.models.devices import model_sizes
 from optimum_otprune.models.distributed import check_launch, check_model, check_single
@@ -28,7 +28,6 @@ from optimum_otprune.models.pass_settings import PassSettings
 from optimum_otprune.models.passes import Passes
 from optimum_otprune.models.wrappers import checked_tokenizer, model_in_memory, unwrapped
 from optimum_otprune.pruning.calibration.data import (
-    TokenData,
     TokenSource,
     calibration_tokens,
     evaluation_tokens,
@@ -42,10 +41,6 @@ from optimum_otprune.pruning.fingerprint import run_fingerprint
 from optimum_otprune.pruning.outcome import Origin
 from optimum_otprune.pruning.pipeline import prune_model
 from optimum_otprune.pruning.recipe import Recipe
-from optimum_otprune.pruning.recovery.recover import recover_model
-from optimum_otprune.pruning.recovery.samples import RecoveryData
-from optimum_otprune.pruning.recovery.snapshots import resumable_recovery
-from optimum_otprune.pruning.recovery_report import RecoveryReport
 from optimum_otprune.pruning.report import PruningReport
 from optimum_otprune.pruning.resume import resumable
 from optimum_otprune.pruning.settings import pass_settings
@@ -56,7 +51,7 @@ from optimum_otprune.storage.outputs import noted_places
 from optimum_otprune.storage.state_folder import state_path
 
 
-class OTPruner(SearchMixin, CheckpointMixin):
+class OTPruner(SearchMixin, RecoveryMixin, CheckpointMixin):
     """Prunes the feed-forward layers of a causal language model in place. Make one by `from_pretrained`.
 
     Attributes:
@@ -234,61 +229,6 @@ class OTPruner(SearchMixin, CheckpointMixin):
         self._unsaved_states = () if state is None else ((state, run),)
         self._calibrated_on, self.report = data.tokens, report
         return report
-
-    def recover(
-        self,
-        data: TokenSource | None = None,
-        *,
-        base_model: str | os.PathLike | PreTrainedModel | None = None,
-        heldout_data: TokenSource | None = None,
-        **options: Unpack[RecoveryOptions],
-    ) -> RecoveryReport:
-        """Train the pruned model in place towards the dense model's own predictions; no labels are used.
-
-        It is trained on the given samples and on samples that the dense model writes itself. Some of each are held
-        out, and the weights that are kept are the best on them: on none are they worse than before, beyond noise. If
-        this ends early, by an error or an interruption, the model is what it was before, bit for bit.
-
-        Args:
-            data: What `optimum_otprune.pruning.calibration.data.calibration_tokens` takes; None is what the model was
-                pruned on, or the configuration's dataset where that is not in memory.
-            base_model: The dense model: in memory, or its Hub id or folder; default: where this one was made from.
-            heldout_data: Other text that is held out only, such as a second domain; as `evaluate` takes it.
-            **options: Options of `optimum_otprune.config.recovery_options.RecoveryOptions`, which says what each
-                means, such as `num_tokens`, `trained` and `learning_rate`.
-
-        Returns:
-            The report, also kept in `self.report.recoveries`.
-
-        Raises:
-            ConfigurationError: If an option is wrong, or the dense model is not known.
-            UnsupportedModelError: If the model is not pruned, or offloaded, or was not made from the dense one.
-            CalibrationDataError: If the data cannot be used.
-            NumericalError: If predictions are NaN or infinite.
-            StateError: If `resume_from` is in use, is damaged, or belongs to a run that differs from this one.
-        """
-        settings = RecoverySettings.of(options, self.config.seed)
-        check_single("`recover`", "Start one.")
-        check_pruned(self.model)
-        dense = load_base(base_model, self.model, self.base_model, options.get("base_options"))
-        self._places |= noted_places(calibration_data=data, evaluation_data=heldout_data)
-        given = self._pruned_on() if data is None else data
-        texts = RecoveryData.read(given, heldout_data, self.config, self.tokenizer, self.limits)
-        state = state_path(options.get("resume_from"))
-        run = {} if state is None else texts.fingerprint(self.model, dense, settings)
-        with all_or_nothing(self.model), resumable_recovery(state, run) as store:
-            recovery = recover_model(self.model, dense, texts, settings, store)
-        self._unsaved_states += () if state is None else ((state, run),)
-        recovery = dataclasses.replace(recovery, base_model=hub_id(dense.name_or_path))
-        if self.report is not None:
-            self.report = dataclasses.replace(self.report, recoveries=(*self.report.recoveries, recovery))
-        return recovery
-
-    def _pruned_on(self) -> TokenData | None:
-        """Return the samples that the model was pruned on, if they are in memory."""
-        if self._calibrated_on is None or self.report is None:
-            return None
-        return TokenData(self._calibrated_on, str(self.report.calibration["data"]))
 
     def write_calibration(self, *, max_hidden_memory: int | str = HIDDEN_MEMORY, progress: bool = True) -> Tensor:
         """Let the dense model write `num_samples` calibration samples of `seqlen` tokens, by `seed`.

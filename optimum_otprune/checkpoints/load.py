@@ -14,6 +14,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -95,17 +96,43 @@ def load_checkpoint(name: str, options: LoadingOptions) -> Checkpoint:
         if commit is not None:
             hub["revision"] = commit  # load exactly the verified commit
     _check_repository(name, hub)
-    remote = {"trust_remote_code": bool(options["trust_remote_code"])}
-    placement = part(PlacementOptions, options)
+    remote = _remote(options)
+    placement: dict[str, Any] = {**part(PlacementOptions, options)}
     device = own_device()
     if device is not None and "device_map" not in placement:
         placement["device_map"] = {"": device}  # each of several processes has the model on its own accelerator
+    if options["load_in_8bit"]:
+        placement["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     with _loading(name):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name, **hub, **remote, **placement, use_safetensors=True, output_loading_info=True
         )
     model, info = loaded
     _check_complete(name, info)
+    return _with_files(name, model, hub, remote)
+
+
+def load_without_weights(name: str, options: LoadingOptions) -> tuple[Checkpoint, Skeleton]:
+    """Load all of a model but its weights: as a checkpoint whose model is on the meta device, and as a skeleton.
+
+    Args:
+        name: Hub id or local folder.
+        options: All options of loading, as `check_loading_options` returns them.
+
+    Raises:
+        ModelLoadError: If a file cannot be found or read.
+    """
+    skeleton = load_skeleton(name, options)
+    name, options = _expanded(name, options)
+    return _with_files(name, skeleton.model, part(HubOptions, options), _remote(options)), skeleton
+
+
+def _remote(options: LoadingOptions) -> dict[str, bool]:
+    return {"trust_remote_code": bool(options["trust_remote_code"])}
+
+
+def _with_files(name: str, model: PreTrainedModel, hub: HubOptions, remote: dict[str, bool]) -> Checkpoint:
+    """Return a model with its tokenizer and the files that pruning left beside it."""
     config_file, report_file = (_optional_file(name, file, hub) for file in (CONFIG_FILE, REPORT_FILE))
     report = None if report_file is None else PruningReport.load(report_file)
     return Checkpoint(
@@ -137,7 +164,7 @@ def load_skeleton(name: str, options: LoadingOptions) -> Skeleton:
     with _loading(name):
         _check_source(name, needs_weights=False)
     _check_repository(name, hub)
-    remote = {"trust_remote_code": bool(options["trust_remote_code"])}
+    remote = _remote(options)
     with _loading(name):
         config = AutoConfig.from_pretrained(name, **hub, **remote)
         dtype = _dtype(options["dtype"], config)

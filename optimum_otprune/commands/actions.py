@@ -1,11 +1,7 @@
 """The work of each subcommand."""
 
 import argparse
-import functools
-import io
 import os
-from collections.abc import Callable
-from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
 import safetensors.torch
@@ -29,7 +25,7 @@ from optimum_otprune.commands.checks import CONFIGURATION_KEYS, usage
 from optimum_otprune.commands.compare import run_compare
 from optimum_otprune.commands.demo import run_demo
 from optimum_otprune.commands.reading import calibration_words, protocol, tell_agreement, tell_seen
-from optimum_otprune.commands.terminal import showing_progress
+from optimum_otprune.commands.terminal import main_process_speaks, showing_progress
 from optimum_otprune.config.checks import hidden_memory
 from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.config.loading_options import LoadingOptions
@@ -40,6 +36,7 @@ from optimum_otprune.models.changes import check_dense
 from optimum_otprune.models.devices import weight_bytes
 from optimum_otprune.models.distributed import check_model, check_single, is_main_process, wait_for_all
 from optimum_otprune.models.pass_settings import PassSettings
+from optimum_otprune.models.training import check_trainable
 from optimum_otprune.pruner import OTPruner
 from optimum_otprune.pruning.recovery.snapshots import forget_recovery_if_saved
 from optimum_otprune.pruning.report import REPORT_FILE, PruningReport
@@ -55,19 +52,7 @@ from optimum_otprune.storage.outputs import check_output_folder, output_path
 from optimum_otprune.storage.state_folder import StateFolder
 
 
-def _main_process_speaks(action: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], None]:
-    """Make an action that all processes of a run do together print from the main one alone."""
-
-    @functools.wraps(action)
-    def quiet_elsewhere(args: argparse.Namespace) -> None:
-        is_main = is_main_process()
-        with nullcontext() if is_main else redirect_stdout(io.StringIO()), showing_progress(args.quiet or not is_main):
-            action(args)
-
-    return quiet_elsewhere
-
-
-@_main_process_speaks
+@main_process_speaks
 def prune(args: argparse.Namespace) -> None:
     """Prune a model and save it."""
     spill_path(args.spill_folder)
@@ -114,7 +99,7 @@ def _dry_run(args: argparse.Namespace, config: OTPruningConfig, output: Path) ->
 
 def _was_saved(model: str, output: Path, state: Path, config: OTPruningConfig, recovery: Path | None) -> bool:
     """Return whether an earlier run of this command ended between saving its result and removing its state."""
-    report = _saved_report(output, state)
+    report = saved_report(output, state)
     if report is None:
         return False
     is_same = report.config == config.to_dict() and report.base_model == hub_id(model)
@@ -123,13 +108,7 @@ def _was_saved(model: str, output: Path, state: Path, config: OTPruningConfig, r
     return is_same and forget_if_saved(state, report)
 
 
-def _was_recovered(output: Path, state: Path) -> bool:
-    """Return whether an earlier run of `otprune recover` ended between saving its result and removing its state."""
-    report = _saved_report(output, state)
-    return report is not None and forget_recovery_if_saved(state, report)
-
-
-def _saved_report(output: Path, state: Path) -> PruningReport | None:
+def saved_report(output: Path, state: Path) -> PruningReport | None:
     """Return the report of a complete output beside which a state is left; None where one of them is not there."""
     if not os.path.isdir(state) or not (output / REPORT_FILE).is_file():
         return None
@@ -147,6 +126,8 @@ def _prune_and_save(args: argparse.Namespace, config: OTPruningConfig, output: P
     pruner = OTPruner.from_pretrained(args.model, config, **chosen(args, LoadingOptions))
     check_model(pruner.model)
     check_dense(pruner.model)
+    if args.recover is not None:
+        check_trainable(pruner.model, "ffn")  # rather than when it is pruned
     check_output_folder(output, args.overwrite, weight_bytes(pruner.model))
     wait_for_all()  # all processes check before the first one writes there
     passes = {"batch_size": args.batch_size, "progress": not args.quiet}
@@ -178,28 +159,6 @@ def _prune_and_save(args: argparse.Namespace, config: OTPruningConfig, output: P
     pruner.save_pretrained(output, overwrite=args.overwrite)
     trust = ", trust_remote_code=True" if needs_remote_code(config, report) else ""
     print(f"Saved to {output}. Load it with AutoModelForCausalLM.from_pretrained({str(output)!r}{trust}).")
-
-
-@_main_process_speaks
-def recover(args: argparse.Namespace) -> None:
-    """Train a pruned model towards the dense one and save it."""
-    output, state = output_path(args.output), state_folder(args)
-    check_single("`otprune recover`", "Start one.")
-    recover_folder(output)
-    if state is not None and not args.overwrite and _was_recovered(output, state):
-        print(f"{output} is complete already; what was left of the run is removed.")
-        return
-    check_output_folder(output, args.overwrite)
-    if state is not None:
-        with StateFolder.opened(state):
-            pass  # a folder that cannot be used is an error before a model is loaded
-    pruner = OTPruner.from_pretrained(args.model, **chosen(args, LoadingOptions))
-    check_output_folder(output, args.overwrite, weight_bytes(pruner.model))
-    options = chosen(args, RecoveryOptions)
-    options["progress"], options["resume_from"] = not args.quiet, state
-    print(pruner.recover(args.data, base_model=args.base, heldout_data=args.heldout_data, **options))
-    pruner.save_pretrained(output, overwrite=args.overwrite)
-    print(f"Saved to {output}.")
 
 
 # Trials are printed; lines per layer would hide them.
@@ -245,7 +204,7 @@ def tune(args: argparse.Namespace) -> None:
     print(f"Saved to {output}. Prune with it: otprune prune {args.model} --config {output} -o OUT")
 
 
-@_main_process_speaks
+@main_process_speaks
 def write_calibration(args: argparse.Namespace) -> None:
     """Let a model write calibration samples into a file."""
     config = OTPruningConfig(**given_options(args, SAMPLING))
@@ -258,7 +217,7 @@ def write_calibration(args: argparse.Namespace) -> None:
     )
 
 
-@_main_process_speaks
+@main_process_speaks
 def evaluate(args: argparse.Namespace) -> None:
     """Measure the perplexity of a model."""
     pruner = OTPruner.from_pretrained(args.model, **chosen(args, LoadingOptions))
@@ -275,13 +234,13 @@ def evaluate(args: argparse.Namespace) -> None:
     tell_seen(pruner.report, metrics)
 
 
-@_main_process_speaks
+@main_process_speaks
 def compare(args: argparse.Namespace) -> None:
     """Compare what two models say."""
     run_compare(args)
 
 
-@_main_process_speaks
+@main_process_speaks
 def benchmark(args: argparse.Namespace) -> None:
     """Compare the speed of two models."""
     check_single("`otprune benchmark`", "Start one.")

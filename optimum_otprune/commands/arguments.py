@@ -13,10 +13,12 @@ from optimum_otprune.config.recovery_options import RecoveryOptions
 from optimum_otprune.errors import UsageError
 from optimum_otprune.models.defaults import BATCH_SIZE, HIDDEN_MEMORY
 from optimum_otprune.storage.hub.client import is_hub_id
-from optimum_otprune.storage.hub.options import keywords
-from optimum_otprune.storage.state_folder import default_state_folder
+from optimum_otprune.storage.hub.options import Keyword, keywords
+from optimum_otprune.storage.state_folder import default_logits_folder, default_state_folder
 from optimum_otprune.storage.untrusted import visible, why_no_name
 
+_OF_BASE = ("dtype", "device_map", "revision", "offload_folder", "load_in_8bit")  # loading options that base has, too
+_OF_BOTH = ("token", "cache_dir", "local_files_only", "trust_remote_code")
 SAMPLING = ("num_samples", "seqlen", "seed")  # the options of text that a model writes alone
 DATA_HELP = (
     "Hub dataset name, file (text, JSON, CSV or Parquet, or token ids as .npy, .safetensors or .pt) or folder; "
@@ -131,13 +133,32 @@ def add_options(group: argparse._ActionsContainer, options: Callable[..., Any], 
         options: The `TypedDict` that holds them.
         without: Names of options that the command does not have.
     """
-    for name, (kind, about, _) in keywords(options).items():
-        if not about.is_flag or name in without:
-            continue
-        default = "" if about.default in (None, False) else f" (default: {about.default})"
-        argument: dict[str, Any] = {"default": about.default, "help": about.help + default}
-        argument |= {"action": "store_true"} if kind is bool else {"type": kind, "metavar": about.metavar}
-        group.add_argument(f"--{name.replace('_', '-')}", **argument)
+    for name, known in keywords(options).items():
+        if known.about.is_flag and name not in without:
+            default = known.about.default
+            text = known.about.help + ("" if default in (None, False) else f" (default: {default})")
+            group.add_argument(f"--{name.replace('_', '-')}", **_flag(known, text, default))
+
+
+def _flag(known: Keyword, text: str, default: object) -> dict[str, Any]:
+    shape = {"action": "store_true"} if known.kind is bool else {"type": known.kind, "metavar": known.about.metavar}
+    return {"default": default, "help": text, **shape}
+
+
+def _add_base_options(group: argparse._ActionsContainer) -> None:
+    """Add the options of loading the dense model where they may differ from those of the pruned one."""
+    for name in _OF_BASE:
+        known = keywords(LoadingOptions)[name]
+        text = f"of the dense model: {known.about.help}"
+        group.add_argument(f"--base-{name.replace('_', '-')}", **_flag(known, text, None))
+
+
+def base_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of loading the dense model beside a pruned one, which shares some of them with it."""
+    own = {name: getattr(args, f"base_{name}") for name in _OF_BASE}
+    if own["device_map"] is None:
+        own["device_map"] = args.device_map
+    return {**own, **{name: getattr(args, name) for name in _OF_BOTH}}
 
 
 def chosen(args: argparse.Namespace, options: Callable[..., T]) -> T:
@@ -242,9 +263,31 @@ def add_recovery_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--base", metavar="MODEL", help="the dense model: Hub id or folder (default: the one that the report names)"
     )
+    _add_base_options(group)
     group.add_argument("--data", metavar="DATA", help=f"what to train on: {DATA_HELP}")
     group.add_argument("--heldout-data", metavar="DATA", help="other text, which is held out only")
     add_options(group, RecoveryOptions)
+    group.add_argument(
+        "--cache-logits",
+        nargs="?",
+        const="",
+        metavar="DIR",
+        help="first write the dense model's largest logits into DIR, so that both models are not in memory together "
+        "(default: a hidden folder beside OUT, which is removed at the end)",
+    )
+    group.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print in seconds what would be done, with expected memory, disk and time; no weights are read",
+    )
+
+
+def logits_folder(args: argparse.Namespace) -> Path | None:
+    """Return where `--cache-logits` keeps the dense model's logits, or None without it."""
+    if args.cache_logits is None:
+        return None
+    given = Path(os.path.expanduser(args.cache_logits))
+    return given if args.cache_logits else default_logits_folder(Path(os.path.expanduser(args.output)))
 
 
 def recovery_state_folder(args: argparse.Namespace) -> Path | None:
@@ -285,6 +328,12 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 def add_saved_folder(parser: argparse.ArgumentParser) -> None:
     """Add the folder of a command that takes what `otprune prune` wrote."""
     parser.add_argument("folder", metavar="OUT", help="folder that `otprune prune` wrote")
+
+
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    """Add the output of a command that saves a model."""
+    parser.add_argument("-o", "--output", required=True, metavar="OUT", help="folder to write; must be new or empty")
+    add_overwrite_option(parser)
 
 
 def add_overwrite_option(parser: argparse.ArgumentParser) -> None:

@@ -7,7 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from optimum_otprune.commands.arguments import SAMPLING, chosen, config_options, given_options, state_folder
+from optimum_otprune.commands.arguments import (
+    SAMPLING,
+    chosen,
+    config_options,
+    given_options,
+    logits_folder,
+    state_folder,
+)
 from optimum_otprune.config.checks import check_count, check_option, check_size
 from optimum_otprune.config.options import BUDGET_FIELDS, OPTIONS_BY_NAME
 from optimum_otprune.config.recovery_options import RecoveryOptions, RecoverySettings
@@ -94,7 +101,8 @@ def recover(args: argparse.Namespace) -> None:
         offload_folder=args.offload_folder,
     )
     check_place(output, places)
-    if state is None or args.overwrite:  # otherwise it may be the result of an earlier run
+    check_place(output, noted_places(logits=logits_folder(args), offload_folder=args.base_offload_folder))
+    if state is None or args.overwrite or args.dry_run:  # otherwise it may be the result of an earlier run
         check_output_folder(output, args.overwrite)
 
 

@@ -21,6 +21,7 @@ from optimum_otprune.commands.arguments import (
     add_model_options,
     add_option,
     add_options,
+    add_output_options,
     add_overwrite_option,
     add_recover_option,
     add_recovery_options,
@@ -112,10 +113,7 @@ class PruneCommand(_Command):
     def parse_args(parser: argparse.ArgumentParser) -> None:
         """Options."""
         add_model_options(parser)
-        parser.add_argument(
-            "-o", "--output", required=True, metavar="OUT", help="folder to write; must be new or empty"
-        )
-        add_overwrite_option(parser)
+        add_output_options(parser)
         parser.add_argument(
             "--push-to-hub", metavar="REPO", help="also push the result there; checked before the model is loaded"
         )
@@ -141,6 +139,7 @@ class PruneCommand(_Command):
 class RecoverCommand(_Command):
     """`otprune recover`."""
 
+    actions = "optimum_otprune.commands.recover"
     lost = "Nothing of it was kept; with `--resume`, the weights so far are, and the same command goes on."
     kept = "The weights so far are"
 
@@ -148,10 +147,7 @@ class RecoverCommand(_Command):
     def parse_args(parser: argparse.ArgumentParser) -> None:
         """Options."""
         add_model_options(parser)
-        parser.add_argument(
-            "-o", "--output", required=True, metavar="OUT", help="folder to write; must be new or empty"
-        )
-        add_overwrite_option(parser)
+        add_output_options(parser)
         add_recovery_options(parser)
         add_resume_option(parser, "the weights so far")
         add_run_options(parser)

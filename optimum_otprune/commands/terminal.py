@@ -1,14 +1,18 @@
 """Messages on standard error while a command runs; afterwards, the settings of the process are restored."""
 
+import argparse
+import functools
+import io
 import logging
 import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
 
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
 from transformers.utils import logging as transformers_logging
 
 from optimum_otprune.commands.speaking import VisibleFormatter
+from optimum_otprune.models.distributed import is_main_process
 
 
 @contextmanager
@@ -53,3 +57,19 @@ def _no_bars() -> Iterator[None]:
                 transformers_logging.enable_progress_bar()
             if is_hub_off:
                 disable_progress_bars()
+
+
+def main_process_speaks(action: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], None]:
+    """Make an action that all processes of a run do together print from the main one alone.
+
+    Args:
+        action: The work of a command.
+    """
+
+    @functools.wraps(action)
+    def quiet_elsewhere(args: argparse.Namespace) -> None:
+        is_main = is_main_process()
+        with nullcontext() if is_main else redirect_stdout(io.StringIO()), showing_progress(args.quiet or not is_main):
+            action(args)
+
+    return quiet_elsewhere

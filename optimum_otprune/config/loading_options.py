@@ -29,6 +29,15 @@ class LoadingOptions(PlacementOptions, HubOptions, total=False):
     """The options of loading a model."""
 
     trust_remote_code: Annotated[bool, About(False, "run modeling code from the repository")]
+    load_in_8bit: Annotated[
+        bool,
+        About(
+            False,
+            "load the weights in 8 bits, which needs bitsandbytes: for a dense model that another one is measured "
+            "against or trained towards, not for one that is pruned",
+            is_flag=False,
+        ),
+    ]
     verify: Annotated[
         bool,
         About(

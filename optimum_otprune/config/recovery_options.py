@@ -50,6 +50,17 @@ class RecoveryOptions(TypedDict, total=False):
         str | os.PathLike[str] | None,
         About(None, "folder that keeps where the training is until the model is saved", None, False),
     ]
+    cache_logits: Annotated[
+        str | os.PathLike[str] | None,
+        About(
+            None,
+            "folder for the dense model's largest logits, which are written before the training begins, so that the "
+            "dense model is not in memory with it",
+            None,
+            False,
+        ),
+    ]
+    logits_per_token: Annotated[int, About(64, "logits of each token in that folder", "N")]
     progress: Annotated[bool, About(True, "show progress bars", None, False)]
 
 
@@ -67,6 +78,7 @@ class RecoverySettings:
         batch_size: The most samples of a forward pass.
         gradient_checkpointing: Whether the inside of each block is computed twice.
         progress: Whether to show progress bars.
+        logits_per_token: Number of the dense model's logits that are written for each token, if they are.
     """
 
     num_tokens: int
@@ -78,6 +90,7 @@ class RecoverySettings:
     batch_size: int
     gradient_checkpointing: bool
     progress: bool
+    logits_per_token: int
 
     @classmethod
     def of(cls, given: Mapping[str, object], seed: int) -> "RecoverySettings":
@@ -113,6 +126,7 @@ class RecoverySettings:
             check_count("batch_size", options["batch_size"]),
             options["gradient_checkpointing"],
             options["progress"],
+            check_count("logits_per_token", options["logits_per_token"]),
         )
 
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from optimum_otprune.errors import ConfigurationError, NumericalError, UnsupportedModelError
+from optimum_otprune.functional.distillation import Divergence, divergence
 from optimum_otprune.models.block_runner import BlockRunner, input_device, vocabulary_size
 from optimum_otprune.models.changes import is_pruned
 from optimum_otprune.models.defaults import HIDDEN_MEMORY
@@ -25,7 +26,6 @@ from optimum_otprune.models.perplexity import (
     Perplexity,
     corpus_perplexity,
     evaluate_perplexity,
-    positions_together,
     windows_together,
 )
 from optimum_otprune.models.prunable_model import PrunableModel
@@ -143,22 +143,6 @@ class Evaluation(Perplexity, total=False):
     agreement: float
 
 
-class _WindowSums(NamedTuple):
-    """Sums over the predicted tokens of one window.
-
-    Attributes:
-        nll: Negative log-likelihood by the model, in nats.
-        dense_nll: The same by the dense model.
-        kl: KL(dense || model), in nats.
-        agreed: The number of tokens for which both find the same token most likely.
-    """
-
-    nll: float
-    dense_nll: float
-    kl: float
-    agreed: int
-
-
 def evaluate_model(
     model: PreTrainedModel,
     dense: PreTrainedModel | DenseOutputs | None,
@@ -218,24 +202,24 @@ def _evaluate_against(
     # Logits of both models are there at the same time.
     together = windows_together(batch_size, seqlen, 2 * vocabulary_size(model), model.dtype.itemsize)
     batches = tokens[own_samples(len(tokens), 1)].split(together)
-    found: list[_WindowSums] = []
+    found: list[Divergence] = []
     for batch in tqdm(batches, desc="Comparing", unit="batch", disable=not progress):
         found += _batch_sums(
             dense_logits(len(found), batch), model(input_ids=batch.to(device), use_cache=False).logits, batch
         )
     sums = [window for part in gathered(found) for window in part]
     metrics = corpus_perplexity(model, tokens, [window.nll for window in sums])
-    dense = corpus_perplexity(model, tokens, [window.dense_nll for window in sums])
+    teacher = corpus_perplexity(model, tokens, [window.teacher_nll for window in sums])
     return Evaluation(
         **metrics,
-        dense_perplexity=dense["perplexity"],
+        dense_perplexity=teacher["perplexity"],
         # Rounding may leave a mean below zero where the models hardly differ.
         kl=max(0.0, math.fsum(window.kl for window in sums) / metrics["num_tokens"]),
-        agreement=sum(window.agreed for window in sums) / metrics["num_tokens"],
+        agreement=sum(window.agreement for window in sums) / metrics["num_tokens"],
     )
 
 
-def _batch_sums(dense_logits: Tensor, logits: Tensor, batch: Tensor) -> list[_WindowSums]:
+def _batch_sums(dense_logits: Tensor, logits: Tensor, batch: Tensor) -> list[Divergence]:
     """Return the sums of each window of a batch.
 
     Args:
@@ -246,40 +230,11 @@ def _batch_sums(dense_logits: Tensor, logits: Tensor, batch: Tensor) -> list[_Wi
     Raises:
         NumericalError: If a log-likelihood is NaN.
     """
-    found = [_window_sums(*window) for window in zip(dense_logits, logits, batch)]
-    for name, nll in (("dense model", "dense_nll"), ("model", "nll")):
-        if any(math.isnan(getattr(window, nll)) for window in found):
+    targets = batch[:, 1:].to(logits.device)
+    found = [divergence(dense[:-1], own[:-1], ids) for dense, own, ids in zip(dense_logits, logits, targets)]
+    for name, field in (("dense model", "teacher_nll"), ("model", "nll")):
+        if any(math.isnan(getattr(window, field)) for window in found):
             raise NumericalError(
                 f"The {name}'s log-likelihoods are NaN: its weights are damaged or its dtype overflowed."
             )
     return found
-
-
-def _window_sums(dense_logits: Tensor, logits: Tensor, window: Tensor) -> _WindowSums:
-    targets = window[1:].to(logits.device)
-    positions = positions_together(logits.shape[-1])
-    parts = zip(dense_logits[:-1].split(positions), logits[:-1].split(positions), targets.split(positions))
-    sums = [_chunk_sums(dense.to(logits.device), own, ids) for dense, own, ids in parts]
-    nll, dense_nll, kl, agreed = torch.stack(sums).sum(0).tolist()
-    return _WindowSums(nll, dense_nll, kl, int(agreed))
-
-
-def _chunk_sums(dense_logits: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the entries of `_WindowSums` for some positions, float64 `(4,)`.
-
-    Args:
-        dense_logits: The dense model's logits, `(positions, vocab_size)`.
-        logits: The model's logits, the same.
-        targets: The tokens that follow, LongTensor `(positions,)`.
-    """
-    dense_logprobs, logprobs = dense_logits.float().log_softmax(-1), logits.float().log_softmax(-1)
-    probabilities = dense_logprobs.exp()
-    # A token that the dense model rules out adds nothing, and -inf times 0 would be NaN.
-    kl = torch.where(probabilities > 0, probabilities * (dense_logprobs - logprobs), 0.0)
-    sums = (
-        -logprobs.gather(1, targets[:, None]),
-        -dense_logprobs.gather(1, targets[:, None]),
-        kl.sum(-1),
-        dense_logits.argmax(-1) == logits.argmax(-1),
-    )
-    return torch.stack([entries.double().sum() for entries in sums])

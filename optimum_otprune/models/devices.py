@@ -164,7 +164,7 @@ def is_spread(model: PreTrainedModel) -> bool:
     return len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1 or is_offloaded(model)
 
 
-def is_offloaded(model: PreTrainedModel) -> bool:
+def is_offloaded(model: nn.Module) -> bool:
     """Return whether weights are loaded each time a module runs."""
     return any(has_offloaded_params(module) for module in model.modules())
 

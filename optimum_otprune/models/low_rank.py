@@ -33,7 +33,7 @@ def low_rank_updates(model: PreTrainedModel, seed: int) -> Iterator[dict[str, nn
     Raises:
         MissingExtraError: If peft is not installed.
     """
-    peft = _peft()
+    peft = peft_module()
     names = {id(module): name for name, module in model.named_modules()}
     targets = [names[id(module)] for block in ffn_blocks(model) for module in block.projections.values()]
     settings = peft.LoraConfig(
@@ -52,7 +52,18 @@ def low_rank_updates(model: PreTrainedModel, seed: int) -> Iterator[dict[str, nn
         vars(model).pop("peft_config", None)
 
 
-def _peft() -> ModuleType:
+def update_parameters(model: PreTrainedModel) -> int:
+    """Return how many parameters the updates of a model's FFNs have; its weights are not read."""
+    modules = [module for block in ffn_blocks(model) for module in block.projections.values()]
+    return sum(_RANK * sum(module.get_parameter("weight").shape) for module in modules)
+
+
+def peft_module() -> ModuleType:
+    """Return the library.
+
+    Raises:
+        MissingExtraError: If it is not installed.
+    """
     try:
         import peft
     except ImportError as error:

@@ -17,12 +17,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from optimum_otprune.errors import NumericalError
+from optimum_otprune.functional.distillation import CHUNK_BYTES, positions_together
 from optimum_otprune.models.block_runner import input_device, vocabulary_size
 from optimum_otprune.models.defaults import BATCH_SIZE
 from optimum_otprune.models.distributed import gathered, own_samples
 
 _LOGIT_BYTES = 2**28  # of one forward pass, as far as whole windows allow
-_CHUNK_BYTES = 2**25  # bytes of log-probabilities at a time
 _CHUNKS = 6  # that many at once, where two models are compared
 _FLOAT32_BYTES = 4
 _LARGEST_EXPONENT = 700  # nats; `math.exp` overflows from 710 on
@@ -160,15 +160,6 @@ def windows_together(batch_size: int, seqlen: int, vocab_size: int, element_size
     return max(1, min(batch_size, _LOGIT_BYTES // (seqlen * vocab_size * element_size)))
 
 
-def positions_together(vocab_size: int) -> int:
-    """Return how many positions' log-probabilities are computed at a time: they take 34 MB, or are those of one.
-
-    Args:
-        vocab_size: Number of logits of a token.
-    """
-    return max(1, _CHUNK_BYTES // (_FLOAT32_BYTES * vocab_size))
-
-
 def evaluation_bytes(batch_size: int, seqlen: int, vocab_size: int, element_size: int) -> int:
     """Return the bytes that logits and log-probabilities take where a model is compared with the dense one.
 
@@ -180,7 +171,7 @@ def evaluation_bytes(batch_size: int, seqlen: int, vocab_size: int, element_size
     """
     of_both = 2 * vocab_size
     windows = windows_together(batch_size, seqlen, of_both, element_size)
-    return windows * seqlen * of_both * element_size + _CHUNKS * _CHUNK_BYTES
+    return windows * seqlen * of_both * element_size + _CHUNKS * CHUNK_BYTES
 
 
 def _summed_nll(logits: Tensor, batch: Tensor) -> Tensor:

@@ -10,14 +10,16 @@ from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, is_initialized
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from optimum_otprune.errors import UnsupportedModelError
-from optimum_otprune.models.devices import is_offloaded, multiplies_bfloat16
+from optimum_otprune.models.devices import execution_device, is_offloaded, multiplies_bfloat16
+from optimum_otprune.models.distributed import summed
 from optimum_otprune.models.ffn_block import ffn_blocks
-from optimum_otprune.models.low_rank import low_rank_updates
+from optimum_otprune.models.low_rank import low_rank_updates, peft_module
 
 
 class TrainedWeights(NamedTuple):
@@ -30,6 +32,26 @@ class TrainedWeights(NamedTuple):
 
     weights: dict[str, nn.Parameter]
     start: Mapping[str, Tensor]
+
+
+def check_trainable(model: PreTrainedModel, which: str) -> None:
+    """Raise an error if a model cannot be trained.
+
+    Args:
+        model: The model.
+        which: What is to be trained, as in `training`.
+
+    Raises:
+        UnsupportedModelError: If the model's weights are offloaded.
+        MissingExtraError: If `"lora"` is asked for, and peft is not installed.
+    """
+    if is_offloaded(model):
+        raise UnsupportedModelError(
+            "Weights of the model are offloaded, so that they cannot be trained. Load the pruned model where it fits "
+            "whole, or give device_map='auto' with enough memory on the GPUs; the dense model may be offloaded."
+        )
+    if which == "lora":
+        peft_module()
 
 
 @contextmanager
@@ -48,7 +70,7 @@ def training(model: PreTrainedModel, which: str, seed: int) -> Iterator[TrainedW
         UnsupportedModelError: If the model's weights are offloaded, or it has no known FFN.
         MissingExtraError: If `"lora"` is asked for, and peft is not installed.
     """
-    weights = trained_weights(model, "ffn" if which == "lora" else which)
+    weights = trained_weights(model, which)
     if which != "lora":
         with trained_copies(model, weights) as copies:
             yield TrainedWeights(copies, weights)
@@ -62,16 +84,12 @@ def trained_weights(model: PreTrainedModel, which: str) -> dict[str, nn.Paramete
 
     Args:
         model: The model, pruned.
-        which: `"ffn"` for all weights and biases of the FFNs, `"all"` for every weight of the model.
+        which: What is trained, as in `training`; low-rank updates change the FFNs' weights.
 
     Raises:
         UnsupportedModelError: If the model's weights are offloaded, or it has no known FFN.
     """
-    if is_offloaded(model):
-        raise UnsupportedModelError(
-            "Weights of the model are offloaded, so that they cannot be trained. Load the pruned model where it fits "
-            "whole, or give device_map='auto' with enough memory on the GPUs; the dense model may be offloaded."
-        )
+    check_trainable(model, which)
     every = dict(model.named_parameters())
     if which == "all":
         return every
@@ -118,6 +136,16 @@ def trained_copies(
             part.requires_grad_(is_needed)
 
 
+def put_back(model: PreTrainedModel, weights: Mapping[str, nn.Parameter]) -> None:
+    """Give a model parameters that it had before, shared ones in each of their places.
+
+    Args:
+        model: The model.
+        weights: The parameters by name.
+    """
+    _exchange(model, {id(model.get_parameter(name)): part for name, part in weights.items()})
+
+
 def _exchange(model: PreTrainedModel, by_id: Mapping[int, nn.Parameter]) -> None:
     """Replace parameters wherever they are, shared ones in each of their places."""
     for module in model.modules():
@@ -153,7 +181,7 @@ def computing(model: PreTrainedModel) -> AbstractContextManager:
 
     Elsewhere only a model of 16 bits does, since the weights that are trained are float32 and the others are not.
     """
-    device = next(model.parameters()).device
+    device = execution_device(model)
     is_small = model.dtype.itemsize < torch.float32.itemsize
     return torch.autocast(device.type, torch.bfloat16, enabled=is_small or multiplies_bfloat16(device))
 
@@ -161,23 +189,26 @@ def computing(model: PreTrainedModel) -> AbstractContextManager:
 class Stepper:
     """Steps of an optimizer over batches that are cut into parts, run by accelerate.
 
+    Each of several processes adds the gradients of its own parts, and takes the same step.
+
     Args:
         model: The model.
         optimizer: The optimizer of its weights.
-        parts: Number of parts of each batch.
+        parts: Number of parts of each batch, of this process.
     """
 
     def __init__(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer, parts: int):
+        self._is_first = not is_initialized()
         self._accelerator = Accelerator(
             gradient_accumulation_steps=parts,
-            mixed_precision="no",
+            mixed_precision="no" if self._is_first else None,  # the process may have chosen another one before
             device_placement=False,
             cpu=not torch.accelerator.is_available(),
         )
-        self._parts = parts
-        self._model, self._optimizer = self._accelerator.prepare(model, optimizer)
+        self._parts, self._model = parts, model
+        self._optimizer = self._accelerator.prepare_optimizer(optimizer)
 
-    def add(self, loss: Tensor, weights: Iterable[Tensor], most: float) -> None:
+    def add(self, loss: Tensor, weights: Iterable[nn.Parameter], most: float) -> None:
         """Add the gradients of one part; after the last one of a batch take a step.
 
         Args:
@@ -188,11 +219,14 @@ class Stepper:
         with self._accelerator.accumulate(self._model):
             self._accelerator.backward(loss * self._parts)  # which divides by their number
             if self._accelerator.sync_gradients:
+                for weight in weights:
+                    weight.grad = None if weight.grad is None else summed(weight.grad)
                 self._accelerator.clip_grad_norm_(weights, most)
             self._optimizer.step()
             self._optimizer.zero_grad()
 
     def end(self) -> None:
-        """Let go of the model, which keeps no mark of accelerate."""
+        """Let go of the optimizer; the process may choose how accelerate computes afterwards."""
         self._accelerator.free_memory()
-        vars(self._model).pop("_is_accelerate_prepared", None)
+        if self._is_first:
+            AcceleratorState._reset_state()

@@ -8,12 +8,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from optimum_otprune.models.block_runner import input_device
 from optimum_otprune.models.devices import read_parameter
 from optimum_otprune.pruning.recipe import Recipe
 from optimum_otprune.pruning.versions import versions
 from optimum_otprune.storage.untrusted import visible
 
 _SHOWN = 60
+_NO_BITS = (
+    "progress",
+    "logits_per_token",
+)  # options of recovery; the dense model's facts say how many
 
 
 def model_digest(model: PreTrainedModel) -> str:
@@ -72,24 +77,46 @@ def _surroundings(model: PreTrainedModel) -> dict[str, object]:
     }
 
 
+def dense_fingerprint(dense: PreTrainedModel) -> dict[str, object]:
+    """Return everything of the dense model that its predictions depend on, JSON-ready."""
+    return {
+        "dense model": model_digest(dense),
+        "data type of the dense model": str(dense.dtype).removeprefix("torch."),
+        "device type of the dense model": input_device(dense).type,
+    }
+
+
 def recovery_fingerprint(
-    model: PreTrainedModel, dense: PreTrainedModel, texts: Sequence[Tensor], settings: Mapping[str, object]
+    model: PreTrainedModel, dense: Mapping[str, object], texts: Sequence[Tensor], settings: Mapping[str, object]
 ) -> dict[str, object]:
     """Return everything that the bits of a recovery's result depend on, JSON-ready.
 
     Args:
         model: The pruned model.
-        dense: The dense model.
+        dense: The fingerprint of the dense model, or of what was kept of its predictions.
         texts: The given samples, and other text if there is any, LongTensors `(num_samples, seqlen)`.
         settings: The options by name.
     """
-    values = {
-        **_surroundings(model),
-        "dense model": model_digest(dense),
-        "data type of the dense model": str(dense.dtype).removeprefix("torch."),
-        **dict(zip(("calibration samples", "other text"), (tensors_digest([tokens]) for tokens in texts))),
-        **{f"`{name}` of recovery": value for name, value in settings.items() if name != "progress"},
-    }
+    counted = {name: value for name, value in settings.items() if name not in _NO_BITS}
+    return _json({**_surroundings(model), **logits_fingerprint(dense, texts, counted)})
+
+
+def logits_fingerprint(
+    dense: Mapping[str, object], texts: Sequence[Tensor], settings: Mapping[str, object]
+) -> dict[str, object]:
+    """Return everything that samples, and the dense model's predictions of them, depend on, JSON-ready.
+
+    Args:
+        dense: The fingerprint of the dense model, and how many of its logits are kept.
+        texts: The given samples, and other text if there is any, LongTensors `(num_samples, seqlen)`.
+        settings: The options that decide the samples, by name.
+    """
+    digests = (tensors_digest([tokens]) for tokens in texts)
+    options = {f"`{name}` of recovery": value for name, value in settings.items()}
+    return _json({**dense, **dict(zip(("calibration samples", "other text"), digests)), **options})
+
+
+def _json(values: Mapping[str, object]) -> dict[str, object]:
     return json.loads(json.dumps(values))
 
 

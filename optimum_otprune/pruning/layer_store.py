@@ -11,11 +11,12 @@ from torch import Tensor
 
 from optimum_otprune.errors import ReportError, StateError, warn_user
 from optimum_otprune.functional.ffn import FFNWeights
-from optimum_otprune.pruning.preparation import Expected, Prepared, from_tensors, to_tensors
+from optimum_otprune.pruning.preparation import Expected, Prepared, WrittenText, from_tensors, to_tensors
 from optimum_otprune.pruning.report import LayerReport
 from optimum_otprune.storage.state_folder import StateFolder, strict_json
 
-PREPARED_FILE = "prepared.safetensors"
+PREPARED_FILE, WRITTEN_FILE = "prepared.safetensors", "written.safetensors"
+_WRITTEN = "input_ids"
 
 
 class FinishedLayer(NamedTuple):
@@ -37,6 +38,10 @@ class LayerStore(Protocol):
         """Return the preparation of an earlier run, or make it now."""
         ...
 
+    def written(self, make: Callable[[], Tensor], text: WrittenText) -> Tensor:
+        """Return the samples that the model wrote in an earlier run, or let it write them now."""
+        ...
+
     def finished(self, layer: int, dense: FFNWeights, width: int) -> FinishedLayer | None:
         """Return a layer that was pruned to this width before, or None."""
         ...
@@ -53,12 +58,29 @@ class NoStore:
         """Make the preparation, which is not kept."""
         return make()
 
+    def written(self, make: Callable[[], Tensor], text: WrittenText) -> Tensor:
+        """Let the model write; the samples are not kept."""
+        return make()
+
     def finished(self, layer: int, dense: FFNWeights, width: int) -> FinishedLayer | None:
         """Return None, since no layer is kept."""
         return None
 
     def save(self, finished: FinishedLayer) -> None:
         """Do nothing."""
+
+
+class WrittenOnce(NoStore):
+    """Keeps, in memory, nothing but what the dense model wrote, for several runs from the same model."""
+
+    def __init__(self) -> None:
+        self._texts: dict[WrittenText, Tensor] = {}
+
+    def written(self, make: Callable[[], Tensor], text: WrittenText) -> Tensor:
+        """Return the samples of an earlier run, or let the model write them now."""
+        if text not in self._texts:
+            self._texts[text] = make()
+        return self._texts[text]
 
 
 class FolderStore:
@@ -79,7 +101,21 @@ class FolderStore:
             except StateError as error:
                 _warn(f"The file {PREPARED_FILE!r} of the interrupted run is damaged and made again", error)
         made = make()
-        self._state.write({PREPARED_FILE: to_blob(to_tensors(made))})
+        self._state.write({PREPARED_FILE: to_blob(to_tensors(made))}, instead_of=(WRITTEN_FILE,))  # which it contains
+        return made
+
+    def written(self, make: Callable[[], Tensor], text: WrittenText) -> Tensor:
+        """Return the samples in the folder, or let the model write them and put them there."""
+        if WRITTEN_FILE in self._state.names:
+            try:
+                found = from_blob(self._state.read(WRITTEN_FILE)).get(_WRITTEN)
+                if found is None or not text.fits(found):
+                    raise StateError(f"{WRITTEN_FILE!r} holds other samples than this run writes.")
+                return found
+            except StateError as error:
+                _warn("Samples that the model wrote in the interrupted run are damaged and written again", error)
+        made = make()
+        self._state.write({WRITTEN_FILE: to_blob({_WRITTEN: made})})
         return made
 
     def finished(self, layer: int, dense: FFNWeights, width: int) -> FinishedLayer | None:

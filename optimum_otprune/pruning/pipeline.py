@@ -67,7 +67,7 @@ def prune_model(
     passes = probe.of(tokens)
     with unchunked(model), large_blocks_returned(is_offloaded(model)):
         prepared = store.prepared(
-            lambda: prepare(passes, widths, recipe, num_written),
+            lambda: prepare(passes, widths, recipe, num_written, store.written),
             lambda: Expected.of(
                 (block.read() for block in blocks), tokens, recipe.needs_gradients, recipe.weighs_errors
             ),

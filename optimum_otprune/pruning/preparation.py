@@ -1,6 +1,6 @@
 """The passes of the whole dense model before any layer is pruned, and their results as named tensors."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -132,7 +132,28 @@ def _scores(tensors: Mapping[str, Tensor], layer: int) -> GradientScores:
     return GradientScores(**parts)
 
 
-def prepare(passes: Passes, widths: list[int], recipe: Recipe, num_written: int) -> Prepared:
+class WrittenText(NamedTuple):
+    """What samples that the model writes depend on beside the model.
+
+    Attributes:
+        num_samples: Number of samples.
+        seqlen: Number of tokens of each.
+        seed: Seed of what is written.
+    """
+
+    num_samples: int
+    seqlen: int
+    seed: int
+
+    def fits(self, tokens: Tensor) -> bool:
+        """Return whether tokens have the right shape and kind."""
+        return tuple(tokens.shape) == (self.num_samples, self.seqlen) and tokens.dtype == torch.int64
+
+
+Keep = Callable[[Callable[[], Tensor], WrittenText], Tensor]  # returns what an earlier call kept, or makes it
+
+
+def prepare(passes: Passes, widths: list[int], recipe: Recipe, num_written: int, keep: Keep) -> Prepared:
     """Compute gradients, widths and samples with the whole dense model, before its first layer is pruned.
 
     Args:
@@ -140,9 +161,10 @@ def prepare(passes: Passes, widths: list[int], recipe: Recipe, num_written: int)
         widths: Channels of each layer after pruning, from `plan_widths`.
         recipe: The configuration with its functions.
         num_written: Number of samples that the model writes itself.
+        keep: A function that keeps them before anything else is asked.
     """
     config = recipe.config
-    samples = _samples(passes, config, num_written)
+    samples = _samples(passes, config, num_written, keep)
     passes = passes.of(samples.tokens)
     asked = Asked(recipe.needs_gradients, recipe.needs_moments)
     batch_size = config.score_batch_size
@@ -157,12 +179,14 @@ def prepare(passes: Passes, widths: list[int], recipe: Recipe, num_written: int)
     return Prepared(widths, samples, found.scores, found.moments if recipe.weighs_errors else None)
 
 
-def _samples(passes: Passes, config: OTPruningConfig, num_written: int) -> Samples:
+def _samples(passes: Passes, config: OTPruningConfig, num_written: int, keep: Keep) -> Samples:
     """Return the given samples, and those that the model writes after them; some of each are held out."""
     samples = Samples.split(passes.tokens, config.holdout_share, config.seed)
     if not num_written:
         return samples
     # Given samples may be those that the model writes by the seed itself, see `samples_alone`.
     seed = seed_of(config.seed, _WRITTEN_TOO) if len(passes.tokens) else config.seed
-    written = from_main(written_samples(passes, num_written, seed))  # others may have rounded differently
+    text = WrittenText(num_written, passes.tokens.shape[1], seed)
+    # Other processes may have rounded differently.
+    written = from_main(keep(lambda: written_samples(passes, num_written, seed), text))
     return samples.followed_by(Samples.split(written, config.holdout_share, seed_of(config.seed, 1)))

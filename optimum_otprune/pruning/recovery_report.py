@@ -83,6 +83,8 @@ class RecoveryReport:
         samples: Number of different samples to train on, `"given"` and `"written"` by the dense model.
         heldout: What was measured on held-out tokens of each kind.
         base_model: Hub id of the dense model, or None.
+        logits_per_token: Number of the dense model's logits that were known of each token, all others counting as one;
+            None for all.
     """
 
     trained: str
@@ -99,6 +101,7 @@ class RecoveryReport:
     samples: Mapping[str, int]
     heldout: tuple[HeldoutPart, ...]
     base_model: str | None = None
+    logits_per_token: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report JSON-ready."""
@@ -120,6 +123,8 @@ class RecoveryReport:
         Raises:
             ReportError: If an entry is missing, of another kind, or out of range.
         """
+        if isinstance(values, Mapping):
+            values = {"logits_per_token": None, **values}  # all, where an earlier report says nothing
         found = known_entries(values, [field.name for field in dataclasses.fields(cls)], where, unknown)
         check_entry(f"{where}.heldout", found["heldout"], (list, tuple))
         if len(found["heldout"]) > _MOST_PARTS:
@@ -155,6 +160,8 @@ class RecoveryReport:
             check_entry(f"{where}.{name}", getattr(self, name), float, 0, is_finite)
         if self.base_model is not None:
             check_entry(f"{where}.base_model", self.base_model, str)
+        if self.logits_per_token is not None:
+            check_entry(f"{where}.logits_per_token", self.logits_per_token, int, 1)
         check_entry(f"{where}.samples", self.samples, Mapping)
         for name, count in self.samples.items():
             check_entry(f"{where}.samples", name, str)
@@ -174,6 +181,8 @@ class RecoveryReport:
             f"  Trained: {self.trained} ({self.trained_parameters:,} weights), {self.num_tokens:,} tokens in "
             f"{self.steps:,} steps, {kept}, {self.seconds:,.0f} s",
         ]
+        if self.logits_per_token is not None:
+            lines.append(f"  KL of the dense model's {self.logits_per_token:,} likeliest tokens, all others as one")
         return "\n".join([*lines, *(f"  Held out, {part}" for part in self.heldout)])
 
 

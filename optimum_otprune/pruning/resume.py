@@ -51,11 +51,22 @@ def opened_state(folder: Path, fingerprint: Mapping[str, object], model: str) ->
     with StateFolder.opened(folder) as state:
         if state.fingerprint is None or state.is_saved:
             state.begin(fingerprint)
-        _check_same(folder, state.fingerprint or {}, fingerprint, model)
+        check_same(folder, state.fingerprint or {}, fingerprint, model)
         yield state
 
 
-def _check_same(folder: Path, known: Mapping[str, object], now: Mapping[str, object], model: str) -> None:
+def check_same(folder: Path, known: Mapping[str, object], now: Mapping[str, object], model: str) -> None:
+    """Raise an error if a state was begun with something else.
+
+    Args:
+        folder: The folder of the state.
+        known: The fingerprint that it was begun with.
+        now: The fingerprint of the run that is asked for.
+        model: The words for what an interrupted run goes on with.
+
+    Raises:
+        StateError: If they differ; names what does.
+    """
     difference = describe_difference(known, now, _OPAQUE)
     if difference is not None:
         raise StateError(

@@ -119,8 +119,8 @@ def noted_places(**given: object) -> dict[str, Path]:
 
     Args:
         **given: What the user gave as `source_model`, `dense_model`, `tokenizer`, `calibration_data`,
-            `evaluation_data`, `state`, `spill_folder` or `offload_folder`; what is no path, such as a tensor or the
-            name of a dataset on the Hub, is left out.
+            `evaluation_data`, `state`, `logits`, `spill_folder` or `offload_folder`; what is no path, such as a tensor
+            or the name of a dataset on the Hub, is left out.
 
     Raises:
         OutputError: If a name that must be a path cannot be the name of a file or folder.

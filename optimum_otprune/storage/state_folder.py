@@ -27,10 +27,10 @@ LOCK_FILE = "state.lock"
 
 _FORMAT = 1
 _NAME = re.compile(
-    r"(layer-[0-9]{5}\.(safetensors|json)|(prepared|samples)\.safetensors|recovered\.json"
-    r"|step-[0-9]{7}(-[0-9]{5}\.safetensors|\.json))"
+    r"(layer-[0-9]{5}\.(safetensors|json)|(prepared|written|samples)\.safetensors|recovered\.json"
+    r"|step-[0-9]{7}(-[0-9]{5}\.safetensors|\.json)|logits-[0-9]{5}\.safetensors)"
 )
-_SUPERSEDED = re.compile(r"step-[0-9]{7}.*")  # files that others take the place of
+_SUPERSEDED = re.compile(r"step-[0-9]{7}.*|written\.safetensors")  # files that others take the place of
 _TEMPORARY = re.compile(r"\.[a-z0-9-]+\.(safetensors|json)\.tmp")
 _LARGEST_JSON = 1 << 26
 
@@ -44,6 +44,17 @@ def default_state_folder(output: Path) -> Path:
     """
     named = output if output.name not in ("", "..") else Path(os.path.abspath(output))
     return named.parent / f".{named.name}.otprune-state"
+
+
+def default_logits_folder(output: Path) -> Path:
+    """Return the path of a hidden folder beside the output for the dense model's predictions.
+
+    Example:
+        >>> default_logits_folder(Path("models/llama-half")).as_posix()
+        'models/.llama-half.otprune-logits'
+    """
+    state = default_state_folder(output)
+    return state.with_name(f"{state.name.removesuffix('-state')}-logits")
 
 
 def state_path(given: str | os.PathLike | None) -> Path | None:

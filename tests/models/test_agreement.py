@@ -8,7 +8,7 @@ import torch
 
 from optimum_otprune import OTPruner, OTPruningConfig
 from optimum_otprune.errors import ConfigurationError, NumericalError, UnsupportedModelError
-from optimum_otprune.models import agreement, perplexity
+from optimum_otprune.functional import distillation
 from optimum_otprune.models.agreement import DenseOutputs, evaluate_model
 from optimum_otprune.models.perplexity import evaluate_perplexity
 from tests.conftest import make_llama
@@ -38,7 +38,7 @@ def other_llama():
 @pytest.mark.parametrize("batch_size", [1, 5, 12])
 def test_kl_and_agreement_are_what_their_definitions_say(llama, tokens, batch_size, chunk, monkeypatch):
     if chunk is not None:
-        monkeypatch.setattr(perplexity, "_CHUNK_BYTES", chunk)
+        monkeypatch.setattr(distillation, "CHUNK_BYTES", chunk)
     model = other_llama()
     metrics = evaluate_model(model, llama, tokens, batch_size, progress=False)
     kl, share = by_definition(llama, model, tokens)
@@ -57,13 +57,6 @@ def test_kl_and_agreement_are_what_their_definitions_say(llama, tokens, batch_si
 def test_a_model_is_itself(llama, tokens):
     metrics = evaluate_model(llama, copy.deepcopy(llama), tokens, 4, progress=False)
     assert (metrics["kl"], metrics["agreement"]) == (0.0, 1.0)
-
-
-def test_a_token_that_the_dense_model_rules_out_adds_nothing_and_one_that_the_model_does_is_infinitely_far():
-    likely, never = torch.tensor([[0.0, 0.0, -math.inf]]), torch.zeros(1, 3)
-    target = torch.tensor([0])
-    assert agreement._chunk_sums(likely, never, target)[2].item() == pytest.approx(math.log(1.5))
-    assert agreement._chunk_sums(never, likely, target)[2].item() == math.inf
 
 
 @pytest.mark.parametrize("name", MODELS)

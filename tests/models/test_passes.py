@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from optimum_otprune import OTPruner
 from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.errors import NumericalError
+from optimum_otprune.functional import distillation
 from optimum_otprune.functional.gram import gram_statistics
 from optimum_otprune.models import perplexity
 from optimum_otprune.models.block_runner import BlockRunner
@@ -373,7 +374,7 @@ def test_few_windows_of_a_large_vocabulary_go_through_the_model_at_once_and_coun
     )
     whole = evaluate_perplexity(llama, tokens, 8, progress=False)
     monkeypatch.setattr(perplexity, "_LOGIT_BYTES", 3 * tokens.shape[1] * VOCAB_SIZE * 4)
-    monkeypatch.setattr(perplexity, "_CHUNK_BYTES", 7 * VOCAB_SIZE * 4)  # log-probabilities of seven tokens at a time
+    monkeypatch.setattr(distillation, "CHUNK_BYTES", 7 * VOCAB_SIZE * 4)  # log-probabilities of seven tokens at a time
     in_pieces = evaluate_perplexity(llama, tokens, 8, progress=False)
     assert sizes == [8, 4, 3, 3, 3, 3]
     assert math.isclose(whole.pop("nll"), in_pieces.pop("nll"), rel_tol=1e-6)

@@ -1,5 +1,6 @@
 """A run goes on with its own state only, and to the same bits whatever its method asks of the dense model first."""
 
+import shutil
 from contextlib import suppress
 from types import SimpleNamespace
 
@@ -93,6 +94,30 @@ def test_an_interrupted_run_ends_in_the_same_bits_as_a_straight_one(
         monkeypatch.setattr(preparation, name, None)  # what the dense model was asked for is not asked again
     assert_same(prune(pruner(), tokens, tmp_path / "state", functions), straight)
     record_figure("R9, resumed against straight")
+
+
+def test_what_the_dense_model_wrote_is_kept_before_it_is_asked_for_gradients(tokens, tmp_path, monkeypatch):
+    def pruner():
+        return make_pruner(method="fo_snip", self_calibration=0.5)
+
+    straight = prune(pruner(), tokens, tmp_path / "straight")
+
+    def stopped(*arguments):
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(preparation, "layer_gradients", stopped)
+        with pytest.raises(Stopped):
+            prune(pruner(), tokens, tmp_path / "state")
+    assert (tmp_path / "state" / "written.safetensors").is_file()
+    shutil.copytree(tmp_path / "state", tmp_path / "damaged")
+    with monkeypatch.context() as patch:
+        patch.setattr(preparation, "written_samples", None)
+        assert_same(prune(pruner(), tokens, tmp_path / "state"), straight)
+    assert not (tmp_path / "state" / "written.safetensors").exists()  # it is part of the preparation
+    (tmp_path / "damaged" / "written.safetensors").write_bytes(b"")
+    with pytest.warns(UserWarning, match="wrote in the interrupted run are damaged and written again"):
+        assert_same(prune(pruner(), tokens, tmp_path / "damaged"), straight)
 
 
 def test_a_resumed_run_does_not_save_what_it_found_again_and_saving_removes_the_state(tokens, tmp_path, monkeypatch):

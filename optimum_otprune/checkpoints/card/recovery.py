@@ -55,13 +55,17 @@ def _facts(recovery: RecoveryReport, base: str, name: str, words: Callable[[str]
     named = {"given": f"{words(recovery.data)}, held out of training", "written": "text that the dense model wrote"}
     written = recovery.samples.get("written", 0)
     of_own = f" and of text that the dense model wrote itself ({written:,} samples)" if written else ""
+    top = ""
+    if recovery.logits_per_token is not None:
+        number = f"{recovery.logits_per_token:,}"
+        top = f" The divergence counts the dense model's {number} likeliest tokens, and all others as one."
     other = [f"{words(part.data)}, never trained on" for part in recovery.heldout]
     rows = [(named.get(part.part, text), part) for part, text in zip(recovery.heldout, other)]
     return RecoveryFacts(
         sentence=DISTILLATION,
         training=f"Trained were {_WEIGHTS.get(recovery.trained, 'some weights')} ({recovery.trained_parameters:,}) on "
         f"{recovery.num_tokens:,} tokens in {recovery.seconds:,.0f} seconds, of {words(recovery.data)} "
-        f"({recovery.samples.get('given', 0):,} samples){of_own}.",
+        f"({recovery.samples.get('given', 0):,} samples){of_own}.{top}",
         outcome=f"Kept are the weights after step {recovery.kept_step:,} of {recovery.steps:,}, the best on held-out "
         "text."
         if recovery.kept_step
@@ -81,4 +85,6 @@ def _command(recovery: RecoveryReport, base: str, name: str) -> str:
         "seed": recovery.seed,
     }
     words = [[f"--{option}", str(value)] for option, value in options.items() if value is not None]
+    if recovery.logits_per_token is not None:
+        words.append(["--cache-logits", "--logits-per-token", str(recovery.logits_per_token)])
     return wrapped([["otprune", "recover", name], ["--base", base], ["-o", f"{name}-recovered"], *words])

@@ -96,7 +96,7 @@ def plan_pruning(
     limits = ModelLimits.of(model)
     samples = expected_samples(calibration_data, config, limits, has_tokenizer)
     windows = expected_samples(evaluation_data, config, limits, has_tokenizer) if evaluate else None
-    weights = _weights_by_device(model, options)
+    weights = weights_by_device(model, options)
     device = next((name for name in weights if name not in ("cpu", "disk")), "cpu")
     shape = (samples.num_samples, samples.seqlen)
     written = 0 if is_idle else check_can_write(model, config, shape, _loaded_often(weights, device))
@@ -145,7 +145,16 @@ def _bias_parameters(prunable: PrunableModel, config: OTPruningConfig, widths: l
     return sum(once + each * width for (once, each), width in zip(costs, widths))
 
 
-def _weights_by_device(model: PreTrainedModel, options: PlacementOptions) -> dict[str, int]:
+def weights_by_device(model: PreTrainedModel, options: PlacementOptions) -> dict[str, int]:
+    """Return how many bytes of a model's weights loading would put where.
+
+    Args:
+        model: The model; its weights are not read.
+        options: The options `device_map` and `max_memory` of loading.
+
+    Raises:
+        ConfigurationError: If they cannot be followed.
+    """
     try:
         return planned_weights(model, options["device_map"], options["max_memory"])
     except (RuntimeError, ValueError) as error:
@@ -256,7 +265,7 @@ def _working_memory(work: Workload, weights: Mapping[str, int], max_hidden_memor
 def _seconds(
     prunable: PrunableModel, work: Workload, samples: ExpectedSamples, device: str
 ) -> Mapping[str, float] | None:
-    if not _is_here(torch.device(device)):
+    if not is_here(torch.device(device)):
         return None
     count = work.tokens // samples.seqlen
     forward = forward_flops(prunable, count, samples.seqlen)
@@ -265,7 +274,8 @@ def _seconds(
     return expected_seconds(work, forward.total - forward.head, decode.total, rates)
 
 
-def _is_here(device: torch.device) -> bool:
+def is_here(device: torch.device) -> bool:
+    """Return whether a device is on this machine."""
     if device.type == "cpu":
         return True
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None

@@ -72,10 +72,7 @@ class PruningPlan:
     @property
     def memory_by_device(self) -> dict[str, int]:
         """Expected peak of each device, in bytes."""
-        total: Counter[str] = Counter()
-        for use in self.memory:
-            total[use.device] += use.bytes
-        return dict(total)
+        return _by_device(self.memory)
 
     def __str__(self) -> str:
         rows = (
@@ -85,8 +82,11 @@ class PruningPlan:
             ("Parameters", self._parameters()),
             ("Weights", self._weights()),
             ("Calibration", self._calibration()),
-            *(("Memory", line) for line in self._memory()),
-            ("Time", self._time()),
+            *(("Memory", line) for line in memory_lines(self.memory)),
+            (
+                "Time",
+                "none: nothing is pruned" if self.seconds == {} else time_line(self.seconds, self.computing_device),
+            ),
         )
         lines = ["PRUNING PLAN (no weights were read, nothing is written; memory and time are rough)"]
         return "\n".join([*lines, *(f"{name:<12} {text}" for name, text in rows)])
@@ -131,22 +131,41 @@ class PruningPlan:
             f"{most}{samples.num_samples:,} samples of {samples.seqlen:,} tokens, read from {samples.source}{written}"
         )
 
-    def _memory(self) -> list[str]:
-        lines = []
-        for device, total in self.memory_by_device.items():
-            parts = [f"{use.purpose} {size_text(use.bytes)}" for use in self.memory if use.device == device]
-            name = {"cpu": "main memory"}.get(device, device)
-            lines.append(f"{name}: {size_text(total)} ({', '.join(parts)})")
-        return lines
 
-    def _time(self) -> str:
-        if self.seconds is None:
-            return f"not known: there is no {self.computing_device} on this machine to measure the speed of"
-        if not self.seconds:
-            return "none: nothing is pruned"
-        stages = ", ".join(f"{stage} {time_text(taken)}" for stage, taken in self.seconds.items())
-        total = time_text(sum(self.seconds.values()))
-        return f"about {total} on {self.computing_device} ({stages}), besides loading and saving"
+def _by_device(memory: Sequence[MemoryUse]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for use in memory:
+        total[use.device] += use.bytes
+    return dict(total)
+
+
+def memory_lines(memory: Sequence[MemoryUse]) -> list[str]:
+    """Return a line for people for each device: the sum, and what it is made of.
+
+    Args:
+        memory: The uses of memory at the same time.
+    """
+    lines = []
+    for device, total in _by_device(memory).items():
+        parts = [f"{use.purpose} {size_text(use.bytes)}" for use in memory if use.device == device]
+        name = {"cpu": "main memory"}.get(device, device)
+        lines.append(f"{name}: {size_text(total)} ({', '.join(parts)})")
+    return lines
+
+
+def time_line(seconds: Mapping[str, float] | None, device: str) -> str:
+    """Return the expected time for people.
+
+    Args:
+        seconds: Time by stage, empty if there is nothing to do; None if it is not known.
+        device: The device that does most of the work.
+    """
+    if seconds is None:
+        return f"not known: there is no {device} on this machine to measure the speed of"
+    if not seconds:
+        return "none: nothing is pruned"
+    stages = ", ".join(f"{stage} {time_text(taken)}" for stage, taken in seconds.items())
+    return f"about {time_text(sum(seconds.values()))} on {device} ({stages}), besides loading and saving"
 
 
 def _layers(layers: Sequence[int], count: int) -> str:

@@ -9,12 +9,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from optimum_otprune.errors import NumericalError
-from optimum_otprune.functional.distillation import Divergence, divergence
-from optimum_otprune.models.block_runner import input_device, vocabulary_size
+from optimum_otprune.functional.distillation import Divergence, divergence, positions_of
+from optimum_otprune.models.block_runner import vocabulary_size
+from optimum_otprune.models.distributed import gathered, num_processes, process_index
 from optimum_otprune.models.perplexity import windows_together
-from optimum_otprune.models.training import computing
+from optimum_otprune.pruning.recovery.teacher import Teacher, logits_of
 from optimum_otprune.pruning.recovery_report import HeldoutPart
 
+_LARGEST_EXPONENT = 700.0  # nats; `math.exp` overflows from 710 on
 _ERRORS = 2.0  # standard errors of a paired difference that count as noise
 
 
@@ -32,12 +34,12 @@ class Measured(NamedTuple):
     @property
     def per_token(self) -> Divergence:
         """Means over all predicted tokens."""
-        return Divergence(*(self.sums.sum(0) / (len(self.sums) * (self.seqlen - 1))))
+        return Divergence(*(self.sums.sum(0) / (len(self.sums) * (self.seqlen - 1))).tolist())
 
     @property
     def kl(self) -> float:
         """Mean divergence in nats per token."""
-        return max(0.0, self.per_token.kl.item())
+        return max(0.0, self.per_token.kl)
 
     def is_worse_than(self, other: "Measured") -> bool:
         """Return whether the divergence is larger by more than noise: two standard errors of the paired difference."""
@@ -62,26 +64,25 @@ class Measured(NamedTuple):
             seqlen=self.seqlen,
             kl_before=self.kl,
             kl_after=after.kl,
-            agreement_before=old.agreement.item(),
-            agreement_after=new.agreement.item(),
-            perplexity_dense=old.teacher_nll.exp().item(),
-            perplexity_before=old.nll.exp().item(),
-            perplexity_after=new.nll.exp().item(),
+            agreement_before=old.agreement,
+            agreement_after=new.agreement,
+            perplexity_dense=_perplexity(old.teacher_nll),
+            perplexity_before=_perplexity(old.nll),
+            perplexity_after=_perplexity(new.nll),
         )
 
 
 class Heldout:
-    """Held-out windows of several kinds of text, and both models.
+    """Held-out windows of several kinds of text, of which each of several processes measures some.
 
     Args:
         model: The pruned model.
-        dense: The dense model.
-        parts: Windows by what they are, LongTensors `(num_windows, seqlen)`.
+        teacher: What the dense model says of the windows.
         batch_size: The most windows of a forward pass.
     """
 
-    def __init__(self, model: PreTrainedModel, dense: PreTrainedModel, parts: Mapping[str, Tensor], batch_size: int):
-        self._model, self._dense, self._parts, self._batch_size = model, dense, parts, batch_size
+    def __init__(self, model: PreTrainedModel, teacher: Teacher, batch_size: int):
+        self._model, self._teacher, self._batch_size = model, teacher, batch_size
 
     def measure(self) -> dict[str, Measured]:
         """Measure the model as it is now.
@@ -89,22 +90,15 @@ class Heldout:
         Raises:
             NumericalError: If predictions are NaN.
         """
-        return {name: self._part(name, tokens) for name, tokens in self._parts.items()}
+        return {name: self._part(name, tokens) for name, tokens in self._teacher.samples.heldout.items()}
 
-    @torch.no_grad()
     def _part(self, name: str, tokens: Tensor) -> Measured:
         together = windows_together(self._batch_size, tokens.shape[1], vocabulary_size(self._model), 4)
-        rows = []
-        for batch in tokens.split(together):
-            with computing(self._dense):
-                wanted = logits_of(self._dense, batch)
-            with computing(self._model):
-                logits = logits_of(self._model, batch)
-            for window in range(len(batch)):
-                ids = batch[window, 1:].to(logits.device)
-                found = divergence(wanted[window, :-1].to(logits.device), logits[window, :-1], ids)
-                rows.append(torch.stack(list(found)).cpu())
-        sums = torch.stack(rows)
+        every, processes = torch.arange(len(tokens)), num_processes()
+        own = [self._windows(name, rows) for rows in every[process_index() :: processes].split(together) if len(rows)]
+        sums = torch.empty(len(tokens), 4, dtype=torch.float64)
+        for process, found in enumerate(gathered([window for batch in own for window in batch])):
+            sums[process::processes] = torch.tensor(found, dtype=torch.float64).reshape(-1, 4)
         if torch.isnan(sums).any():
             raise NumericalError(
                 f"Predictions on held-out tokens ({name}) are NaN: a learning rate that is too high, damaged weights, "
@@ -112,15 +106,21 @@ class Heldout:
             )
         return Measured(sums, tokens.shape[1])
 
+    @torch.no_grad()
+    def _windows(self, name: str, rows: Tensor) -> list[Divergence]:
+        tokens = self._teacher.samples.part(name)[rows]
+        seqlen = tokens.shape[1]
+        said = self._teacher.says(name, rows)
+        logits = logits_of(self._model, tokens)
+        targets = tokens[:, 1:].to(logits.device)
+        return [
+            divergence(positions_of(said, place * seqlen, (place + 1) * seqlen - 1), window[:-1], ids)
+            for place, (window, ids) in enumerate(zip(logits, targets))
+        ]
 
-def logits_of(model: PreTrainedModel, batch: Tensor) -> Tensor:
-    """Return a model's logits `(samples, seqlen, vocab_size)` on its device.
 
-    Args:
-        model: The model.
-        batch: Token ids, LongTensor `(samples, seqlen)`.
-    """
-    return model(input_ids=batch.to(input_device(model)), use_cache=False).logits
+def _perplexity(nll: float) -> float:
+    return math.exp(min(nll, _LARGEST_EXPONENT))
 
 
 def mean_kl(measured: Mapping[str, Measured]) -> float:

@@ -11,18 +11,21 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from optimum_otprune.config.recovery_options import RecoverySettings
-from optimum_otprune.errors import NumericalError
+from optimum_otprune.errors import ConfigurationError, NumericalError
 from optimum_otprune.functional.distillation import kl_divergence
 from optimum_otprune.functional.seeds import seed_of
-from optimum_otprune.models.training import Stepper, computing, recomputed, training
-from optimum_otprune.pruning.recovery.heldout import Heldout, Measured, logits_of, mean_kl
-from optimum_otprune.pruning.recovery.samples import RecoveryData, RecoverySamples, recovery_samples
+from optimum_otprune.models.distributed import num_processes, own_samples
+from optimum_otprune.models.training import Stepper, put_back, recomputed, trained_weights, training
+from optimum_otprune.pruning.recovery.heldout import Heldout, Measured, mean_kl
+from optimum_otprune.pruning.recovery.samples import TRAINING, RecoveryData
 from optimum_otprune.pruning.recovery.schedule import Schedule
 from optimum_otprune.pruning.recovery.snapshots import RecoveryStore, Snapshot
+from optimum_otprune.pruning.recovery.teacher import Teacher, logits_of
 from optimum_otprune.pruning.recovery_report import RecoveryReport
 
 _BETAS = (0.9, 0.95)  # as large language models are trained with; schedules are too short for a longer memory
 _LONGEST_GRADIENT = 1.0
+_SAVE_SECONDS = 600.0  # after which a run is noted that has not come to a check
 _PATIENCE = 3  # checks without anything better, after which training stops
 
 Weights = Mapping[str, nn.Parameter]
@@ -55,10 +58,14 @@ class BestWeights:
             step: The number of steps that were taken.
             measured: What was measured with them.
         """
-        is_worse = any(part.is_worse_than(self.start[name]) for name, part in measured.items())
-        if mean_kl(measured) < mean_kl(self.measured) and not is_worse:
+        if self.is_better(measured, self.measured):
             self.step, self.measured = step, measured
             self.values = {name: part.detach().cpu().clone() for name, part in self._weights.items()}
+
+    def is_better(self, measured: Mapping[str, Measured], other: Mapping[str, Measured]) -> bool:
+        """Return whether weights are better than others, and in no part worse than at the start."""
+        is_worse = any(part.is_worse_than(self.start[name]) for name, part in measured.items())
+        return mean_kl(measured) < mean_kl(other) and not is_worse
 
     @torch.no_grad()
     def put_back(self) -> None:
@@ -68,27 +75,28 @@ class BestWeights:
 
 
 class _Recovery:
-    """One run: both models, the weights that are trained, what they are trained on and how.
+    """One run: the model, the weights that are trained, what they are trained towards and how.
 
     Attributes:
         best: The best weights so far.
+        heldout: The held-out windows.
         step: Number of steps that were taken.
     """
 
     def __init__(
         self,
-        models: tuple[PreTrainedModel, PreTrainedModel],
+        model: PreTrainedModel,
+        teacher: Teacher,
         weights: Weights,
-        samples: RecoverySamples,
         schedule: Schedule,
         settings: RecoverySettings,
     ):
-        self._model, self._dense = (model.eval() for model in models)
-        self._weights, self._samples, self._schedule, self._settings = weights, samples, schedule, settings
-        self._heldout = Heldout(*models, samples.heldout, settings.batch_size)
+        self._model, self._teacher, self._weights = model.eval(), teacher, weights
+        self._schedule, self._settings = schedule, settings
+        self.heldout = Heldout(model, teacher, settings.batch_size)
         self._optimizer = torch.optim.AdamW(weights.values(), lr=schedule.rate, betas=_BETAS, weight_decay=0.0)
         self._before = 0.0  # seconds of earlier runs
-        self._began = time.perf_counter()
+        self._began = self._saved = time.perf_counter()
         self.step = 0
 
     def begin(self, start: Mapping[str, Tensor], store: RecoveryStore) -> None:
@@ -100,7 +108,7 @@ class _Recovery:
         """
         found = store.latest(start)
         if found is None:
-            self.best = BestWeights(self._weights, start, self._heldout.measure())
+            self.best = BestWeights(self._weights, start, self.heldout.measure())
             return
         self.best = BestWeights(self._weights, start, found.start)
         best = {}
@@ -131,8 +139,17 @@ class _Recovery:
         for group in self._optimizer.param_groups:
             group["initial_lr"] = schedule.rate
         rates = LambdaLR(self._optimizer, schedule.factor, last_epoch=self.step - 1)
-        stepper = Stepper(self._model, self._optimizer, -(-schedule.size // schedule.together))
-        every = self._samples.batches(schedule.size, seed_of(self._settings.seed, 2))
+        own = len(range(schedule.size)[own_samples(schedule.size, 1)])
+        stepper = Stepper(self._model, self._optimizer, -(-own // schedule.together))
+        try:
+            self._take_steps(stepper, rates, store)
+        finally:
+            stepper.end()
+        self.best.put_back()
+
+    def _take_steps(self, stepper: Stepper, rates: LambdaLR, store: RecoveryStore) -> None:
+        schedule = self._schedule
+        every = self._teacher.samples.batches(schedule.size, seed_of(self._settings.seed, 2))
         batches = itertools.islice(every, self.step, None)
         hidden = not self._settings.progress
         with tqdm(total=schedule.steps, initial=self.step, desc="Recovery", unit="step", disable=hidden) as bar:
@@ -143,12 +160,12 @@ class _Recovery:
                 self.step += 1
                 bar.update()
                 if schedule.is_check(self.step):
-                    measured = self._heldout.measure()
+                    measured = self.heldout.measure()
                     self.best.look(self.step, measured)
                     bar.set_postfix_str(f"held-out KL {mean_kl(measured):.4f}, best {mean_kl(self.best.measured):.4f}")
+                if schedule.is_check(self.step) or time.perf_counter() - self._saved > _SAVE_SECONDS:
                     store.save(self._snapshot())
-        stepper.end()
-        self.best.put_back()
+                    self._saved = time.perf_counter()
 
     def _snapshot(self) -> Snapshot:
         best = self.best
@@ -156,17 +173,16 @@ class _Recovery:
 
     def _kept(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         for name, weight in self._weights.items():
-            state = self._optimizer.state[weight]
-            moments = {kind: state[kind] for kind in ("exp_avg", "exp_avg_sq")}
+            state = self._optimizer.state.get(weight, {})  # empty for a weight that no prediction depends on
+            moments = {kind: state.get(kind, torch.zeros_like(weight)) for kind in ("exp_avg", "exp_avg_sq")}
             yield name, {"value": weight, "best": self.best.values[name].float(), **moments}
 
     def _take_step(self, stepper: Stepper, batch: Tensor) -> None:
-        for part in batch.split(self._schedule.together):
-            with torch.no_grad(), computing(self._dense):
-                wanted = logits_of(self._dense, part)
-            with computing(self._model):
-                logits = logits_of(self._model, part)
-            loss = kl_divergence(wanted.to(logits.device).flatten(0, 1), logits.flatten(0, 1)) / batch.numel()
+        training = self._teacher.samples.training
+        for rows in batch[own_samples(len(batch), 1)].split(self._schedule.together):
+            said = self._teacher.says(TRAINING, rows)
+            logits = logits_of(self._model, training[rows])
+            loss = kl_divergence(said.to(logits.device), logits.flatten(0, 1)) / (len(batch) * training.shape[1])
             if not torch.isfinite(loss):
                 raise NumericalError(
                     "The divergence of the models' predictions is NaN or infinite. Give a lower `learning_rate`, or "
@@ -174,19 +190,35 @@ class _Recovery:
                 )
             stepper.add(loss, self._weights.values(), _LONGEST_GRADIENT)
 
+    def as_it_is_kept(self, model: PreTrainedModel, before: Weights) -> tuple[int, Mapping[str, Measured]]:
+        """Measure the model with its trained weights in their own dtype; if that is worse, it gets the old ones.
+
+        Args:
+            model: The model, whose weights have their dtype again, and low-rank updates added.
+            before: Its weights before recovery.
+
+        Returns:
+            The step after which the weights that it has now were made, and what was measured with them.
+        """
+        best = self.best
+        is_exact = self._settings.trained != "lora" and all(part.dtype == torch.float32 for part in before.values())
+        if not best.step or is_exact:
+            return best.step, best.measured
+        measured = self.heldout.measure()
+        if not best.is_better(measured, best.start):
+            put_back(model, before)
+            return 0, best.start
+        return best.step, measured
+
 
 def recover_model(
-    model: PreTrainedModel,
-    dense: PreTrainedModel,
-    data: RecoveryData,
-    settings: RecoverySettings,
-    store: RecoveryStore,
+    model: PreTrainedModel, teacher: Teacher, data: RecoveryData, settings: RecoverySettings, store: RecoveryStore
 ) -> RecoveryReport:
     """Train a pruned model in place; the weights that are kept are the best on held-out tokens, perhaps the first.
 
     Args:
         model: The pruned model.
-        dense: The dense model that it was made from.
+        teacher: What the dense model that it was made from says of the samples.
         data: The text that was given; the dense model writes more.
         settings: The options.
         store: Where an interrupted run was, and where this one is noted.
@@ -195,31 +227,39 @@ def recover_model(
         NumericalError: If predictions are NaN or infinite.
         UnsupportedModelError: If the model's weights are offloaded.
         MissingExtraError: If peft is needed and not installed.
+        ConfigurationError: If there are more processes than samples of a step.
     """
-    samples = store.samples(lambda: recovery_samples(dense, data, settings))
+    samples = teacher.samples
     schedule = Schedule.of(model, samples.training.shape[1], settings)
+    if schedule.size < num_processes():
+        raise ConfigurationError(
+            f"A step has {schedule.size} samples of {samples.training.shape[1]:,} tokens, which cannot be shared "
+            f"among {num_processes()} processes. Give a larger `batch_tokens`, or start fewer processes."
+        )
+    before = trained_weights(model, settings.trained)
     with (
         recomputed(model, settings.gradient_checkpointing),
         training(model, settings.trained, seed_of(settings.seed, 3)) as trained,
     ):
-        run = _Recovery((model, dense), trained.weights, samples, schedule, settings)
+        run = _Recovery(model, teacher, trained.weights, schedule, settings)
         run.begin(trained.start, store)
         run.train(store)
-    best = run.best
+    kept_step, measured = run.as_it_is_kept(model, before)
     report = RecoveryReport(
         trained=settings.trained,
         trained_parameters=sum(part.numel() for part in trained.weights.values()),
         budget=settings.num_tokens,
         num_tokens=run.step * schedule.tokens,
         steps=run.step,
-        kept_step=best.step,
+        kept_step=kept_step,
         seconds=run.seconds,
         learning_rate=schedule.rate,
         batch_tokens=schedule.tokens,
         seed=settings.seed,
         data=data.given.source,
         samples=samples.counts,
-        heldout=tuple(part.change(best.measured[name], name, data.source(name)) for name, part in best.start.items()),
+        heldout=tuple(part.change(measured[name], name, data.source(name)) for name, part in run.best.start.items()),
+        logits_per_token=teacher.logits_per_token,
     )
     store.finish(report)
     return report

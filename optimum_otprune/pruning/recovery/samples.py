@@ -13,6 +13,7 @@ from optimum_otprune.config.recovery_options import RecoverySettings
 from optimum_otprune.errors import CalibrationDataError, ConfigurationError
 from optimum_otprune.functional.seeds import seed_of
 from optimum_otprune.models.devices import offloaded_bytes
+from optimum_otprune.models.distributed import from_main
 from optimum_otprune.models.pass_settings import PassSettings
 from optimum_otprune.models.passes import Passes
 from optimum_otprune.models.prunable_model import PrunableModel
@@ -26,7 +27,8 @@ from optimum_otprune.pruning.calibration.data import (
 from optimum_otprune.pruning.calibration.self_calibration import why_it_cannot_write, written_samples
 from optimum_otprune.pruning.fingerprint import recovery_fingerprint
 
-GIVEN, WRITTEN, OTHER = "given", "written", "other"  # kinds of text
+TRAINING = "training"
+KINDS = GIVEN, WRITTEN, OTHER = "given", "written", "other"  # of text, in the order of reports
 _SHARE = 1 / 8  # of the given samples that is held out
 _LEAST_TOKENS, _MOST_TOKENS = 1024, 8192  # of each kind of text that are held out
 _MOST_WRITTEN = 2**22  # tokens that are written where nothing is given; then they are repeated
@@ -49,12 +51,16 @@ class RecoveryData(NamedTuple):
         found = {GIVEN: self.given, OTHER: self.other}.get(part)
         return "" if found is None else found.source
 
+    @property
+    def tokens(self) -> list[Tensor]:
+        """The token ids of all that was given."""
+        return [part.tokens for part in (self.given, self.other) if part is not None]
+
     def fingerprint(
-        self, model: PreTrainedModel, dense: PreTrainedModel, settings: RecoverySettings
+        self, model: PreTrainedModel, dense: Mapping[str, object], settings: RecoverySettings
     ) -> dict[str, object]:
         """Return everything that the bits of a recovery with these texts depend on; see `recovery_fingerprint`."""
-        texts = [part.tokens for part in (self.given, self.other) if part is not None]
-        return recovery_fingerprint(model, dense, texts, dataclasses.asdict(settings))
+        return recovery_fingerprint(model, dense, self.tokens, dataclasses.asdict(settings))
 
     @classmethod
     def read(
@@ -156,8 +162,17 @@ class RecoverySamples(NamedTuple):
     counts: Mapping[str, int]
     heldout: Mapping[str, Tensor]
 
+    def part(self, name: str) -> Tensor:
+        """Return the samples to train on (`TRAINING`), or a kind of held-out ones."""
+        return self.training if name == TRAINING else self.heldout[name]
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """All samples by what they are: those to train on first."""
+        return {TRAINING: self.training, **self.heldout}
+
     def batches(self, size: int, seed: int) -> Iterator[Tensor]:
-        """Yield batches without end; no sample comes again before all others came as often.
+        """Yield the numbers of samples to train on without end; none comes again before all others came as often.
 
         Args:
             size: Number of samples of a batch.
@@ -169,7 +184,7 @@ class RecoverySamples(NamedTuple):
             while len(waiting) < size:
                 waiting = torch.cat([waiting, torch.randperm(len(self.training), generator=generator)])
             taken, waiting = waiting[:size], waiting[size:]
-            yield self.training[taken]
+            yield taken
 
 
 def recovery_samples(dense: PreTrainedModel, data: RecoveryData, settings: RecoverySettings) -> RecoverySamples:
@@ -179,6 +194,9 @@ def recovery_samples(dense: PreTrainedModel, data: RecoveryData, settings: Recov
         dense: The dense model, which writes.
         data: What a user gave.
         settings: The options, which say how much of it there is to be.
+
+    Returns:
+        The samples; those of the first of several processes.
 
     Raises:
         CalibrationDataError: If too little was given.
@@ -198,7 +216,7 @@ def recovery_samples(dense: PreTrainedModel, data: RecoveryData, settings: Recov
     if data.other is not None:
         windows = data.other.tokens
         heldout[OTHER] = windows[: max(1, heldout_tokens(settings.num_tokens) // windows.shape[1])]
-    return RecoverySamples(torch.cat(training), counts, heldout)
+    return from_main(RecoverySamples(torch.cat(training), counts, heldout))
 
 
 def _written(dense: PreTrainedModel, num_samples: int, seqlen: int, settings: RecoverySettings) -> Tensor:

@@ -12,15 +12,15 @@ from torch import Tensor
 from optimum_otprune.errors import StateError, warn_user
 from optimum_otprune.pruning.layer_store import from_blob, to_blob
 from optimum_otprune.pruning.recovery.heldout import Measured
+from optimum_otprune.pruning.recovery.kept_samples import kept_samples
 from optimum_otprune.pruning.recovery.samples import RecoverySamples
 from optimum_otprune.pruning.recovery_report import RecoveryReport
 from optimum_otprune.pruning.report import PruningReport
 from optimum_otprune.pruning.resume import forget_where, opened_state
 from optimum_otprune.storage.state_folder import StateFolder, strict_json
 
-_SAMPLES, _REPORT = "samples.safetensors", "recovered.json"
+_REPORT = "recovered.json"
 _KINDS = ("value", "exp_avg", "exp_avg_sq", "best")
-_TRAINING, _HELDOUT = "training", "heldout."
 
 
 class Snapshot(NamedTuple):
@@ -94,16 +94,7 @@ class RecoveryFolder:
 
     def samples(self, make: Callable[[], RecoverySamples]) -> RecoverySamples:
         """Return the samples in the folder, or make them and put them there."""
-        if _SAMPLES in self._state.names:
-            try:
-                return _read_samples(from_blob(self._state.read(_SAMPLES)))
-            except StateError as error:
-                warn_user(f"The samples of the interrupted run are damaged and made again: {error}")
-        made = make()
-        counts = {f"counts.{name}": torch.tensor(count) for name, count in made.counts.items()}
-        heldout = {f"{_HELDOUT}{name}": windows for name, windows in made.heldout.items()}
-        self._state.write({_SAMPLES: to_blob({_TRAINING: made.training, **heldout, **counts})})
-        return made
+        return kept_samples(self._state, make)
 
     def latest(self, weights: Mapping[str, Tensor]) -> Snapshot | None:
         """Return where the earlier run was, or None if it is not known or damaged."""
@@ -203,15 +194,6 @@ def _weight_file(step: int, number: int) -> str:
 def _followed_by(files: Iterable[tuple[str, bytes]], last: tuple[str, bytes]) -> Iterator[tuple[str, bytes]]:
     yield from files
     yield last
-
-
-def _read_samples(found: Mapping[str, Tensor]) -> RecoverySamples:
-    heldout = {name.removeprefix(_HELDOUT): part for name, part in found.items() if name.startswith(_HELDOUT)}
-    counts = {name.removeprefix("counts."): part for name, part in found.items() if name.startswith("counts.")}
-    matrices = [found.get(_TRAINING), *heldout.values()]
-    if not heldout or any(part is None or part.ndim != 2 or part.dtype != torch.int64 for part in matrices):
-        raise StateError(f"{_SAMPLES!r} holds no samples.")
-    return RecoverySamples(found[_TRAINING], {name: int(part) for name, part in counts.items()}, heldout)
 
 
 def _parsed(values: object) -> Snapshot:

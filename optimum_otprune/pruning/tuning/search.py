@@ -34,7 +34,7 @@ from optimum_otprune.models.pass_settings import PassSettings
 from optimum_otprune.models.perplexity import evaluate_perplexity
 from optimum_otprune.models.prunable_model import PrunableModel
 from optimum_otprune.models.timing import forward_seconds
-from optimum_otprune.pruning.layer_store import NoStore
+from optimum_otprune.pruning.layer_store import WrittenOnce
 from optimum_otprune.pruning.pipeline import prune_model
 from optimum_otprune.pruning.recipe import Recipe
 from optimum_otprune.pruning.size_target import with_pruning_ratio
@@ -96,7 +96,7 @@ def tune_model(
         study = _open_study(optuna, settings.study)
         _check_same(study, fingerprint(prunable.model, tokens, base, space, **_conditions(settings)))
         base = _at_latency(study, prunable, base, settings)
-        objective = partial(_perplexity, prunable, fit, heldout, settings.passes.batch_size)
+        objective = partial(_perplexity, prunable, fit, heldout, settings.passes.batch_size, WrittenOnce())
         return _Search(optuna, study, base, space, objective).run(settings, on_trial)
 
 
@@ -241,12 +241,12 @@ def _at_latency(
 
 
 def _perplexity(
-    prunable: PrunableModel, fit: Tensor, heldout: Tensor, batch_size: int, config: OTPruningConfig
+    prunable: PrunableModel, fit: Tensor, heldout: Tensor, batch_size: int, store: WrittenOnce, config: OTPruningConfig
 ) -> float:
     """Return the perplexity of the model pruned by a configuration; the model itself stays as it is."""
     recipe = Recipe.resolve(with_pruning_ratio(config, prunable), {})
     with unchanged(prunable):
-        prune_model(prunable, recipe, fit, PassSettings(batch_size, progress=False), NoStore())
+        prune_model(prunable, recipe, fit, PassSettings(batch_size, progress=False), store)
         perplexity = float(evaluate_perplexity(prunable.model, heldout, batch_size, progress=False)["perplexity"])
     if not math.isfinite(perplexity):
         raise NumericalError("The pruned model's perplexity on the held-out samples is infinite.")

@@ -34,7 +34,7 @@ from optimum_otprune.pruning.calibration.data import (
 from optimum_otprune.pruning.calibration.overlap import seen_windows
 from optimum_otprune.pruning.calibration.self_calibration import probe_passes
 from optimum_otprune.pruning.fingerprint import model_digest, tensors_digest
-from optimum_otprune.pruning.layer_store import NoStore
+from optimum_otprune.pruning.layer_store import NoStore, WrittenOnce
 from optimum_otprune.pruning.pipeline import prune_model
 from optimum_otprune.pruning.preparation import Expected, Prepared
 from optimum_otprune.pruning.recipe import Recipe
@@ -216,7 +216,7 @@ def sweep_model(
         passes = Passes(prunable, texts.calibration, settings.passes)
         prunable = probe_passes(passes, configs[0].seed).checked().prunable
     shared = None if configs[0].allocation == "adaptive" else _SharedPreparation()
-    curve = _Curve(prunable, texts, settings.passes, shared)
+    curve = _Curve(prunable, texts, settings.passes, shared, WrittenOnce())
     for config in tqdm(left, desc="Sweeping", unit="ratio", disable=not settings.passes.progress):
         has_succeeded = any(point.error is None for point in result.points)
         result = result.with_point(curve.point_or_failure(config) if has_succeeded else curve.point(config))
@@ -282,12 +282,14 @@ class _Curve(NamedTuple):
         texts: The token ids to calibrate on and to measure on.
         passes: How the passes over them are run.
         shared: What the dense model is asked for once; None where it depends on the ratio.
+        text: What it wrote, which does not.
     """
 
     prunable: PrunableModel
     texts: SweepTexts
     passes: PassSettings
     shared: _SharedPreparation | None
+    text: WrittenOnce
 
     def point(self, config: OTPruningConfig) -> SweepPoint:
         """Return the point of a configuration's ratio; the model is put back afterwards."""
@@ -297,7 +299,7 @@ class _Curve(NamedTuple):
             self.shared.widths = plan_widths(self.prunable.blocks, config)
         with unchanged(self.prunable):
             quiet = dataclasses.replace(self.passes, progress=False)
-            pruned = prune_model(self.prunable, recipe, self.texts.calibration, quiet, self.shared or NoStore())
+            pruned = prune_model(self.prunable, recipe, self.texts.calibration, quiet, self.shared or self.text)
             parameters = model_sizes(self.prunable.model)[0] - pruned.padding_parameters
             measured = _measured(self.prunable, self.texts, quiet)
         widths = tuple(report.intermediate_size_after for report in pruned.reports)

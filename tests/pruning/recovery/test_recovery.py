@@ -6,6 +6,8 @@ import sys
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from optimum_otprune import OTPruner, OTPruningConfig
 from optimum_otprune.errors import (
@@ -15,10 +17,12 @@ from optimum_otprune.errors import (
     NumericalError,
     UnsupportedModelError,
 )
+from optimum_otprune.functional.seeds import seed_of
 from optimum_otprune.models import training
 from optimum_otprune.pruning.recovery import recover as module
 from optimum_otprune.pruning.recovery.heldout import Measured
 from optimum_otprune.pruning.recovery.samples import Plan, RecoverySamples, plan_samples
+from optimum_otprune.pruning.recovery.teacher import DenseTeacher
 from optimum_otprune.pruning.report import PruningReport
 from tests.conftest import VOCAB_SIZE, make_llama, run_command
 
@@ -141,6 +145,55 @@ def test_a_model_of_16_bits_keeps_its_dtype_and_gets_better(tokens):
     assert report.kept_step > 0
 
 
+def test_weights_that_rounding_to_16_bits_makes_worse_are_not_kept(tokens):
+    pruner = OTPruner.from_pretrained(make_llama().bfloat16(), CONFIG)
+    pruner.prune(tokens, progress=False)
+    before = weights(pruner.model)
+    report = pruner.recover(base_model=make_llama().bfloat16(), **{**FAST, "learning_rate": 1e-9})
+    assert report.kept_step == 0  # what was trained is lost in rounding
+    assert not changed(before, weights(pruner.model))
+    assert all(part.kl_after == part.kl_before for part in report.heldout)
+
+
+@pytest.mark.parametrize("trained", ["ffn", "lora"])
+def test_what_is_told_was_measured_on_the_weights_that_are_kept(tokens, trained):
+    pruner = OTPruner.from_pretrained(make_llama().bfloat16(), CONFIG)
+    pruner.prune(tokens, progress=False)
+    dense = make_llama().bfloat16()
+    report = pruner.recover(base_model=dense, trained=trained, **{**FAST, "learning_rate": 3e-3})
+    assert report.kept_step > 0
+    (given,) = [part for part in report.heldout if part.part == "given"]
+    order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed_of(0, 0)))
+    samples = RecoverySamples(tokens, {}, {"given": tokens[order[: given.num_windows].sort().values]})
+    measured = module.Heldout(pruner.model, DenseTeacher(dense, samples), 8).measure()
+    assert measured["given"].kl == given.kl_after
+
+
+def test_weights_that_no_prediction_depends_on_are_left_alone(pruned, tmp_path):
+    pruned.model.unused = torch.nn.Parameter(torch.ones(3))
+    report = pruned.recover(base_model=make_llama(), trained="all", resume_from=tmp_path / "state", **FAST)
+    assert report.kept_step > 0
+    assert torch.equal(pruned.model.unused, torch.ones(3))
+
+
+def test_a_process_that_chose_mixed_precision_before_can_recover(pruned):
+    Accelerator(mixed_precision="bf16", cpu=True)
+    try:
+        assert pruned.recover(base_model=make_llama(), **FAST).kept_step > 0
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_what_cannot_be_trained_is_refused_before_the_dense_model_is_loaded_or_asked(pruned, monkeypatch):
+    monkeypatch.setattr(training, "is_offloaded", lambda model: True)
+    with pytest.raises(UnsupportedModelError, match="offloaded, so that they cannot be trained"):
+        pruned.recover(base_model="no/such-model", **FAST)
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(MissingExtraError, match=r"needs peft. Install it: pip install 'optimum_otprune\[recover\]'"):
+        pruned.recover(base_model="no/such-model", trained="lora", **FAST)
+
+
 def test_blocks_that_are_computed_twice_give_the_same_weights(llama, tokens):
     found = []
     for twice in (False, True):
@@ -152,16 +205,10 @@ def test_blocks_that_are_computed_twice_give_the_same_weights(llama, tokens):
     assert changed(found[0], weights(llama))
 
 
-def test_low_rank_updates_need_peft(pruned, monkeypatch):
-    monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(MissingExtraError, match=r"needs peft. Install it: pip install 'optimum_otprune\[recover\]'"):
-        pruned.recover(base_model=make_llama(), trained="lora", **FAST)
-
-
 def test_no_sample_comes_again_before_all_others():
     samples = RecoverySamples(torch.arange(10).view(10, 1), {}, {})
     batches = samples.batches(4, seed=0)
-    seen = torch.cat([next(batches) for _ in range(5)]).flatten().tolist()
+    seen = torch.cat([next(batches) for _ in range(5)]).tolist()
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
     assert seen[:10] != seen[10:]
 

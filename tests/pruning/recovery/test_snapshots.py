@@ -7,7 +7,7 @@ import torch
 
 from optimum_otprune import OTPruner
 from optimum_otprune.errors import StateError
-from optimum_otprune.models import training
+from optimum_otprune.pruning.recovery import recover as recover_module
 from optimum_otprune.pruning.recovery import samples as samples_module
 from tests.conftest import make_llama, run_command
 from tests.pruning.recovery.test_recovery import CONFIG, changed, weights
@@ -26,22 +26,6 @@ def recover(folder, tokens, **options):
     pruner = OTPruner.from_pretrained(folder)
     pruner.recover(tokens, base_model=make_llama(), **{**OPTIONS, **options})
     return pruner
-
-
-@pytest.fixture
-def steps(monkeypatch):
-    """Count steps; the one of the number that is set stops the run."""
-    add = training.Stepper.add
-    found = {"taken": 0, "stop": None}
-
-    def counting(*args):
-        found["taken"] += 1
-        if found["taken"] == found["stop"]:
-            raise KeyboardInterrupt
-        add(*args)
-
-    monkeypatch.setattr(training.Stepper, "add", counting)
-    return found
 
 
 def test_an_interrupted_run_goes_on_and_ends_with_the_same_weights_bit_for_bit(pruned_folder, tokens, tmp_path, steps):
@@ -81,6 +65,20 @@ def test_a_state_of_other_options_is_refused(pruned_folder, tokens, tmp_path, op
         recover(pruned_folder, tokens, resume_from=tmp_path / "state", **options)
     with pytest.raises(StateError, match="begun with another calibration samples"):
         recover(pruned_folder, tokens + 1 - tokens.ne(0).long(), resume_from=tmp_path / "state")
+
+
+def test_a_long_run_is_noted_between_checks_and_goes_on_to_the_same_bits(
+    pruned_folder, tokens, tmp_path, steps, monkeypatch
+):
+    straight = recover(pruned_folder, tokens)
+    monkeypatch.setattr(recover_module, "_SAVE_SECONDS", 0.0)
+    steps.update(taken=0, stop=15)
+    with pytest.raises(KeyboardInterrupt):
+        recover(pruned_folder, tokens, resume_from=tmp_path / "state")
+    steps.update(taken=0, stop=None)
+    resumed = recover(pruned_folder, tokens, resume_from=tmp_path / "state")
+    assert steps["taken"] == 25 - 14
+    assert not changed(weights(straight.model), weights(resumed.model))
 
 
 @pytest.mark.parametrize("kind", ["samples", "00000.safetensors", ".json"])

@@ -21,6 +21,7 @@ from optimum_otprune.errors import (
 from optimum_otprune.models.ffn_block import ffn_blocks
 from optimum_otprune.models.prunable_model import PrunableModel
 from optimum_otprune.models.timing import forward_seconds
+from optimum_otprune.pruning import preparation
 from optimum_otprune.pruning.tuning import search as tuning
 from optimum_otprune.pruning.tuning.latency import width_for_latency
 from optimum_otprune.pruning.tuning.search import split_samples
@@ -115,6 +116,13 @@ def test_a_trials_perplexity_is_that_of_pruning_on_one_part_and_measuring_on_the
     again = make_pruner()
     again.prune(fit, progress=False)
     assert again.evaluate(heldout, progress=False)["perplexity"] == pruner.tuning.base_perplexity
+
+
+def test_the_dense_model_writes_once_for_all_trials(samples, monkeypatch):
+    written, write = [], preparation.written_samples
+    monkeypatch.setattr(preparation, "written_samples", lambda *given: written.append(given) or write(*given))
+    tune(make_pruner(self_calibration=0.5), samples)
+    assert len(written) == 1
 
 
 @pytest.mark.parametrize(("share", "heldout"), [(0.01, 1), (0.25, 2), (0.99, 7)])

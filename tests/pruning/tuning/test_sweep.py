@@ -9,7 +9,7 @@ import torch
 from optimum_otprune import OTPruner, OTPruningConfig
 from optimum_otprune.errors import CalibrationDataError, ConfigurationError, NumericalError, OutputError, StudyError
 from optimum_otprune.models.defaults import SWEEP_FILE, SWEEP_PLOT
-from optimum_otprune.pruning import pipeline
+from optimum_otprune.pruning import pipeline, preparation
 from optimum_otprune.pruning.tuning import sweep as module
 from tests.conftest import VOCAB_SIZE, make_llama
 
@@ -91,6 +91,14 @@ def test_what_the_dense_model_is_asked_for_is_asked_once(monkeypatch, tokens, wi
     monkeypatch.setattr(pipeline, "prepare", lambda *given: prepared.append(given) or prepare(*given))
     sweep(make_pruner(quality="best", reconstruction_steps=0), tokens, windows)
     assert len(prepared) == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"allocation": "adaptive", "non_uniform_format": "per_layer_config"}])
+def test_the_dense_model_writes_once_for_all_ratios(monkeypatch, tokens, windows, options):
+    written, write = [], preparation.written_samples
+    monkeypatch.setattr(preparation, "written_samples", lambda *given: written.append(given) or write(*given))
+    sweep(make_pruner(self_calibration=0.5, **options), tokens, windows)
+    assert len(written) == 1
 
 
 def test_an_interrupted_curve_goes_on_with_what_is_there(tmp_path, tokens, windows, prunings):
