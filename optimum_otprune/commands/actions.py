@@ -127,7 +127,7 @@ def _prune_and_save(args: argparse.Namespace, config: OTPruningConfig, output: P
     check_model(pruner.model)
     check_dense(pruner.model)
     if args.recover is not None:
-        check_trainable(pruner.model, "ffn")  # rather than when it is pruned
+        check_trainable(pruner.model, "all")  # rather than when it is pruned
     check_output_folder(output, args.overwrite, weight_bytes(pruner.model))
     wait_for_all()  # all processes check before the first one writes there
     passes = {"batch_size": args.batch_size, "progress": not args.quiet}

@@ -23,9 +23,9 @@ class RecoveryOptions(TypedDict, total=False):
     trained: Annotated[
         str,
         About(
-            "ffn",
-            "the weights that are trained: ffn (the pruned layers), all, or lora (low-rank updates of the pruned "
-            "layers, which take little memory; needs the extra `recover`)",
+            "all",
+            "the weights that are trained: all, ffn (the pruned layers alone), or lora (low-rank updates of those, "
+            "which take little memory; needs the extra `recover`)",
             "NAME",
         ),
     ]

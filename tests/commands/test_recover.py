@@ -63,17 +63,17 @@ def test_a_dry_run_tells_samples_steps_memory_disk_and_time(arguments, tmp_path,
     assert run_command(*arguments, "-o", tmp_path / "out", "--dry-run") == 0
     printed = capsys.readouterr().out
     assert "RECOVERY PLAN (no weights were read" in printed
-    assert re.search(r"Trained +ffn, 6,912 weights", printed)
+    assert re.search(r"Trained +all, 20,448 weights", printed)
     assert re.search(r"Samples +10 read from token ids, 40 that the dense model writes, of 20 tokens", printed)
     assert re.search(r"Steps +12 of 80 tokens, 960 in all; learning rate 0.0031", printed)
-    assert re.search(r"Memory +main memory: .*the dense model 0.1 MB.*gradients and moments 0.1 MB", printed)
+    assert re.search(r"Memory +main memory: .*the dense model 0.1 MB.*gradients and moments 0.3 MB", printed)
     assert re.search(r"Time +about .* \(writing samples .*training", printed)
     assert "Disk" not in printed
     assert run_command(*arguments, "-o", tmp_path / "out", "--dry-run", "--cache-logits", "--resume") == 0
     printed = capsys.readouterr().out
     assert re.search(r"Memory, writing logits +main memory: .*the dense model", printed)
     assert not re.search(r"Memory, training .*the dense model", printed)
-    assert re.search(r"Disk +the dense model's logits 0.6 MB, the state 0.2 MB", printed)
+    assert re.search(r"Disk +the dense model's logits 0.6 MB, the state 0.4 MB", printed)
     assert not list(tmp_path.glob(".out*"))
     assert not (tmp_path / "out").exists()
     assert run_command(*arguments[:2], "--base", tmp_path / "pruned", *arguments[4:], "-o", "x", "--dry-run") == 1

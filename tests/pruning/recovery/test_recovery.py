@@ -125,7 +125,8 @@ def test_whatever_ends_recovery_early_leaves_the_model_bit_for_bit_as_it_was(pru
     assert pruned.report.recoveries == ()
 
 
-def test_batches_in_parts_give_the_same_weights_as_whole_ones(llama, tokens):
+def test_batches_in_parts_give_the_same_weights_as_whole_ones(llama, tokens, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)  # bfloat16 rounds each part for itself
     found = []
     for batch_size in (4, 1):
         pruner = OTPruner.from_pretrained(make_llama(), CONFIG)
