@@ -4,33 +4,16 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers.models.auto import modeling_auto
 
 from optimum_otprune.errors import ModelLoadError
+from optimum_otprune.models.auto_classes import CAUSAL, HEADLESS, auto_classes
 from optimum_otprune.storage.manifest import INDEX_FILE, WEIGHTS_FILE
 from optimum_otprune.storage.untrusted import visible
 
-_CAUSAL = "AutoModelForCausalLM"
-# Their weights may fit a causal class of the same model type.
-_HEADLESS = ("AutoModelForMaskedLM", "AutoModelForPreTraining", "AutoModel")
-_AUTO_CLASSES: Mapping[str, Mapping[str, Any]] = {
-    "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    "AutoModelForSeq2SeqLM": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-    "AutoModelForSequenceClassification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-    "AutoModelForTokenClassification": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
-    "AutoModelForQuestionAnswering": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
-    "AutoModelForMultipleChoice": modeling_auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES,
-    "AutoModelForImageTextToText": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-    "AutoModelForImageClassification": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
-    "AutoModelForSpeechSeq2Seq": modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
-    "AutoModelForMaskedLM": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    "AutoModelForPreTraining": modeling_auto.MODEL_FOR_PRETRAINING_MAPPING_NAMES,
-    "AutoModel": modeling_auto.MODEL_MAPPING_NAMES,
-}
 ADAPTER_FILE = "adapter_config.json"
 _POINTER = b"version https://git-lfs"
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -137,17 +120,17 @@ def check_config(what: str, config: Mapping[str, object], has_adapter: bool) -> 
             "quantize the pruned one."
         )
     auto_map = config.get("auto_map")
-    if isinstance(auto_map, Mapping) and _CAUSAL in auto_map:
+    if isinstance(auto_map, Mapping) and CAUSAL in auto_map:
         return
     model_type, architectures = config.get("model_type"), config.get("architectures")
     names = [name for name in architectures if isinstance(name, str)] if isinstance(architectures, list) else []
-    found = {name: auto for name in names if (auto := _auto_class(name)) is not None}
+    found = {name: autos[0] for name in names if (autos := auto_classes(name))}
     can_be_causal = model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    wrong = [name for name, auto in found.items() if auto != _CAUSAL and not (can_be_causal and auto in _HEADLESS)]
+    wrong = [name for name, auto in found.items() if auto != CAUSAL and not (can_be_causal and auto in HEADLESS)]
     if wrong:
         raise ModelLoadError(
             f"{what} is no causal language model: its class is {wrong[0]} (`{found[wrong[0]]}`), and only what "
-            f"`{_CAUSAL}` loads can be pruned. Give the language model that it was made from."
+            f"`{CAUSAL}` loads can be pruned. Give the language model that it was made from."
         )
 
 
@@ -167,15 +150,6 @@ def _check_values(what: str, config: Mapping[str, object]) -> None:
                     f"In config.json of {what[0].lower()}{what[1:]}, `{name}` is {count}; want {_MOST_LAYERS} at "
                     "most. Get the original file."
                 )
-
-
-def _auto_class(name: str) -> str | None:
-    """Return the auto class that loads a class of transformers, the causal one first; None for a custom class."""
-    for auto in sorted(_AUTO_CLASSES, key=lambda auto: (auto != _CAUSAL, auto in _HEADLESS)):
-        for known in _AUTO_CLASSES[auto].values():
-            if name == known or (isinstance(known, (tuple, list)) and name in known):
-                return auto
-    return None
 
 
 def explanation(error: BaseException, local: bool, is_tokenizer: bool = False) -> str:
@@ -239,7 +213,7 @@ _CAUSES: tuple[tuple[str, str], ...] = (
     (r"trust_remote_code|custom code", f"it needs code that lies beside it. {_TRUST}"),
     (
         "Unrecognized configuration class",
-        f"it is no causal language model: `{_CAUSAL}` has no class for its model type. Only causal language models "
+        f"it is no causal language model: `{CAUSAL}` has no class for its model type. Only causal language models "
         "can be pruned",
     ),
     (

@@ -115,7 +115,7 @@ class ReversePass:
 
     def _loss_scale(self, batch: Tensor) -> int:
         """Return the factor that scales the loss in float16, where gradients of a mean over many tokens underflow."""
-        return 2 ** (batch.numel().bit_length() - 1) if self._blocks[0].up.weight.dtype == torch.float16 else 1
+        return 2 ** (batch.numel().bit_length() - 1) if self._blocks[0].dtype == torch.float16 else 1
 
     def _backward(
         self, block: FFNBlock, before: list[StoredTensor], gradients: dict[str, list[StoredTensor]]

@@ -149,7 +149,7 @@ def check_parameters(model: PreTrainedModel, blocks: Sequence[FFNBlock] = ()) ->
         with named(block):
             check_weights(weights, "the FFN")
         empty += empty_channels(weights)
-    others = {module for block in blocks for module in block.projections.values()}
+    others = {module for block in blocks for module in block.modules}
     for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is None or not parameter.is_floating_point() or not parameter.numel() or module in others:
@@ -326,8 +326,7 @@ def _probed(block: FFNBlock, runner: BlockRunner, hidden: Tensor, given: Tensor)
 
 def _holder(block: FFNBlock) -> nn.Module | None:
     """Return the smallest module inside a block that holds all projections."""
-    spec = block.spec
-    paths = [path.split(".")[:-1] for path in (spec.gate, spec.up, spec.down) if path is not None]
+    paths = [slot.path.split(".")[:-1] for slot in block.spec.slots.values()]
     common = os.path.commonprefix(paths)
     return submodule(block.module, ".".join(common)) if common else None
 
@@ -339,7 +338,7 @@ def _amplified(block: FFNBlock, scale: float) -> Iterator[None]:
     def enlarge(module: nn.Module, args: tuple) -> tuple:
         return (args[0] * scale, *args[1:])
 
-    modules = [module for name, module in block.projections.items() if name != "down"]
+    modules = [module for module in block.modules if module is not block.down]
     with hooked([module.register_forward_pre_hook(enlarge) for module in modules] if scale != 1 else []):
         yield
 

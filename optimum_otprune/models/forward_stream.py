@@ -120,7 +120,7 @@ class CalibrationStream:
         self._ffn_inputs = None
 
     def _exact_factor(self, block: FFNBlock) -> float | None:
-        return self._factors[block.layer] if block.up.weight.dtype == torch.float32 else None
+        return self._factors[block.layer] if block.dtype == torch.float32 else None
 
     def skip(self, block: FFNBlock) -> None:
         """Run a block that stays as it is, on the dense model's hidden states too if they are tracked."""

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from optimum_otprune.models.architectures import FFNSpec, find_blocks
+from optimum_otprune.models.architectures import find_blocks
 from optimum_otprune.models.ffn_block import FFNBlock, check_loadable, dense_width, ffn_blocks
+from optimum_otprune.models.ffn_spec import FFNSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,10 +68,10 @@ class PrunableModel:
         if getattr(self.blocks[0].down, "bias", None) is not None:
             return True
         key = self.spec.bias_key
-        if key is None or not hasattr(self.model.config, key):
+        if key is None or not hasattr(self.spec.fields_of(self.model.config), key):
             return False
         config = copy.deepcopy(self.model.config)
-        setattr(config, key, True)
+        setattr(self.spec.fields_of(config), key, True)
         with torch.device("meta"):
             probe = type(self.model)(config)
         first = FFNBlock(find_blocks(probe, self.spec)[0], self.spec, 0)

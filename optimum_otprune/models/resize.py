@@ -6,8 +6,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from optimum_otprune.errors import CustomFunctionError
-from optimum_otprune.models.architectures import FFNSpec
 from optimum_otprune.models.ffn_block import FFNBlock
+from optimum_otprune.models.ffn_spec import FFNSpec
 from optimum_otprune.models.save_formats import called, saved_widths
 
 
@@ -24,9 +24,9 @@ def finish_resize(model: PreTrainedModel, blocks: list[FFNBlock], non_uniform_fo
     """
     spec = blocks[0].spec
     if _add_biases(blocks) and spec.bias_key is not None:
-        setattr(model.config, spec.bias_key, True)
+        setattr(spec.fields_of(model.config), spec.bias_key, True)
     widths = [block.intermediate_size for block in blocks]
-    setattr(model.config, spec.size_key, max(saved_widths(non_uniform_format, widths)))
+    spec.write_width(model.config, max(saved_widths(non_uniform_format, widths)))
     if len(set(widths)) <= 1:
         return 0
     padding = called(non_uniform_format, "finish", model, blocks)
@@ -40,7 +40,7 @@ def finish_resize(model: PreTrainedModel, blocks: list[FFNBlock], non_uniform_fo
 
 def switches_biases(model: PreTrainedModel, spec: FFNSpec) -> bool:
     """Return whether a switch in the model's configuration gives its FFNs biases."""
-    return spec.bias_key is not None and bool(getattr(model.config, spec.bias_key, False))
+    return spec.bias_key is not None and bool(getattr(spec.fields_of(model.config), spec.bias_key, False))
 
 
 def _add_biases(blocks: list[FFNBlock]) -> bool:

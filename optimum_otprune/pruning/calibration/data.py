@@ -80,7 +80,7 @@ class ModelLimits(NamedTuple):
     @classmethod
     def of(cls, model: PreTrainedModel) -> "ModelLimits":
         """Return the limits of a model, read from its embeddings and configuration."""
-        return cls(vocabulary_size(model), getattr(model.config, "max_position_embeddings", None))
+        return cls(vocabulary_size(model), getattr(model.config.get_text_config(), "max_position_embeddings", None))
 
     def seqlen(self, config: OTPruningConfig) -> int:
         """Return the tokens per window: as configured, or at most 2 048 and the model's positions."""

@@ -125,7 +125,7 @@ def _shapes(prunable: PrunableModel, config: OTPruningConfig, widths: list[int])
         "architecture": find_spec(model)[0],
         "model_class": type(model).__name__,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "hidden_size": _hidden_size(blocks),
+        "hidden_size": blocks[0].hidden_size,
         "widths_before": tuple(prunable.widths),
         "widths_after": tuple(widths),
         "adaptive_layers": tuple(sorted(adaptive)),
@@ -160,10 +160,6 @@ def _loaded_often(weights: Mapping[str, int], device: str) -> int:
     return weights.get("disk", 0) + (weights.get("cpu", 0) if device != "cpu" else 0)
 
 
-def _hidden_size(blocks: list[FFNBlock]) -> int:
-    return blocks[0].up_weight.numel() // blocks[0].intermediate_size
-
-
 def _removed(blocks: list[FFNBlock], widths: list[int], unit: str) -> int:
     return sum((block.intermediate_size - width) * channel_cost(block, unit) for block, width in zip(blocks, widths))
 
@@ -184,15 +180,15 @@ def _workload(
     parameters = [list(block.module.parameters()) for block in blocks]
     return Workload(
         num_layers=len(pruned),
-        hidden_size=_hidden_size(blocks),
+        hidden_size=blocks[0].hidden_size,
         intermediate_size=blocks[0].intermediate_size,
         kept_size=sum(pruned) // len(pruned),
-        num_projections=len(blocks[0].projections),
+        num_projections=len(blocks[0].spec.slots),
         tokens=num_samples * samples.seqlen,
         written_tokens=written * samples.seqlen,
         batch_tokens=min(settings.batch_size, num_samples) * samples.seqlen,
         heldout_share=config.holdout_share,
-        element_size=blocks[0].up_weight.element_size(),
+        element_size=blocks[0].dtype.itemsize,
         block_bytes=max(sum(part.numel() * part.element_size() for part in parts) for parts in parameters),
         eliminates=config.selection == "obs" or is_adaptive,
         tracks_dense=bool(config.target_correction) and blocks[0].spec.residual,
