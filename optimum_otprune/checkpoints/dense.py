@@ -9,9 +9,9 @@ from optimum_otprune.checkpoints.load import load_checkpoint
 from optimum_otprune.config.loading_options import LoadingOptions
 from optimum_otprune.errors import UnsupportedModelError
 from optimum_otprune.models.agreement import DenseOutputs
-from optimum_otprune.models.block_runner import input_device, vocabulary_size
 from optimum_otprune.models.changes import check_whole, is_pruned
 from optimum_otprune.models.devices import is_spread
+from optimum_otprune.models.inputs import input_device, vocabulary_size
 from optimum_otprune.models.wrappers import unwrapped
 
 _PROBE = "The 12 cafés\n\tcost 3.50 €; it's 日本語, isn’t it?  def f(x): return x**2"

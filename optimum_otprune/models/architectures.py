@@ -60,7 +60,7 @@ def find_spec(model: PreTrainedModel) -> tuple[str, FFNSpec]:
 
 
 def find_blocks(model: PreTrainedModel, spec: FFNSpec) -> list[nn.Module]:
-    """Return the blocks of a model, in order."""
+    """Return the blocks of a model's first list, or of its only one, in order."""
     layers = submodule(model.base_model, spec.layers)
     assert isinstance(layers, nn.ModuleList)
     return list(layers)
@@ -108,8 +108,16 @@ def _has_size(config: PreTrainedConfig, key: str) -> bool:
 
 
 def _fits(model: PreTrainedModel, spec: FFNSpec) -> bool:
+    """Return whether every block has its FFN where a spec says, and an encoder with a decoder two lists of them."""
+    has_both = bool(model.config.is_encoder_decoder)
+    return has_both == (spec.then is not None) and all(_fits_list(model, one) for one in spec.lists)
+
+
+def _fits_list(model: PreTrainedModel, spec: FFNSpec) -> bool:
     layers = submodule(model.base_model, spec.layers)
     if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
+        return False
+    if spec.config and not isinstance(getattr(model.config, spec.config, None), PreTrainedConfig):
         return False
     if spec.size_key is not None and not _has_size(spec.fields_of(model.config), spec.size_key):
         return False

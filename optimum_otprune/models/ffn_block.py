@@ -109,7 +109,8 @@ class FFNBlock:
         down, down_bias = self._read("down")
         assert up is not None
         assert down is not None
-        return FFNWeights(up, down, gate, up_bias, gate_bias, down_bias)
+        weights = FFNWeights(up, down, gate, up_bias, gate_bias, down_bias)
+        return weights.map(lambda part: part.to(up.dtype))  # T5 keeps the down projection in float32
 
     def _read(self, name: str) -> tuple[Tensor | None, Tensor | None]:
         """Return copies of a projection's weight, `(out, in)`, and bias; None for each that it does not have."""
@@ -180,6 +181,17 @@ def _set_features(module: nn.Module, in_features: int, out_features: int) -> Non
             setattr(module, attribute, value)
 
 
+def known_blocks(model: PreTrainedModel, spec: FFNSpec) -> list[FFNBlock]:
+    """Return the FFN blocks of a model of a known architecture, in the order of its forward pass.
+
+    Args:
+        model: The model.
+        spec: The architecture that fits it.
+    """
+    places = [(module, one) for one in spec.lists for module in find_blocks(model, one)]
+    return [FFNBlock(module, one, layer) for layer, (module, one) in enumerate(places)]
+
+
 def ffn_blocks(model: PreTrainedModel) -> list[FFNBlock]:
     """Return the FFN blocks of a model, in the order of its forward pass.
 
@@ -194,8 +206,7 @@ def ffn_blocks(model: PreTrainedModel) -> list[FFNBlock]:
         )
     check_plain(model)
     _check_inputs(model)
-    _, spec = find_spec(model)
-    blocks = [FFNBlock(module, spec, layer) for layer, module in enumerate(find_blocks(model, spec))]
+    blocks = known_blocks(model, find_spec(model)[1])
     if len({block.module for block in blocks}) < len(blocks):
         raise UnsupportedModelError(
             "Layers of this model share one module, so that none can be pruned for itself. Prune a model whose layers "
@@ -221,11 +232,6 @@ def _check_inputs(model: PreTrainedModel) -> None:
             f"{type(model).__name__} takes pictures, sound or the like (`{model.main_input_name}`) beside or in place "
             "of token ids, which calibration data consist of. Prune a model of text."
         )
-    if model.config.is_encoder_decoder:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has an encoder and a decoder: both would have to be calibrated, which is not "
-            "supported. Prune a model that has one of them."
-        )
 
 
 def dense_width(blocks: list[FFNBlock]) -> int:
@@ -235,6 +241,12 @@ def dense_width(blocks: list[FFNBlock]) -> int:
         UnsupportedModelError: If the FFNs differ in width.
     """
     widths = {block.intermediate_size for block in blocks}
+    by_list = {block.spec.layers: block.intermediate_size for block in blocks}
+    if len(widths) > 1 and widths == set(by_list.values()):
+        raise UnsupportedModelError(
+            f"The FFNs of the model's lists of layers have different widths ({by_list}); only an encoder and a "
+            "decoder of one width can be pruned together. Choose such a model."
+        )
     if len(widths) > 1:
         raise UnsupportedModelError(
             f"The layers of this model have different FFN widths ({min(widths)} to {max(widths)}): it was pruned "
@@ -264,8 +276,7 @@ def check_loadable(model: PreTrainedModel) -> None:
         # Only the modeling file that is saved with such a model builds its widths.
         if spec.size_key in (fields.per_layer_attributes or ()):
             fields.per_layer_config = spec.others_per_layer(config) or None
-            blocks = [FFNBlock(module, spec, layer) for layer, module in enumerate(find_blocks(model, spec))]
-            uneven = {module for block in blocks for module in block.modules}
+            uneven = {module for block in known_blocks(model, spec) for module in block.modules}
     with torch.device("meta"):
         built = _shapes(type(model)(config))
     held = _shapes(model)

@@ -53,6 +53,7 @@ class FFNSpec:
         also_set: Fields of the configuration that are set with the width, where it has them, and their values.
         gate_factor: Path, relative to a block, of a number that multiplies what goes into the activation, or None.
         config: Name of the part of the configuration that holds all these fields; empty for the configuration itself.
+        then: Where the FFN is in a second list of blocks that runs behind the first, as a decoder behind its encoder.
     """
 
     layers: str
@@ -70,6 +71,12 @@ class FFNSpec:
     also_set: tuple[tuple[str, object], ...] = ()
     gate_factor: str | None = None
     config: str = ""
+    then: "FFNSpec | None" = None
+
+    @property
+    def lists(self) -> "tuple[FFNSpec, ...]":
+        """The places of the FFN in each list of blocks, in the order in which a model runs them."""
+        return (self,) if self.then is None else (self, *self.then.lists)
 
     @property
     def slots(self) -> dict[str, Slot]:

@@ -10,6 +10,16 @@ def _plain(layers: str, up: str, down: str, activation: str, size_key: str | Non
     return FFNSpec(layers=layers, up=up, down=down, activation=activation, size_key=size_key)
 
 
+def _t5(layers: str, ffn: str) -> FFNSpec:
+    """Return the layout of T5's first version in one of its lists."""
+    return _plain(layers, f"{ffn}.wi", f"{ffn}.wo", f"{ffn}.act", "d_ff")
+
+
+def _t5_gated(layers: str, ffn: str) -> FFNSpec:
+    """Return the layout of T5 1.1 and mT5 in one of its lists."""
+    return replace(_t5(layers, ffn), gate=f"{ffn}.wi_0", up=f"{ffn}.wi_1")
+
+
 # Llama, Mistral, Qwen 2 and 3, SmolLM, Gemma, …: gated, with a norm before the FFN only.
 _GATED = FFNSpec(
     layers="layers",
@@ -106,6 +116,24 @@ LAYOUTS: dict[str, FFNSpec] = {
     "bert": _BERT,
     "distilbert": replace(
         _plain("transformer.layer", "ffn.lin1", "ffn.lin2", "ffn.activation", "hidden_dim"), residual=False
+    ),
+    "bart": replace(
+        _plain("encoder.layers", "fc1", "fc2", "activation_fn", "encoder_ffn_dim"),
+        residual=False,
+        then=replace(_plain("decoder.layers", "fc1", "fc2", "activation_fn", "decoder_ffn_dim"), residual=False),
+    ),
+    "t5": replace(_t5("encoder.block", "layer.1.DenseReluDense"), then=_t5("decoder.block", "layer.2.DenseReluDense")),
+    "t5_gated": replace(
+        _t5_gated("encoder.block", "layer.1.DenseReluDense"),
+        then=_t5_gated("decoder.block", "layer.2.DenseReluDense"),
+    ),
+    "t5gemma": replace(
+        _GATED,
+        layers="encoder.layers",
+        config="encoder",
+        residual=False,
+        bias_key=None,
+        then=replace(_GATED, layers="decoder.layers", config="decoder", residual=False, bias_key=None),
     ),
     "clip_text": _plain("encoder.layers", "mlp.fc1", "mlp.fc2", "mlp.activation_fn"),
 }

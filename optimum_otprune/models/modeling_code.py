@@ -97,12 +97,12 @@ def modeling_code(model: PreTrainedModel, spec: FFNSpec, template: str) -> Model
 
 def _library_class(model: PreTrainedModel, spec: FFNSpec) -> str:
     """Return the name of the model's class in transformers, or of the one that a modeling file extends."""
-    if is_built_in(spec):
+    if is_built_in(spec) and spec.then is None:
         for kind in type(model).__mro__:
             is_listed = getattr(transformers, kind.__name__, None) is kind
             if is_listed and kind.__module__.startswith("transformers.models."):
                 return kind.__name__
     raise UnsupportedModelError(
         "Modeling code for layers of different widths is written for classes of transformers and the layouts that "
-        f"this package knows; {type(model).__name__} is not one. Use non_uniform_format='pad'."
+        f"this package knows, of one list of layers; {type(model).__name__} is not one. Use non_uniform_format='pad'."
     )

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from optimum_otprune.models.architectures import find_blocks
-from optimum_otprune.models.ffn_block import FFNBlock, check_loadable, dense_width, ffn_blocks
+from optimum_otprune.models.ffn_block import FFNBlock, check_loadable, dense_width, ffn_blocks, known_blocks
 from optimum_otprune.models.ffn_spec import FFNSpec
 
 
@@ -74,8 +73,7 @@ class PrunableModel:
         setattr(self.spec.fields_of(config), key, True)
         with torch.device("meta"):
             probe = type(self.model)(config)
-        first = FFNBlock(find_blocks(probe, self.spec)[0], self.spec, 0)
-        return getattr(first.down, "bias", None) is not None
+        return getattr(known_blocks(probe, self.spec)[0].down, "bias", None) is not None
 
     def checked(self, factors: Sequence[float | None]) -> "PrunableModel":
         """Return the same model with its factors, after the check in `measured_factors`."""

@@ -26,7 +26,8 @@ def finish_resize(model: PreTrainedModel, blocks: list[FFNBlock], non_uniform_fo
     if _add_biases(blocks) and spec.bias_key is not None:
         setattr(spec.fields_of(model.config), spec.bias_key, True)
     widths = [block.intermediate_size for block in blocks]
-    spec.write_width(model.config, max(saved_widths(non_uniform_format, widths)))
+    for one in spec.lists:
+        one.write_width(model.config, max(saved_widths(non_uniform_format, widths)))
     if len(set(widths)) <= 1:
         return 0
     padding = called(non_uniform_format, "finish", model, blocks)

@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
     PreTrainedModel,
 )
 
@@ -20,22 +21,28 @@ from optimum_otprune.errors import RegistryError, UnsupportedModelError
 from optimum_otprune.functional.ffn import check_weights, ffn_forward
 from optimum_otprune.models.architectures import ARCHITECTURES, FFNSpec, find_spec, register_architecture
 from optimum_otprune.models.ffn_block import ffn_blocks
+from optimum_otprune.models.ffn_hooks import watched
+from optimum_otprune.models.inputs import model_inputs
+from optimum_otprune.models.modeling_code import check_can_save
 from optimum_otprune.models.prunable_model import PrunableModel
 from optimum_otprune.models.resize import finish_resize
 from tests.conftest import make_llama
-from tests.passes import factors_of
+from tests.passes import factors_of, stream_of
 
 # Of these, a configuration gets the fields that it has.
 SIZES = (
     dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "embed_dim", "word_embed_proj_dim", "lru_width"), 32)
-    | dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "hidden_dim", "dff"), 48)
+    | dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "hidden_dim", "dff", "d_ff"), 48)
     | dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"), 2)
     | dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads"), 4)
     | dict.fromkeys(("max_position_embeddings", "n_positions"), 40)
     | {"decoder_attention_heads": 4, "decoder_ffn_dim": 48, "num_key_value_heads": 2, "head_dim": 8, "num_kv_heads": 2}
+    | dict.fromkeys(("encoder_layers", "num_decoder_layers"), 2)
+    | {"encoder_attention_heads": 4, "encoder_ffn_dim": 48, "d_kv": 8, "decoder_start_token_id": 0}
     | {"vocab_size": 64, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None, "rotary_dim": 4}
     | {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8}
 )
+START = {"pad_token_id": 0, "decoder_start_token_id": 0}  # what an encoder with a decoder writes from
 VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 VISION |= {"image_size": 8, "patch_size": 4}
 
@@ -106,6 +113,10 @@ MODELS = {
     ),
     "distilbert": Case("distilbert", "distilbert", intercept=True, adds=None, auto=AutoModelForMaskedLM),
     "clip_text": Case("clip_text", "clip_text_model", intercept=True, auto=AutoModel),
+    "bart": Case("bart", "bart", intercept=True, adds=None, auto=AutoModelForSeq2SeqLM, changes={"pad_token_id": 2}),
+    "t5": Case("t5", "t5", auto=AutoModelForSeq2SeqLM, changes=START),
+    "mt5": Case("t5_gated", "mt5", auto=AutoModelForSeq2SeqLM, changes=START),
+    "t5gemma": Case("t5gemma", "t5gemma", adds=None, auto=AutoModelForSeq2SeqLM, changes=START),
     "gemma3": Case("llama_post_norm", "gemma3", adds=None, auto=AutoModelForImageTextToText),
     "mistral3": Case("llama", "mistral3", auto=AutoModelForImageTextToText),
 }
@@ -125,8 +136,10 @@ def configured(model_type: str, sizes: Mapping[str, Any], changes: Mapping[str, 
     kind = CONFIG_MAPPING[model_type]
     default = kind()
     parts = {
-        name: configured(getattr(default, name).model_type, SIZES if name == "text_config" else VISION, {}).to_dict()
-        for name in kind.sub_configs.keys() & {"text_config", "vision_config"}
+        name: configured(
+            getattr(default, name).model_type, VISION if name == "vision_config" else SIZES | START, {}
+        ).to_dict()
+        for name in kind.sub_configs.keys() & {"text_config", "vision_config", "encoder", "decoder"}
     }
     return kind(**{name: size for name, size in sizes.items() if name in default.to_dict()} | parts | dict(changes))
 
@@ -142,7 +155,7 @@ def build(name: str) -> PreTrainedModel:
 def outputs(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
     """Logits, or the hidden states of a model without a head."""
     with torch.no_grad():
-        return model(input_ids=tokens)[0]
+        return model(**model_inputs(model, tokens))[0]
 
 
 @pytest.fixture(params=MODELS)
@@ -179,7 +192,7 @@ def test_weights_are_read_channel_first_and_compute_what_the_module_computes(nam
     block.up.register_forward_pre_hook(lambda module, args: seen.update(inputs=args[0]))
     block.projection("down").register_forward_hook(lambda module, args, output: seen.update(outputs=output.clone()))
     with torch.no_grad():
-        model(input_ids=tokens)
+        model(**model_inputs(model, tokens))
     computed = ffn_forward(weights, seen["inputs"].reshape(-1, 32), block.activation)
     torch.testing.assert_close(computed, seen["outputs"].reshape(-1, 32), rtol=1e-4, atol=1e-5)
 
@@ -219,6 +232,10 @@ def test_a_shrunk_model_runs_and_loads_plainly_with_equal_logits(name, tokens, t
 def test_layers_of_different_widths_load_with_equal_logits(name, non_uniform_format, tokens, tmp_path):
     model = build(name)
     blocks = ffn_blocks(model)
+    if blocks[0].spec.then is not None and non_uniform_format == "per_layer_config":
+        with pytest.raises(UnsupportedModelError, match="of one list of layers"):
+            check_can_save(model, blocks[0].spec, non_uniform_format)
+        return
     for block, kept_size in zip(blocks, cycle((16, 31))):
         block.install(block.read().select(torch.arange(kept_size)))
     narrow = outputs(model, tokens)
@@ -254,6 +271,36 @@ def test_half_of_the_channels_are_pruned_and_load_plainly(name, tokens, tmp_path
     loaded, info = MODELS[name].auto.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     torch.testing.assert_close(outputs(loaded.eval(), tokens), outputs(model, tokens), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_a_decoder_sees_what_the_pruned_encoder_puts_out(name, tokens):
+    model = build(name)
+    blocks, stream = ffn_blocks(model), stream_of(model, tokens, track_dense=True)
+    for block in blocks[:2]:
+        assert len(stream.energies(block)) == tokens.numel()
+        list(stream.taps(block))
+        block.install(block.read().select(torch.arange(0, 48, 5)))
+        stream.advance(block)
+    seen = torch.cat([tap.inputs for tap in stream.taps(blocks[2])])
+    wanted = []
+    with watched((blocks[2], lambda name, inputs, output: wanted.append(inputs) if name == "up" else None)):
+        outputs(model, tokens)
+    torch.testing.assert_close(seen, wanted[0].flatten(end_dim=-2), rtol=1e-4, atol=1e-5)
+
+
+def test_what_asks_for_gradients_or_the_next_token_is_refused_of_an_encoder_with_a_decoder(tokens):
+    pruner = OTPruner.from_pretrained(build("t5"), OTPruningConfig(pruning_ratio=0.5, method="fo_snip", multiple_of=1))
+    with pytest.raises(UnsupportedModelError, match="gradients are not led from one to the other"):
+        pruner.prune(tokens, progress=False)
+    with pytest.raises(UnsupportedModelError, match="does not go on with a text token by token"):
+        pruner.evaluate(tokens, progress=False)
+
+
+def test_an_encoder_and_a_decoder_of_different_widths_are_refused():
+    model = AutoModelForSeq2SeqLM.from_config(configured("bart", SIZES, {"decoder_ffn_dim": 40, "pad_token_id": 2}))
+    with pytest.raises(UnsupportedModelError, match="only an encoder and a decoder of one width"):
+        PrunableModel.loadable(model)
 
 
 def test_biases_are_given_to_all_layers_or_none(tokens, tmp_path):

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.config.options import WRITTEN
 from optimum_otprune.errors import CalibrationDataError
-from optimum_otprune.models.block_runner import vocabulary_size
+from optimum_otprune.models.inputs import vocabulary_size
 from optimum_otprune.pruning.calibration.documents import Documents, TokenSource, documents
 from optimum_otprune.pruning.calibration.overlap import passage_sketch
 from optimum_otprune.pruning.calibration.token_ids import given_ids

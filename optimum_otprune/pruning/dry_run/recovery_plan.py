@@ -5,8 +5,8 @@ import dataclasses
 import torch
 from transformers import PreTrainedModel
 
-from optimum_otprune.models.block_runner import vocabulary_size
 from optimum_otprune.models.flops import forward_flops
+from optimum_otprune.models.inputs import vocabulary_size
 from optimum_otprune.models.perplexity import windows_together
 from optimum_otprune.models.prunable_model import PrunableModel
 from optimum_otprune.models.timing import matmul_rate

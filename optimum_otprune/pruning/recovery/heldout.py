@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from optimum_otprune.errors import NumericalError
 from optimum_otprune.functional.distillation import Divergence, divergence
-from optimum_otprune.models.block_runner import input_device, vocabulary_size
+from optimum_otprune.models.inputs import input_device, vocabulary_size
 from optimum_otprune.models.perplexity import windows_together
 from optimum_otprune.models.training import computing
 from optimum_otprune.pruning.recovery_report import HeldoutPart
