@@ -10,7 +10,8 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers.models.auto import modeling_auto
 
 from optimum_otprune.errors import ModelLoadError
-from optimum_otprune.models.auto_classes import CAUSAL, HEADLESS, auto_classes
+from optimum_otprune.models.auto_classes import auto_classes
+from optimum_otprune.models.tasks import CAUSAL, HEADLESS, TASKS
 from optimum_otprune.storage.manifest import INDEX_FILE, WEIGHTS_FILE
 from optimum_otprune.storage.untrusted import visible
 
@@ -95,7 +96,7 @@ def check_file(file: Path) -> None:
 
 
 def check_config(what: str, config: Mapping[str, object], has_adapter: bool) -> None:
-    """Raise an error if a configuration is not of a causal language model with plain weights.
+    """Raise an error if a configuration is not of a model of text with plain weights.
 
     Args:
         what: The words for the model in messages.
@@ -119,19 +120,35 @@ def check_config(what: str, config: Mapping[str, object], has_adapter: bool) -> 
             "`quantization_config` says; packed weights cannot be pruned. Prune the original model, save it, and "
             "quantize the pruned one."
         )
-    auto_map = config.get("auto_map")
-    if isinstance(auto_map, Mapping) and CAUSAL in auto_map:
-        return
-    model_type, architectures = config.get("model_type"), config.get("architectures")
-    names = [name for name in architectures if isinstance(name, str)] if isinstance(architectures, list) else []
-    found = {name: autos[0] for name in names if (autos := auto_classes(name))}
-    can_be_causal = model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    wrong = [name for name, auto in found.items() if auto != CAUSAL and not (can_be_causal and auto in HEADLESS)]
-    if wrong:
+    auto = loading_class(config)
+    if auto not in TASKS:
         raise ModelLoadError(
-            f"{what} is no causal language model: its class is {wrong[0]} (`{found[wrong[0]]}`), and only what "
-            f"`{CAUSAL}` loads can be pruned. Give the language model that it was made from."
+            f"{what} cannot be pruned: its class is {_class_names(config)[0]} (`{auto}`), and only what one of "
+            f"{', '.join(TASKS)} loads can be. Give the language model that it was made from."
         )
+
+
+def loading_class(config: Mapping[str, object]) -> str:
+    """Return the name of the auto class that a model is loaded by: the causal one where it fits, else its own.
+
+    Args:
+        config: The content of config.json.
+    """
+    auto_map = config.get("auto_map")
+    if isinstance(auto_map, Mapping):
+        named = [auto for auto in TASKS if auto in auto_map]
+        if named:
+            return named[0]
+    model_type = config.get("model_type")
+    found = {name: autos[0] for name in _class_names(config) if (autos := auto_classes(name))}
+    can_be_causal = model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    own = [auto for auto in found.values() if auto != CAUSAL and not (can_be_causal and auto in HEADLESS)]
+    return own[0] if own else CAUSAL
+
+
+def _class_names(config: Mapping[str, object]) -> list[str]:
+    architectures = config.get("architectures")
+    return [name for name in architectures if isinstance(name, str)] if isinstance(architectures, list) else []
 
 
 def _check_values(what: str, config: Mapping[str, object]) -> None:

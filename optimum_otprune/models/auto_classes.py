@@ -5,9 +5,8 @@ from typing import Any
 
 from transformers.models.auto import modeling_auto
 
-CAUSAL = "AutoModelForCausalLM"
-# Their weights may fit a causal class of the same model type.
-HEADLESS = ("AutoModelForMaskedLM", "AutoModelForPreTraining", "AutoModel")
+from optimum_otprune.models.tasks import HEADLESS
+
 _AUTO_CLASSES: Mapping[str, Mapping[str, Any]] = {
     "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     "AutoModelForSeq2SeqLM": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,

@@ -9,9 +9,10 @@ from transformers.utils.versions import require_version
 
 from optimum_otprune.errors import UnsupportedModelError
 from optimum_otprune.models.architectures import find_spec, is_built_in
-from optimum_otprune.models.auto_classes import CAUSAL, auto_classes
+from optimum_otprune.models.auto_classes import auto_classes
 from optimum_otprune.models.ffn_spec import FFNSpec
 from optimum_otprune.models.save_formats import called, save_format, save_formats
+from optimum_otprune.models.tasks import CAUSAL
 
 MODELING_FILE = "modeling_otprune.py"
 
