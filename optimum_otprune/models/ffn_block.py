@@ -1,7 +1,5 @@
 """`FFNBlock`: reads and installs the weights of one FFN; nothing else in the package assigns to a model's weights."""
 
-import copy
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -240,64 +238,29 @@ def dense_width(blocks: list[FFNBlock]) -> int:
     Raises:
         UnsupportedModelError: If the FFNs differ in width.
     """
-    widths = {block.intermediate_size for block in blocks}
-    by_list = {block.spec.layers: block.intermediate_size for block in blocks}
-    if len(widths) > 1 and widths == set(by_list.values()):
-        raise UnsupportedModelError(
-            f"The FFNs of the model's lists of layers have different widths ({by_list}); only an encoder and a "
-            "decoder of one width can be pruned together. Choose such a model."
-        )
+    check_dense(blocks)
+    widths = sorted({block.intermediate_size for block in blocks})
     if len(widths) > 1:
         raise UnsupportedModelError(
-            f"The layers of this model have different FFN widths ({min(widths)} to {max(widths)}): it was pruned "
-            "already. Prune the dense model instead."
+            f"The FFNs of the encoder and of the decoder have different widths ({widths}), and what was asked for "
+            "needs one width. Give a `pruning_ratio`, or choose a model of one width."
         )
-    return widths.pop()
+    return widths[0]
 
 
-def check_loadable(model: PreTrainedModel) -> None:
-    """Raise if a saved model could not be loaded, because its class does not build the weights that it holds.
-
-    A model is built from a copy of the configuration on the meta device, and its weights are compared. A class whose
-    constructor wants more than a configuration is not checked: transformers could not load it either.
+def check_dense(blocks: list[FFNBlock]) -> None:
+    """Raise if FFNs of one list of layers differ in width, as those of a pruned model do.
 
     Raises:
-        UnsupportedModelError: If a weight is missing, unknown or of another shape; the message names the first one.
+        UnsupportedModelError: If they do.
     """
-    try:
-        inspect.signature(type(model)).bind(model.config)
-    except TypeError:
-        return
-    config, uneven = copy.deepcopy(model.config), set()
-    is_uneven = any(getattr(part, "is_heterogeneous", False) for part in (config, config.get_text_config()))
-    if is_uneven and type(model).__module__.startswith("transformers.models."):
-        _, spec = find_spec(model)
-        fields = spec.fields_of(config)
-        # Only the modeling file that is saved with such a model builds its widths.
-        if spec.size_key in (fields.per_layer_attributes or ()):
-            fields.per_layer_config = spec.others_per_layer(config) or None
-            uneven = {module for block in known_blocks(model, spec) for module in block.modules}
-    with torch.device("meta"):
-        built = _shapes(type(model)(config))
-    held = _shapes(model)
-    ignored = {
-        f"{path}.{name}" for path, part in model.named_modules() if part in uneven for name in ("weight", "bias")
-    }
-    for name in (*held, *built):
-        is_there = name in held and name in built
-        if is_there and (held[name] == built[name] or name in ignored):
-            continue
-        found = f"of shape {held[name]}" if name in held else "not there"
-        wanted = f"of shape {built[name]}" if name in built else "not known"
-        raise UnsupportedModelError(
-            f"The weight {name!r} is {found} in the model, but {wanted} to {type(model).__name__} with the model's "
-            "configuration, so that what is saved could not be loaded. Put back the module that stood there: merge "
-            "adapters, remove parametrizations, masks of `torch.nn.utils.prune` and wrappers."
-        )
-
-
-def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(value.shape) for name, value in model.state_dict().items() if hasattr(value, "shape")}
+    for one in blocks[0].spec.lists:
+        widths = {block.intermediate_size for block in blocks if block.spec.layers == one.layers}
+        if len(widths) > 1:
+            raise UnsupportedModelError(
+                f"The layers of this model have different FFN widths ({min(widths)} to {max(widths)}): it was pruned "
+                "already. Prune the dense model instead."
+            )
 
 
 def _check_alone(block: FFNBlock) -> None:

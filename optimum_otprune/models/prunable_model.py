@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from optimum_otprune.models.ffn_block import FFNBlock, check_loadable, dense_width, ffn_blocks, known_blocks
+from optimum_otprune.models.ffn_block import FFNBlock, check_dense, ffn_blocks, known_blocks
 from optimum_otprune.models.ffn_spec import FFNSpec
+from optimum_otprune.models.loadable import check_loadable, check_resizable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +42,12 @@ class PrunableModel:
         """Find the blocks of a model that can be loaded again once it is saved.
 
         Raises:
-            UnsupportedModelError: See `ffn_blocks`, `dense_width` and `check_loadable`.
+            UnsupportedModelError: See `ffn_blocks`, `check_dense`, `check_loadable` and `check_resizable`.
         """
         found = cls.of(model)
-        dense_width(found.blocks)
+        check_dense(found.blocks)
         check_loadable(model)
+        check_resizable(model, found.blocks)
         return found
 
     @property

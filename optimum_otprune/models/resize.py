@@ -25,9 +25,16 @@ def finish_resize(model: PreTrainedModel, blocks: list[FFNBlock], non_uniform_fo
     spec = blocks[0].spec
     if _add_biases(blocks) and spec.bias_key is not None:
         setattr(spec.fields_of(model.config), spec.bias_key, True)
+    groups: dict[tuple[str, str | None], list[FFNBlock]] = {}  # those whose width is in one field
+    for block in blocks:
+        groups.setdefault((block.spec.config, block.spec.size_key), []).append(block)
+    return sum(_finish_group(model, group, non_uniform_format) for group in groups.values())
+
+
+def _finish_group(model: PreTrainedModel, blocks: list[FFNBlock], non_uniform_format: str) -> int:
+    """Write the width of layers that share a field of the configuration; return how many zeros only fill up."""
     widths = [block.intermediate_size for block in blocks]
-    for one in spec.lists:
-        one.write_width(model.config, max(saved_widths(non_uniform_format, widths)))
+    blocks[0].spec.write_width(model.config, max(saved_widths(non_uniform_format, widths)))
     if len(set(widths)) <= 1:
         return 0
     padding = called(non_uniform_format, "finish", model, blocks)

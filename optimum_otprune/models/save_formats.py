@@ -153,6 +153,10 @@ def saved_widths(name: str, widths: Sequence[int], dense: Sequence[int] | None =
     """
     if len(set(widths)) <= 1:
         return list(widths)
+    if dense is not None and len(set(dense)) > 1:  # an encoder and a decoder: each has a width of its own
+        starts = [layer for layer in range(len(dense)) if layer == 0 or dense[layer] != dense[layer - 1]]
+        parts = [slice(*bounds) for bounds in zip(starts, [*starts[1:], len(dense)])]
+        return [wide for part in parts for wide in saved_widths(name, widths[part], dense[part])]
     saved = called(name, "saved_widths", list(widths))
     try:
         found = [operator.index(width) for width in saved]

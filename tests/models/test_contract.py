@@ -1,6 +1,7 @@
 """One contract over every known architecture: find, read, compute, shrink, save, load."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import cycle
 from typing import Any, NamedTuple
 
@@ -20,9 +21,10 @@ from optimum_otprune import OTPruner, OTPruningConfig
 from optimum_otprune.errors import RegistryError, UnsupportedModelError
 from optimum_otprune.functional.ffn import check_weights, ffn_forward
 from optimum_otprune.models.architectures import ARCHITECTURES, FFNSpec, find_spec, register_architecture
-from optimum_otprune.models.ffn_block import ffn_blocks
+from optimum_otprune.models.ffn_block import dense_width, ffn_blocks
 from optimum_otprune.models.ffn_hooks import watched
 from optimum_otprune.models.inputs import model_inputs
+from optimum_otprune.models.loadable import check_resizable
 from optimum_otprune.models.modeling_code import check_can_save
 from optimum_otprune.models.prunable_model import PrunableModel
 from optimum_otprune.models.resize import finish_resize
@@ -297,10 +299,19 @@ def test_what_asks_for_gradients_or_the_next_token_is_refused_of_an_encoder_with
         pruner.evaluate(tokens, progress=False)
 
 
-def test_an_encoder_and_a_decoder_of_different_widths_are_refused():
+def test_an_encoder_and_a_decoder_have_each_a_width_of_its_own(tokens, tmp_path):
     model = AutoModelForSeq2SeqLM.from_config(configured("bart", SIZES, {"decoder_ffn_dim": 40, "pad_token_id": 2}))
-    with pytest.raises(UnsupportedModelError, match="only an encoder and a decoder of one width"):
-        PrunableModel.loadable(model)
+    pruner = OTPruner.from_pretrained(
+        model.eval(), OTPruningConfig(pruning_ratio=0.5, multiple_of=1, self_calibration=0, layer_ratios={1: 0.25})
+    )
+    report = pruner.prune(tokens, progress=False)
+    assert report.widths == (24, 36, 20, 20)
+    assert (model.config.encoder_ffn_dim, model.config.decoder_ffn_dim) == (36, 20)
+    pruner.save_pretrained(tmp_path / "out")
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(outputs(loaded, tokens), outputs(model, tokens), rtol=0, atol=0)
+    with pytest.raises(UnsupportedModelError, match=r"different widths \(\[20, 36\]\), and what was asked for"):
+        dense_width([block for block in ffn_blocks(loaded) if block.layer != 0])
 
 
 def test_biases_are_given_to_all_layers_or_none(tokens, tmp_path):
@@ -319,6 +330,28 @@ def test_biases_are_given_to_all_layers_or_none(tokens, tmp_path):
     _, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
+
+
+def test_a_field_that_does_not_decide_the_width_is_refused_before_any_work(llama):
+    llama.config.other_size = 48
+    ARCHITECTURES["other"] = replace(ARCHITECTURES["llama"], size_key="other_size")
+    try:
+        with pytest.raises(
+            UnsupportedModelError, match=r"`other_size` .* does not decide .* built with 24 .* have \[48\]"
+        ):
+            PrunableModel.loadable(llama)
+    finally:
+        del ARCHITECTURES["other"]
+
+
+def test_a_model_that_cannot_be_built_with_another_width_is_refused(llama, monkeypatch):
+    def build(self, config):
+        raise ValueError("48 it must be")
+
+    blocks = ffn_blocks(llama)
+    monkeypatch.setattr(type(llama), "__init__", build)
+    with pytest.raises(UnsupportedModelError, match="48 it must be when it is built with FFNs of 24 channels"):
+        check_resizable(llama, blocks)
 
 
 def test_a_taken_architecture_name_is_refused():

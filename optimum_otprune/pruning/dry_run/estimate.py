@@ -119,7 +119,7 @@ def _shapes(prunable: PrunableModel, config: OTPruningConfig, widths: list[int])
     """Return the fields of the plan about the model before and after."""
     model, blocks = prunable.model, prunable.blocks
     adaptive = set(range(len(blocks))) - set(given_widths(blocks, config)) if config.allocation == "adaptive" else ()
-    saved = saved_widths(config.non_uniform_format, widths)
+    saved = saved_widths(config.non_uniform_format, widths, prunable.widths)
     return {
         "config": config.to_dict(),
         "architecture": find_spec(model)[0],
