@@ -235,8 +235,9 @@ def _inputs_in_whole(prunable: PrunableModel, batch: Tensor) -> list[Tensor]:
     for layer, calls in seen.items():
         if len(calls) != 1:
             raise UnsupportedModelError(
-                f"Layer {layer}: hooks on the FFN fire {len(calls)} times in a forward pass; want once. Load the "
-                "model without compiling it, with its plain FFN, which runs once a pass."
+                f"Layer {layer}: hooks on the FFN fire {len(calls)} times in a forward pass; want once. Layers that "
+                "share weights cannot be pruned one by one; otherwise load the model without compiling it, with its "
+                "plain FFN, which runs once a pass."
             )
     return [seen[block.layer][0] for block in prunable.blocks]
 

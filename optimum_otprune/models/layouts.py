@@ -71,6 +71,8 @@ LAYOUTS: dict[str, FFNSpec] = {
     # The width is a whole multiple of the hidden size, mostly written in the code.
     "bloom": _plain("h", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h", "mlp.gelu_impl", None),
     "gpt_neox_japanese": _plain("layers", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h", "mlp.act", None),
+    "openai-gpt": replace(_plain("h", "mlp.c_fc", "mlp.c_proj", "mlp.act", None), transposed=True),
+    "xlm": _plain("ffns", "lin1", "lin2", "act", None),
     "mpt": _plain("blocks", "ffn.up_proj", "ffn.down_proj", "ffn.act", None),
     "nemotron": replace(_plain("layers", "mlp.up_proj", "mlp.down_proj", "mlp.act_fn"), bias_key="mlp_bias"),
     "llama": _GATED,
