@@ -61,7 +61,7 @@ _OTHER_WEIGHTS: tuple[tuple[str, str], ...] = (
 
 
 def check_folder(folder: Path, needs_weights: bool = True) -> None:
-    """Raise an error if a folder holds no causal language model in safetensors files.
+    """Raise an error if a folder holds no model of text in safetensors files.
 
     Args:
         folder: A folder of this machine.

@@ -204,11 +204,11 @@ def test_a_file_in_place_of_a_folder_is_named(tmp_path):
         OTPruner.from_pretrained(tmp_path / "model.gguf")
 
 
-def test_a_plan_needs_no_weights_but_a_causal_model(llama_folder):
+def test_a_plan_needs_no_weights_but_a_model_of_text(llama_folder):
     (llama_folder / "model.safetensors").unlink()
     assert OTPruner.plan(llama_folder, {"pruning_ratio": 0.5, "multiple_of": 1}).parameters_before > 0
-    edit(llama_folder, architectures=["LlamaForTokenClassification"])
-    with pytest.raises(ModelLoadError, match="AutoModelForTokenClassification"):
+    edit(llama_folder, model_type="bert", architectures=["BertForMultipleChoice"])
+    with pytest.raises(ModelLoadError, match="AutoModelForMultipleChoice"):
         OTPruner.plan(llama_folder, {"pruning_ratio": 0.5, "multiple_of": 1})
 
 
