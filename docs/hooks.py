@@ -90,7 +90,6 @@ def registered_tables() -> str:
     from optimum_otprune.functional.importance import importances
     from optimum_otprune.functional.marginals import distributions, mixtures, strategies
     from optimum_otprune.functional.solvers import solvers
-    from optimum_otprune.models.architectures import ARCHITECTURES
 
     parts = []
     for title, registry in (
@@ -105,12 +104,20 @@ def registered_tables() -> str:
         parts.append(f"### {title}\n\n" + table(("name", "what it does", "source"), rows))
     rows = [(f"`{name}`", *(f"`{field}`" for field in strategy)) for name, strategy in strategies.items()]
     parts.append("### Strategies\n\n" + table(("name", "statistics", "source", "target"), rows))
-    rows = [
-        (f"`{name}`", f"`{spec.gate}`" if spec.gate else "–", f"`{spec.up}`", f"`{spec.down}`", f"`{spec.size_key}`")
-        for name, spec in ARCHITECTURES.items()
-    ]
-    parts.append("### Architectures\n\n" + table(("name", "gate", "up", "down", "field of the width"), rows))
     return "\n".join(parts)
+
+
+def families_table() -> str:
+    """Every registered architecture that can be pruned, and where its FFN is."""
+    from optimum_otprune.models.architectures import ARCHITECTURES
+    from optimum_otprune.models.ffn_spec import PROJECTIONS
+
+    rows = []
+    for name, spec in ARCHITECTURES.items():
+        if spec.size_key is not None:
+            paths = [spec.slots.get(projection) for projection in PROJECTIONS]
+            rows.append((f"`{name}`", *(f"`{slot.path}`" if slot else "–" for slot in paths), f"`{spec.size_key}`"))
+    return table(("layout", "gate", "up", "down", "field of the width"), rows)
 
 
 def _source(entry: Any) -> str:
@@ -181,6 +188,7 @@ GENERATED: Mapping[str, Callable[[], str]] = {
     "configuration": configuration_table,
     "presets": presets_table,
     "registered": registered_tables,
+    "families": families_table,
     "command line": command_line,
     "errors": errors_table,
 }

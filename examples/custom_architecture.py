@@ -6,7 +6,7 @@ from transformers import GPTJConfig, GPTJForCausalLM
 from optimum_otprune import FFNSpec, OTPruner, OTPruningConfig, register_architecture
 
 register_architecture(
-    "gptj", FFNSpec(layers="h", up="mlp.fc_in", down="mlp.fc_out", activation="mlp.act", size_key="n_inner")
+    "mine", FFNSpec(layers="h", up="mlp.fc_in", down="mlp.fc_out", activation="mlp.act", size_key="n_inner")
 )
 
 config = GPTJConfig(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_inner=48, rotary_dim=4, n_positions=32)

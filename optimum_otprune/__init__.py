@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from optimum_otprune.checkpoints.comparison.compare import compare_models
     from optimum_otprune.config.configuration import OTPruningConfig
     from optimum_otprune.errors import OTPruneError
-    from optimum_otprune.models.architectures import FFNSpec, register_architecture
+    from optimum_otprune.models.architectures import register_architecture
+    from optimum_otprune.models.ffn_spec import FFNSpec
     from optimum_otprune.pruner import OTPruner
     from optimum_otprune.pruning.dry_run.plan import PruningPlan
     from optimum_otprune.pruning.model_comparison import ModelComparison
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "FFNSpec": "models.architectures",
+    "FFNSpec": "models.ffn_spec",
     "LayerReport": "pruning.layer_report",
     "OTPruneError": "errors",
     "OTPruner": "pruner",

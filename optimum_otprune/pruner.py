@@ -52,7 +52,7 @@ from optimum_otprune.storage.state_folder import state_path
 
 
 class OTPruner(SearchMixin, RecoveryMixin, CheckpointMixin):
-    """Prunes the feed-forward layers of a causal language model in place. Make one by `from_pretrained`.
+    """Prunes the feed-forward layers of a language model in place. Make one by `from_pretrained`.
 
     Attributes:
         model: The model, pruned after `prune`.

@@ -266,7 +266,9 @@ def test_tables_are_made_from_the_package(hooks):
     registered = hooks.registered_tables()
     for registry in (importances, costs, solvers, distributions, mixtures):
         assert all(f"| `{name}` |" in registered for name in registry.names())
-    assert all(f"| `{name}` |" in registered for name in [*strategies, *ARCHITECTURES])
+    assert all(f"| `{name}` |" in registered for name in strategies)
+    families = hooks.families_table()
+    assert all((f"| `{name}` |" in families) == (spec.size_key is not None) for name, spec in ARCHITECTURES.items())
     listed = hooks.errors_table()
     classes = [
         value for value in vars(errors).values() if isinstance(value, type) and value.__module__ == errors.__name__

@@ -122,7 +122,7 @@ def test_credentials_of_the_hub_are_in_no_address_and_no_warning_while_loading(l
         logging.getLogger("huggingface_hub.utils._http").warning("GET %s/api failed", client._api.endpoint)
         raise OSError(f"We could not connect to {client._api.endpoint}/api")
 
-    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", fail)
+    monkeypatch.setattr(loading.transformers.AutoModelForCausalLM, "from_pretrained", fail)
     with caplog.at_level("WARNING"), pytest.raises(ModelLoadError, match="connect to https://hub.example") as caught:
         OTPruner.from_pretrained(llama_folder)
     monkeypatch.setattr(documents.datasets, "load_dataset", fail)

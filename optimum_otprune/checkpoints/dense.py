@@ -12,9 +12,9 @@ from optimum_otprune.checkpoints.load import load_checkpoint, load_skeleton
 from optimum_otprune.config.loading_options import LoadingOptions
 from optimum_otprune.errors import ConfigurationError, UnsupportedModelError, warn_user
 from optimum_otprune.models.agreement import DenseOutputs
-from optimum_otprune.models.block_runner import input_device, vocabulary_size
 from optimum_otprune.models.changes import check_whole, is_pruned
 from optimum_otprune.models.devices import is_offloaded, is_spread, read_parameter
+from optimum_otprune.models.inputs import input_device, vocabulary_size
 from optimum_otprune.models.wrappers import model_in_memory, unwrapped
 from optimum_otprune.pruning.dry_run.estimate import Skeleton
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedConfig,
@@ -22,7 +22,14 @@ from transformers import (
 from transformers.utils import cached_file
 
 from optimum_otprune.checkpoints.card.base_card import read_base_card
-from optimum_otprune.checkpoints.sources import ADAPTER_FILE, check_config, check_file, check_folder, explanation
+from optimum_otprune.checkpoints.sources import (
+    ADAPTER_FILE,
+    check_config,
+    check_file,
+    check_folder,
+    explanation,
+    loading_class,
+)
 from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.config.loading_options import LoadingOptions, PlacementOptions
 from optimum_otprune.config.options_file import CONFIG_FILE
@@ -104,7 +111,7 @@ def load_checkpoint(name: str, options: LoadingOptions) -> Checkpoint:
     if options["load_in_8bit"]:
         placement["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     with _loading(name):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = _loader(name, hub).from_pretrained(
             name, **hub, **remote, **placement, use_safetensors=True, output_loading_info=True
         )
     model, info = loaded
@@ -169,10 +176,16 @@ def load_skeleton(name: str, options: LoadingOptions) -> Skeleton:
         config = AutoConfig.from_pretrained(name, **hub, **remote)
         dtype = _dtype(options["dtype"], config)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **remote)
+            model = _loader(name, hub).from_config(config, dtype=dtype, **remote)
     folder = Path(name)
     has_tokenizer = any((folder / file).is_file() for file in TOKENIZER_FILES) if folder.is_dir() else None
     return Skeleton(model, options, has_tokenizer)
+
+
+def _loader(name: str, hub: HubOptions) -> Any:
+    """Return the auto class by which a model is loaded."""
+    config, _ = PreTrainedConfig.get_config_dict(name, **hub)
+    return getattr(transformers, loading_class(config))
 
 
 def _expanded(name: str, options: LoadingOptions) -> tuple[str, LoadingOptions]:

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
@@ -163,12 +164,23 @@ def with_readable_names(config: Mapping[str, object], kind: type[PreTrainedConfi
         kind: Class of the configuration.
     """
     older = with_older_names(config)
-    wanted = _ropes(kind.from_dict(copy.deepcopy(dict(config))).to_dict())
+    wanted = _ropes(kind.from_dict(_with_floats(config)).to_dict())
     try:
-        found = _ropes(kind.from_dict(copy.deepcopy(older)).to_dict())
+        found = _ropes(kind.from_dict(_with_floats(older)).to_dict())
     except (StrictDataclassError, ValueError, TypeError, LookupError):  # what it refuses, it cannot read either
         found = None
     return older if found == wanted else dict(config)
+
+
+def _with_floats(config: Mapping[str, object]) -> dict[str, Any]:
+    """Return a copy with the infinities and NaN that transformers writes as `{"__float__": "Infinity"}`."""
+
+    def with_floats(value: object) -> object:
+        if isinstance(value, Mapping):
+            return float(value["__float__"]) if value.keys() == {"__float__"} else _with_floats(value)
+        return [with_floats(part) for part in value] if isinstance(value, list) else copy.deepcopy(value)
+
+    return {name: with_floats(value) for name, value in config.items()}
 
 
 def _ropes(config: Mapping[str, object]) -> dict[str, object]:

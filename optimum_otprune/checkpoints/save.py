@@ -21,7 +21,7 @@ from optimum_otprune.errors import ConfigurationError
 from optimum_otprune.models.compatibility import reads_in_older_versions
 from optimum_otprune.models.devices import is_offloaded, restore_ties, savable_if_offloaded, weight_bytes
 from optimum_otprune.models.faithfulness import check_logits, check_parameters
-from optimum_otprune.models.ffn_block import check_loadable
+from optimum_otprune.models.loadable import check_loadable
 from optimum_otprune.models.save_formats import save_format
 from optimum_otprune.models.wrappers import check_plain
 from optimum_otprune.pruning.report import REPORT_FILE, PruningReport

@@ -4,33 +4,17 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers.models.auto import modeling_auto
 
 from optimum_otprune.errors import ModelLoadError
+from optimum_otprune.models.auto_classes import auto_classes
+from optimum_otprune.models.tasks import CAUSAL, HEADLESS, TASKS
 from optimum_otprune.storage.manifest import INDEX_FILE, WEIGHTS_FILE
 from optimum_otprune.storage.untrusted import visible
 
-_CAUSAL = "AutoModelForCausalLM"
-# Their weights may fit a causal class of the same model type.
-_HEADLESS = ("AutoModelForMaskedLM", "AutoModelForPreTraining", "AutoModel")
-_AUTO_CLASSES: Mapping[str, Mapping[str, Any]] = {
-    "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    "AutoModelForSeq2SeqLM": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-    "AutoModelForSequenceClassification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-    "AutoModelForTokenClassification": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
-    "AutoModelForQuestionAnswering": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
-    "AutoModelForMultipleChoice": modeling_auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES,
-    "AutoModelForImageTextToText": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-    "AutoModelForImageClassification": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
-    "AutoModelForSpeechSeq2Seq": modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
-    "AutoModelForMaskedLM": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    "AutoModelForPreTraining": modeling_auto.MODEL_FOR_PRETRAINING_MAPPING_NAMES,
-    "AutoModel": modeling_auto.MODEL_MAPPING_NAMES,
-}
 ADAPTER_FILE = "adapter_config.json"
 _POINTER = b"version https://git-lfs"
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -77,7 +61,7 @@ _OTHER_WEIGHTS: tuple[tuple[str, str], ...] = (
 
 
 def check_folder(folder: Path, needs_weights: bool = True) -> None:
-    """Raise an error if a folder holds no causal language model in safetensors files.
+    """Raise an error if a folder holds no model of text in safetensors files.
 
     Args:
         folder: A folder of this machine.
@@ -112,7 +96,7 @@ def check_file(file: Path) -> None:
 
 
 def check_config(what: str, config: Mapping[str, object], has_adapter: bool) -> None:
-    """Raise an error if a configuration is not of a causal language model with plain weights.
+    """Raise an error if a configuration is not of a model of text with plain weights.
 
     Args:
         what: The words for the model in messages.
@@ -136,19 +120,35 @@ def check_config(what: str, config: Mapping[str, object], has_adapter: bool) -> 
             "`quantization_config` says; packed weights cannot be pruned. Prune the original model, save it, and "
             "quantize the pruned one."
         )
-    auto_map = config.get("auto_map")
-    if isinstance(auto_map, Mapping) and _CAUSAL in auto_map:
-        return
-    model_type, architectures = config.get("model_type"), config.get("architectures")
-    names = [name for name in architectures if isinstance(name, str)] if isinstance(architectures, list) else []
-    found = {name: auto for name in names if (auto := _auto_class(name)) is not None}
-    can_be_causal = model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    wrong = [name for name, auto in found.items() if auto != _CAUSAL and not (can_be_causal and auto in _HEADLESS)]
-    if wrong:
+    auto = loading_class(config)
+    if auto not in TASKS:
         raise ModelLoadError(
-            f"{what} is no causal language model: its class is {wrong[0]} (`{found[wrong[0]]}`), and only what "
-            f"`{_CAUSAL}` loads can be pruned. Give the language model that it was made from."
+            f"{what} cannot be pruned: its class is {_class_names(config)[0]} (`{auto}`), and only what one of "
+            f"{', '.join(TASKS)} loads can be. Give the language model that it was made from."
         )
+
+
+def loading_class(config: Mapping[str, object]) -> str:
+    """Return the name of the auto class that a model is loaded by: the causal one where it fits, else its own.
+
+    Args:
+        config: The content of config.json.
+    """
+    auto_map = config.get("auto_map")
+    if isinstance(auto_map, Mapping):
+        named = [auto for auto in TASKS if auto in auto_map]
+        if named:
+            return named[0]
+    model_type = config.get("model_type")
+    found = {name: autos[0] for name in _class_names(config) if (autos := auto_classes(name))}
+    can_be_causal = model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    own = [auto for auto in found.values() if auto != CAUSAL and not (can_be_causal and auto in HEADLESS)]
+    return own[0] if own else CAUSAL
+
+
+def _class_names(config: Mapping[str, object]) -> list[str]:
+    architectures = config.get("architectures")
+    return [name for name in architectures if isinstance(name, str)] if isinstance(architectures, list) else []
 
 
 def _check_values(what: str, config: Mapping[str, object]) -> None:
@@ -167,15 +167,6 @@ def _check_values(what: str, config: Mapping[str, object]) -> None:
                     f"In config.json of {what[0].lower()}{what[1:]}, `{name}` is {count}; want {_MOST_LAYERS} at "
                     "most. Get the original file."
                 )
-
-
-def _auto_class(name: str) -> str | None:
-    """Return the auto class that loads a class of transformers, the causal one first; None for a custom class."""
-    for auto in sorted(_AUTO_CLASSES, key=lambda auto: (auto != _CAUSAL, auto in _HEADLESS)):
-        for known in _AUTO_CLASSES[auto].values():
-            if name == known or (isinstance(known, (tuple, list)) and name in known):
-                return auto
-    return None
 
 
 def explanation(error: BaseException, local: bool, is_tokenizer: bool = False) -> str:
@@ -239,7 +230,7 @@ _CAUSES: tuple[tuple[str, str], ...] = (
     (r"trust_remote_code|custom code", f"it needs code that lies beside it. {_TRUST}"),
     (
         "Unrecognized configuration class",
-        f"it is no causal language model: `{_CAUSAL}` has no class for its model type. Only causal language models "
+        f"it is no causal language model: `{CAUSAL}` has no class for its model type. Only causal language models "
         "can be pruned",
     ),
     (

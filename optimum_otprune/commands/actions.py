@@ -158,7 +158,7 @@ def _prune_and_save(args: argparse.Namespace, config: OTPruningConfig, output: P
             print(pruner.report.contradiction)
     pruner.save_pretrained(output, overwrite=args.overwrite)
     trust = ", trust_remote_code=True" if needs_remote_code(config, report) else ""
-    print(f"Saved to {output}. Load it with AutoModelForCausalLM.from_pretrained({str(output)!r}{trust}).")
+    print(f"Saved to {output}. Load it with {report.auto_class}.from_pretrained({str(output)!r}{trust}).")
 
 
 # Trials are printed; lines per layer would hide them.

@@ -20,10 +20,10 @@ from optimum_otprune.config.quantities import LARGEST_COUNT, whole_number
 from optimum_otprune.errors import UsageError
 from optimum_otprune.functional.ffn import first_channels
 from optimum_otprune.functional.selection import kept_width
-from optimum_otprune.models.block_runner import input_device
 from optimum_otprune.models.devices import weight_bytes
 from optimum_otprune.models.ffn_block import FFNBlock, dense_width, ffn_blocks
 from optimum_otprune.models.flops import forward_flops
+from optimum_otprune.models.inputs import input_device
 from optimum_otprune.models.prunable_model import PrunableModel
 from optimum_otprune.models.timing import devices_of, wait_for_devices
 from optimum_otprune.pruning.calibration.data import ModelLimits

@@ -18,10 +18,11 @@ from transformers import PreTrainedModel
 
 from optimum_otprune.errors import ConfigurationError, NumericalError, UnsupportedModelError
 from optimum_otprune.functional.distillation import Divergence, divergence
-from optimum_otprune.models.block_runner import BlockRunner, input_device, vocabulary_size
+from optimum_otprune.models.block_runner import BlockRunner
 from optimum_otprune.models.changes import is_pruned
 from optimum_otprune.models.defaults import HIDDEN_MEMORY
 from optimum_otprune.models.distributed import gathered, own_samples
+from optimum_otprune.models.inputs import check_predicts_next, input_device, vocabulary_size
 from optimum_otprune.models.perplexity import (
     Perplexity,
     corpus_perplexity,
@@ -197,6 +198,7 @@ def _evaluate_against(
     model: PreTrainedModel, dense_logits: _LogitsOf, tokens: Tensor, batch_size: int, progress: bool
 ) -> Evaluation:
     """Run both models over the windows once, and reduce the logits of each batch to sums."""
+    check_predicts_next(model)
     model.eval()
     device, seqlen = input_device(model), tokens.shape[1]
     # Logits of both models are there at the same time.

@@ -1,45 +1,17 @@
-"""An architecture is one line of data."""
+"""The registered architectures, and which of them a model is of."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from optimum_otprune.errors import RegistryError, UnsupportedModelError
-
-
-@dataclass(frozen=True)
-class FFNSpec:
-    """Where the FFN is in a model; it is recognized by these paths, never by a model's name.
-
-    Attributes:
-        layers: Path of the list of blocks, relative to `model.base_model`.
-        up: Path of the up projection, relative to a block.
-        down: Path of the down projection, relative to a block.
-        activation: Path of the activation function, relative to a block.
-        gate: Path of the gate projection, or None for an FFN that is not gated.
-        size_key: Field of the model's configuration that holds the FFN's width.
-        bias_key: Field of the configuration that gives all three projections a bias, or None.
-        size_attributes: Attributes of modules, relative to a block, that repeat the width.
-        transposed: Whether weights are stored (in, out), as in GPT-2's Conv1D.
-        residual: Whether the FFN's output is added to the residual stream as it is, without a norm after it.
-        requires: Other paths that must exist in a block, to tell look-alikes apart.
-    """
-
-    layers: str
-    up: str
-    down: str
-    activation: str
-    gate: str | None = None
-    size_key: str = "intermediate_size"
-    bias_key: str | None = None
-    size_attributes: tuple[str, ...] = ()
-    transposed: bool = False
-    residual: bool = True
-    requires: tuple[str, ...] = ()
-
+from optimum_otprune.models.ffn_spec import FFNSpec, Function
+from optimum_otprune.models.layouts import LAYOUTS
 
 ARCHITECTURES: dict[str, FFNSpec] = {}
+_TEXT_CONFIG = "text_config"  # transformers' name of the part of a configuration that is the text model's
 
 
 def register_architecture(name: str, spec: FFNSpec) -> None:
@@ -57,27 +29,50 @@ def register_architecture(name: str, spec: FFNSpec) -> None:
     ARCHITECTURES[name] = spec
 
 
+for _name, _spec in LAYOUTS.items():
+    register_architecture(_name, _spec)
+BUILT_IN = tuple(ARCHITECTURES)
+
+
 def find_spec(model: PreTrainedModel) -> tuple[str, FFNSpec]:
-    """Return the name and the spec of the architecture that fits a model.
+    """Return the name and the spec of the architecture that fits a model, or the text model inside it.
+
+    For a text model inside a larger one, the paths of the spec are those from the larger one.
 
     Raises:
-        UnsupportedModelError: If none fits every block.
+        UnsupportedModelError: If none fits every block, or no configuration can hold another width.
     """
-    for name, spec in reversed(ARCHITECTURES.items()):
-        if _fits(model, spec):
-            return name, spec
+    for name, spec in _candidates(model):
+        if not _fits(model, spec):
+            continue
+        if spec.size_key is None:
+            raise UnsupportedModelError(
+                f"The width of the FFNs of {type(model).__name__} follows from the hidden size in its code: no "
+                "configuration can hold another, so that a pruned model could not be loaded. Choose a model whose "
+                "configuration has a field for that width."
+            )
+        return name, spec
     raise UnsupportedModelError(
-        f"No known FFN was found in {type(model).__name__} (model type {model.config.model_type!r}). Known layouts: "
-        f"{', '.join(ARCHITECTURES)}. Mixture-of-experts models are not supported; for another dense one, "
-        "`register_architecture(name, FFNSpec(...))` says where its FFN is."
+        f"No known FFN was found in {type(model).__name__} (model type {model.config.model_type!r}): none of the "
+        f"{len(ARCHITECTURES)} known layouts fits every block. Mixture-of-experts models are not supported; for "
+        "another dense one, `register_architecture(name, FFNSpec(...))` says where its FFN is."
     )
 
 
 def find_blocks(model: PreTrainedModel, spec: FFNSpec) -> list[nn.Module]:
-    """Return the blocks of a model, in order."""
+    """Return the blocks of a model's first list, or of its only one, in order."""
     layers = submodule(model.base_model, spec.layers)
     assert isinstance(layers, nn.ModuleList)
     return list(layers)
+
+
+def is_built_in(spec: FFNSpec) -> bool:
+    """Return whether an architecture is one of this package, be it that of a text model inside a larger one."""
+    known = [ARCHITECTURES[name] for name in BUILT_IN]
+    return spec in known or any(
+        spec == replace(one, layers=spec.layers, config=_TEXT_CONFIG) and spec.layers.endswith(f".{one.layers}")
+        for one in known
+    )
 
 
 def submodule(module: nn.Module, path: str) -> nn.Module | None:
@@ -88,77 +83,59 @@ def submodule(module: nn.Module, path: str) -> nn.Module | None:
     return current
 
 
+def _candidates(model: PreTrainedModel) -> Iterator[tuple[str, FFNSpec]]:
+    """Yield every architecture, the last one first: as it is, then as that of a text model inside a larger model."""
+    yield from reversed(ARCHITECTURES.items())
+    for path, part in _text_models(model):
+        for name, spec in reversed(ARCHITECTURES.items()):
+            yield name, replace(spec, layers=f"{path}.{spec.layers}", config=part)
+
+
+def _text_models(model: PreTrainedModel) -> Iterator[tuple[str, str]]:
+    """Yield the path, from `model.base_model`, of a text model inside a larger one, and its part of the configuration.
+
+    Beside it stands what makes hidden states of pictures or sound, which is left as it is.
+    """
+    text = getattr(model.config, _TEXT_CONFIG, None)
+    for name, inner in model.base_model.named_children():
+        if isinstance(inner, PreTrainedModel) and type(inner.config) is type(text):
+            yield name if inner.base_model is inner else f"{name}.{inner.base_model_prefix}", _TEXT_CONFIG
+
+
 def _has_size(config: PreTrainedConfig, key: str) -> bool:
     """Return whether a configuration holds a width, for all layers or one by one (then reading it raises)."""
     return key in (getattr(config, "per_layer_attributes", None) or ()) or hasattr(config, key)
 
 
 def _fits(model: PreTrainedModel, spec: FFNSpec) -> bool:
+    """Return whether every block has its FFN where a spec says, and an encoder with a decoder two lists of them."""
+    has_both = bool(model.config.is_encoder_decoder)
+    return has_both == (spec.then is not None) and all(_fits_list(model, one) for one in spec.lists)
+
+
+def _fits_list(model: PreTrainedModel, spec: FFNSpec) -> bool:
     layers = submodule(model.base_model, spec.layers)
-    if not isinstance(layers, nn.ModuleList) or len(layers) == 0 or not _has_size(model.config, spec.size_key):
+    if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
         return False
-    if any(submodule(block, path) is None for block in layers for path in spec.requires):
+    if spec.config and not isinstance(getattr(model.config, spec.config, None), PreTrainedConfig):
         return False
-    paths = [path for path in (spec.gate, spec.up, spec.down) if path is not None]
-    if not all(_is_projection(submodule(block, path), spec) for block in layers for path in paths):
+    if spec.size_key is not None and not _has_size(spec.fields_of(model.config), spec.size_key):
         return False
-    return all(callable(submodule(block, spec.activation)) for block in layers)
+    return all(_has_ffn(block, spec) for block in layers)
 
 
-def _is_projection(module: nn.Module | None, spec: FFNSpec) -> bool:
+def _has_ffn(block: nn.Module, spec: FFNSpec) -> bool:
+    if any(submodule(block, path) is None for path in spec.requires):
+        return False
+    if not all(_is_projection(submodule(block, slot.path), spec) for slot in spec.slots.values()):
+        return False
+    if spec.gate_factor is not None and not isinstance(submodule(block, spec.gate_factor), (int, float)):
+        return False
+    return isinstance(spec.activation, Function) or callable(submodule(block, spec.activation))
+
+
+def _is_projection(module: object, spec: FFNSpec) -> bool:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, nn.Parameter) or weight.ndim != 2:
         return False
-    return not spec.transposed or hasattr(module, "nf")  # as Conv1D has, and no linear module
-
-
-# Llama, Mistral, Qwen 2 and 3, SmolLM, Gemma, …: gated, with a norm before the FFN only.
-_GATED = FFNSpec(
-    layers="layers",
-    gate="mlp.gate_proj",
-    up="mlp.up_proj",
-    down="mlp.down_proj",
-    activation="mlp.act_fn",
-    bias_key="mlp_bias",
-    size_attributes=("mlp.intermediate_size",),
-)
-register_architecture("llama", _GATED)
-# Gemma 2 and 3, OLMo 2, …: a norm stands between the FFN and the residual stream.
-register_architecture("llama_post_norm", replace(_GATED, residual=False, requires=("post_feedforward_layernorm",)))
-register_architecture(
-    "gpt2",
-    FFNSpec(
-        layers="h",
-        up="mlp.c_fc",
-        down="mlp.c_proj",
-        activation="mlp.act",
-        size_key="n_inner",
-        transposed=True,
-    ),
-)
-register_architecture(
-    "opt",
-    FFNSpec(
-        layers="decoder.layers",
-        up="fc1",
-        down="fc2",
-        activation="activation_fn",
-        size_key="ffn_dim",
-        residual=False,  # the 350M model has its norm behind the FFN
-    ),
-)
-register_architecture(
-    "gpt_neox",
-    FFNSpec(layers="layers", up="mlp.dense_h_to_4h", down="mlp.dense_4h_to_h", activation="mlp.act"),
-)
-register_architecture(
-    "bert",
-    FFNSpec(
-        layers="encoder.layer",
-        up="intermediate.dense",
-        down="output.dense",
-        activation="intermediate.intermediate_act_fn",
-        residual=False,
-    ),
-)
-BUILT_IN = tuple(ARCHITECTURES)
+    return spec.transposed == hasattr(module, "nf")  # as Conv1D has, and no linear module

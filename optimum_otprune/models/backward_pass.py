@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from optimum_otprune.errors import NumericalError
+from optimum_otprune.errors import NumericalError, UnsupportedModelError
 from optimum_otprune.functional.linalg.singular_values import mean_singular_value
 from optimum_otprune.models.block_runner import BlockRunner
 from optimum_otprune.models.devices import onloaded, return_freed_memory
@@ -50,6 +50,11 @@ class ReversePass:
 
     def __init__(self, prunable: PrunableModel, tokens: Tensor, settings: PassSettings, objectives: Sequence[str]):
         model, blocks = prunable.model, prunable.blocks
+        if len(prunable.spec.lists) > 1:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has an encoder and a decoder, and gradients are not led from one to the "
+                "other. Choose options that need no gradients, such as quality='balanced'."
+            )
         model.eval()  # dropout would make gradients random
         self.batches = tokens.split(settings.batch_size)
         self._blocks, self._objectives = blocks, objectives
@@ -115,7 +120,7 @@ class ReversePass:
 
     def _loss_scale(self, batch: Tensor) -> int:
         """Return the factor that scales the loss in float16, where gradients of a mean over many tokens underflow."""
-        return 2 ** (batch.numel().bit_length() - 1) if self._blocks[0].up.weight.dtype == torch.float16 else 1
+        return 2 ** (batch.numel().bit_length() - 1) if self._blocks[0].dtype == torch.float16 else 1
 
     def _backward(
         self, block: FFNBlock, before: list[StoredTensor], gradients: dict[str, list[StoredTensor]]

@@ -1,15 +1,15 @@
 """Run a model piece by piece: what comes before its blocks, one block, and what comes after them."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from optimum_otprune.models.devices import execution_device
 from optimum_otprune.models.ffn_block import FFNBlock
+from optimum_otprune.models.inputs import model_inputs
 from optimum_otprune.models.prunable_model import PrunableModel
 from optimum_otprune.models.spill import StoredTensor, TensorSpill, mapped
 
@@ -28,6 +28,10 @@ class _OwnTensor(NamedTuple):
     device: torch.device
 
 
+class _ListEndedError(Exception):
+    """A pass has come to a list of blocks that is not run yet."""
+
+
 _LEAVES = (Tensor, _OwnTensor)
 
 
@@ -36,7 +40,8 @@ class BlockRunner:
 
     A block's arguments besides the hidden states are recorded for each batch, since they may depend on the token ids,
     as the embeddings that some models have for each layer do. Arguments that are equal for all batches of a size, such
-    as masks and positions, are kept once.
+    as masks and positions, are kept once. Where a second list of blocks runs behind the first, as a decoder behind its
+    encoder, its calls are recorded when it is entered, since they hold what the first list puts out.
 
     Args:
         prunable: The model whose blocks are called.
@@ -46,16 +51,31 @@ class BlockRunner:
 
     def __init__(self, prunable: PrunableModel, batches: Sequence[Tensor], spill: TensorSpill):
         self._model, self._blocks, self._spill = prunable.model, prunable.blocks, spill
-        self._form: tuple | None = None  # what a block returns beside the hidden states, in a tuple; None: not known
-        self._is_tuple = False
-        self._calls: list[list[_Call]] = []
+        self._batches = batches
+        self._lists = [list(group) for _, group in groupby(prunable.blocks, key=lambda block: block.spec.layers)]
+        self._number = 0  # of the list that is run now
+        self._forms: dict[int, tuple | None] = {}  # what blocks of a list return beside hidden states; None: nothing
+        self._calls: list[list[_Call]] = [[] for _ in batches]
         self._first_hidden: list[StoredTensor] = []
-        self._note_calls(batches)
+        self._note_calls(None)
 
     def take_first_hidden(self) -> list[StoredTensor]:
         """Hand over the hidden states `(batch, seqlen, hidden_size)` before the first block, by batch, once."""
         taken, self._first_hidden = self._first_hidden, []
         return taken
+
+    def entered(self, block: FFNBlock, hidden: list[StoredTensor]) -> list[StoredTensor]:
+        """Return the hidden states before a block: those behind the one before it, or the first ones of a new list.
+
+        Args:
+            block: The block to run next.
+            hidden: The hidden states behind the block before it, by batch.
+        """
+        if self._number + 1 == len(self._lists) or block.layer != self._lists[self._number + 1][0].layer:
+            return hidden
+        self._number += 1
+        self._note_calls(hidden)
+        return self.take_first_hidden()
 
     def run(self, block: FFNBlock, hidden: Tensor, index: int) -> Tensor:
         """Return the hidden states behind a block; differentiable where gradients are enabled.
@@ -100,36 +120,51 @@ class BlockRunner:
         """
 
         def stand_in(block: FFNBlock, before: Tensor, args: tuple, rest: dict[str, Any]) -> Any:
-            return self._as_output(hidden if block is self._blocks[-1] else before)
+            return self._as_output(block, hidden if block is self._blocks[-1] else before)
 
         with self._replaced_blocks(stand_in):
-            return self._model(input_ids=batch.to(input_device(self._model)), use_cache=False, **kwargs)
+            return self._model(**model_inputs(self._model, batch), use_cache=False, **kwargs)
 
-    def _as_output(self, hidden: Tensor) -> object:
-        return (hidden, *(self._form or ())) if self._is_tuple else hidden
+    def _as_output(self, block: FFNBlock, hidden: Tensor) -> object:
+        beside = self._forms[self._list_of(block)]
+        return hidden if beside is None else (hidden, *beside)
+
+    def _list_of(self, block: FFNBlock) -> int:
+        return next(number for number, blocks in enumerate(self._lists) if block.layer <= blocks[-1].layer)
 
     @torch.no_grad()
-    def _note_calls(self, batches: Sequence[Tensor]) -> None:
-        """Record each batch's hidden states before the first block and every block's other arguments."""
+    def _note_calls(self, behind: list[StoredTensor] | None) -> None:
+        """Record each batch's hidden states before the list that is run now, and other arguments of its blocks.
+
+        Args:
+            behind: The hidden states behind the list before it, by batch; None for the first list.
+        """
         calls: list[_Call] = []
+        number = self._number
 
         def note(block: FFNBlock, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
+            if self._list_of(block) > number:
+                raise _ListEndedError
+            if self._list_of(block) < number:
+                is_last = behind is not None and block is self._lists[number - 1][-1]
+                return self._as_output(block, behind[index].load().to(hidden.device) if behind and is_last else hidden)
             if not calls:
                 self._first_hidden.append(self._spill.put(hidden.clone()))
-            calls.append((args, kwargs))
-            if self._form is None:  # the first block and batch show the form of all
+            # The first block and batch show the form of all, but for tensors, such as T5's position biases.
+            if number not in self._forms or (not calls and _leaves(self._forms[number])):
                 output = block.module(hidden, *args, **kwargs)
-                self._is_tuple = isinstance(output, tuple)
-                self._form = output[1:] if self._is_tuple else ()
-            return self._as_output(hidden)
+                self._forms[number] = output[1:] if isinstance(output, tuple) else None
+            calls.append((args, kwargs))
+            return self._as_output(block, hidden)
 
         first_of_size: dict[torch.Size, list[_Call]] = {}
         with self._replaced_blocks(note):
-            for batch in batches:
-                self._model.base_model(input_ids=batch.to(input_device(self._model)), use_cache=False)
+            for index, batch in enumerate(self._batches):
+                with suppress(_ListEndedError):
+                    self._model.base_model(**model_inputs(self._model, batch), use_cache=False)
                 own, calls = calls, []
                 like = first_of_size.setdefault(batch.shape, own)
-                self._calls.append(own if like is own else self._sharing(own, like))
+                self._calls[index] += own if like is own else self._sharing(own, like)
 
     @contextmanager
     def _replaced_blocks(self, function: Callable[[FFNBlock, Tensor, tuple, dict[str, Any]], Any]) -> Iterator[None]:
@@ -180,15 +215,3 @@ def _set_forward(module: nn.Module, forward: Callable | None) -> None:
         module.__dict__.pop("forward", None)
     else:
         module.__dict__["forward"] = forward
-
-
-def input_device(model: PreTrainedModel) -> torch.device:
-    """Return the device that token ids go to."""
-    return execution_device(model.get_input_embeddings())
-
-
-def vocabulary_size(model: PreTrainedModel) -> int:
-    """Return the number of token ids that the model's input embeddings hold."""
-    size = model.get_input_embeddings().num_embeddings
-    assert isinstance(size, int)
-    return size

@@ -5,7 +5,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from optimum_otprune.errors import UnsupportedModelError
-from optimum_otprune.models.block_runner import input_device
+from optimum_otprune.models.inputs import input_device
 
 
 def greedy_continuation(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> Tensor:

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from optimum_otprune.errors import NumericalError, OTPruneError, UnsupportedModelError
+from optimum_otprune.errors import NumericalError, OTPruneError, UnsupportedModelError, raised
 from optimum_otprune.functional.ffn import check_weights, empty_channels, ffn_forward
 from optimum_otprune.models.architectures import submodule
-from optimum_otprune.models.block_runner import BlockRunner, input_device, vocabulary_size
+from optimum_otprune.models.block_runner import BlockRunner
 from optimum_otprune.models.devices import is_offloaded, onloaded, read_parameter
 from optimum_otprune.models.distributed import from_main
 from optimum_otprune.models.ffn_block import FFNBlock, named
 from optimum_otprune.models.ffn_hooks import hooked, noted, unchunked, watched
+from optimum_otprune.models.inputs import model_inputs, vocabulary_size
 from optimum_otprune.models.prunable_model import PrunableModel
 from optimum_otprune.models.spill import TensorSpill
 
@@ -106,7 +107,7 @@ def looks_ahead(model: PreTrainedModel) -> bool:
     model.eval()
     try:
         with torch.no_grad():
-            logits = model(input_ids=ids.to(input_device(model)), use_cache=False).logits[:, :-1].float()
+            logits = _output(model, ids)[:, :-1].float()
     finally:
         for module, training in modes:
             module.training = training
@@ -149,7 +150,7 @@ def check_parameters(model: PreTrainedModel, blocks: Sequence[FFNBlock] = ()) ->
         with named(block):
             check_weights(weights, "the FFN")
         empty += empty_channels(weights)
-    others = {module for block in blocks for module in block.projections.values()}
+    others = {module for block in blocks for module in block.modules}
     for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is None or not parameter.is_floating_point() or not parameter.numel() or module in others:
@@ -175,8 +176,18 @@ def _sample(tokens: Tensor) -> Tensor:
 
 
 def _output(model: PreTrainedModel, batch: Tensor) -> Tensor:
-    """Return the logits, or a model's first output if it has none."""
-    return model(input_ids=batch.to(input_device(model)), use_cache=False)[0]
+    """Return the logits, or a model's first output if it has none.
+
+    Raises:
+        UnsupportedModelError: If the model cannot be run on token ids alone.
+    """
+    try:
+        return model(**model_inputs(model, batch), use_cache=False)[0]
+    except (TypeError, ValueError, AttributeError, LookupError) as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} {raised(error)} when it is run on token ids alone, of which calibration data "
+            "consist. Prune a model of text, or one that takes text without pictures."
+        ) from error
 
 
 def _check_output(logits: Tensor) -> None:
@@ -194,14 +205,16 @@ def _check_finite(what: str, values: Tensor) -> None:
 def _checked(prunable: PrunableModel, sample: Tensor) -> list[float | None]:
     batches = [sample, sample.flip(1)]  # two batches of one size with different text
     whole = [_inputs_in_whole(prunable, batch) for batch in batches]
-    runner = BlockRunner(prunable, batches, TensorSpill())
-    hidden = [stored.load() for stored in runner.take_first_hidden()]
+    spill = TensorSpill()
+    runner = BlockRunner(prunable, batches, spill)
+    stored = runner.take_first_hidden()
     factors = []
     for block in prunable.blocks:
         with named(block), onloaded(block.module):
+            hidden = [states.load() for states in runner.entered(block, stored)]
             behind = [_check_run(block, runner, *each, index) for index, each in enumerate(zip(hidden, whole))]
             factors.append(_check_ffn(block, runner, hidden[0]))
-            hidden = behind
+            stored = [spill.put(states) for states in behind]
     return factors
 
 
@@ -222,8 +235,9 @@ def _inputs_in_whole(prunable: PrunableModel, batch: Tensor) -> list[Tensor]:
     for layer, calls in seen.items():
         if len(calls) != 1:
             raise UnsupportedModelError(
-                f"Layer {layer}: hooks on the FFN fire {len(calls)} times in a forward pass; want once. Load the "
-                "model without compiling it, with its plain FFN, which runs once a pass."
+                f"Layer {layer}: hooks on the FFN fire {len(calls)} times in a forward pass; want once. Layers that "
+                "share weights cannot be pruned one by one; otherwise load the model without compiling it, with its "
+                "plain FFN, which runs once a pass."
             )
     return [seen[block.layer][0] for block in prunable.blocks]
 
@@ -326,8 +340,7 @@ def _probed(block: FFNBlock, runner: BlockRunner, hidden: Tensor, given: Tensor)
 
 def _holder(block: FFNBlock) -> nn.Module | None:
     """Return the smallest module inside a block that holds all projections."""
-    spec = block.spec
-    paths = [path.split(".")[:-1] for path in (spec.gate, spec.up, spec.down) if path is not None]
+    paths = [slot.path.split(".")[:-1] for slot in block.spec.slots.values()]
     common = os.path.commonprefix(paths)
     return submodule(block.module, ".".join(common)) if common else None
 
@@ -339,7 +352,7 @@ def _amplified(block: FFNBlock, scale: float) -> Iterator[None]:
     def enlarge(module: nn.Module, args: tuple) -> tuple:
         return (args[0] * scale, *args[1:])
 
-    modules = [module for name, module in block.projections.items() if name != "down"]
+    modules = [module for module in block.modules if module is not block.down]
     with hooked([module.register_forward_pre_hook(enlarge) for module in modules] if scale != 1 else []):
         yield
 

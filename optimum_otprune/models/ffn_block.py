@@ -1,21 +1,21 @@
 """`FFNBlock`: reads and installs the weights of one FFN; nothing else in the package assigns to a model's weights."""
 
-import copy
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
 
 from optimum_otprune.errors import OTPruneError, UnsupportedModelError
 from optimum_otprune.functional.ffn import FFNWeights
-from optimum_otprune.models.architectures import FFNSpec, find_blocks, find_spec, submodule
+from optimum_otprune.models.architectures import find_blocks, find_spec, submodule
 from optimum_otprune.models.devices import execution_device, keep_parameters, read_parameter, replace_parameter
+from optimum_otprune.models.ffn_spec import FFNSpec, Function
 from optimum_otprune.models.wrappers import check_plain
 
-PROJECTIONS = ("gate", "up", "down")  # in the order in which an FFN is read and installed
 _FEATURES = ("in_features", "out_features", "nx", "nf")
 
 
@@ -32,26 +32,31 @@ class FFNBlock:
         self.module, self.spec, self.layer = module, spec, layer
 
     def projection(self, name: str) -> nn.Module | None:
-        """Return the module of `"gate"`, `"up"` or `"down"`; None for the gate of an FFN without one."""
-        path = getattr(self.spec, name)
-        return None if path is None else submodule(self.module, path)
+        """Return the module that holds `"gate"`, `"up"` or `"down"`; None for the gate of an FFN without one."""
+        slot = self.spec.slots.get(name)
+        return None if slot is None else submodule(self.module, slot.path)
 
     @property
-    def projections(self) -> dict[str, nn.Module]:
-        """The projections that are there, by name."""
-        found = {name: self.projection(name) for name in PROJECTIONS}
-        return {name: module for name, module in found.items() if module is not None}
+    def modules(self) -> dict[nn.Module, tuple[str, ...]]:
+        """The modules that hold the FFN, each with the names of its projections in the order of its outputs."""
+        slots = self.spec.slots
+        names: dict[nn.Module, tuple[str, ...]] = {}
+        for name in sorted(slots, key=lambda name: slots[name].part):
+            module = submodule(self.module, slots[name].path)
+            assert module is not None
+            names[module] = (*names.get(module, ()), name)
+        return names
 
     @property
     def up(self) -> nn.Module:
-        """The up projection; its input is the FFN's input."""
+        """The module of the up projection; its input is the FFN's input."""
         module = self.projection("up")
         assert module is not None
         return module
 
     @property
     def down(self) -> nn.Module:
-        """The down projection; its output is the FFN's output."""
+        """The module of the down projection; its output is the FFN's output."""
         module = self.projection("down")
         assert module is not None
         return module
@@ -62,20 +67,36 @@ class FFNBlock:
         return execution_device(self.up)
 
     @property
-    def intermediate_size(self) -> int:
-        """The number of channels that the FFN has now."""
-        return self.up_weight.shape[1 if self.spec.transposed else 0]
+    def dtype(self) -> torch.dtype:
+        """The data type of the weights."""
+        return self._up_weight.dtype
 
     @property
-    def up_weight(self) -> Tensor:
+    def intermediate_size(self) -> int:
+        """The number of channels that the FFN has now."""
+        return self._up_weight.shape[1 if self.spec.transposed else 0] // self.spec.slots["up"].parts
+
+    @property
+    def hidden_size(self) -> int:
+        """The width of the FFN's inputs and outputs."""
+        return self._up_weight.shape[0 if self.spec.transposed else 1]
+
+    @property
+    def _up_weight(self) -> Tensor:
         """The stored weight of the up projection, `(out, in)`, or `(in, out)` where the architecture transposes it."""
         weight = self.up.weight
         assert isinstance(weight, Tensor)
         return weight
 
     def activation(self, inputs: Tensor) -> Tensor:
-        """Apply the FFN's elementwise activation function."""
-        function = submodule(self.module, self.spec.activation)
+        """Apply the FFN's elementwise activation function, to a multiple of the inputs where the architecture does."""
+        spec = self.spec
+        if spec.gate_factor is not None:
+            factor: Any = submodule(self.module, spec.gate_factor)
+            inputs = inputs * factor
+        if isinstance(spec.activation, Function):
+            return ACT2FN[spec.activation.name](inputs)
+        function = submodule(self.module, spec.activation)
         assert function is not None
         return function(inputs)
 
@@ -86,17 +107,21 @@ class FFNBlock:
         down, down_bias = self._read("down")
         assert up is not None
         assert down is not None
-        return FFNWeights(up, down, gate, up_bias, gate_bias, down_bias)
+        weights = FFNWeights(up, down, gate, up_bias, gate_bias, down_bias)
+        return weights.map(lambda part: part.to(up.dtype))  # T5 keeps the down projection in float32
 
     def _read(self, name: str) -> tuple[Tensor | None, Tensor | None]:
         """Return copies of a projection's weight, `(out, in)`, and bias; None for each that it does not have."""
-        module = self.projection(name)
-        if module is None:
+        module, slot = self.projection(name), self.spec.slots.get(name)
+        if module is None or slot is None:
             return None, None
-        weight = read_parameter(module, "weight")
+        weight, bias = read_parameter(module, "weight"), read_parameter(module, "bias")
         if weight is not None and self.spec.transposed:
             weight = weight.T
-        return weight, read_parameter(module, "bias")
+        if slot.parts == 1:
+            return weight, bias
+        parts = [whole if whole is None else whole.chunk(slot.parts)[slot.part].clone() for whole in (weight, bias)]
+        return parts[0], parts[1]
 
     def install(self, weights: FFNWeights) -> None:
         """Put weights, of any width, into the model; dtype and device stay the model's.
@@ -104,8 +129,10 @@ class FFNBlock:
         Args:
             weights: The weights to install, channel-first; where a bias is None, the model's own stays as it is.
         """
-        for name, module in self.projections.items():
-            weight, bias = getattr(weights, name), getattr(weights, f"{name}_bias")
+        for module, names in self.modules.items():
+            weight = _joined([getattr(weights, name) for name in names])
+            bias = _joined([getattr(weights, f"{name}_bias") for name in names])
+            assert weight is not None
             replace_parameter(module, "weight", weight.T if self.spec.transposed else weight)
             if bias is not None:
                 replace_parameter(module, "bias", bias)
@@ -118,7 +145,7 @@ class FFNBlock:
 
     def keep(self) -> Callable[[], None]:
         """Return a function that restores the FFN's present parameters bit for bit, on any device."""
-        put_back = [keep_parameters(module) for module in self.projections.values()]
+        put_back = [keep_parameters(module) for module in self.modules]
 
         def undo() -> None:
             for step in put_back:
@@ -136,6 +163,15 @@ def named(block: FFNBlock) -> Iterator[None]:
         raise type(error)(f"Layer {block.layer}: {error}") from error.__cause__ or error
 
 
+def _joined(parts: list[Tensor | None]) -> Tensor | None:
+    """Return the pieces of one fused tensor together; None where they are None."""
+    if len(parts) == 1:
+        return parts[0]
+    there = [part for part in parts if part is not None]
+    assert len(there) in (0, len(parts))
+    return torch.cat(there) if there else None
+
+
 def _set_features(module: nn.Module, in_features: int, out_features: int) -> None:
     """Correct the shape that a linear module records (`nn.Linear`, transformers' `Conv1D`)."""
     for attribute, value in zip(_FEATURES, (in_features, out_features) * 2):
@@ -143,11 +179,23 @@ def _set_features(module: nn.Module, in_features: int, out_features: int) -> Non
             setattr(module, attribute, value)
 
 
+def known_blocks(model: PreTrainedModel, spec: FFNSpec) -> list[FFNBlock]:
+    """Return the FFN blocks of a model of a known architecture, in the order of its forward pass.
+
+    Args:
+        model: The model.
+        spec: The architecture that fits it.
+    """
+    places = [(module, one) for one in spec.lists for module in find_blocks(model, one)]
+    return [FFNBlock(module, one, layer) for layer, (module, one) in enumerate(places)]
+
+
 def ffn_blocks(model: PreTrainedModel) -> list[FFNBlock]:
     """Return the FFN blocks of a model, in the order of its forward pass.
 
     Raises:
-        UnsupportedModelError: If the model has no known FFN, is quantized or adapted, or its layers share a module.
+        UnsupportedModelError: If the model has no known FFN, takes something else than token ids, is quantized or
+            adapted, or its layers share a module.
     """
     if getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None) is not None:
         raise UnsupportedModelError(
@@ -155,21 +203,33 @@ def ffn_blocks(model: PreTrainedModel) -> list[FFNBlock]:
             "save it, and quantize the pruned one."
         )
     check_plain(model)
-    _, spec = find_spec(model)
-    blocks = [FFNBlock(module, spec, layer) for layer, module in enumerate(find_blocks(model, spec))]
+    _check_inputs(model)
+    blocks = known_blocks(model, find_spec(model)[1])
     if len({block.module for block in blocks}) < len(blocks):
         raise UnsupportedModelError(
             "Layers of this model share one module, so that none can be pruned for itself. Prune a model whose layers "
             "have weights of their own."
         )
     for block in blocks:
-        if not block.up_weight.is_floating_point():
+        if not block.dtype.is_floating_point:
             raise UnsupportedModelError(
-                f"The FFN weights of layer {block.layer} are {block.up_weight.dtype}. Prune the model before it is "
-                "quantized."
+                f"The FFN weights of layer {block.layer} are {block.dtype}. Prune the model before it is quantized."
             )
         _check_alone(block)
     return blocks
+
+
+def _check_inputs(model: PreTrainedModel) -> None:
+    """Raise if a model does not make its hidden states of one sequence of token ids."""
+    try:
+        embeddings = model.get_input_embeddings()
+    except NotImplementedError:  # more than one, as of a text and a picture model side by side
+        embeddings = None
+    if model.main_input_name != "input_ids" or not isinstance(getattr(embeddings, "num_embeddings", None), int):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} takes pictures, sound or the like (`{model.main_input_name}`) beside or in place "
+            "of token ids, which calibration data consist of. Prune a model of text."
+        )
 
 
 def dense_width(blocks: list[FFNBlock]) -> int:
@@ -178,57 +238,29 @@ def dense_width(blocks: list[FFNBlock]) -> int:
     Raises:
         UnsupportedModelError: If the FFNs differ in width.
     """
-    widths = {block.intermediate_size for block in blocks}
+    check_dense(blocks)
+    widths = sorted({block.intermediate_size for block in blocks})
     if len(widths) > 1:
         raise UnsupportedModelError(
-            f"The layers of this model have different FFN widths ({min(widths)} to {max(widths)}): it was pruned "
-            "already. Prune the dense model instead."
+            f"The FFNs of the encoder and of the decoder have different widths ({widths}), and what was asked for "
+            "needs one width. Give a `pruning_ratio`, or choose a model of one width."
         )
-    return widths.pop()
+    return widths[0]
 
 
-def check_loadable(model: PreTrainedModel) -> None:
-    """Raise if a saved model could not be loaded, because its class does not build the weights that it holds.
-
-    A model is built from a copy of the configuration on the meta device, and its weights are compared. A class whose
-    constructor wants more than a configuration is not checked: transformers could not load it either.
+def check_dense(blocks: list[FFNBlock]) -> None:
+    """Raise if FFNs of one list of layers differ in width, as those of a pruned model do.
 
     Raises:
-        UnsupportedModelError: If a weight is missing, unknown or of another shape; the message names the first one.
+        UnsupportedModelError: If they do.
     """
-    try:
-        inspect.signature(type(model)).bind(model.config)
-    except TypeError:
-        return
-    config, uneven = copy.deepcopy(model.config), set()
-    if getattr(config, "is_heterogeneous", False) and type(model).__module__.startswith("transformers.models."):
-        _, spec = find_spec(model)
-        # Only the modeling file that is saved with such a model builds its widths.
-        if spec.size_key in (config.per_layer_attributes or ()):
-            config.per_layer_config = None
-            blocks = [FFNBlock(module, spec, layer) for layer, module in enumerate(find_blocks(model, spec))]
-            uneven = {module for block in blocks for module in block.projections.values()}
-    with torch.device("meta"):
-        built = _shapes(type(model)(config))
-    held = _shapes(model)
-    ignored = {
-        f"{path}.{name}" for path, part in model.named_modules() if part in uneven for name in ("weight", "bias")
-    }
-    for name in (*held, *built):
-        is_there = name in held and name in built
-        if is_there and (held[name] == built[name] or name in ignored):
-            continue
-        found = f"of shape {held[name]}" if name in held else "not there"
-        wanted = f"of shape {built[name]}" if name in built else "not known"
-        raise UnsupportedModelError(
-            f"The weight {name!r} is {found} in the model, but {wanted} to {type(model).__name__} with the model's "
-            "configuration, so that what is saved could not be loaded. Put back the module that stood there: merge "
-            "adapters, remove parametrizations, masks of `torch.nn.utils.prune` and wrappers."
-        )
-
-
-def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(value.shape) for name, value in model.state_dict().items() if hasattr(value, "shape")}
+    for one in blocks[0].spec.lists:
+        widths = {block.intermediate_size for block in blocks if block.spec.layers == one.layers}
+        if len(widths) > 1:
+            raise UnsupportedModelError(
+                f"The layers of this model have different FFN widths ({min(widths)} to {max(widths)}): it was pruned "
+                "already. Prune the dense model instead."
+            )
 
 
 def _check_alone(block: FFNBlock) -> None:
@@ -236,7 +268,7 @@ def _check_alone(block: FFNBlock) -> None:
 
     Experts are stacked in one tensor of three dimensions, or are a list of modules with FFN-like weights each.
     """
-    hidden_size = block.up_weight.shape[0 if block.spec.transposed else 1]
+    hidden_size = block.hidden_size
     for name, module in block.module.named_modules():
         is_convolution = isinstance(module, nn.modules.conv._ConvNd)
         parts = [part for part in module._parameters.values() if part is not None and part.ndim == 3]

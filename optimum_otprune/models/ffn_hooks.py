@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
@@ -29,17 +30,25 @@ def watched(*watchers: tuple[FFNBlock, Watcher]) -> Iterator[None]:
     """Let functions see every run of the projections of blocks during a block of code.
 
     Args:
-        *watchers: Blocks, each with a function of a projection's name, input and output. What it returns takes the
-            place of the output; None leaves that as it is.
+        *watchers: Blocks, each with a function of a projection's name, input and output, which is its piece of what a
+            fused matrix puts out. What it returns takes the place of the output; None leaves that as it is.
     """
 
-    def seen(watcher: Watcher, name: str, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        return watcher(name, args[0], output)
+    def seen(
+        watcher: Watcher, names: tuple[str, ...], module: nn.Module, args: tuple, output: Tensor
+    ) -> Tensor | None:
+        if len(names) == 1:
+            return watcher(names[0], args[0], output)
+        parts = output.chunk(len(names), dim=-1)
+        given = [watcher(name, args[0], part) for name, part in zip(names, parts)]
+        if all(part is None for part in given):
+            return None
+        return torch.cat([own if part is None else part for own, part in zip(parts, given)], dim=-1)
 
     with hooked(
-        module.register_forward_hook(partial(seen, watcher, name))
+        module.register_forward_hook(partial(seen, watcher, names))
         for block, watcher in watchers
-        for name, module in block.projections.items()
+        for module, names in block.modules.items()
     ):
         yield
 

@@ -1,9 +1,10 @@
 """Count the floating-point operations of a forward pass from shapes; works on the meta device."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from optimum_otprune.models.prunable_model import PrunableModel
@@ -44,7 +45,7 @@ def forward_flops(prunable: PrunableModel, batch_size: int, seqlen: int, num_log
         num_logits: Number of positions of each sequence that the head is applied to.
     """
     model = prunable.model
-    ffn_modules = {module for block in prunable.blocks for module in block.projections.values()}
+    ffn_modules = {module for block in prunable.blocks for module in block.modules}
     ffn = others = 0
     for module in model.base_model.modules():
         if isinstance(module, (nn.Linear, Conv1D)):
@@ -52,26 +53,29 @@ def forward_flops(prunable: PrunableModel, batch_size: int, seqlen: int, num_log
                 ffn += module.weight.numel()
             else:
                 others += module.weight.numel()
-    config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
     pairs = batch_size * seqlen * (seqlen + 1) // 2
     tokens = batch_size * seqlen
     return ForwardFlops(
         ffn=2 * tokens * ffn,
         projections=2 * tokens * others,
-        scores=4 * pairs * heads * head_size * len(prunable.blocks),
+        scores=4 * pairs * sum(heads * size for heads, _, size in _attention(model.config)),
         head=2 * batch_size * num_logits * _entries(model.get_output_embeddings()),
     )
 
 
 def cache_bytes(model: PreTrainedModel) -> int:
     """Return the bytes of the keys and values that all layers keep for one token while a model writes."""
-    config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    groups = getattr(config, "num_key_value_heads", None) or heads
-    return 2 * config.num_hidden_layers * groups * size * model.dtype.itemsize
+    return 2 * sum(groups * size for _, groups, size in _attention(model.config)) * model.dtype.itemsize
+
+
+def _attention(config: PreTrainedConfig) -> Iterator[tuple[int, int, int]]:
+    """Yield the number of heads, of groups of keys and values, and the size of a head, of each layer."""
+    text = config.get_text_config()
+    is_uneven = getattr(text, "is_heterogeneous", False)
+    for layer in text.per_layer_config if is_uneven else [text] * text.num_hidden_layers:
+        heads = layer.num_attention_heads
+        size = getattr(layer, "head_dim", None) or layer.hidden_size // heads
+        yield heads, getattr(layer, "num_key_value_heads", None) or heads, size
 
 
 def _entries(head: nn.Module | None) -> int:

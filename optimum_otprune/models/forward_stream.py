@@ -55,10 +55,15 @@ class CalibrationStream:
         stays_dense: bool = False,
     ):
         self.spill, self._stays_dense = settings.spill, stays_dense
-        self._runner = BlockRunner(prunable, tokens.split(settings.batch_size), self.spill)
+        batches = tokens.split(settings.batch_size)
+        self._runner = BlockRunner(prunable, batches, self.spill)
         self._factors = prunable.factors or [None] * len(prunable.blocks)
         self._hidden = self._runner.take_first_hidden()
         self._dense_hidden = list(self._hidden) if track_dense else None
+        self._dense_runner = self._runner
+        if track_dense and len(prunable.spec.lists) > 1:  # the dense decoder reads what the dense encoder puts out
+            self._dense_runner = BlockRunner(prunable, batches, self.spill)
+            self._dense_hidden = self._dense_runner.take_first_hidden()
         self._ffn_inputs: list[StoredTensor] | None = None  # if set, `_hidden` is a block's output without its FFN
 
     @torch.no_grad()
@@ -71,9 +76,10 @@ class CalibrationStream:
             ‖h‖² `(num_tokens,)`, float32, on the CPU.
         """
         found = []
+        self._enter(block)
         with onloaded(block.module):
             for index, hidden in enumerate(self._hidden if self._dense_hidden is None else self._dense_hidden):
-                output = self._runner.run(block, hidden.load(), index)
+                output = self._dense_runner.run(block, hidden.load(), index)
                 found.append(output.float().square().sum(dim=-1).flatten().cpu())
                 if self._dense_hidden is not None:
                     self._dense_hidden[index] = self.spill.put(output)
@@ -82,6 +88,7 @@ class CalibrationStream:
     @torch.no_grad()
     def taps(self, block: FFNBlock) -> Iterator[FFNTap]:
         """Run a block, its FFN still dense, on the pruned model's hidden states; after `energies`."""
+        self._enter(block)
         factor = None if self._stays_dense else self._exact_factor(block)
         ffn_inputs = []
         with onloaded(block.module):
@@ -108,9 +115,10 @@ class CalibrationStream:
 
         Where the block adds a multiple of the FFN's output, that is done in float32; otherwise rounding would add up.
         """
+        self._enter(block)
         factor = self._exact_factor(block)
         if self._ffn_inputs is None or factor is None:
-            self._run_all(block, self._hidden)
+            self._run_all(block, self._hidden, self._runner)
             return
         weights = block.read()
         for index, (beside, inputs) in enumerate(zip(self._hidden, self._ffn_inputs)):
@@ -120,7 +128,7 @@ class CalibrationStream:
         self._ffn_inputs = None
 
     def _exact_factor(self, block: FFNBlock) -> float | None:
-        return self._factors[block.layer] if block.up.weight.dtype == torch.float32 else None
+        return self._factors[block.layer] if block.dtype == torch.float32 else None
 
     def skip(self, block: FFNBlock) -> None:
         """Run a block that stays as it is, on the dense model's hidden states too if they are tracked."""
@@ -136,11 +144,18 @@ class CalibrationStream:
 
     def follow_dense(self, block: FFNBlock) -> None:
         """Run a block, its FFN still dense, on the dense model's hidden states alone, if they are tracked."""
+        self._enter(block)
         if self._dense_hidden is not None:
-            self._run_all(block, self._dense_hidden)
+            self._run_all(block, self._dense_hidden, self._dense_runner)
+
+    def _enter(self, block: FFNBlock) -> None:
+        """Begin a decoder where the block is its first one, with what the encoder has put out."""
+        self._hidden = self._runner.entered(block, self._hidden)
+        if self._dense_hidden is not None and self._dense_runner is not self._runner:
+            self._dense_hidden = self._dense_runner.entered(block, self._dense_hidden)
 
     @torch.no_grad()
-    def _run_all(self, block: FFNBlock, hidden: list[StoredTensor]) -> None:
+    def _run_all(self, block: FFNBlock, hidden: list[StoredTensor], runner: BlockRunner) -> None:
         with onloaded(block.module):
             for index, states in enumerate(hidden):  # one by one, so that the old ones make room for the new ones
-                hidden[index] = self.spill.put(self._runner.run(block, states.load(), index))
+                hidden[index] = self.spill.put(runner.run(block, states.load(), index))

@@ -35,7 +35,7 @@ def low_rank_updates(model: PreTrainedModel, seed: int) -> Iterator[dict[str, nn
     """
     peft = peft_module()
     names = {id(module): name for name, module in model.named_modules()}
-    targets = [names[id(module)] for block in ffn_blocks(model) for module in block.projections.values()]
+    targets = [names[id(module)] for block in ffn_blocks(model) for module in block.modules]
     settings = peft.LoraConfig(
         r=_RANK, lora_alpha=_SCALE * _RANK, target_modules=targets, fan_in_fan_out=find_spec(model)[1].transposed
     )

@@ -8,11 +8,13 @@ from transformers import PreTrainedModel
 from transformers.utils.versions import require_version
 
 from optimum_otprune.errors import UnsupportedModelError
-from optimum_otprune.models.architectures import ARCHITECTURES, BUILT_IN, FFNSpec, find_spec
+from optimum_otprune.models.architectures import find_spec, is_built_in
+from optimum_otprune.models.auto_classes import auto_classes
+from optimum_otprune.models.ffn_spec import FFNSpec
 from optimum_otprune.models.save_formats import called, save_format, save_formats
+from optimum_otprune.models.tasks import CAUSAL
 
 MODELING_FILE = "modeling_otprune.py"
-_AUTO_CLASS = "AutoModelForCausalLM"
 
 
 class ModelingCode(NamedTuple):
@@ -80,21 +82,28 @@ def modeling_code(model: PreTrainedModel, spec: FFNSpec, template: str) -> Model
         UnsupportedModelError: If the model or its architecture is of somebody's own.
     """
     name = _library_class(model, spec)
-    projections = tuple(path for path in (spec.gate, spec.up, spec.down) if path is not None)
+    projections = {slot.path: slot.parts for slot in spec.slots.values()}
     text = Template(template).substitute(
-        base=name, name=f"OTPruned{name}", layers=spec.layers, projections=repr(projections), size_key=spec.size_key
+        base=name,
+        name=f"OTPruned{name}",
+        layers=spec.layers,
+        projections=repr(tuple(projections.items())),
+        fields=f"config.{spec.config}" if spec.config else "config",
+        size_key=spec.size_key,
+        size_factor=spec.size_factor,
     )
-    return ModelingCode(text, {_AUTO_CLASS: f"{MODELING_FILE.removesuffix('.py')}.OTPruned{name}"})
+    entry = f"{MODELING_FILE.removesuffix('.py')}.OTPruned{name}"
+    return ModelingCode(text, dict.fromkeys(auto_classes(name) or [CAUSAL], entry))
 
 
 def _library_class(model: PreTrainedModel, spec: FFNSpec) -> str:
     """Return the name of the model's class in transformers, or of the one that a modeling file extends."""
-    if spec in (ARCHITECTURES[known] for known in BUILT_IN):
+    if is_built_in(spec) and spec.then is None:
         for kind in type(model).__mro__:
             is_listed = getattr(transformers, kind.__name__, None) is kind
             if is_listed and kind.__module__.startswith("transformers.models."):
                 return kind.__name__
     raise UnsupportedModelError(
         "Modeling code for layers of different widths is written for classes of transformers and the layouts that "
-        f"this package knows; {type(model).__name__} is not one. Use non_uniform_format='pad'."
+        f"this package knows, of one list of layers; {type(model).__name__} is not one. Use non_uniform_format='pad'."
     )

@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 
 from optimum_otprune.errors import NumericalError
 from optimum_otprune.functional.distillation import CHUNK_BYTES, positions_together
-from optimum_otprune.models.block_runner import input_device, vocabulary_size
 from optimum_otprune.models.defaults import BATCH_SIZE
 from optimum_otprune.models.distributed import gathered, own_samples
+from optimum_otprune.models.inputs import check_predicts_next, input_device, vocabulary_size
 
 _LOGIT_BYTES = 2**28  # of one forward pass, as far as whole windows allow
 _CHUNKS = 6  # that many at once, where two models are compared
@@ -102,6 +102,7 @@ def evaluate_perplexity(
     Raises:
         NumericalError: If a log-likelihood is NaN.
     """
+    check_predicts_next(model)
     model.eval()
     device = input_device(model)
     together = windows_together(batch_size, tokens.shape[1], vocabulary_size(model), model.dtype.itemsize)

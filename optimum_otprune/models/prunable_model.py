@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from optimum_otprune.models.architectures import FFNSpec, find_blocks
-from optimum_otprune.models.ffn_block import FFNBlock, check_loadable, dense_width, ffn_blocks
+from optimum_otprune.models.ffn_block import FFNBlock, check_dense, ffn_blocks, known_blocks
+from optimum_otprune.models.ffn_spec import FFNSpec
+from optimum_otprune.models.loadable import check_loadable, check_resizable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +42,12 @@ class PrunableModel:
         """Find the blocks of a model that can be loaded again once it is saved.
 
         Raises:
-            UnsupportedModelError: See `ffn_blocks`, `dense_width` and `check_loadable`.
+            UnsupportedModelError: See `ffn_blocks`, `check_dense`, `check_loadable` and `check_resizable`.
         """
         found = cls.of(model)
-        dense_width(found.blocks)
+        check_dense(found.blocks)
         check_loadable(model)
+        check_resizable(model, found.blocks)
         return found
 
     @property
@@ -67,14 +69,13 @@ class PrunableModel:
         if getattr(self.blocks[0].down, "bias", None) is not None:
             return True
         key = self.spec.bias_key
-        if key is None or not hasattr(self.model.config, key):
+        if key is None or not hasattr(self.spec.fields_of(self.model.config), key):
             return False
         config = copy.deepcopy(self.model.config)
-        setattr(config, key, True)
+        setattr(self.spec.fields_of(config), key, True)
         with torch.device("meta"):
             probe = type(self.model)(config)
-        first = FFNBlock(find_blocks(probe, self.spec)[0], self.spec, 0)
-        return getattr(first.down, "bias", None) is not None
+        return getattr(known_blocks(probe, self.spec)[0].down, "bias", None) is not None
 
     def checked(self, factors: Sequence[float | None]) -> "PrunableModel":
         """Return the same model with its factors, after the check in `measured_factors`."""

@@ -6,8 +6,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from optimum_otprune.errors import CustomFunctionError
-from optimum_otprune.models.architectures import FFNSpec
 from optimum_otprune.models.ffn_block import FFNBlock
+from optimum_otprune.models.ffn_spec import FFNSpec
 from optimum_otprune.models.save_formats import called, saved_widths
 
 
@@ -24,9 +24,17 @@ def finish_resize(model: PreTrainedModel, blocks: list[FFNBlock], non_uniform_fo
     """
     spec = blocks[0].spec
     if _add_biases(blocks) and spec.bias_key is not None:
-        setattr(model.config, spec.bias_key, True)
+        setattr(spec.fields_of(model.config), spec.bias_key, True)
+    groups: dict[tuple[str, str | None], list[FFNBlock]] = {}  # those whose width is in one field
+    for block in blocks:
+        groups.setdefault((block.spec.config, block.spec.size_key), []).append(block)
+    return sum(_finish_group(model, group, non_uniform_format) for group in groups.values())
+
+
+def _finish_group(model: PreTrainedModel, blocks: list[FFNBlock], non_uniform_format: str) -> int:
+    """Write the width of layers that share a field of the configuration; return how many zeros only fill up."""
     widths = [block.intermediate_size for block in blocks]
-    setattr(model.config, spec.size_key, max(saved_widths(non_uniform_format, widths)))
+    blocks[0].spec.write_width(model.config, max(saved_widths(non_uniform_format, widths)))
     if len(set(widths)) <= 1:
         return 0
     padding = called(non_uniform_format, "finish", model, blocks)
@@ -40,7 +48,7 @@ def finish_resize(model: PreTrainedModel, blocks: list[FFNBlock], non_uniform_fo
 
 def switches_biases(model: PreTrainedModel, spec: FFNSpec) -> bool:
     """Return whether a switch in the model's configuration gives its FFNs biases."""
-    return spec.bias_key is not None and bool(getattr(model.config, spec.bias_key, False))
+    return spec.bias_key is not None and bool(getattr(spec.fields_of(model.config), spec.bias_key, False))
 
 
 def _add_biases(blocks: list[FFNBlock]) -> bool:

@@ -111,13 +111,18 @@ class PerLayerConfig(SaveFormat):
         padding = super().finish(model, blocks)
         widths = [block.intermediate_size for block in blocks]
         if len(set(widths)) > 1:
-            size_key = blocks[0].spec.size_key
-            model.config.per_layer_config = {layer: {size_key: width} for layer, width in enumerate(widths)}
+            spec = blocks[0].spec
+            assert spec.size_key is not None
+            values = [spec.size_factor * width for width in widths]
+            others = spec.others_per_layer(model.config)
+            spec.fields_of(model.config).per_layer_config = {
+                layer: {**others.get(layer, {}), spec.size_key: value} for layer, value in enumerate(values)
+            }
         return padding
 
     def modeling_template(self, config: "PreTrainedConfig") -> str | None:
         """Return a class that builds each layer with its own width, for configurations that hold such widths."""
-        if not getattr(config, "is_heterogeneous", False):
+        if not any(getattr(part, "is_heterogeneous", False) for part in (config, config.get_text_config())):
             return None
         return files("optimum_otprune.models").joinpath("modeling_otprune.py.txt").read_text(encoding="utf-8")
 
@@ -148,6 +153,10 @@ def saved_widths(name: str, widths: Sequence[int], dense: Sequence[int] | None =
     """
     if len(set(widths)) <= 1:
         return list(widths)
+    if dense is not None and len(set(dense)) > 1:  # an encoder and a decoder: each has a width of its own
+        starts = [layer for layer in range(len(dense)) if layer == 0 or dense[layer] != dense[layer - 1]]
+        parts = [slice(*bounds) for bounds in zip(starts, [*starts[1:], len(dense)])]
+        return [wide for part in parts for wide in saved_widths(name, widths[part], dense[part])]
     saved = called(name, "saved_widths", list(widths))
     try:
         found = [operator.index(width) for width in saved]

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from transformers import PreTrainedModel
 
-from optimum_otprune.models.block_runner import input_device
+from optimum_otprune.models.inputs import input_device, model_inputs
 
 _WARM_UP = 2  # passes that are not counted: the first ones choose kernels and allocate memory
 _REPEATS = 9  # an odd number, so that the median is one pass and disturbed ones do not count
@@ -28,7 +28,7 @@ def forward_seconds(model: PreTrainedModel, shape: tuple[int, int]) -> float:
     for _ in range(_WARM_UP + _REPEATS):
         wait_for_devices(devices)
         start = time.perf_counter()
-        model(input_ids=ids, use_cache=False)
+        model(**model_inputs(model, ids), use_cache=False)
         wait_for_devices(devices)
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[_WARM_UP:])

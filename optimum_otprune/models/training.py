@@ -93,12 +93,7 @@ def trained_weights(model: PreTrainedModel, which: str) -> dict[str, nn.Paramete
     every = dict(model.named_parameters())
     if which == "all":
         return every
-    ffn = {
-        id(part)
-        for block in ffn_blocks(model)
-        for module in block.projections.values()
-        for part in module.parameters()
-    }
+    ffn = {id(part) for block in ffn_blocks(model) for module in block.modules for part in module.parameters()}
     return {name: part for name, part in every.items() if id(part) in ffn}
 
 

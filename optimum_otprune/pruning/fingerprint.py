@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from optimum_otprune.models.block_runner import input_device
 from optimum_otprune.models.devices import read_parameter
+from optimum_otprune.models.inputs import input_device
 from optimum_otprune.pruning.recipe import Recipe
 from optimum_otprune.pruning.versions import versions
 from optimum_otprune.storage.untrusted import visible

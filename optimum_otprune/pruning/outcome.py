@@ -6,7 +6,9 @@ from typing import NamedTuple, TypedDict, Unpack
 from transformers import PreTrainedModel
 
 from optimum_otprune.config.configuration import OTPruningConfig
+from optimum_otprune.models.auto_classes import auto_classes
 from optimum_otprune.models.devices import model_sizes
+from optimum_otprune.models.tasks import CAUSAL
 from optimum_otprune.pruning.calibration.data import TokenData
 from optimum_otprune.pruning.recipe import Recipe
 from optimum_otprune.pruning.report import LayerReport, PruningReport
@@ -63,6 +65,7 @@ class PrunedLayers(NamedTuple):
             calibration={**data.describe(), "written_samples": self.written_samples},
             versions=versions(),
             model_type=model.config.model_type,
+            auto_class=(auto_classes(type(model).__name__) or [CAUSAL])[0],
             token_weighting=config.token_weighting or "uniform",
             parameters_before=sizes_before[0],
             parameters_after=parameters - self.padding_parameters,

@@ -25,6 +25,7 @@ from optimum_otprune.functional.ratios import (
     rescue_verdict,
     rescued_share,
 )
+from optimum_otprune.models.tasks import CAUSAL
 from optimum_otprune.pruning.comparison import Comparison, check_evaluation, check_numbers, compared
 from optimum_otprune.pruning.layer_report import (
     REPORT_FILE,
@@ -84,6 +85,7 @@ class PruningReport:
             None in reports that do not say.
         recoveries: Reports of `recover`, oldest first.
         tasks: Results on tasks that were added to the saved model, in the order in which they came.
+        auto_class: The auto class of transformers that loads the model.
     """
 
     config: Mapping[str, Any]
@@ -106,6 +108,7 @@ class PruningReport:
     references: Mapping[str, Mapping[str, str]] | None = None
     recoveries: tuple[RecoveryReport, ...] = ()
     tasks: tuple[TaskResult, ...] = ()
+    auto_class: str = CAUSAL
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -189,6 +192,8 @@ class PruningReport:
         values["layers"] = [layer.to_dict() for layer in self.layers]
         values["evaluations"] = [dict(evaluation) for evaluation in self.evaluations]
         del values["tasks"]
+        if self.auto_class == CAUSAL:  # as in reports that do not say
+            del values["auto_class"]
         values |= {"tasks": [task.to_dict() for task in self.tasks]} if self.tasks else {}
         values["recoveries"] = [recovery.to_dict() for recovery in self.recoveries]
         values |= {name: getattr(self, name) for name in _DERIVED}
@@ -265,6 +270,7 @@ class PruningReport:
                     check_entry("references", value, str)
         check_entry("token_weighting", self.token_weighting, str)
         check_entry("added_biases", self.added_biases, bool)
+        check_entry("auto_class", self.auto_class, str)
         for name in ("parameters_before", "parameters_after", "padding_parameters"):
             check_entry(name, getattr(self, name), int, 0)
         optional: dict[str, type] = {"size_before": int, "size_after": int, "base_model": str, "model_type": str}

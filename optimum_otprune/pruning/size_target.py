@@ -161,12 +161,12 @@ def channel_cost(block: FFNBlock, unit: str) -> int:
         unit: Either `"parameters"` or `"bytes"`.
     """
     cost = 0
-    for name, module in block.projections.items():
+    for module, names in block.modules.items():
         weight, bias = module._parameters["weight"], module._parameters.get("bias")
         assert weight is not None
         cost += weight.numel() // block.intermediate_size * _cost(weight, unit)
-        if bias is not None and name != "down":
-            cost += _cost(bias, unit)
+        if bias is not None and module is not block.down:
+            cost += len(names) * _cost(bias, unit)
     return cost
 
 
@@ -182,15 +182,15 @@ def added_biases(block: FFNBlock, unit: str) -> tuple[int, int]:
         unit: Either `"parameters"` or `"bytes"`.
     """
     once = each = 0
-    for name, module in block.projections.items():
+    for module, names in block.modules.items():
         if getattr(module, "bias", None) is not None:
             continue
         weight = module.weight
         assert isinstance(weight, Tensor)
-        if name == "down":
-            once += weight.numel() // block.intermediate_size * _cost(weight, unit)
+        if module is block.down:
+            once += block.hidden_size * _cost(weight, unit)
         else:
-            each += _cost(weight, unit)
+            each += len(names) * _cost(weight, unit)
     return once, each
 
 

@@ -11,7 +11,7 @@ from optimum_otprune.errors import ConfigurationError, warn_user
 from optimum_otprune.functional.allocation import allocate_widths
 from optimum_otprune.functional.error_metric import metric_root
 from optimum_otprune.functional.selection import kept_width, obs_elimination, sensible_multiple
-from optimum_otprune.models.ffn_block import FFNBlock, dense_width
+from optimum_otprune.models.ffn_block import FFNBlock, check_dense
 from optimum_otprune.models.passes import Passes
 from optimum_otprune.pruning.calibration.layer_statistics import LayerData
 
@@ -23,18 +23,20 @@ def given_widths(blocks: list[FFNBlock], config: OTPruningConfig) -> dict[int, i
         ConfigurationError: If there is no such layer.
         UnsupportedModelError: If the layers differ in width now.
     """
-    width = dense_width(blocks)
+    check_dense(blocks)
     for name in ("skip_layers", "layer_ratios"):
         missing = [layer for layer in getattr(config, name) if layer >= len(blocks)]
         if missing:
             raise ConfigurationError(
                 f"`{name}` names layer {missing[0]}, but the model has {len(blocks)} layers, 0 to {len(blocks) - 1}."
             )
-    multiple = sensible_multiple(width, config.multiple_of)
-    return {
-        **dict.fromkeys(config.skip_layers, width),
-        **{layer: kept_width(width, ratio, multiple) for layer, ratio in config.layer_ratios.items()},
-    }
+    skipped = {layer: blocks[layer].intermediate_size for layer in config.skip_layers}
+    return skipped | {layer: _kept(blocks[layer], ratio, config) for layer, ratio in config.layer_ratios.items()}
+
+
+def _kept(block: FFNBlock, ratio: float, config: OTPruningConfig) -> int:
+    width = block.intermediate_size
+    return kept_width(width, ratio, sensible_multiple(width, config.multiple_of))
 
 
 def plan_widths(blocks: list[FFNBlock], config: OTPruningConfig) -> list[int]:
@@ -45,7 +47,6 @@ def plan_widths(blocks: list[FFNBlock], config: OTPruningConfig) -> list[int]:
         ConfigurationError: If no width is a multiple of what was asked for, a layer does not exist, or none is left
             for the ratio.
     """
-    width = dense_width(blocks)
     given = given_widths(blocks, config)
     if config.allocation == "adaptive" and len(blocks) - len(given) < 2:
         raise ConfigurationError(
@@ -58,10 +59,12 @@ def plan_widths(blocks: list[FFNBlock], config: OTPruningConfig) -> list[int]:
             f"`pruning_ratio={config.pruning_ratio!r}` would be ignored: `skip_layers` and `layer_ratios` decide the "
             "width of every layer. Leave one of them out."
         )
-    _check_multiple(width, config)
-    free = kept_width(width, config.pruning_ratio, sensible_multiple(width, config.multiple_of))
-    widths = [given.get(block.layer, free) for block in blocks]
-    _warn_of_nothing(width, widths, config)
+    for width in sorted({block.intermediate_size for block in blocks}):
+        _check_multiple(width, config)
+    ratio = config.pruning_ratio
+    widths = [given[block.layer] if block.layer in given else _kept(block, ratio, config) for block in blocks]
+    if widths == [block.intermediate_size for block in blocks]:
+        _warn_of_nothing(blocks[0].intermediate_size, config)
     return widths
 
 
@@ -81,8 +84,8 @@ def _check_multiple(width: int, config: OTPruningConfig) -> None:
         )
 
 
-def _warn_of_nothing(width: int, widths: list[int], config: OTPruningConfig) -> None:
-    if any((config.pruning_ratio, *config.layer_ratios.values())) and all(kept == width for kept in widths):
+def _warn_of_nothing(width: int, config: OTPruningConfig) -> None:
+    if any((config.pruning_ratio, *config.layer_ratios.values())):
         warn_user(
             f"Nothing is pruned: {config.pruning_ratio} of {width} channels is less than half of `multiple_of` = "
             f"{sensible_multiple(width, config.multiple_of)}."

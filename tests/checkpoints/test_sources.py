@@ -5,14 +5,16 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassFieldValidationError
-from transformers import DebertaV2Config, LlamaForSequenceClassification, MPNetConfig, MPNetForMaskedLM
+from transformers import DebertaV2Config, LlamaForSequenceClassification
 
-from optimum_otprune import OTPruner
+from optimum_otprune import OTPruner, OTPruningConfig
 from optimum_otprune.checkpoints import load as loading
 from optimum_otprune.checkpoints.sources import explanation
 from optimum_otprune.errors import ConfigurationError, ModelLoadError
 from tests.conftest import make_llama
+from tests.models.test_contract import build
 
 
 def edit(folder, **changes):
@@ -64,16 +66,9 @@ FOLDERS = {
         lambda folder: edit(folder, model_type="foo", auto_map={"AutoConfig": "a.B", "AutoModelForCausalLM": "a.C"}),
         "needs code that lies beside it.*`trust_remote_code=True`",
     ),
-    "a classifier": (
-        lambda folder: save(LlamaForSequenceClassification(make_llama().config), folder),
-        r"its class is LlamaForSequenceClassification \(`AutoModelForSequenceClassification`\)",
-    ),
-    "mpnet": (
-        lambda folder: save(
-            MPNetForMaskedLM(MPNetConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)),
-            folder,
-        ),
-        r"no causal language model: its class is MPNetForMaskedLM",
+    "a model for multiple choice": (
+        lambda folder: edit(folder, model_type="bert", architectures=["BertForMultipleChoice"]),
+        r"cannot be pruned: its class is BertForMultipleChoice \(`AutoModelForMultipleChoice`\)",
     ),
     "deberta": (
         lambda folder: (DebertaV2Config().save_pretrained(folder), edit(folder, architectures=None)),
@@ -173,7 +168,7 @@ def test_what_the_machine_lacks_is_not_blamed_on_the_files(llama_folder, monkeyp
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", fail)
+    monkeypatch.setattr(loading.transformers.AutoModelForCausalLM, "from_pretrained", fail)
     with pytest.raises(ModelLoadError, match=words):
         OTPruner.from_pretrained(llama_folder)
 
@@ -209,11 +204,11 @@ def test_a_file_in_place_of_a_folder_is_named(tmp_path):
         OTPruner.from_pretrained(tmp_path / "model.gguf")
 
 
-def test_a_plan_needs_no_weights_but_a_causal_model(llama_folder):
+def test_a_plan_needs_no_weights_but_a_model_of_text(llama_folder):
     (llama_folder / "model.safetensors").unlink()
     assert OTPruner.plan(llama_folder, {"pruning_ratio": 0.5, "multiple_of": 1}).parameters_before > 0
-    edit(llama_folder, architectures=["LlamaForTokenClassification"])
-    with pytest.raises(ModelLoadError, match="AutoModelForTokenClassification"):
+    edit(llama_folder, model_type="bert", architectures=["BertForMultipleChoice"])
+    with pytest.raises(ModelLoadError, match="AutoModelForMultipleChoice"):
         OTPruner.plan(llama_folder, {"pruning_ratio": 0.5, "multiple_of": 1})
 
 
@@ -235,7 +230,7 @@ def test_causes_have_words_of_their_own_and_the_unknown_ones_honest_ones(error, 
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", fail)
+    monkeypatch.setattr(loading.transformers.AutoModelForCausalLM, "from_pretrained", fail)
     with pytest.raises(ModelLoadError) as caught:
         OTPruner.from_pretrained(llama_folder)
     assert words in str(caught.value)
@@ -257,3 +252,26 @@ def test_a_model_of_the_hub_that_is_quantized_or_has_an_adapter_is_named(llama_f
         OTPruner.from_pretrained("user/dense", cache_dir=tmp_path / "hub")
     with torch.no_grad(), pytest.raises(ModelLoadError, match="is quantized"):
         OTPruner.plan("user/dense", cache_dir=tmp_path / "hub")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: LlamaForSequenceClassification(make_llama(pad_token_id=0).config),
+        lambda: build("modernbert"),
+        lambda: build("bart"),
+        lambda: build("gemma3"),
+    ],
+)
+def test_a_folder_is_loaded_and_saved_as_the_class_that_it_came_from(make, tokens, tmp_path):
+    model = make()
+    model.save_pretrained(tmp_path / "dense")
+    pruner = OTPruner.from_pretrained(
+        tmp_path / "dense", OTPruningConfig(pruning_ratio=0.5, multiple_of=1, quality="fast", self_calibration=0)
+    )
+    assert type(pruner.model) is type(model)
+    auto = pruner.prune(tokens, progress=False).auto_class
+    folder = pruner.save_pretrained(tmp_path / "pruned")
+    assert type(getattr(transformers, auto).from_pretrained(folder)) is type(model)
+    assert f"{auto}.from_pretrained(" in (folder / "README.md").read_text(encoding="utf-8")
+    assert OTPruner.from_pretrained(folder).report.auto_class == auto

@@ -12,7 +12,7 @@ from optimum_otprune.functional import distillation
 from optimum_otprune.models.agreement import DenseOutputs, evaluate_model
 from optimum_otprune.models.perplexity import evaluate_perplexity
 from tests.conftest import make_llama
-from tests.models.test_contract import MODELS, build
+from tests.models.test_contract import SOME, build
 from tests.models.test_placements import place
 
 
@@ -59,7 +59,7 @@ def test_a_model_is_itself(llama, tokens):
     assert (metrics["kl"], metrics["agreement"]) == (0.0, 1.0)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", SOME)
 def test_what_is_kept_of_the_dense_model_says_what_the_dense_model_says(name, tokens):
     model, kept = build(name), DenseOutputs(max_memory=0)  # all of it in files
     dense, text = copy.deepcopy(model), tokens[:5]

@@ -17,8 +17,6 @@ from transformers import (
     Gemma3nTextConfig,
     Gemma4ForCausalLM,
     Gemma4TextConfig,
-    GPTBigCodeConfig,
-    GPTBigCodeForCausalLM,
 )
 
 from optimum_otprune import OTPruner, OTPruningConfig
@@ -33,11 +31,19 @@ from optimum_otprune.models.prunable_model import PrunableModel
 from optimum_otprune.models.spill import TensorSpill
 from optimum_otprune.pruning.tuning import search as tuning
 from tests.conftest import make_llama
-from tests.models.test_contract import BERT, ROPE
 from tests.models.test_placements import place
 from tests.passes import factors_of, moments_of
 
 FAST = {"pruning_ratio": 0.5, "multiple_of": 1, "quality": "fast"}
+BERT = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 40,
+}
+ROPE = {**BERT, "num_key_value_heads": 2, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
 GEMMA4 = {**ROPE, "head_dim": 8, "global_head_dim": 8, "hidden_size_per_layer_input": 6, "num_kv_shared_layers": 0}
 GEMMA4 |= {"vocab_size_per_layer_input": 64, "layer_types": ["sliding_attention", "full_attention"]}
 
@@ -181,11 +187,6 @@ def with_compiled_forward(model):
     return model
 
 
-def gpt_bigcode():
-    """Its FFN has the names of GPT-2's, and linear modules in them."""
-    return GPTBigCodeForCausalLM(GPTBigCodeConfig(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_inner=48))
-
-
 class LowRank(nn.Linear):
     """A linear module with the parameters of an adapter of its own."""
 
@@ -284,7 +285,6 @@ REFUSED = {
         lambda: with_compiled_forward(make_llama()),
         r"^The module 'model.layers.1.mlp' is compiled",
     ),
-    "gpt_bigcode": (gpt_bigcode, "^No known FFN was found in GPTBigCodeForCausalLM.*Known layouts: llama"),
     "a mask": (
         lambda: with_part(Q_PROJ, lambda part: prune.l1_unstructured(part, "weight", 0.5)),
         f"^The weight '{Q_PROJ}.weight_orig' is of shape .* not known to LlamaForCausalLM.*Put back the module",

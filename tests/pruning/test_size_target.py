@@ -15,7 +15,7 @@ from optimum_otprune.errors import ConfigurationError, UnsupportedModelError
 from optimum_otprune.models.prunable_model import PrunableModel
 from optimum_otprune.pruning.size_target import Footprint, target_count, with_pruning_ratio
 from tests.conftest import make_llama
-from tests.models.test_contract import MODELS, build
+from tests.models.test_contract import SOME, build
 
 CHANNEL = 3 * 3 * 32  # three layers, three projections, hidden size 32
 
@@ -151,7 +151,7 @@ def test_an_intercept_that_may_come_is_paid_for(llama, tokens):
     assert biased <= target < biased + CHANNEL + 3 * 2
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", SOME)
 def test_a_target_holds_on_every_architecture(name, tokens):
     model = build(name)
     dense = model.num_parameters()

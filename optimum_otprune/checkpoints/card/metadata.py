@@ -16,6 +16,7 @@ from optimum_otprune.checkpoints.card.results import (
     partly_calibrated_on,
 )
 from optimum_otprune.config.options import BUDGET_FIELDS, PruningOptions
+from optimum_otprune.models.tasks import CAUSAL, TASKS
 from optimum_otprune.pruning.comparison import Comparison
 from optimum_otprune.pruning.report import PruningReport
 from optimum_otprune.pruning.task_results import TaskResult
@@ -35,7 +36,8 @@ def card_metadata(config: PruningOptions, report: PruningReport | None, name: st
         report: The report of the run; None for a model that was not pruned yet.
         name: The name of the model.
     """
-    common: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    task = TASKS.get(CAUSAL if report is None else report.auto_class)
+    common: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": task}
     extra: dict[str, Any] = {"method": config.method}
     extra |= {field: value for field in BUDGET_FIELDS if (value := getattr(config, field)) is not None}
     if report is None:

@@ -22,6 +22,7 @@ from optimum_otprune.checkpoints.card.templates import Template, markdown_templa
 from optimum_otprune.config.options import OPTIONS_BY_NAME, WRITTEN, PruningOptions
 from optimum_otprune.models.compatibility import tested_versions
 from optimum_otprune.models.save_formats import SaveFormat, save_format, save_formats, saved_widths
+from optimum_otprune.models.tasks import CAUSAL, TASKS
 from optimum_otprune.pruning.comparison import Comparison
 from optimum_otprune.pruning.report import PruningReport
 from optimum_otprune.pruning.task_results import TaskComparison, TaskResult, compared_tasks
@@ -211,9 +212,12 @@ def _argument(config: PruningOptions, data: str, placeholder: str) -> str | None
 def _loading(config: PruningOptions, report: PruningReport | None, name: str, has_tokenizer: bool) -> str:
     shown = literal(plain_text(name) or "pruned")
     trust = ", trust_remote_code=True" if needs_remote_code(config, report) else ""
-    lines = [f"from transformers import AutoModelForCausalLM{', AutoTokenizer' if has_tokenizer else ''}", ""]
-    lines += [f"model = AutoModelForCausalLM.from_pretrained({shown}{trust})"]
-    if has_tokenizer:
+    auto = CAUSAL if report is None or report.auto_class not in TASKS else report.auto_class
+    lines = [f"from transformers import {auto}{', AutoTokenizer' if has_tokenizer else ''}", ""]
+    lines += [f"model = {auto}.from_pretrained({shown}{trust})"]
+    if has_tokenizer and auto != CAUSAL:
+        lines.append(f"tokenizer = AutoTokenizer.from_pretrained({shown})")
+    elif has_tokenizer:
         lines += [
             f"tokenizer = AutoTokenizer.from_pretrained({shown})",
             "",

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.config.options import WRITTEN
 from optimum_otprune.errors import CalibrationDataError
-from optimum_otprune.models.block_runner import vocabulary_size
+from optimum_otprune.models.inputs import vocabulary_size
 from optimum_otprune.pruning.calibration.documents import Documents, TokenSource, documents
 from optimum_otprune.pruning.calibration.overlap import passage_sketch
 from optimum_otprune.pruning.calibration.token_ids import given_ids
@@ -80,7 +80,7 @@ class ModelLimits(NamedTuple):
     @classmethod
     def of(cls, model: PreTrainedModel) -> "ModelLimits":
         """Return the limits of a model, read from its embeddings and configuration."""
-        return cls(vocabulary_size(model), getattr(model.config, "max_position_embeddings", None))
+        return cls(vocabulary_size(model), getattr(model.config.get_text_config(), "max_position_embeddings", None))
 
     def seqlen(self, config: OTPruningConfig) -> int:
         """Return the tokens per window: as configured, or at most 2 048 and the model's positions."""

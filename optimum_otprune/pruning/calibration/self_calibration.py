@@ -24,10 +24,10 @@ from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.config.options import WRITTEN
 from optimum_otprune.errors import ConfigurationError, warn_user
 from optimum_otprune.functional.seeds import seed_of
-from optimum_otprune.models.block_runner import input_device, vocabulary_size
 from optimum_otprune.models.devices import offloaded_bytes
 from optimum_otprune.models.faithfulness import SAMPLE_TOKENS, check_parameters, looks_ahead
 from optimum_otprune.models.flops import cache_bytes
+from optimum_otprune.models.inputs import input_device, vocabulary_size
 from optimum_otprune.models.passes import Passes
 
 _MOST_ROWS = 128  # more at once are hardly faster

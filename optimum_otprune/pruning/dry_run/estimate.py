@@ -119,13 +119,13 @@ def _shapes(prunable: PrunableModel, config: OTPruningConfig, widths: list[int])
     """Return the fields of the plan about the model before and after."""
     model, blocks = prunable.model, prunable.blocks
     adaptive = set(range(len(blocks))) - set(given_widths(blocks, config)) if config.allocation == "adaptive" else ()
-    saved = saved_widths(config.non_uniform_format, widths)
+    saved = saved_widths(config.non_uniform_format, widths, prunable.widths)
     return {
         "config": config.to_dict(),
         "architecture": find_spec(model)[0],
         "model_class": type(model).__name__,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "hidden_size": _hidden_size(blocks),
+        "hidden_size": blocks[0].hidden_size,
         "widths_before": tuple(prunable.widths),
         "widths_after": tuple(widths),
         "adaptive_layers": tuple(sorted(adaptive)),
@@ -169,10 +169,6 @@ def _loaded_often(weights: Mapping[str, int], device: str) -> int:
     return weights.get("disk", 0) + (weights.get("cpu", 0) if device != "cpu" else 0)
 
 
-def _hidden_size(blocks: list[FFNBlock]) -> int:
-    return blocks[0].up_weight.numel() // blocks[0].intermediate_size
-
-
 def _removed(blocks: list[FFNBlock], widths: list[int], unit: str) -> int:
     return sum((block.intermediate_size - width) * channel_cost(block, unit) for block, width in zip(blocks, widths))
 
@@ -193,15 +189,15 @@ def _workload(
     parameters = [list(block.module.parameters()) for block in blocks]
     return Workload(
         num_layers=len(pruned),
-        hidden_size=_hidden_size(blocks),
+        hidden_size=blocks[0].hidden_size,
         intermediate_size=blocks[0].intermediate_size,
         kept_size=sum(pruned) // len(pruned),
-        num_projections=len(blocks[0].projections),
+        num_projections=len(blocks[0].spec.slots),
         tokens=num_samples * samples.seqlen,
         written_tokens=written * samples.seqlen,
         batch_tokens=min(settings.batch_size, num_samples) * samples.seqlen,
         heldout_share=config.holdout_share,
-        element_size=blocks[0].up_weight.element_size(),
+        element_size=blocks[0].dtype.itemsize,
         block_bytes=max(sum(part.numel() * part.element_size() for part in parts) for parts in parameters),
         eliminates=config.selection == "obs" or is_adaptive,
         tracks_dense=bool(config.target_correction) and blocks[0].spec.residual,

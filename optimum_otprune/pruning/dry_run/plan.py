@@ -115,7 +115,7 @@ class PruningPlan:
 
     def _weights(self) -> str:
         name = self.config["non_uniform_format"]
-        is_filled = saved_widths(name, self.widths_after) != list(self.widths_after)
+        is_filled = saved_widths(name, self.widths_after, self.widths_before) != list(self.widths_after)
         may_grow = self.adaptive_layers and save_format(name).fills_up
         more = ", more by as much as the widest layer exceeds the average" if may_grow else ""
         filled = " (filled up to the widest layer)" if is_filled else ""

@@ -8,9 +8,9 @@ import torch
 from transformers import PreTrainedModel
 
 from optimum_otprune.config.recovery_options import RecoverySettings
-from optimum_otprune.models.block_runner import vocabulary_size
 from optimum_otprune.models.ffn_block import ffn_blocks
 from optimum_otprune.models.flops import forward_flops
+from optimum_otprune.models.inputs import vocabulary_size
 from optimum_otprune.models.low_rank import update_parameters
 from optimum_otprune.models.perplexity import windows_together
 from optimum_otprune.models.prunable_model import PrunableModel

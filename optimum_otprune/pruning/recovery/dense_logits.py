@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from optimum_otprune.config.recovery_options import RecoverySettings
 from optimum_otprune.errors import NumericalError, StateError, warn_user
 from optimum_otprune.functional.distillation import TopLogits
-from optimum_otprune.models.block_runner import vocabulary_size
 from optimum_otprune.models.devices import return_freed_memory
+from optimum_otprune.models.inputs import vocabulary_size
 from optimum_otprune.models.perplexity import windows_together
 from optimum_otprune.pruning.fingerprint import dense_fingerprint, logits_fingerprint
 from optimum_otprune.pruning.layer_store import to_blob

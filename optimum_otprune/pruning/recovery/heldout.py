@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from optimum_otprune.errors import NumericalError
 from optimum_otprune.functional.distillation import Divergence, divergence, positions_of
-from optimum_otprune.models.block_runner import vocabulary_size
 from optimum_otprune.models.distributed import gathered, num_processes, process_index
+from optimum_otprune.models.inputs import vocabulary_size
 from optimum_otprune.models.perplexity import windows_together
 from optimum_otprune.pruning.recovery.teacher import Teacher, logits_of
 from optimum_otprune.pruning.recovery_report import HeldoutPart

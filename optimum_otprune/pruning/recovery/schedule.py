@@ -6,7 +6,7 @@ from typing import NamedTuple
 from transformers import PreTrainedModel
 
 from optimum_otprune.config.recovery_options import RecoverySettings
-from optimum_otprune.models.block_runner import vocabulary_size
+from optimum_otprune.models.inputs import vocabulary_size
 from optimum_otprune.models.perplexity import windows_together
 
 _RATE = 0.1  # times 1 / hidden size

@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from optimum_otprune.functional.distillation import Teacher as Says
-from optimum_otprune.models.block_runner import input_device
+from optimum_otprune.models.inputs import input_device
 from optimum_otprune.models.training import computing
 from optimum_otprune.pruning.recovery.samples import RecoverySamples
 

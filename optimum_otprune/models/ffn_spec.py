@@ -1,0 +1,119 @@
+"""`FFNSpec`: where the FFN is in a model, and how its width is written in the model's configuration, as data."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedConfig
+
+PROJECTIONS = ("gate", "up", "down")  # in the order in which an FFN is read and installed
+
+
+class Slot(NamedTuple):
+    """The place of one matrix of an FFN.
+
+    Attributes:
+        path: The path, relative to a block, of the module that holds the matrix, alone or with others.
+        part: Which piece of the module's outputs belongs to the matrix, from 0.
+        parts: In how many pieces of one size the module's outputs are cut, as a fused gate and up projection in two.
+    """
+
+    path: str
+    part: int = 0
+    parts: int = 1
+
+
+class Function(NamedTuple):
+    """An activation function that the code of a model calls by its name, and that no module holds.
+
+    Attributes:
+        name: The name of the function in transformers' `ACT2FN`.
+    """
+
+    name: str
+
+
+@dataclass(frozen=True)
+class FFNSpec:
+    """Where the FFN is in a model; it is recognized by these paths, never by a model's name.
+
+    Attributes:
+        layers: Path of the list of blocks, relative to `model.base_model`, or to the text model inside it.
+        up: Path of the up projection, relative to a block; a `Slot` for a piece of a fused matrix.
+        down: Path of the down projection, relative to a block.
+        activation: Path of the activation function, relative to a block; a `Function` for one that has no place.
+        gate: Path of the gate projection, or a `Slot`; None for an FFN that is not gated.
+        size_key: Field of the configuration from which the FFN's width follows; None for a width that is written in
+            the model's code, so that no configuration can hold another.
+        bias_key: Field of the configuration that gives all three projections a bias, or None.
+        size_attributes: Attributes of modules, relative to a block, that repeat the width.
+        transposed: Whether weights are stored (in, out), as in GPT-2's Conv1D.
+        residual: Whether the FFN's output is added to the residual stream as it is, without a norm after it.
+        requires: Other paths that must exist in a block, to tell look-alikes apart.
+        size_factor: How many times the width `size_key` holds.
+        also_set: Fields of the configuration that are set with the width, where it has them, and their values.
+        gate_factor: Path, relative to a block, of a number that multiplies what goes into the activation, or None.
+        config: Name of the part of the configuration that holds all these fields; empty for the configuration itself.
+        then: Where the FFN is in a second list of blocks that runs behind the first, as a decoder behind its encoder.
+    """
+
+    layers: str
+    up: str | Slot
+    down: str | Slot
+    activation: str | Function
+    gate: str | Slot | None = None
+    size_key: str | None = "intermediate_size"
+    bias_key: str | None = None
+    size_attributes: tuple[str, ...] = ()
+    transposed: bool = False
+    residual: bool = True
+    requires: tuple[str, ...] = ()
+    size_factor: int = 1
+    also_set: tuple[tuple[str, object], ...] = ()
+    gate_factor: str | None = None
+    config: str = ""
+    then: "FFNSpec | None" = None
+
+    @property
+    def lists(self) -> "tuple[FFNSpec, ...]":
+        """The places of the FFN in each list of blocks, in the order in which a model runs them."""
+        return (self,) if self.then is None else (self, *self.then.lists)
+
+    @property
+    def slots(self) -> dict[str, Slot]:
+        """The places of the matrices that are there, by the name of the projection."""
+        given = {name: getattr(self, name) for name in PROJECTIONS}
+        return {
+            name: place if isinstance(place, Slot) else Slot(place)
+            for name, place in given.items()
+            if place is not None
+        }
+
+    def fields_of(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """Return the part of a model's configuration that holds the fields of the FFN."""
+        found = getattr(config, self.config) if self.config else config
+        assert isinstance(found, PreTrainedConfig)
+        return found
+
+    def others_per_layer(self, config: PreTrainedConfig) -> dict[int | str, dict[str, Any]]:
+        """Return what a model's configuration says of each layer for itself, beside widths; empty for nothing."""
+        fields = self.fields_of(config)
+        names = sorted(set(getattr(fields, "per_layer_attributes", None) or ()) - {self.size_key})
+        if not names:
+            return {}
+        return {
+            layer: {name: getattr(own, name) for name in names} for layer, own in enumerate(fields.per_layer_config)
+        }
+
+    def write_width(self, config: PreTrainedConfig, width: int) -> None:
+        """Let a model's configuration say a width.
+
+        Args:
+            config: The model's configuration.
+            width: The number of channels of all FFNs.
+        """
+        assert self.size_key is not None
+        fields = self.fields_of(config)
+        setattr(fields, self.size_key, width * self.size_factor)
+        for name, value in self.also_set:
+            if hasattr(fields, name):
+                setattr(fields, name, value)

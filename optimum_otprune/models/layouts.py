@@ -1,0 +1,141 @@
+"""Every layout that this package knows: one entry of data each, grouped by what differs."""
+
+from dataclasses import replace
+
+from optimum_otprune.models.ffn_spec import FFNSpec, Function, Slot
+
+
+def _plain(layers: str, up: str, down: str, activation: str, size_key: str | None = "intermediate_size") -> FFNSpec:
+    """Return the layout of an FFN without a gate: two linear modules and a function between them."""
+    return FFNSpec(layers=layers, up=up, down=down, activation=activation, size_key=size_key)
+
+
+def _t5(layers: str, ffn: str) -> FFNSpec:
+    """Return the layout of T5's first version in one of its lists."""
+    return _plain(layers, f"{ffn}.wi", f"{ffn}.wo", f"{ffn}.act", "d_ff")
+
+
+def _t5_gated(layers: str, ffn: str) -> FFNSpec:
+    """Return the layout of T5 1.1 and mT5 in one of its lists."""
+    return replace(_t5(layers, ffn), gate=f"{ffn}.wi_0", up=f"{ffn}.wi_1")
+
+
+# Llama, Mistral, Qwen 2 and 3, SmolLM, Gemma, …: gated, with a norm before the FFN only.
+_GATED = FFNSpec(
+    layers="layers",
+    gate="mlp.gate_proj",
+    up="mlp.up_proj",
+    down="mlp.down_proj",
+    activation="mlp.act_fn",
+    bias_key="mlp_bias",
+    size_attributes=("mlp.intermediate_size",),
+)
+# Phi-3, GLM 4: gate and up projection are one matrix.
+_FUSED = replace(
+    _GATED,
+    gate=Slot("mlp.gate_up_proj", 0, 2),
+    up=Slot("mlp.gate_up_proj", 1, 2),
+    activation="mlp.activation_fn",
+    bias_key=None,
+)
+# Bamba, Falcon H1: the same as Llama's under another name.
+_FEED_FORWARD = FFNSpec(
+    layers="layers",
+    gate="feed_forward.gate_proj",
+    up="feed_forward.up_proj",
+    down="feed_forward.down_proj",
+    activation="feed_forward.act_fn",
+    bias_key="mlp_bias",
+    size_attributes=("feed_forward.intermediate_size",),
+)
+# LFM 2 and 3: three numbered matrices, and a function that is called by name.
+_NUMBERED = FFNSpec(
+    layers="layers",
+    gate="feed_forward.w1",
+    up="feed_forward.w3",
+    down="feed_forward.w2",
+    activation=Function("silu"),
+    size_attributes=("feed_forward.intermediate_size",),
+    also_set=(("block_auto_adjust_ff_dim", False),),
+)
+_BERT = FFNSpec(
+    layers="encoder.layer",
+    up="intermediate.dense",
+    down="output.dense",
+    activation="intermediate.intermediate_act_fn",
+    residual=False,
+)
+
+# Of several that fit, the last one is taken: those that ask for less stand before those that ask for more.
+LAYOUTS: dict[str, FFNSpec] = {
+    # The width is a whole multiple of the hidden size, mostly written in the code.
+    "bloom": _plain("h", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h", "mlp.gelu_impl", None),
+    "gpt_neox_japanese": _plain("layers", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h", "mlp.act", None),
+    "openai-gpt": replace(_plain("h", "mlp.c_fc", "mlp.c_proj", "mlp.act", None), transposed=True),
+    "xlm": _plain("ffns", "lin1", "lin2", "act", None),
+    "mpt": _plain("blocks", "ffn.up_proj", "ffn.down_proj", "ffn.act", None),
+    "nemotron": replace(_plain("layers", "mlp.up_proj", "mlp.down_proj", "mlp.act_fn"), bias_key="mlp_bias"),
+    "llama": _GATED,
+    # Gemma 2 and 3, OLMo 2, …: a norm stands between the FFN and the residual stream.
+    "llama_post_norm": replace(_GATED, residual=False, requires=("post_feedforward_layernorm",)),
+    "bamba": _FEED_FORWARD,
+    "falcon_h1": replace(_FEED_FORWARD, gate_factor="feed_forward.gate_multiplier"),
+    "recurrent_gemma": FFNSpec(
+        layers="layers",
+        gate="mlp_block.gate_proj",
+        up="mlp_block.up_proj",
+        down="mlp_block.down_proj",
+        activation="mlp_block.act_fn",
+        size_factor=2,
+        size_attributes=("mlp_block.intermediate_size",),
+    ),
+    "lfm2": _NUMBERED,
+    "phi3": _FUSED,
+    "glm4": replace(_FUSED, residual=False, requires=("post_mlp_layernorm",)),
+    "modernbert": FFNSpec(
+        layers="layers",
+        gate=Slot("mlp.Wi", 0, 2),
+        up=Slot("mlp.Wi", 1, 2),
+        down="mlp.Wo",
+        activation="mlp.act",
+        bias_key="mlp_bias",
+    ),
+    "gpt2": replace(_plain("h", "mlp.c_fc", "mlp.c_proj", "mlp.act", "n_inner"), transposed=True),
+    "gpt_bigcode": _plain("h", "mlp.c_fc", "mlp.c_proj", "mlp.act", "n_inner"),
+    "gpt_neo": _plain("h", "mlp.c_fc", "mlp.c_proj", "mlp.act"),
+    "gptj": _plain("h", "mlp.fc_in", "mlp.fc_out", "mlp.act", "n_inner"),
+    "falcon": _plain("h", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h", "mlp.act", "ffn_hidden_size"),
+    "ctrl": _plain("h", "ffn.0", "ffn.2", "ffn.1", "dff"),
+    "starcoder2": _plain("layers", "mlp.c_fc", "mlp.c_proj", "mlp.act"),
+    "phi": _plain("layers", "mlp.fc1", "mlp.fc2", "mlp.activation_fn"),
+    "gpt_neox": _plain("layers", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h", "mlp.act"),
+    "biogpt": _plain("layers", "fc1", "fc2", "activation_fn"),
+    "xglm": _plain("layers", "fc1", "fc2", "activation_fn", "ffn_dim"),
+    # The 350M model of OPT has its norm behind the FFN.
+    "opt": replace(_plain("decoder.layers", "fc1", "fc2", "activation_fn", "ffn_dim"), residual=False),
+    "trocr": replace(_plain("decoder.layers", "fc1", "fc2", "activation_fn", "decoder_ffn_dim"), residual=False),
+    "esm": replace(_BERT, activation=Function("gelu"), residual=True),
+    "bert": _BERT,
+    "distilbert": replace(
+        _plain("transformer.layer", "ffn.lin1", "ffn.lin2", "ffn.activation", "hidden_dim"), residual=False
+    ),
+    "bart": replace(
+        _plain("encoder.layers", "fc1", "fc2", "activation_fn", "encoder_ffn_dim"),
+        residual=False,
+        then=replace(_plain("decoder.layers", "fc1", "fc2", "activation_fn", "decoder_ffn_dim"), residual=False),
+    ),
+    "t5": replace(_t5("encoder.block", "layer.1.DenseReluDense"), then=_t5("decoder.block", "layer.2.DenseReluDense")),
+    "t5_gated": replace(
+        _t5_gated("encoder.block", "layer.1.DenseReluDense"),
+        then=_t5_gated("decoder.block", "layer.2.DenseReluDense"),
+    ),
+    "t5gemma": replace(
+        _GATED,
+        layers="encoder.layers",
+        config="encoder",
+        residual=False,
+        bias_key=None,
+        then=replace(_GATED, layers="decoder.layers", config="decoder", residual=False, bias_key=None),
+    ),
+    "clip_text": _plain("encoder.layers", "mlp.fc1", "mlp.fc2", "mlp.activation_fn"),
+}
