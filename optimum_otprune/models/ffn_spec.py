@@ -115,6 +115,6 @@ class FFNSpec:
         fields = self.fields_of(config)
         value, now = width * self.size_factor, vars(fields).get(self.size_key)
         setattr(fields, self.size_key, [value] * len(now) if isinstance(now, list) else value)  # one for each layer
-        for name, value in self.also_set:
+        for name, other in self.also_set:
             if hasattr(fields, name):
-                setattr(fields, name, value)
+                setattr(fields, name, other)
