@@ -113,7 +113,8 @@ class FFNSpec:
         """
         assert self.size_key is not None
         fields = self.fields_of(config)
-        setattr(fields, self.size_key, width * self.size_factor)
-        for name, value in self.also_set:
+        value, now = width * self.size_factor, vars(fields).get(self.size_key)
+        setattr(fields, self.size_key, [value] * len(now) if isinstance(now, list) else value)  # one for each layer
+        for name, other in self.also_set:
             if hasattr(fields, name):
-                setattr(fields, name, value)
+                setattr(fields, name, other)

@@ -280,7 +280,7 @@ def test_scores_and_moments_of_one_walk_are_those_of_two(llama, tokens):
 def test_token_ids_enter_the_model_once_for_each_pass(llama, tokens, monkeypatch):
     entered, note = [], BlockRunner._note_calls
     monkeypatch.setattr(
-        BlockRunner, "_note_calls", lambda runner, batches: entered.append(len(batches)) or note(runner, batches)
+        BlockRunner, "_note_calls", lambda runner, behind: entered.append(len(runner._batches)) or note(runner, behind)
     )
     options = {
         "importance": "fo_snip",

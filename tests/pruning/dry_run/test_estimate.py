@@ -206,14 +206,14 @@ def test_a_model_that_cannot_hold_an_intercept_is_refused(tmp_path, tokens):
         OTPruner.plan(tmp_path / "qwen", {"method": "flap", "multiple_of": 1}, tokens)
 
 
-def test_a_folder_without_a_model_and_an_unknown_layout_are_refused(tmp_path, tokens):
+def test_a_folder_without_a_model_and_a_width_that_no_configuration_holds_are_refused(tmp_path, tokens):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelLoadError, match="is empty, so it holds no model"):
         OTPruner.plan(tmp_path / "empty", HALF, tokens)
     bloom = {"model_type": "bloom", "hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64}
     (tmp_path / "bloom").mkdir()
     (tmp_path / "bloom" / "config.json").write_text(json.dumps(bloom))
-    with pytest.raises(UnsupportedModelError, match="No known FFN was found"):
+    with pytest.raises(UnsupportedModelError, match="follows from the hidden size in its code"):
         OTPruner.plan(tmp_path / "bloom", HALF, tokens)
 
 
