@@ -54,7 +54,7 @@ def low_rank_updates(model: PreTrainedModel, seed: int) -> Iterator[dict[str, nn
 
 def update_parameters(model: PreTrainedModel) -> int:
     """Return how many parameters the updates of a model's FFNs have; its weights are not read."""
-    modules = [module for block in ffn_blocks(model) for module in block.projections.values()]
+    modules = [module for block in ffn_blocks(model) for module in block.modules]
     return sum(_RANK * sum(module.get_parameter("weight").shape) for module in modules)
 
 

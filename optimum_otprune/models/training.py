@@ -19,6 +19,7 @@ from optimum_otprune.errors import UnsupportedModelError
 from optimum_otprune.models.devices import execution_device, is_offloaded, multiplies_bfloat16
 from optimum_otprune.models.distributed import summed
 from optimum_otprune.models.ffn_block import ffn_blocks
+from optimum_otprune.models.inputs import check_predicts_next
 from optimum_otprune.models.low_rank import low_rank_updates, peft_module
 
 
@@ -42,9 +43,10 @@ def check_trainable(model: PreTrainedModel, which: str) -> None:
         which: What is to be trained, as in `training`.
 
     Raises:
-        UnsupportedModelError: If the model's weights are offloaded.
+        UnsupportedModelError: If it does not predict the next token of a text, or its weights are offloaded.
         MissingExtraError: If `"lora"` is asked for, and peft is not installed.
     """
+    check_predicts_next(model)
     if is_offloaded(model):
         raise UnsupportedModelError(
             "Weights of the model are offloaded, so that they cannot be trained. Load the pruned model where it fits "

@@ -189,7 +189,8 @@ def _activations(model: PreTrainedModel, schedule: Schedule, is_recomputed: bool
     """Return the bytes of what the backward pass needs of the forward pass."""
     blocks, hidden = ffn_blocks(model), model.config.get_text_config().hidden_size
     tokens = 4 * schedule.together * schedule.seqlen
-    inside = [tokens * ((len(b.projections) + 1) * b.intermediate_size + 8 * hidden) for b in blocks]
+    matrices = sum(map(len, blocks[0].modules.values()))
+    inside = [tokens * ((matrices + 1) * block.intermediate_size + 8 * hidden) for block in blocks]
     return max(inside) + len(blocks) * tokens * hidden if is_recomputed else sum(inside)
 
 

@@ -25,6 +25,7 @@ from optimum_otprune.pruning.recovery.samples import Plan, RecoverySamples, plan
 from optimum_otprune.pruning.recovery.teacher import DenseTeacher
 from optimum_otprune.pruning.report import PruningReport
 from tests.conftest import VOCAB_SIZE, make_llama, run_command
+from tests.models.test_contract import build
 
 CONFIG = OTPruningConfig(pruning_ratio=0.5, multiple_of=1, quality="fast", intercept="never", self_calibration=0)
 FAST = {"num_tokens": 2000, "batch_tokens": 80, "learning_rate": 1e-3, "progress": False}
@@ -193,6 +194,11 @@ def test_what_cannot_be_trained_is_refused_before_the_dense_model_is_loaded_or_a
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(MissingExtraError, match=r"needs peft. Install it: pip install 'optimum_otprune\[recover\]'"):
         pruned.recover(base_model="no/such-model", trained="lora", **FAST)
+
+
+def test_a_model_that_does_not_go_on_with_a_text_is_refused():
+    with pytest.raises(UnsupportedModelError, match="does not go on with a text token by token"):
+        training.check_trainable(build("t5"), "all")
 
 
 def test_blocks_that_are_computed_twice_give_the_same_weights(llama, tokens):
