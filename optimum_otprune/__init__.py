@@ -1,4 +1,4 @@
-"""Structured pruning of the feed-forward layers of Llama-like models by optimal transport.
+"""Structured pruning of the feed-forward layers of language models by optimal transport.
 
 Names are loaded on first use, so that the command line answers without importing torch.
 """
