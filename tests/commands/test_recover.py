@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from optimum_otprune import OTPruner
 from optimum_otprune.checkpoints import load
@@ -108,13 +109,13 @@ def test_without_a_place_of_its_own_the_dense_model_goes_where_the_pruned_one_go
 
 
 def test_weights_in_8_bits_are_asked_of_bitsandbytes(arguments, tmp_path, monkeypatch):
-    found, original = [], load.AutoModelForCausalLM.from_pretrained
+    found, original = [], AutoModelForCausalLM.from_pretrained
 
     def loading(name, **options):
         found.append(options.pop("quantization_config", None))
         return original(name, **options)
 
-    monkeypatch.setattr(load.AutoModelForCausalLM, "from_pretrained", loading)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loading)
     assert run_command(*arguments, "-o", tmp_path / "out", "--base-load-in-8bit") == 0
     assert found[0] is None
     assert found[1].load_in_8bit

@@ -12,7 +12,7 @@ from optimum_otprune.pruning.recovery import samples as samples_module
 from tests.conftest import make_llama, run_command
 from tests.pruning.recovery.test_recovery import CONFIG, changed, weights
 
-OPTIONS = {"num_tokens": 2000, "batch_tokens": 80, "progress": False}  # 25 steps, a check every 4
+OPTIONS = {"num_tokens": 2000, "batch_tokens": 80, "trained": "ffn", "progress": False}  # 25 steps, a check every 4
 
 
 @pytest.fixture
@@ -107,7 +107,8 @@ def test_the_command_goes_on_and_knows_a_result_that_was_saved(pruned_folder, to
     torch.save(tokens, tmp_path / "tokens.pt")
     make_llama().save_pretrained(tmp_path / "base")
     command = ["recover", pruned_folder, "--base", tmp_path / "base", "--data", tmp_path / "tokens.pt"]
-    command += ["-o", tmp_path / "out", "--num-tokens", "2k", "--batch-tokens", "80", "--quiet", "--resume"]
+    command += ["-o", tmp_path / "out", "--num-tokens", "2k", "--batch-tokens", "80", "--trained", "ffn"]
+    command += ["--quiet", "--resume"]
     steps["stop"] = 15
     assert run_command(*command) == 130
     state = tmp_path / ".out.otprune-state"
