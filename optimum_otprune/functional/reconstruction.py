@@ -19,7 +19,6 @@ _CHECKS = 20  # held-out evaluations over the whole schedule: more find a better
 _WARM_UP = 0.05  # share of the steps in which the learning rate rises
 _BETAS = (0.9, 0.95)  # of Adam, as large language models are trained with: a schedule of some hundred steps is too
 # short for a longer memory of squared gradients
-_RATE, _MOST_RATE = 6.0, 0.03  # the first times 1 / hidden size
 _BLOCK = 4096  # tokens of an evaluation at a time; bounds its memory
 
 
@@ -42,35 +41,16 @@ class ReconstructionSettings(NamedTuple):
 
     Attributes:
         steps: Number of Adam steps.
-        learning_rate: The peak of the learning rate, in units of the root mean square of each weight matrix; None is
-            the default for the FFN's size, see `learning_rate`.
+        learning_rate: The peak of the learning rate, in units of the root mean square of each weight matrix.
         batch_tokens: Number of tokens of a minibatch.
         mixed_precision: Whether steps multiply in bfloat16; weights, their updates and errors stay float32, and so
             does the choice of what is kept.
     """
 
     steps: int
-    learning_rate: float | None = None
+    learning_rate: float = 0.03
     batch_tokens: int = 1024
     mixed_precision: bool = False
-
-
-def learning_rate(hidden_size: int) -> float:
-    """Return the default of the peak learning rate, relative to a matrix's root mean square: 6 over the hidden size.
-
-    A step of Adam changes every weight by as much, whatever its gradient is, and a channel adds up as many of these
-    changes as its input is wide. Below a hidden size of 200 it is 0.03.
-
-    Source: Yang et al., "Tensor Programs V", 2022, https://arxiv.org/abs/2203.03466, table 3.
-
-    Args:
-        hidden_size: The number of inputs of the FFN.
-
-    Example:
-        >>> learning_rate(1000)
-        0.006
-    """
-    return min(_MOST_RATE, _RATE / hidden_size)
 
 
 class Share(NamedTuple):
@@ -185,7 +165,7 @@ def reconstruct(
     if not math.isfinite(before):
         raise NumericalError("the FFN's held-out error is NaN or infinite before reconstruction.")
     scaled = _ScaledWeights(weights)
-    rate = learning_rate(weights.hidden_size) if settings.learning_rate is None else settings.learning_rate
+    rate = settings.learning_rate
     optimizer = torch.optim.Adam(scaled.parameters, lr=rate, betas=_BETAS)
     schedule = OneCycleLR(optimizer, rate, settings.steps + 1, pct_start=_WARM_UP, cycle_momentum=False)
     energy = share.summed((fit.targets.square().sum(dim=1) * fit.weights).sum()) / share.total
