@@ -102,7 +102,7 @@ def load_checkpoint(name: str, options: LoadingOptions) -> Checkpoint:
         commit = verify_saved(name, **hub)
         if commit is not None:
             hub["revision"] = commit  # load exactly the verified commit
-    _check_repository(name, hub)
+    loader = _checked_loader(name, hub)
     remote = _remote(options)
     placement: dict[str, Any] = {**part(PlacementOptions, options)}
     device = own_device()
@@ -111,7 +111,7 @@ def load_checkpoint(name: str, options: LoadingOptions) -> Checkpoint:
     if options["load_in_8bit"]:
         placement["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     with _loading(name):
-        loaded: Any = _loader(name, hub).from_pretrained(
+        loaded: Any = loader.from_pretrained(
             name, **hub, **remote, **placement, use_safetensors=True, output_loading_info=True
         )
     model, info = loaded
@@ -170,22 +170,16 @@ def load_skeleton(name: str, options: LoadingOptions) -> Skeleton:
     hub = part(HubOptions, options)
     with _loading(name):
         _check_source(name, needs_weights=False)
-    _check_repository(name, hub)
+    loader = _checked_loader(name, hub)
     remote = _remote(options)
     with _loading(name):
         config = AutoConfig.from_pretrained(name, **hub, **remote)
         dtype = _dtype(options["dtype"], config)
         with torch.device("meta"):
-            model = _loader(name, hub).from_config(config, dtype=dtype, **remote)
+            model = loader.from_config(config, dtype=dtype, **remote)
     folder = Path(name)
     has_tokenizer = any((folder / file).is_file() for file in TOKENIZER_FILES) if folder.is_dir() else None
     return Skeleton(model, options, has_tokenizer)
-
-
-def _loader(name: str, hub: HubOptions) -> Any:
-    """Return the auto class by which a model is loaded."""
-    config, _ = PreTrainedConfig.get_config_dict(name, **hub)
-    return getattr(transformers, loading_class(config))
 
 
 def _expanded(name: str, options: LoadingOptions) -> tuple[str, LoadingOptions]:
@@ -233,12 +227,13 @@ def _check_source(name: str, needs_weights: bool = True) -> None:
         raise ModelLoadError(f"{path.name[:80]!r} is neither a folder nor a valid Hub id of the form 'user/name'.")
 
 
-def _check_repository(name: str, hub: HubOptions) -> None:
-    """Check the configuration of a model of the Hub, as `check_folder` does for a folder."""
+def _checked_loader(name: str, hub: HubOptions) -> Any:
+    """Return the auto class that loads a model; the configuration of one of the Hub is checked as that of a folder."""
+    with _loading(name):
+        config, _ = PreTrainedConfig.get_config_dict(name, **hub)
     if not Path(name).is_dir():
-        with _loading(name):
-            config, _ = PreTrainedConfig.get_config_dict(name, **hub)
         check_config(_shown(name), config, _optional_file(name, ADAPTER_FILE, hub) is not None)
+    return getattr(transformers, loading_class(config))
 
 
 @contextmanager

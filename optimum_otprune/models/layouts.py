@@ -10,6 +10,18 @@ def _plain(layers: str, up: str, down: str, activation: str, size_key: str | Non
     return FFNSpec(layers=layers, up=up, down=down, activation=activation, size_key=size_key)
 
 
+def _gated(ffn: str) -> FFNSpec:
+    """Return the layout of an FFN whose module has a gate, an up and a down projection, and repeats the width."""
+    return FFNSpec(
+        layers="layers",
+        gate=f"{ffn}.gate_proj",
+        up=f"{ffn}.up_proj",
+        down=f"{ffn}.down_proj",
+        activation=f"{ffn}.act_fn",
+        size_attributes=(f"{ffn}.intermediate_size",),
+    )
+
+
 def _t5(layers: str, ffn: str) -> FFNSpec:
     """Return the layout of T5's first version in one of its lists."""
     return _plain(layers, f"{ffn}.wi", f"{ffn}.wo", f"{ffn}.act", "d_ff")
@@ -21,15 +33,7 @@ def _t5_gated(layers: str, ffn: str) -> FFNSpec:
 
 
 # Llama, Mistral, Qwen 2 and 3, SmolLM, Gemma, …: gated, with a norm before the FFN only.
-_GATED = FFNSpec(
-    layers="layers",
-    gate="mlp.gate_proj",
-    up="mlp.up_proj",
-    down="mlp.down_proj",
-    activation="mlp.act_fn",
-    bias_key="mlp_bias",
-    size_attributes=("mlp.intermediate_size",),
-)
+_GATED = replace(_gated("mlp"), bias_key="mlp_bias")
 # Phi-3, GLM 4: gate and up projection are one matrix.
 _FUSED = replace(
     _GATED,
@@ -39,15 +43,7 @@ _FUSED = replace(
     bias_key=None,
 )
 # Bamba, Falcon H1: the same as Llama's under another name.
-_FEED_FORWARD = FFNSpec(
-    layers="layers",
-    gate="feed_forward.gate_proj",
-    up="feed_forward.up_proj",
-    down="feed_forward.down_proj",
-    activation="feed_forward.act_fn",
-    bias_key="mlp_bias",
-    size_attributes=("feed_forward.intermediate_size",),
-)
+_FEED_FORWARD = replace(_gated("feed_forward"), bias_key="mlp_bias")
 # LFM 2 and 3: three numbered matrices, and a function that is called by name.
 _NUMBERED = FFNSpec(
     layers="layers",
@@ -80,15 +76,7 @@ LAYOUTS: dict[str, FFNSpec] = {
     "llama_post_norm": replace(_GATED, residual=False, requires=("post_feedforward_layernorm",)),
     "bamba": _FEED_FORWARD,
     "falcon_h1": replace(_FEED_FORWARD, gate_factor="feed_forward.gate_multiplier"),
-    "recurrent_gemma": FFNSpec(
-        layers="layers",
-        gate="mlp_block.gate_proj",
-        up="mlp_block.up_proj",
-        down="mlp_block.down_proj",
-        activation="mlp_block.act_fn",
-        size_factor=2,
-        size_attributes=("mlp_block.intermediate_size",),
-    ),
+    "recurrent_gemma": replace(_gated("mlp_block"), size_factor=2),
     "lfm2": _NUMBERED,
     "phi3": _FUSED,
     "glm4": replace(_FUSED, residual=False, requires=("post_mlp_layernorm",)),

@@ -25,7 +25,7 @@ from optimum_otprune.models.inputs import check_predicts_next, input_device, voc
 _LOGIT_BYTES = 2**28  # of one forward pass, as far as whole windows allow
 _CHUNKS = 6  # that many at once, where two models are compared
 _FLOAT32_BYTES = 4
-_LARGEST_EXPONENT = 700  # nats; `math.exp` overflows from 710 on
+LARGEST_EXPONENT = 700  # nats; `math.exp` overflows from 710 on
 
 PROTOCOL = "non-overlapping windows, tail dropped, every token but a window's first, log-softmax in float32"
 
@@ -79,7 +79,7 @@ class TokenPerplexity(evaluate.Metric):
     def _compute(self, predictions: Iterable[float], references: Iterable[int]) -> dict[str, float | int]:
         num_tokens = sum(references)
         nll = math.fsum(predictions) / num_tokens
-        perplexity = math.exp(nll) if nll < _LARGEST_EXPONENT else math.inf
+        perplexity = math.exp(nll) if nll < LARGEST_EXPONENT else math.inf
         return {"perplexity": perplexity, "nll": nll, "num_tokens": num_tokens}
 
 

@@ -15,10 +15,7 @@ from optimum_otprune.pruning.versions import versions
 from optimum_otprune.storage.untrusted import visible
 
 _SHOWN = 60
-_NO_BITS = (
-    "progress",
-    "logits_per_token",
-)  # options of recovery; the dense model's facts say how many
+_NO_BITS = ("progress", "logits_per_token")  # options of recovery; the dense model's facts say how many
 
 
 def model_digest(model: PreTrainedModel) -> str:

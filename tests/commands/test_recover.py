@@ -4,7 +4,6 @@ import re
 from types import SimpleNamespace
 
 import pytest
-import torch
 from transformers import AutoModelForCausalLM
 
 from optimum_otprune import OTPruner
@@ -13,8 +12,8 @@ from optimum_otprune.commands import recover as command
 from optimum_otprune.commands.arguments import base_options
 from optimum_otprune.models import training
 from optimum_otprune.pruning.report import PruningReport
-from tests.conftest import make_llama, run_command
-from tests.pruning.recovery.test_recovery import CONFIG
+from tests.conftest import run_command
+from tests.pruning.recovery.test_recovery import save_pair
 
 OPTIONS = ("--num-tokens", "1k", "--batch-tokens", "80", "--quiet")
 
@@ -22,11 +21,7 @@ OPTIONS = ("--num-tokens", "1k", "--batch-tokens", "80", "--quiet")
 @pytest.fixture
 def arguments(tokens, tmp_path):
     """A command without an output, on a pruned folder."""
-    make_llama().save_pretrained(tmp_path / "base")
-    pruner = OTPruner.from_pretrained(make_llama(), CONFIG)
-    pruner.prune(tokens, progress=False)
-    pruner.save_pretrained(tmp_path / "pruned")
-    torch.save(tokens, tmp_path / "tokens.pt")
+    save_pair(tokens, tmp_path)
     return ["recover", tmp_path / "pruned", "--base", tmp_path / "base", "--data", tmp_path / "tokens.pt", *OPTIONS]
 
 

@@ -12,11 +12,10 @@ from optimum_otprune.errors import NumericalError
 from optimum_otprune.functional.distillation import Divergence, divergence, positions_of
 from optimum_otprune.models.distributed import gathered, num_processes, process_index
 from optimum_otprune.models.inputs import vocabulary_size
-from optimum_otprune.models.perplexity import windows_together
+from optimum_otprune.models.perplexity import LARGEST_EXPONENT, windows_together
 from optimum_otprune.pruning.recovery.teacher import Teacher, logits_of
 from optimum_otprune.pruning.recovery_report import HeldoutPart
 
-_LARGEST_EXPONENT = 700.0  # nats; `math.exp` overflows from 710 on
 _ERRORS = 2.0  # standard errors of a paired difference that count as noise
 
 
@@ -120,7 +119,7 @@ class Heldout:
 
 
 def _perplexity(nll: float) -> float:
-    return math.exp(min(nll, _LARGEST_EXPONENT))
+    return math.exp(min(nll, LARGEST_EXPONENT))
 
 
 def mean_kl(measured: Mapping[str, Measured]) -> float:

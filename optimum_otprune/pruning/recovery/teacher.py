@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from optimum_otprune.functional.distillation import Teacher as Says
-from optimum_otprune.models.inputs import input_device
+from optimum_otprune.models.inputs import model_inputs
 from optimum_otprune.models.training import computing
 from optimum_otprune.pruning.recovery.samples import RecoverySamples
 
@@ -58,4 +58,4 @@ def logits_of(model: PreTrainedModel, batch: torch.Tensor) -> torch.Tensor:
         batch: Token ids, LongTensor `(samples, seqlen)`.
     """
     with computing(model):
-        return model(input_ids=batch.to(input_device(model)), use_cache=False).logits
+        return model(**model_inputs(model, batch), use_cache=False).logits

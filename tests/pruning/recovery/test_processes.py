@@ -19,7 +19,7 @@ from optimum_otprune.pruning.report import REPORT_FILE, PruningReport
 from optimum_otprune.storage.state_folder import default_state_folder
 from tests.conftest import make_llama, run_command
 from tests.pruning.recovery import recovery_worker
-from tests.pruning.recovery.test_recovery import CONFIG, FAST
+from tests.pruning.recovery.test_recovery import FAST, save_pair
 
 STEPS = {"num_tokens": 2000, "batch_tokens": 100, "learning_rate": 1e-3}  # 20 of 5 samples, so that shares differ
 RUNS = {"ffn": STEPS, "in_parts": {**STEPS, "trained": "all", "batch_size": 1}, "lora": {**STEPS, "trained": "lora"}}
@@ -28,11 +28,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "OMP_
 
 @pytest.fixture
 def folder(tokens, tmp_path):
-    make_llama().save_pretrained(tmp_path / "base")
-    pruner = OTPruner.from_pretrained(make_llama(), CONFIG)
-    pruner.prune(tokens, progress=False)
-    pruner.save_pretrained(tmp_path / "pruned")
-    torch.save(tokens, tmp_path / "tokens.pt")
+    save_pair(tokens, tmp_path)
     return tmp_path
 
 

@@ -31,6 +31,15 @@ CONFIG = OTPruningConfig(pruning_ratio=0.5, multiple_of=1, quality="fast", inter
 FAST = {"num_tokens": 2000, "batch_tokens": 80, "learning_rate": 1e-3, "progress": False}
 
 
+def save_pair(tokens, folder):
+    """Save a dense model, the same model pruned, and what it was pruned on."""
+    make_llama().save_pretrained(folder / "base")
+    pruner = OTPruner.from_pretrained(make_llama(), CONFIG)
+    pruner.prune(tokens, progress=False)
+    pruner.save_pretrained(folder / "pruned")
+    torch.save(tokens, folder / "tokens.pt")
+
+
 @pytest.fixture
 def pruned(llama, tokens) -> OTPruner:
     pruner = OTPruner.from_pretrained(llama, CONFIG)
