@@ -23,7 +23,6 @@ from optimum_otprune.pruning.dry_run.plan import MemoryUse, PruningPlan, memory_
 from optimum_otprune.pruning.recovery.dense_logits import logits_bytes
 from optimum_otprune.pruning.recovery.samples import Plan, heldout_tokens, plan_samples
 from optimum_otprune.pruning.recovery.schedule import CHECKS, Schedule
-from optimum_otprune.pruning.size_target import channel_cost
 
 _TRAINED_BYTES = 16  # of each trained weight: its float32 copy, the gradient, and two moments of Adam
 _KEPT_BYTES = 4  # of each trained weight: the best so far, in main memory
@@ -36,7 +35,7 @@ _SNAPSHOTS = 2  # one takes the place of another
 
 
 def with_recovery(plan: PruningPlan, model: PreTrainedModel, num_tokens: int, batch_size: int) -> PruningPlan:
-    """Return a plan of pruning that is followed by recovery of the FFNs' weights; memory and time are rough.
+    """Return a plan of pruning that is followed by recovery of all weights; memory and time are rough.
 
     Args:
         plan: The plan of pruning.
@@ -45,9 +44,7 @@ def with_recovery(plan: PruningPlan, model: PreTrainedModel, num_tokens: int, ba
         batch_size: The most samples of a forward pass.
     """
     prunable, seqlen, device = PrunableModel.of(model), plan.samples.seqlen, plan.computing_device
-    costs = [channel_cost(block, "parameters") for block in prunable.blocks]
-    trained = sum(width * cost for width, cost in zip(plan.widths_after, costs))
-    vocab_size = vocabulary_size(model)
+    trained, vocab_size = plan.parameters_after, vocabulary_size(model)
     together = windows_together(batch_size, seqlen, vocab_size, 4)
     memory = (
         *plan.memory,

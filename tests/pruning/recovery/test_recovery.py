@@ -312,4 +312,4 @@ def test_a_dry_run_includes_recovery(llama_folder, tokens, tmp_path, capsys):
     longer = OTPruner.plan(llama_folder, CONFIG, tokens, recover="100M")
     assert longer.seconds["recovery"] > 10 * plan.seconds["recovery"]
     trained = [use.bytes for use in plan.memory if use.purpose.startswith("recovery: weights")]
-    assert trained == [16 * 3 * 3 * 32 * 24]
+    assert trained == [16 * 20_448]  # all weights, of which 6,912 are the FFNs'
