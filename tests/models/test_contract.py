@@ -21,8 +21,8 @@ from optimum_otprune import OTPruner, OTPruningConfig
 from optimum_otprune.errors import RegistryError, UnsupportedModelError
 from optimum_otprune.functional.ffn import check_weights, ffn_forward
 from optimum_otprune.models.architectures import ARCHITECTURES, FFNSpec, find_spec, register_architecture
-from optimum_otprune.models.ffn_block import dense_width, ffn_blocks
 from optimum_otprune.models.ffn_hooks import watched
+from optimum_otprune.models.find_ffns import dense_width, ffn_blocks
 from optimum_otprune.models.inputs import model_inputs
 from optimum_otprune.models.loadable import check_resizable
 from optimum_otprune.models.modeling_code import check_can_save
