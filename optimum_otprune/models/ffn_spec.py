@@ -171,9 +171,11 @@ class FFNSpec:
         return 1 if self.times_key is None else int(getattr(self.fields_of(config), self.times_key))
 
     def width_in(self, config: PreTrainedConfig) -> int | None:
-        """Return the width that a model's configuration gives all FFNs of this kind; None where it gives none."""
+        """Return the width that a model's configuration gives all FFNs of this kind; None where it gives no such."""
         assert self.size_key is not None
         fields = self.fields_of(config)
+        if self.size_key in (getattr(fields, "per_layer_attributes", None) or ()):
+            return None  # reading it raises
         held = getattr(fields, self.size_key, None)
         times = 1 if self.times_key is None else getattr(fields, self.times_key, None)
         if type(held) is not int or type(times) is not int:
