@@ -15,7 +15,7 @@ from optimum_otprune.functional.seeds import seed_of
 from optimum_otprune.models.devices import multiplies_bfloat16
 from optimum_otprune.models.distributed import gathered, process_index, summed
 from optimum_otprune.models.ffn_block import FFNBlock
-from optimum_otprune.models.ffn_spec import FFN
+from optimum_otprune.models.ffn_spec import DENSE
 from optimum_otprune.models.forward_stream import CalibrationStream
 from optimum_otprune.models.passes import Passes
 from optimum_otprune.models.prunable_model import PrunableModel
@@ -180,4 +180,4 @@ def untouched(block: FFNBlock) -> LayerReport:
 
 def ffn_name(block: FFNBlock) -> str:
     """Return the name of an FFN in reports; empty where it is the only one of its block, and every block has one."""
-    return "" if block.layer == block.block and block.spec.kind == FFN else block.name
+    return "" if block.layer == block.block and block.spec.kind == DENSE else block.name
