@@ -74,7 +74,9 @@ def ffns_of(block: nn.Module, spec: FFNSpec) -> list[FFNSpec]:
         block: A block of a list that the spec fits.
         spec: The spec that fits the model, from `find_spec`.
     """
-    return [spec] if not spec.beside else [one for one in spec.kinds if _has_ffn(block, one)]
+    if not (spec.beside or spec.instead):
+        return [spec]
+    return [one for one in spec.kinds if _has_ffn(block, one)]
 
 
 def is_built_in(spec: FFNSpec) -> bool:
@@ -130,10 +132,12 @@ def _fits_list(model: PreTrainedModel, spec: FFNSpec) -> bool:
         return False
     if spec.size_key is not None and not _has_size(spec.fields_of(model.config), spec.size_key):
         return False
-    if not spec.beside:
+    if not (spec.beside or spec.instead):
         return all(_has_ffn(block, spec) for block in layers)
     kinds = [one for one in spec.kinds if any(_says_width(model, block, one) for block in layers)]
-    return spec in kinds and all(any(_has_ffn(block, one) for one in kinds) for block in layers)
+    return spec in kinds and all(
+        any(_has_ffn(block, one) for one in kinds) or _lacks_ffn(block, spec) for block in layers
+    )
 
 
 def _resolved(model: PreTrainedModel, spec: FFNSpec) -> FFNSpec:
@@ -171,12 +175,18 @@ def _has_ffn(block: nn.Module, spec: FFNSpec) -> bool:
     return callable(submodule(block, path))
 
 
+def _lacks_ffn(block: nn.Module, spec: FFNSpec) -> bool:
+    """Return whether a block is one of those that have something else in place of an FFN."""
+    return any(submodule(block, path) is not None for path in spec.instead)
+
+
 def _is_projection(module: object, slot: Slot, spec: FFNSpec) -> bool:
     weight = getattr(module, slot.parameter, None)
     if not isinstance(weight, nn.Parameter):
         return False
-    if spec.is_stacked:  # marks that transformers gives its modules of experts
-        marks = (not slot.is_interleaved, False, spec.transposed)
-        names = ("is_concatenated", "has_post_expert_norm", "is_transposed")
-        return weight.ndim == 3 and tuple(getattr(module, name, None) for name in names) == marks
+    if spec.is_stacked:  # marks that transformers gives its modules of experts, but those that get their tokens sorted
+        marks = (not slot.is_interleaved, False, spec.transposed, spec.gate is not None)
+        names = ("is_concatenated", "has_post_expert_norm", "is_transposed", "has_gate")
+        given = tuple(getattr(module, name, None) for name in names)
+        return weight.ndim == 3 and given == ((None,) * 4 if spec.is_sorted else marks)
     return weight.ndim == 2 and spec.transposed == hasattr(module, "nf")  # as Conv1D has, and no linear module

@@ -93,6 +93,11 @@ class FFNSpec:
             several shared experts in one; None for once.
         beside: Where other FFNs are that blocks of the list have beside this one or in place of it, as shared experts
             and the dense FFNs of some layers. Of several entries at one place, the first that fits is taken.
+        is_sorted: Whether experts get copies of all tokens, one expert's behind the other's, each multiplied by the
+            router's weight and zero where the router does not send it, as in Llama 4; otherwise the tokens and the
+            router's choice.
+        instead: Paths of which a block that has no FFN at all has one, as the output projection of a layer of attention
+            alone; empty where every block must have an FFN.
         then: Where the FFN is in a second list of blocks that runs behind the first, as a decoder behind its encoder.
     """
 
@@ -114,6 +119,8 @@ class FFNSpec:
     kind: str = DENSE
     times_key: str | None = None
     beside: "tuple[FFNSpec, ...]" = ()
+    is_sorted: bool = False
+    instead: tuple[str, ...] = ()
     then: "FFNSpec | None" = None
 
     @property

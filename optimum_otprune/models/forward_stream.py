@@ -9,6 +9,7 @@ from torch import Tensor
 
 from optimum_otprune.functional.experts import Routing
 from optimum_otprune.functional.ffn import ffn_forward
+from optimum_otprune.models.block import Block
 from optimum_otprune.models.block_runner import BlockRunner
 from optimum_otprune.models.devices import onloaded
 from optimum_otprune.models.ffn_block import FFNBlock
@@ -42,12 +43,13 @@ class FFNInputs(NamedTuple):
 
     Attributes:
         inputs: The inputs, `(num_tokens, hidden_size)` for each batch.
-        counts: The number of tokens of each batch.
+        tokens: Which of all tokens each input is, LongTensor for each batch; experts that get their tokens sorted have
+            one input for each expert that a token is sent to.
         routing: The router's choice among the experts, for each batch; empty for another FFN.
     """
 
     inputs: list[StoredTensor]
-    counts: list[int]
+    tokens: list[Tensor]
     routing: list[Routing]
 
 
@@ -138,6 +140,7 @@ class CalibrationStream:
         block, points = group[0], watch_points(group)
         self._enter(block)
         found = {point.layer: FFNInputs([], [], []) for point in points}
+        start = 0
         with onloaded(block.module):
             for index, stored in enumerate(self._hidden):
                 with ExitStack() as stack:
@@ -145,7 +148,9 @@ class CalibrationStream:
                         (point, stack.enter_context(noted(point)), stack.enter_context(routed(point)))
                         for point in points
                     ]
-                    self._runner.run(block, stored.load(), index)
+                    output = self._runner.run(block, stored.load(), index)
+                owners = torch.arange(start, start + output.shape[:-1].numel())
+                start += len(owners)
                 kept: list[tuple[Tensor, StoredTensor]] = []  # experts and what is beside them mostly get the same
                 for point, parts, routing in seen:
                     inputs = parts["inputs"]
@@ -154,7 +159,7 @@ class CalibrationStream:
                     kept.append((inputs, waiting))
                     own = found[point.layer]
                     own.inputs.append(waiting)
-                    own.counts.append(len(inputs))
+                    own.tokens.append(owners.repeat_interleave(len(inputs) // len(owners)))
                     own.routing.extend(Routing(*(part.cpu() for part in one)) for one in routing)
         return found
 
@@ -164,10 +169,9 @@ class CalibrationStream:
 
         Where the block adds a multiple of the FFN's output, that is done in float32; otherwise rounding would add up.
         """
-        self._enter(block)
         factor = self._exact_factor(block)
         if self._ffn_inputs is None or factor is None:
-            self._run_all(block, self._hidden, self._runner)
+            self._advance_whole(block)
             return
         weights = block.read()
         for index, (beside, inputs) in enumerate(zip(self._hidden, self._ffn_inputs)):
@@ -179,11 +183,15 @@ class CalibrationStream:
     def _exact_factor(self, block: FFNBlock) -> float | None:
         return self._factors[block.layer] if block.dtype == torch.float32 else None
 
-    def skip(self, block: FFNBlock) -> None:
+    def skip(self, block: Block) -> None:
         """Run a block that stays as it is, on the dense model's hidden states too if they are tracked."""
         with onloaded(block.module):
             self.follow_dense(block)
-            self.advance(block)
+            self._advance_whole(block)
+
+    def _advance_whole(self, block: Block) -> None:
+        self._enter(block)
+        self._run_all(block, self._hidden, self._runner)
 
     def replay(self, block: FFNBlock) -> None:
         """Change the hidden states as measuring a block with a dense FFN would, to the bit."""
@@ -191,20 +199,20 @@ class CalibrationStream:
         for _ in self.taps(block):
             pass
 
-    def follow_dense(self, block: FFNBlock) -> None:
+    def follow_dense(self, block: Block) -> None:
         """Run a block, its FFN still dense, on the dense model's hidden states alone, if they are tracked."""
         self._enter(block)
         if self._dense_hidden is not None:
             self._run_all(block, self._dense_hidden, self._dense_runner)
 
-    def _enter(self, block: FFNBlock) -> None:
+    def _enter(self, block: Block) -> None:
         """Begin a decoder where the block is its first one, with what the encoder has put out."""
         self._hidden = self._runner.entered(block, self._hidden)
         if self._dense_hidden is not None and self._dense_runner is not self._runner:
             self._dense_hidden = self._dense_runner.entered(block, self._dense_hidden)
 
     @torch.no_grad()
-    def _run_all(self, block: FFNBlock, hidden: list[StoredTensor], runner: BlockRunner) -> None:
+    def _run_all(self, block: Block, hidden: list[StoredTensor], runner: BlockRunner) -> None:
         with onloaded(block.module):
             for index, states in enumerate(hidden):  # one by one, so that the old ones make room for the new ones
                 hidden[index] = self.spill.put(runner.run(block, states.load(), index))

@@ -124,6 +124,59 @@ def _experts(holder: str, size_key: str, *dense: FFNSpec) -> FFNSpec:
     )
 
 
+# Nemotron-H: FFNs without a gate stand between blocks of attention or Mamba alone.
+_NEMOTRON_H = replace(
+    _plain("layers", "mixer.up_proj", "mixer.down_proj", "mixer.act_fn"),
+    bias_key="mlp_bias",
+    size_attributes=("mixer.intermediate_size",),
+    instead=("mixer.o_proj", "mixer.conv1d"),
+)
+_NEMOTRON_H_EXPERTS = FFNSpec(
+    layers="layers",
+    kind=EXPERTS,
+    up=Slot("mixer.experts", parameter="up_proj"),
+    down=Slot("mixer.experts", parameter="down_proj"),
+    activation="mixer.experts.act_fn",
+    size_key="moe_intermediate_size",
+    size_attributes=("mixer.experts.intermediate_dim",),
+    residual=False,
+    instead=_NEMOTRON_H.instead,
+    beside=(
+        replace(
+            _plain("layers", *(f"mixer.shared_experts.{name}" for name in ("up_proj", "down_proj", "act_fn"))),
+            kind=SHARED,
+            size_key="moe_shared_expert_intermediate_size",
+            size_attributes=("mixer.shared_experts.intermediate_size",),
+            residual=False,
+        ),
+        replace(_NEMOTRON_H, bias_key=None),
+    ),
+)
+# Llama 4: experts are given their tokens sorted, and their functions have another name.
+_LLAMA4_DENSE = replace(_gated("feed_forward"), activation="feed_forward.activation_fn")
+_LLAMA4 = FFNSpec(
+    layers="layers",
+    kind=EXPERTS,
+    gate=Slot("feed_forward.experts", 0, 2, "gate_up_proj"),
+    up=Slot("feed_forward.experts", 1, 2, "gate_up_proj"),
+    down=Slot("feed_forward.experts", parameter="down_proj"),
+    activation="feed_forward.experts.act_fn",
+    size_attributes=("feed_forward.experts.intermediate_size", "feed_forward.experts.expert_dim"),
+    transposed=True,
+    is_sorted=True,
+    residual=False,
+    beside=(
+        replace(
+            _gated("feed_forward.shared_expert"),
+            activation="feed_forward.shared_expert.activation_fn",
+            kind=SHARED,
+            residual=False,
+        ),
+        replace(_LLAMA4_DENSE, size_key="intermediate_size_mlp"),
+    ),
+)
+
+
 # Of several that fit, the last one is taken: those that ask for less stand before those that ask for more.
 LAYOUTS: dict[str, FFNSpec] = {
     # The width is a whole multiple of the hidden size, mostly written in the code.
@@ -192,6 +245,9 @@ LAYOUTS: dict[str, FFNSpec] = {
     "jamba": _experts("feed_forward.experts", "intermediate_size", _gated("feed_forward")),
     "lfm2_moe": _experts("feed_forward.experts", "moe_intermediate_size", _NUMBERED),
     "aria_text": replace(_experts("mlp.experts", "intermediate_size"), transposed=True),
+    "nemotron_h": _NEMOTRON_H,
+    "nemotron_h_moe": _NEMOTRON_H_EXPERTS,
+    "llama4": _LLAMA4,
     "gpt_oss": _interleaved(_experts("mlp.experts", "intermediate_size")),
     "mixtral": _experts("mlp.experts", "intermediate_size", _gated("mlp")),
     "qwen2_moe": _experts("mlp.experts", "moe_intermediate_size", _gated("mlp")),

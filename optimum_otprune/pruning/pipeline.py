@@ -18,7 +18,8 @@ from optimum_otprune.models.devices import (
 )
 from optimum_otprune.models.distributed import from_main
 from optimum_otprune.models.faithfulness import check_parameters
-from optimum_otprune.models.ffn_block import FFNBlock, by_block, install_all, named
+from optimum_otprune.models.block import Block
+from optimum_otprune.models.ffn_block import FFNBlock, install_all, named
 from optimum_otprune.models.ffn_hooks import unchunked
 from optimum_otprune.models.pass_settings import PassSettings
 from optimum_otprune.models.passes import Passes
@@ -91,18 +92,24 @@ def _check(prunable: PrunableModel, config: OTPruningConfig, widths: list[int], 
 
 def _prune_layers(run: Run, store: LayerStore, progress: bool) -> list[LayerReport]:
     """Prune all layers in order, each on the outputs of those below it, pruned now or before."""
-    groups, widths = by_block(run.prunable.blocks), iter(run.prepared.widths)
+    stack, widths = run.prunable.stack, iter(run.prepared.widths)
     with logging_redirect_tqdm([logging.getLogger("optimum_otprune")]):
-        bar = tqdm(groups, desc="Pruning", unit="layer", disable=not progress)
-        return [report for group in bar for report in _next_block(group, [next(widths) for _ in group], run, store)]
+        bar = tqdm(stack, desc="Pruning", unit="layer", disable=not progress)
+        return [
+            report
+            for whole, group in bar
+            for report in _next_block(whole, group, [next(widths) for _ in group], run, store)
+        ]
 
 
-def _next_block(group: list[FFNBlock], widths: list[int], run: Run, store: LayerStore) -> list[LayerReport]:
+def _next_block(
+    whole: Block, group: list[FFNBlock], widths: list[int], run: Run, store: LayerStore
+) -> list[LayerReport]:
     """Prune all FFNs of a block, or find what was done before; then pass on what the block puts out now."""
-    first = group[0]
     if widths == [block.intermediate_size for block in group]:
-        run.stream.skip(first)
+        run.stream.skip(whole)
         return [untouched(block) for block in group]
+    first = group[0]
     weights, reports = [], []
     tokens = BlockTokens.of(group, run.stream) if len(group) > 1 else None
     for block, width in zip(group, widths):
@@ -113,7 +120,7 @@ def _next_block(group: list[FFNBlock], widths: list[int], run: Run, store: Layer
     with named(first):
         mark_half_pruned(run.prunable.model)
         install_all(group, weights)
-        if first is not run.prunable.firsts[-1]:  # the output of the last block is not needed
+        if whole is not run.prunable.stack[-1][0]:  # the output of the last block is not needed
             run.stream.advance(first)
     for report in reports:
         logger.info("%s", report)
