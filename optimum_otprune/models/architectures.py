@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -134,7 +135,8 @@ def _fits_list(model: PreTrainedModel, spec: FFNSpec) -> bool:
         return False
     if not (spec.beside or spec.instead):
         return all(_has_ffn(block, spec) for block in layers)
-    kinds = [one for one in spec.kinds if any(_says_width(model, block, one) for block in layers)]
+    is_there = partial(_says_width, model) if spec.beside else _has_ffn
+    kinds = [one for one in spec.kinds if any(is_there(block, one) for block in layers)]
     return spec in kinds and all(
         any(_has_ffn(block, one) for one in kinds) or _lacks_ffn(block, spec) for block in layers
     )

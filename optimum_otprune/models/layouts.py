@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from optimum_otprune.models.ffn_spec import EXPERTS, PROJECTIONS, SHARED, FFNSpec, Function, Method, Slot
+from optimum_otprune.models.ffn_spec import DENSE, EXPERTS, PROJECTIONS, SHARED, FFNSpec, Function, Method, Slot
 
 
 def _plain(layers: str, up: str, down: str, activation: str, size_key: str | None = "intermediate_size") -> FFNSpec:
@@ -152,10 +152,19 @@ _NEMOTRON_H_EXPERTS = FFNSpec(
         replace(_NEMOTRON_H, bias_key=None),
     ),
 )
-# Llama 4: experts are given their tokens sorted, and their functions have another name.
-_LLAMA4_DENSE = replace(_gated("feed_forward"), activation="feed_forward.activation_fn")
+def _llama4(ffn: str, size_key: str, kind: str = DENSE) -> FFNSpec:
+    """Return the layout of Llama 4's dense or shared FFNs.
+
+    What holds the blocks has another name than the class of the model says (`base_model_prefix`), so that `base_model`
+    is the whole model.
+    """
+    spec = replace(_gated(ffn), activation=f"{ffn}.activation_fn", size_key=size_key)
+    return replace(spec, layers="model.layers", kind=kind, residual=False)
+
+
+# Llama 4: experts are given their tokens sorted.
 _LLAMA4 = FFNSpec(
-    layers="layers",
+    layers="model.layers",
     kind=EXPERTS,
     gate=Slot("feed_forward.experts", 0, 2, "gate_up_proj"),
     up=Slot("feed_forward.experts", 1, 2, "gate_up_proj"),
@@ -166,13 +175,8 @@ _LLAMA4 = FFNSpec(
     is_sorted=True,
     residual=False,
     beside=(
-        replace(
-            _gated("feed_forward.shared_expert"),
-            activation="feed_forward.shared_expert.activation_fn",
-            kind=SHARED,
-            residual=False,
-        ),
-        replace(_LLAMA4_DENSE, size_key="intermediate_size_mlp"),
+        _llama4("feed_forward.shared_expert", "intermediate_size", SHARED),
+        _llama4("feed_forward", "intermediate_size_mlp"),
     ),
 )
 
