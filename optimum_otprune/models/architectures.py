@@ -41,12 +41,17 @@ def find_spec(model: PreTrainedModel) -> tuple[str, FFNSpec]:
     For a text model inside a larger one, the paths of the spec are those from the larger one.
 
     Raises:
-        UnsupportedModelError: If none fits every block, or no configuration can hold another width.
+        UnsupportedModelError: If none fits every block, layers share an FFN, or no configuration can hold another width.
     """
     for name, spec in _candidates(model):
         if not _fits(model, spec):
             continue
         spec = _resolved(model, spec)
+        if spec.is_reused:
+            raise UnsupportedModelError(
+                f"One FFN is run several times in a forward pass of {type(model).__name__}, in layers that share it, so "
+                "that it cannot be pruned layer by layer. Choose a model whose layers have weights of their own."
+            )
         if spec.size_key is None:
             raise UnsupportedModelError(
                 f"The width of the FFNs of {type(model).__name__} follows from the hidden size in its code: no "
@@ -114,11 +119,6 @@ def _text_models(model: PreTrainedModel) -> Iterator[tuple[str, str]]:
             yield name if inner.base_model is inner else f"{name}.{inner.base_model_prefix}", _TEXT_CONFIG
 
 
-def _has_size(config: PreTrainedConfig, key: str) -> bool:
-    """Return whether a configuration holds a width, for all layers or one by one (then reading it raises)."""
-    return key in (getattr(config, "per_layer_attributes", None) or ()) or hasattr(config, key)
-
-
 def _fits(model: PreTrainedModel, spec: FFNSpec) -> bool:
     """Return whether every block has its FFN where a spec says, and an encoder with a decoder two lists of them."""
     has_both = bool(model.config.is_encoder_decoder)
@@ -131,8 +131,10 @@ def _fits_list(model: PreTrainedModel, spec: FFNSpec) -> bool:
         return False
     if spec.config and not isinstance(getattr(model.config, spec.config, None), PreTrainedConfig):
         return False
-    if spec.size_key is not None and not _has_size(spec.fields_of(model.config), spec.size_key):
-        return False
+    if spec.size_key is not None:
+        is_there = spec.is_per_layer(model.config) or hasattr(spec.fields_of(model.config), spec.size_key)
+        if not is_there:
+            return False
     if not (spec.beside or spec.instead):
         return all(_has_ffn(block, spec) for block in layers)
     is_there = partial(_says_width, model) if spec.beside else _has_ffn

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from optimum_otprune.errors import UnsupportedModelError
 from optimum_otprune.models.block import Block
 from optimum_otprune.models.inputs import model_inputs
 from optimum_otprune.models.prunable_model import PrunableModel
@@ -57,7 +58,23 @@ class BlockRunner:
         self._forms: dict[int, tuple | None] = {}  # what blocks of a list return beside hidden states; None: nothing
         self._calls: list[list[_Call]] = [[] for _ in batches]
         self._first_hidden: list[StoredTensor] = []
+        self._shapes: list[torch.Size] = []  # of the first hidden states
         self._note_calls(None)
+
+    def check_lengths(self) -> None:
+        """Raise if blocks get another number of tokens than samples have.
+
+        Raises:
+            UnsupportedModelError: If they do.
+        """
+        for batch, shape in zip(self._batches, self._shapes):
+            if shape[:2] != batch.shape:
+                raise UnsupportedModelError(
+                    f"{type(self._model).__name__} gives its blocks hidden states of shape {tuple(shape)} for token ids "
+                    f"of shape {tuple(batch.shape)}: it fills them up, or adds tokens of its own, which are no "
+                    "calibration data. Use a `seqlen` that is a multiple of the size of its attention's window, or "
+                    "choose another model."
+                )
 
     def take_first_hidden(self) -> list[StoredTensor]:
         """Hand over the hidden states `(batch, seqlen, hidden_size)` before the first block, by batch, once."""
@@ -149,6 +166,7 @@ class BlockRunner:
                 is_last = behind is not None and block is self._lists[number - 1][-1]
                 return self._as_output(block, behind[index].load().to(hidden.device) if behind and is_last else hidden)
             if not calls:
+                self._shapes.append(hidden.shape)
                 self._first_hidden.append(self._spill.put(hidden.clone()))
             # The first block and batch show the form of all, but for tensors, such as T5's position biases.
             if number not in self._forms or (not calls and _leaves(self._forms[number])):

@@ -75,6 +75,7 @@ class CalibrationStream:
         self.spill, self._stays_dense = settings.spill, stays_dense
         batches = tokens.split(settings.batch_size)
         self._runner = BlockRunner(prunable, batches, self.spill)
+        self._runner.check_lengths()
         self._factors = prunable.factors or [None] * len(prunable.blocks)
         self._hidden = self._runner.take_first_hidden()
         self._dense_hidden = list(self._hidden) if track_dense else None
@@ -98,7 +99,7 @@ class CalibrationStream:
         with onloaded(block.module):
             for index, hidden in enumerate(self._hidden if self._dense_hidden is None else self._dense_hidden):
                 output = self._dense_runner.run(block, hidden.load(), index)
-                found.append(output.float().square().sum(dim=-1).flatten().cpu())
+                found.append(output.float().square().flatten(start_dim=2).sum(dim=-1).flatten().cpu())
                 if self._dense_hidden is not None:
                     self._dense_hidden[index] = self.spill.put(output)
         return torch.cat(found)
@@ -149,7 +150,7 @@ class CalibrationStream:
                         for point in points
                     ]
                     output = self._runner.run(block, stored.load(), index)
-                owners = torch.arange(start, start + output.shape[:-1].numel())
+                owners = torch.arange(start, start + output.shape[:2].numel())
                 start += len(owners)
                 kept: list[tuple[Tensor, StoredTensor]] = []  # experts and what is beside them mostly get the same
                 for point, parts, routing in seen:

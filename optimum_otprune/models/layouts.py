@@ -189,6 +189,22 @@ LAYOUTS: dict[str, FFNSpec] = {
     "openai-gpt": replace(_plain("h", "mlp.c_fc", "mlp.c_proj", "mlp.act", None), transposed=True),
     "xlm": _plain("ffns", "lin1", "lin2", "act", None),
     "mpt": _plain("blocks", "ffn.up_proj", "ffn.down_proj", "ffn.act", None),
+    # Layers share their FFN.
+    "albert": replace(
+        _plain("encoder.albert_layer_groups", *(f"albert_layers.0.{name}" for name in ("ffn", "ffn_output", "activation"))),
+        is_reused=True,
+    ),
+    "hrm_text": replace(_GATED, layers="H_module.layers", is_reused=True),
+    "zamba": replace(_gated("shared_transf.feed_forward"), instead=("mamba",), is_reused=True),
+    "zamba2": replace(
+        _FUSED,
+        gate=Slot("shared_transformer.feed_forward.gate_up_proj", 0, 2),
+        up=Slot("shared_transformer.feed_forward.gate_up_proj", 1, 2),
+        down="shared_transformer.feed_forward.down_proj",
+        activation="shared_transformer.feed_forward.act_fn",
+        instead=("mamba",),
+        is_reused=True,
+    ),
     "nemotron": replace(_plain("layers", "mlp.up_proj", "mlp.down_proj", "mlp.act_fn"), bias_key="mlp_bias"),
     "llama": _GATED,
     # Gemma 2 and 3, OLMo 2, …: a norm stands between the FFN and the residual stream.
@@ -198,6 +214,16 @@ LAYOUTS: dict[str, FFNSpec] = {
     "recurrent_gemma": replace(_gated("mlp_block"), size_factor=2),
     "lfm2": _NUMBERED,
     "phi3": _FUSED,
+    # Moshi's field holds the width of gate and up projection together.
+    "moshi": replace(
+        _FUSED,
+        gate=Slot("mlp.fc1", 0, 2),
+        up=Slot("mlp.fc1", 1, 2),
+        down="mlp.fc2",
+        size_key="ffn_dim",
+        size_factor=2,
+        size_attributes=(),
+    ),
     "glm4": replace(_FUSED, residual=False, requires=("post_mlp_layernorm",)),
     "modernbert": FFNSpec(
         layers="layers",
