@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -41,7 +40,8 @@ def find_spec(model: PreTrainedModel) -> tuple[str, FFNSpec]:
     For a text model inside a larger one, the paths of the spec are those from the larger one.
 
     Raises:
-        UnsupportedModelError: If none fits every block, layers share an FFN, or no configuration can hold another width.
+        UnsupportedModelError: If none fits every block, layers share an FFN, or no configuration can hold another
+            width.
     """
     for name, spec in _candidates(model):
         if not _fits(model, spec):
@@ -49,7 +49,7 @@ def find_spec(model: PreTrainedModel) -> tuple[str, FFNSpec]:
         spec = _resolved(model, spec)
         if spec.is_reused:
             raise UnsupportedModelError(
-                f"One FFN is run several times in a forward pass of {type(model).__name__}, in layers that share it, so "
+                f"Layers of {type(model).__name__} share one FFN, which is run several times in a forward pass, so "
                 "that it cannot be pruned layer by layer. Choose a model whose layers have weights of their own."
             )
         if spec.size_key is None:
@@ -137,10 +137,12 @@ def _fits_list(model: PreTrainedModel, spec: FFNSpec) -> bool:
             return False
     if not (spec.beside or spec.instead):
         return all(_has_ffn(block, spec) for block in layers)
-    is_there = partial(_says_width, model) if spec.beside else _has_ffn
-    kinds = [one for one in spec.kinds if any(is_there(block, one) for block in layers)]
-    return spec in kinds and all(
-        any(_has_ffn(block, one) for one in kinds) or _lacks_ffn(block, spec) for block in layers
+    kinds = (
+        [spec] if not spec.beside else [one for one in spec.kinds if any(_says_width(model, b, one) for b in layers)]
+    )
+    has_ffn = [any(_has_ffn(block, one) for one in kinds) for block in layers]
+    return (
+        spec in kinds and any(has_ffn) and all(has or _lacks_ffn(block, spec) for has, block in zip(has_ffn, layers))
     )
 
 

@@ -72,7 +72,9 @@ class ReversePass:
         self._runner = BlockRunner(prunable, self.batches, self._spill)
 
     def blocks(self) -> Iterator[tuple[FFNBlock, Iterator[FFNGradients]]]:
-        """Yield the FFN of every block that has one, the last one first, with its batches' gradients, which must be read in this order.
+        """Yield the FFN of every block that has one, the last one first, with its batches' gradients.
+
+        They must be read in this order.
 
         Raises:
             NumericalError: If an output is NaN or infinite; names the module.

@@ -70,8 +70,8 @@ class BlockRunner:
         for batch, shape in zip(self._batches, self._shapes):
             if shape[:2] != batch.shape:
                 raise UnsupportedModelError(
-                    f"{type(self._model).__name__} gives its blocks hidden states of shape {tuple(shape)} for token ids "
-                    f"of shape {tuple(batch.shape)}: it fills them up, or adds tokens of its own, which are no "
+                    f"{type(self._model).__name__} gives its blocks hidden states of shape {tuple(shape)} for token "
+                    f"ids of shape {tuple(batch.shape)}: it fills them up, or adds tokens of its own, which are no "
                     "calibration data. Use a `seqlen` that is a multiple of the size of its attention's window, or "
                     "choose another model."
                 )

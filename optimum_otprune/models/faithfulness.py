@@ -248,10 +248,10 @@ def _check_run(
     after = runner.given(block, index)
     if len(before) != len(after) or not all(map(torch.equal, before, after)):
         raise UnsupportedModelError(_HANDED_ON)
-    if output.shape != hidden.shape or output.ndim < 3 or len(output) != 1:  # the sample is one sequence
+    if output.shape != hidden.shape or output.ndim != 3:
         raise UnsupportedModelError(
             f"Hidden states of shape {tuple(hidden.shape)} go into the block, and of shape "
-            f"{tuple(output.shape)} come out; want (batch, seqlen, …, hidden_size). This kind of model is not supported."
+            f"{tuple(output.shape)} come out; want (batch, seqlen, hidden_size). This kind of model is not supported."
         )
     for layer, own in seen.items():
         difference = difference_of(own["inputs"].cpu(), inputs[layer])

@@ -74,8 +74,8 @@ class ExpertsCall(NamedTuple):
     """What a module of experts was called with.
 
     Attributes:
-        inputs: The inputs, `(num_rows, hidden_size)`: one row for each token, or for each expert that it is sent to, in
-            the order of tokens.
+        inputs: The inputs, `(num_rows, hidden_size)`: one row for each token, or for each expert that it is sent to,
+            in the order of tokens.
         routing: The router's choice for each row.
         rows: Which rows of the module's own inputs and outputs these are; None for all.
     """

@@ -96,10 +96,10 @@ class FFNSpec:
         is_sorted: Whether experts get copies of all tokens, one expert's behind the other's, each multiplied by the
             router's weight and zero where the router does not send it, as in Llama 4; otherwise the tokens and the
             router's choice.
-        is_reused: Whether one FFN stands in several layers, or is run several times a pass, so that it cannot be pruned
-            for one of them.
-        instead: Paths of which a block that has no FFN at all has one, as the output projection of a layer of attention
-            alone; empty where every block must have an FFN.
+        is_reused: Whether one FFN stands in several layers, or is run several times a pass, so that it cannot be
+            pruned for one of them.
+        instead: Paths of which a block that has no FFN at all has one, as the output projection of a layer of
+            attention alone; empty where every block must have an FFN.
         then: Where the FFN is in a second list of blocks that runs behind the first, as a decoder behind its encoder.
     """
 

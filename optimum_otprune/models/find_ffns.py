@@ -81,10 +81,15 @@ def _check_inputs(model: PreTrainedModel) -> None:
         embeddings = model.get_input_embeddings()
     except NotImplementedError:  # more than one, as of a text and a picture model side by side
         embeddings = None
-    if model.main_input_name != "input_ids" or not isinstance(getattr(embeddings, "num_embeddings", None), int):
+    if model.main_input_name != "input_ids" or embeddings is None:
         raise UnsupportedModelError(
             f"{type(model).__name__} takes pictures, sound or the like (`{model.main_input_name}`) beside or in place "
             "of token ids, which calibration data consist of. Prune a model of text."
+        )
+    if not isinstance(getattr(embeddings, "num_embeddings", None), int):
+        raise UnsupportedModelError(
+            f"The embeddings of {type(model).__name__} are a {type(embeddings).__name__}, no plain table that says "
+            "how many token ids there are. Prune a model with such a table."
         )
 
 
@@ -144,8 +149,9 @@ def _check_alone(index: int, module: nn.Module, group: list[FFNBlock], hidden_si
         matching = any(min(own.shape) > 1 and hidden_sizes & set(own.shape[1:]) for own in parameters)
         stacked = matching and not is_convolution
         listed = isinstance(part, nn.ModuleList) and sum(_is_ffn(own, hidden_sizes) for own in part) > 1
-        alone = len(group) != 1 and known.isdisjoint(part.modules()) and _is_dense_ffn(part, hidden_sizes)
-        if stacked or listed or alone:
+        is_dense = len(group) != 1 and known.isdisjoint(part.modules()) and _is_dense_ffn(part, hidden_sizes)
+        around = module.get_submodule(name.rpartition(".")[0])  # what is inside a norm or a router is no FFN of the block
+        if stacked or listed or (is_dense and (not group or not known.isdisjoint(around.modules()))):
             raise UnsupportedModelError(
                 f"Block {index} has experts, or other FFNs, beside those that are known (at {name!r}), which alone "
                 "would be pruned. Prune a model of another architecture."

@@ -99,7 +99,7 @@ class CalibrationStream:
         with onloaded(block.module):
             for index, hidden in enumerate(self._hidden if self._dense_hidden is None else self._dense_hidden):
                 output = self._dense_runner.run(block, hidden.load(), index)
-                found.append(output.float().square().flatten(start_dim=2).sum(dim=-1).flatten().cpu())
+                found.append(output.float().square().sum(dim=-1).flatten().cpu())
                 if self._dense_hidden is not None:
                     self._dense_hidden[index] = self.spill.put(output)
         return torch.cat(found)
@@ -150,7 +150,7 @@ class CalibrationStream:
                         for point in points
                     ]
                     output = self._runner.run(block, stored.load(), index)
-                owners = torch.arange(start, start + output.shape[:2].numel())
+                owners = torch.arange(start, start + output.shape[:-1].numel())
                 start += len(owners)
                 kept: list[tuple[Tensor, StoredTensor]] = []  # experts and what is beside them mostly get the same
                 for point, parts, routing in seen:

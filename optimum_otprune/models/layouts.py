@@ -152,6 +152,8 @@ _NEMOTRON_H_EXPERTS = FFNSpec(
         replace(_NEMOTRON_H, bias_key=None),
     ),
 )
+
+
 def _llama4(ffn: str, size_key: str, kind: str = DENSE) -> FFNSpec:
     """Return the layout of Llama 4's dense or shared FFNs.
 
@@ -191,7 +193,12 @@ LAYOUTS: dict[str, FFNSpec] = {
     "mpt": _plain("blocks", "ffn.up_proj", "ffn.down_proj", "ffn.act", None),
     # Layers share their FFN.
     "albert": replace(
-        _plain("encoder.albert_layer_groups", *(f"albert_layers.0.{name}" for name in ("ffn", "ffn_output", "activation"))),
+        _plain(
+            "encoder.albert_layer_groups",
+            "albert_layers.0.ffn",
+            "albert_layers.0.ffn_output",
+            "albert_layers.0.activation",
+        ),
         is_reused=True,
     ),
     "hrm_text": replace(_GATED, layers="H_module.layers", is_reused=True),

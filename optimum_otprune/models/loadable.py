@@ -94,9 +94,9 @@ def check_resizable(model: PreTrainedModel, blocks: list[FFNBlock]) -> None:
     for name in held:
         if name in shapes and name not in known and held[name] != shapes[name]:
             raise UnsupportedModelError(
-                f"The weight {name!r} is no part of a known FFN of {type(model).__name__}, but its shape follows from the "
-                f"same field of the configuration ({held[name]}, and {shapes[name]} with FFNs of half the width): it "
-                "would not be pruned, and what is saved could not be loaded. Choose another model."
+                f"The weight {name!r} is no part of a known FFN of {type(model).__name__}, but its shape follows from "
+                f"the same field of the configuration ({held[name]}, and {shapes[name]} with FFNs of half the width): "
+                "it would not be pruned, and what is saved could not be loaded. Choose another model."
             )
 
 

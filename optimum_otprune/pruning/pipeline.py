@@ -9,6 +9,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.errors import warn_user
 from optimum_otprune.functional.ffn import check_weights
+from optimum_otprune.models.block import Block
 from optimum_otprune.models.changes import mark_half_pruned
 from optimum_otprune.models.devices import (
     is_offloaded,
@@ -18,7 +19,6 @@ from optimum_otprune.models.devices import (
 )
 from optimum_otprune.models.distributed import from_main
 from optimum_otprune.models.faithfulness import check_parameters
-from optimum_otprune.models.block import Block
 from optimum_otprune.models.ffn_block import FFNBlock, install_all, named
 from optimum_otprune.models.ffn_hooks import unchunked
 from optimum_otprune.models.pass_settings import PassSettings

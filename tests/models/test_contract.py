@@ -83,6 +83,7 @@ MODELS = {
     "mistral": Case("llama", "mistral"),
     "qwen2": Case("llama", "qwen2"),
     "qwen3": Case("llama", "qwen3"),
+    "gte": Case("llama", "gte", intercept=True, adds=None, auto=AutoModelForMaskedLM),
     "gemma": Case("llama", "gemma"),
     "gemma2": Case("llama_post_norm", "gemma2", adds=None, changes={"sliding_window": 6}),
     "nemotron": Case("nemotron", "nemotron", intercept=True),
@@ -152,13 +153,15 @@ MODELS = {
         "nemotron_h",
         "nemotron_h",
         intercept=True,
-        changes=MAMBA | {"layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp", "linear_attention"]},
+        changes=MAMBA
+        | {"layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp", "linear_attention"]},
     ),
     "nemotron_h_moe": Case(
         "nemotron_h_moe",
         "nemotron_h",
         changes=MAMBA | {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp", "moe"]},
     ),
+    "moshi": Case("moshi", "moshi", changes={"ffn_dim": 96}),
     "llama4": Case("llama4", "llama4_text", changes={"intermediate_size_mlp": 48, "interleave_moe_layer_step": 2}),
     "aria_text": Case("aria_text", "aria_text", changes={"moe_num_experts": 4, "moe_num_shared_experts": 2}),
 }
@@ -175,6 +178,12 @@ SOME = (
     "gemma3",
 )  # all ways in which layouts differ, for other tests
 REFUSED = {name: name for name in ("bloom", "gpt_neox_japanese", "mpt", "openai-gpt", "xlm")}
+REUSED = {
+    "albert": {},
+    "hrm_text": {},
+    "zamba": {"layers_block_type": ["mamba", "hybrid"] * 2, "num_hidden_layers": 4, "n_mamba_heads": 2},
+    "zamba2": {"num_hidden_layers": 2, "layers_block_type": ["linear_attention", "hybrid"], "num_mem_blocks": 1},
+}
 
 
 def configured(model_type: str, sizes: Mapping[str, Any], changes: Mapping[str, Any]) -> Any:
@@ -209,7 +218,7 @@ def name(request):
 
 
 def test_every_registered_architecture_has_a_model_here():
-    assert {case.architecture for case in MODELS.values()} | set(REFUSED) == set(ARCHITECTURES)
+    assert {case.architecture for case in MODELS.values()} | set(REFUSED) | set(REUSED) == set(ARCHITECTURES)
 
 
 @pytest.mark.parametrize(("architecture", "model_type"), REFUSED.items())
@@ -218,6 +227,16 @@ def test_a_width_that_no_configuration_can_hold_is_refused(architecture, model_t
     with pytest.raises(
         UnsupportedModelError, match="follows from the hidden size in its code: no configuration can hold"
     ):
+        ffn_blocks(model)
+
+
+@pytest.mark.parametrize(("model_type", "changes"), REUSED.items())
+def test_layers_that_share_one_ffn_are_refused(model_type, changes):
+    with torch.device("meta"):
+        model = (AutoModelForMaskedLM if model_type == "albert" else AutoModelForCausalLM).from_config(
+            configured(model_type, SIZES, changes)
+        )
+    with pytest.raises(UnsupportedModelError, match="share one FFN, which is run several times in a forward pass"):
         ffn_blocks(model)
 
 
@@ -382,9 +401,7 @@ def test_a_field_that_does_not_decide_the_width_is_refused_before_any_work(llama
     llama.config.other_size = 48
     ARCHITECTURES["other"] = replace(ARCHITECTURES["llama"], size_key="other_size")
     try:
-        with pytest.raises(
-            UnsupportedModelError, match=r"`other_size` .* does not decide .* built with 24 .* has 48"
-        ):
+        with pytest.raises(UnsupportedModelError, match=r"`other_size` .* does not decide .* built with 24 .* has 48"):
             PrunableModel.loadable(llama)
     finally:
         del ARCHITECTURES["other"]
