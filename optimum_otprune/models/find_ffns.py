@@ -149,9 +149,10 @@ def _check_alone(index: int, module: nn.Module, group: list[FFNBlock], hidden_si
         matching = any(min(own.shape) > 1 and hidden_sizes & set(own.shape[1:]) for own in parameters)
         stacked = matching and not is_convolution
         listed = isinstance(part, nn.ModuleList) and sum(_is_ffn(own, hidden_sizes) for own in part) > 1
-        is_dense = len(group) != 1 and known.isdisjoint(part.modules()) and _is_dense_ffn(part, hidden_sizes)
-        around = module.get_submodule(name.rpartition(".")[0])  # what is inside a norm or a router is no FFN of the block
-        if stacked or listed or (is_dense and (not group or not known.isdisjoint(around.modules()))):
+        around = module.get_submodule(name.rpartition(".")[0])
+        is_beside = not group or not known.isdisjoint(around.modules())  # otherwise in a norm, a router or the like
+        is_other = len(group) != 1 and is_beside and known.isdisjoint(part.modules())
+        if stacked or listed or (is_other and _is_dense_ffn(part, hidden_sizes, around is module)):
             raise UnsupportedModelError(
                 f"Block {index} has experts, or other FFNs, beside those that are known (at {name!r}), which alone "
                 "would be pruned. Prune a model of another architecture."
@@ -164,12 +165,18 @@ def _is_ffn(module: nn.Module, hidden_sizes: set[int]) -> bool:
     return any(shape[1] in hidden_sizes for shape in shapes) and any(shape[0] in hidden_sizes for shape in shapes)
 
 
-def _is_dense_ffn(module: nn.Module, hidden_sizes: set[int]) -> bool:
-    """Return whether a module has a function, and two or three matrices, of which the last one takes what it makes."""
+def _is_dense_ffn(module: nn.Module, hidden_sizes: set[int], needs_function: bool) -> bool:
+    """Return whether a module has two or three matrices, of which one takes what the others make.
+
+    Args:
+        module: The module.
+        hidden_sizes: The widths of what goes into FFNs of the model.
+        needs_function: Whether there must be an activation function, too, which attention has not.
+    """
     parts = list(module.children())
     shapes = [part.weight.shape for part in parts if isinstance(part, nn.Linear)]
     has_function = any(not list(part.parameters()) and type(part) is not nn.Dropout for part in parts)
-    if not has_function or len(shapes) not in (2, 3):
+    if (needs_function and not has_function) or len(shapes) not in (2, 3):
         return False
     inner = {shape[1] for shape in shapes if shape[0] in hidden_sizes} - hidden_sizes
     return any(shape[1] in hidden_sizes and {shape[0], shape[0] // 2} & inner for shape in shapes)

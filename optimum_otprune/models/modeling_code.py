@@ -8,7 +8,7 @@ import transformers
 from transformers import PreTrainedModel
 from transformers.utils.versions import require_version
 
-from optimum_otprune.errors import UnsupportedModelError
+from optimum_otprune.errors import UnsupportedModelError, raised
 from optimum_otprune.models.architectures import find_spec, is_built_in
 from optimum_otprune.models.auto_classes import auto_classes
 from optimum_otprune.models.ffn_spec import FFNSpec
@@ -52,7 +52,25 @@ def check_can_save(model: PreTrainedModel, spec: FFNSpec, non_uniform_format: st
             ) from error
     if chosen.needs_remote_code:
         _library_class(model, spec)
+        _check_holds_widths(model, spec)
     called(non_uniform_format, "check", model)
+
+
+def _check_holds_widths(model: PreTrainedModel, spec: FFNSpec) -> None:
+    """Raise if the model's configuration cannot hold a width for each layer, since it reads one for all of them."""
+    if spec.is_per_layer(model.config) or spec.size_key is None:
+        return
+    config = copy.deepcopy(model.config)
+    fields = spec.fields_of(config)
+    other = 2 * spec.size_factor * (getattr(fields, spec.size_key) or 1)
+    fields.per_layer_config = {**spec.others_per_layer(config), 0: {spec.size_key: other}}
+    try:
+        fields.validate()
+    except RuntimeError as error:
+        raise UnsupportedModelError(
+            f"{type(fields).__name__} cannot hold a width for each layer: it {raised(error)}. Use "
+            "non_uniform_format='pad'."
+        ) from error
 
 
 def needed_modeling_code(model: PreTrainedModel) -> ModelingCode | None:

@@ -22,7 +22,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.config.options import WRITTEN
-from optimum_otprune.errors import ConfigurationError, warn_user
+from optimum_otprune.errors import ConfigurationError, UnsupportedModelError, raised, warn_user
 from optimum_otprune.functional.seeds import seed_of
 from optimum_otprune.models.devices import offloaded_bytes
 from optimum_otprune.models.faithfulness import SAMPLE_TOKENS, check_parameters, looks_ahead
@@ -134,9 +134,15 @@ def written_samples(passes: Passes, num_samples: int, seed: int) -> Tensor:
         for prompt, batch in tqdm(batches, desc="Writing samples", unit="batch", disable=not settings.progress):
             prompt = prompt.to(device)
             sampled = LogitsProcessorList([_Sampling(batch.to(device))])
-            ids = model.generate(  # type: ignore[operator]
-                input_ids=prompt, attention_mask=torch.ones_like(prompt), logits_processor=sampled
-            )
+            try:
+                ids = model.generate(  # type: ignore[operator]
+                    input_ids=prompt, attention_mask=torch.ones_like(prompt), logits_processor=sampled
+                )
+            except (AttributeError, TypeError, ValueError, LookupError) as error:
+                raise UnsupportedModelError(
+                    f"{type(model).__name__} {raised(error)} when it was to write calibration text. Use "
+                    "self_calibration=0, and give calibration data."
+                ) from error
             written.append(cast(Tensor, ids).cpu())
     return torch.cat(written)
 
