@@ -33,7 +33,7 @@ def given_widths(blocks: list[FFNBlock], config: OTPruningConfig) -> dict[int, i
                 f"`{name}` names layer {missing[0]}, but the model has {len(blocks)} layers, 0 to {len(blocks) - 1}."
             )
     kinds = {block.spec.kind for block in blocks}
-    ratios: dict[str, float] = dict(config.kind_ratios.items())
+    ratios = {str(kind): ratio for kind, ratio in config.kind_ratios.items() if kind != "attention"}
     for kind in ratios:
         if kind not in kinds:
             raise ConfigurationError(

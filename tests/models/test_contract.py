@@ -365,9 +365,7 @@ def test_a_field_that_does_not_decide_the_width_is_refused_before_any_work(llama
     llama.config.other_size = 48
     ARCHITECTURES["other"] = replace(ARCHITECTURES["llama"], size_key="other_size")
     try:
-        with pytest.raises(
-            UnsupportedModelError, match=r"`other_size` .* does not decide .* built with 24 .* has 48"
-        ):
+        with pytest.raises(UnsupportedModelError, match=r"`other_size` .* does not decide .* built with 24 .* has 48"):
             PrunableModel.loadable(llama)
     finally:
         del ARCHITECTURES["other"]
