@@ -148,6 +148,23 @@ def attention_heads(model: PreTrainedModel) -> list[AttentionHeads]:
     return found
 
 
+def removed_weights(heads: list[AttentionHeads], kept: int) -> list[tuple[Tensor, int]]:
+    """Return the parameters that lose entries where groups of heads are removed, each with the number of these.
+
+    Args:
+        heads: The attention of the blocks that lose heads; weights are not read.
+        kept: Number of groups that stay.
+    """
+    found: list[tuple[Tensor, int]] = []
+    for own in heads:
+        for name, module in _modules(own.module).items():
+            for parameter in ("weight",) if name == "o" else ("weight", "bias"):
+                part = module._parameters.get(parameter)
+                if part is not None:
+                    found.append((part, part.numel() // own.num_groups * (own.num_groups - kept)))
+    return found
+
+
 def finish_heads(model: PreTrainedModel, heads: list[AttentionHeads]) -> None:
     """Let a model's configuration say how many heads its attention has now, and whether it has biases.
 

@@ -152,3 +152,24 @@ def test_norms_of_single_heads_stay(tokens):
     pruner_of(model).prune(tokens, progress=False)
     assert model.model.layers[0].self_attn.q_norm.weight.shape == (8,)
     assert torch.isfinite(logits(model, tokens)).all()
+
+
+def test_the_plan_and_a_target_count_heads(tokens):
+    model = make_llama(**HEADS)
+    config = OTPruningConfig(
+        target_parameters=0.6, multiple_of=1, quality="fast", self_calibration=0, kind_ratios={"attention": 0.5}
+    )
+    dense = model.num_parameters()
+    plan = OTPruner.plan(model, config, calibration_data=tokens)
+    report = OTPruner.from_pretrained(model, config).prune(tokens, progress=False)
+    assert plan.heads == (4, 2)
+    assert plan.parameters_after == report.parameters_after == model.num_parameters() <= 0.6 * dense
+    assert report.parameters_after > 0.59 * dense
+
+
+def test_a_target_is_met_by_experts_and_what_is_beside_them_together(tokens):
+    model = make_qwen()
+    dense = model.num_parameters()
+    pruner = pruner_of(model, pruning_ratio=None, target_parameters=0.7, kind_ratios={"attention": 0.5})
+    report = pruner.prune(tokens, progress=False)
+    assert 0.6 * dense < report.parameters_after == model.num_parameters() <= 0.7 * dense
