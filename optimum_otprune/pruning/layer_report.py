@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ _LARGEST_COUNT = 1 << 62
 _LARGEST_NUMBER = 1e150  # the squares of so many layers' numbers still have a finite sum
 _TOLERANCE = 1e-6
 _ROUNDED_TO_ZERO = 1e-5  # the largest relative difference that rounding explains
+_UNIT = re.compile(r"(expert \d{1,9}|shared expert|FFN|attention) of block \d{1,9}|layer \d{1,9}", re.ASCII)
 _SIGNED = frozenset({"rescue_ratio", "transported_mass", "self_share"})
 
 
@@ -142,6 +144,8 @@ class LayerReport:
         if self.ridge_lambda not in (None, math.inf):
             check_entry(f"{where}.ridge_lambda", self.ridge_lambda, float, 0)
         check_entry(f"{where}.unit", self.unit, str)
+        if self.unit and not _UNIT.fullmatch(self.unit):
+            raise ReportError(f"`{where}.unit` of the report is {self.unit!r:.60}, which names nothing. {_restore()}")
         _check_channels(self, where)
         if is_finite:
             check_follows(f"{where}.rescue_ratio", self.rescue_ratio, rescue_ratio(self.energies))

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, Olmo2Config, PreTrainedModel, Qwen3Config
 
 from optimum_otprune import OTPruner, OTPruningConfig
-from optimum_otprune.errors import ConfigurationError, UnsupportedModelError
+from optimum_otprune.errors import ConfigurationError, ReportError, UnsupportedModelError
 from optimum_otprune.models.attention_heads import attention_heads
 from optimum_otprune.models.head_checks import check_removal
 from optimum_otprune.models.prunable_model import PrunableModel
@@ -82,8 +82,22 @@ def test_experts_and_heads_are_pruned_in_one_run(tokens, tmp_path):
     report = pruner.prune(tokens, progress=False)
     assert (len(report.layers), len(report.attention)) == (6, 2)
     pruner.save_pretrained(tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "| expert 3 of block 1 | 32 → 16 |" in card
+    assert "| Width of all heads, in 2 blocks | 64 | 32 | −50.0 % |" in card
+    assert 'kind_ratios={"experts": 0.5, "attention": 0.5}' in card
+    plan = str(OTPruner.plan(make_qwen(), pruner.config, calibration_data=tokens))
+    assert "48 -> 36 in 1 dense FFNs; 32 -> 16 in 4 experts; 40 -> 30 in 1 shared experts" in plan
+    assert "2 -> 1 groups of heads a block" in plan
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     torch.testing.assert_close(logits(loaded, tokens), logits(model, tokens), rtol=0, atol=0)
+
+
+def test_a_report_names_what_there_is_and_nothing_else(tokens):
+    values = pruner_of(make_llama(**HEADS)).prune(tokens, progress=False).to_dict()
+    values["attention"][0]["unit"] = "[here](https://example.org)"
+    with pytest.raises(ReportError, match=r"`attention\[0\].unit` of the report is .* names nothing"):
+        PruningReport.from_dict(values)
 
 
 def test_an_interrupted_run_ends_in_the_same_heads(tokens, tmp_path, monkeypatch):

@@ -39,6 +39,7 @@ from optimum_otprune.pruning.size_target import added_biases, channel_cost, with
 from optimum_otprune.pruning.widths import given_widths, plan_widths
 
 _MEASURE_SECONDS = 0.12  # seconds of measuring for each of four rates
+_KIND_NAMES = {"dense": "dense FFNs", "experts": "experts", "shared": "shared experts"}
 _LARGEST_SIDE = 4096  # the size of the square matrices whose product is timed
 _LARGEST_SQUARE = 1024
 
@@ -141,6 +142,7 @@ def _shapes(prunable: PrunableModel, config: OTPruningConfig, widths: list[int])
         "bytes_after": weight_bytes(model)
         - _removed(blocks, saved, "bytes")
         - cost_of_heads(prunable, config, "bytes"),
+        "kinds": tuple(_KIND_NAMES[block.spec.kind] for block in blocks) if prunable.has_experts else (),
         "heads": None if not heads else (heads[0].num_groups, kept_groups(heads[0], config.kind_ratios[ATTENTION])),
     }
 
