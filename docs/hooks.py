@@ -108,16 +108,31 @@ def registered_tables() -> str:
 
 
 def families_table() -> str:
-    """Every registered architecture that can be pruned, and where its FFN is."""
+    """Every registered architecture that can be pruned, and where its FFNs are; then what may stand beside experts."""
     from optimum_otprune.models.architectures import ARCHITECTURES
-    from optimum_otprune.models.ffn_spec import PROJECTIONS
 
-    rows = []
+    rows, beside = [], {}
     for name, spec in ARCHITECTURES.items():
-        if spec.size_key is not None:
-            paths = [spec.slots.get(projection) for projection in PROJECTIONS]
-            rows.append((f"`{name}`", *(f"`{slot.path}`" if slot else "–" for slot in paths), f"`{spec.size_key}`"))
-    return table(("layout", "gate", "up", "down", "field of the width"), rows)
+        if spec.size_key is None or spec.is_reused:
+            continue
+        rows.append((f"`{name}`", *_places(spec), f"`{spec.size_key}`"))
+        fields: dict[tuple[str, ...], dict[str, None]] = {}
+        for kind in spec.beside:
+            fields.setdefault(_places(kind), {})[f"`{kind.size_key}`"] = None
+        for places, keys in fields.items():
+            field = ", ".join(keys) if len(keys) == 1 else "the first of several that says it"
+            beside.setdefault((*places, field), []).append(f"`{name}`")
+    head = ("kind", "gate", "up", "down", "field of the width")
+    others = [(", ".join(names), *row) for row, names in beside.items()]
+    title = "Beside experts, or in layers without them, these layouts may have other FFNs:"
+    return f"{table(('layout', *head), rows)}\n{title}\n\n{table(('layouts', *head), others)}"
+
+
+def _places(spec: Any) -> tuple[str, ...]:
+    """The kind of an FFN, and where its projections are."""
+    slots = [spec.slots.get(projection) for projection in ("gate", "up", "down")]
+    own = [slot and (slot.path if slot.parameter == "weight" else f"{slot.path}.{slot.parameter}") for slot in slots]
+    return (spec.kind, *(f"`{path}`" if path else "–" for path in own))
 
 
 def _source(entry: Any) -> str:

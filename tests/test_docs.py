@@ -269,7 +269,10 @@ def test_tables_are_made_from_the_package(hooks):
         assert all(f"| `{name}` |" in registered for name in registry.names())
     assert all(f"| `{name}` |" in registered for name in strategies)
     families = hooks.families_table()
-    assert all((f"| `{name}` |" in families) == (spec.size_key is not None) for name, spec in ARCHITECTURES.items())
+    assert all(
+        (f"| `{name}` |" in families) == (spec.size_key is not None and not spec.is_reused)
+        for name, spec in ARCHITECTURES.items()
+    )
     listed = hooks.errors_table()
     classes = [
         value for value in vars(errors).values() if isinstance(value, type) and value.__module__ == errors.__name__

@@ -76,7 +76,7 @@ class DenseOutputs:
             hidden = output[0] if isinstance(output, tuple) else output
             self._hidden += [self._spill.put(window.clone()) for window in hidden]
 
-        handle = prunable.blocks[-1].module.register_forward_hook(keep)
+        handle = prunable.stack[-1][0].module.register_forward_hook(keep)
         try:
             yield
             handle.remove()  # what follows runs the last block's hooks, too
@@ -114,7 +114,7 @@ class DenseOutputs:
 
     def _logits_by(self, prunable: PrunableModel, tokens: Tensor) -> _LogitsOf:
         runner = BlockRunner(prunable, [tokens[:1]], TensorSpill())
-        device = prunable.blocks[-1].device
+        device = prunable.stack[-1][0].device
 
         def logits(start: int, batch: Tensor) -> Tensor:
             kept = [stored.load() for stored in self._hidden[start : start + len(batch)]]

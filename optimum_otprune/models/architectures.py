@@ -40,12 +40,18 @@ def find_spec(model: PreTrainedModel) -> tuple[str, FFNSpec]:
     For a text model inside a larger one, the paths of the spec are those from the larger one.
 
     Raises:
-        UnsupportedModelError: If none fits every block, or no configuration can hold another width.
+        UnsupportedModelError: If none fits every block, layers share an FFN, or no configuration can hold another
+            width.
     """
     for name, spec in _candidates(model):
         if not _fits(model, spec):
             continue
         spec = _resolved(model, spec)
+        if spec.is_reused:
+            raise UnsupportedModelError(
+                f"Layers of {type(model).__name__} share one FFN, which is run several times in a forward pass, so "
+                "that it cannot be pruned layer by layer. Choose a model whose layers have weights of their own."
+            )
         if spec.size_key is None:
             raise UnsupportedModelError(
                 f"The width of the FFNs of {type(model).__name__} follows from the hidden size in its code: no "
@@ -74,7 +80,9 @@ def ffns_of(block: nn.Module, spec: FFNSpec) -> list[FFNSpec]:
         block: A block of a list that the spec fits.
         spec: The spec that fits the model, from `find_spec`.
     """
-    return [spec] if not spec.beside else [one for one in spec.kinds if _has_ffn(block, one)]
+    if not (spec.beside or spec.instead):
+        return [spec]
+    return [one for one in spec.kinds if _has_ffn(block, one)]
 
 
 def is_built_in(spec: FFNSpec) -> bool:
@@ -111,11 +119,6 @@ def _text_models(model: PreTrainedModel) -> Iterator[tuple[str, str]]:
             yield name if inner.base_model is inner else f"{name}.{inner.base_model_prefix}", _TEXT_CONFIG
 
 
-def _has_size(config: PreTrainedConfig, key: str) -> bool:
-    """Return whether a configuration holds a width, for all layers or one by one (then reading it raises)."""
-    return key in (getattr(config, "per_layer_attributes", None) or ()) or hasattr(config, key)
-
-
 def _fits(model: PreTrainedModel, spec: FFNSpec) -> bool:
     """Return whether every block has its FFN where a spec says, and an encoder with a decoder two lists of them."""
     has_both = bool(model.config.is_encoder_decoder)
@@ -128,12 +131,19 @@ def _fits_list(model: PreTrainedModel, spec: FFNSpec) -> bool:
         return False
     if spec.config and not isinstance(getattr(model.config, spec.config, None), PreTrainedConfig):
         return False
-    if spec.size_key is not None and not _has_size(spec.fields_of(model.config), spec.size_key):
-        return False
-    if not spec.beside:
+    if spec.size_key is not None:
+        is_there = spec.is_per_layer(model.config) or hasattr(spec.fields_of(model.config), spec.size_key)
+        if not is_there:
+            return False
+    if not (spec.beside or spec.instead):
         return all(_has_ffn(block, spec) for block in layers)
-    kinds = [one for one in spec.kinds if any(_says_width(model, block, one) for block in layers)]
-    return spec in kinds and all(any(_has_ffn(block, one) for one in kinds) for block in layers)
+    kinds = (
+        [spec] if not spec.beside else [one for one in spec.kinds if any(_says_width(model, b, one) for b in layers)]
+    )
+    has_ffn = [any(_has_ffn(block, one) for one in kinds) for block in layers]
+    return (
+        spec in kinds and any(has_ffn) and all(has or _lacks_ffn(block, spec) for has, block in zip(has_ffn, layers))
+    )
 
 
 def _resolved(model: PreTrainedModel, spec: FFNSpec) -> FFNSpec:
@@ -171,12 +181,18 @@ def _has_ffn(block: nn.Module, spec: FFNSpec) -> bool:
     return callable(submodule(block, path))
 
 
+def _lacks_ffn(block: nn.Module, spec: FFNSpec) -> bool:
+    """Return whether a block is one of those that have something else in place of an FFN."""
+    return any(submodule(block, path) is not None for path in spec.instead)
+
+
 def _is_projection(module: object, slot: Slot, spec: FFNSpec) -> bool:
     weight = getattr(module, slot.parameter, None)
     if not isinstance(weight, nn.Parameter):
         return False
-    if spec.is_stacked:  # marks that transformers gives its modules of experts
-        marks = (not slot.is_interleaved, False, spec.transposed)
-        names = ("is_concatenated", "has_post_expert_norm", "is_transposed")
-        return weight.ndim == 3 and tuple(getattr(module, name, None) for name in names) == marks
+    if spec.is_stacked:  # marks that transformers gives its modules of experts, but those that get their tokens sorted
+        marks = (not slot.is_interleaved, False, spec.transposed, spec.gate is not None)
+        names = ("is_concatenated", "has_post_expert_norm", "is_transposed", "has_gate")
+        given = tuple(getattr(module, name, None) for name in names)
+        return weight.ndim == 3 and given == ((None,) * 4 if spec.is_sorted else marks)
     return weight.ndim == 2 and spec.transposed == hasattr(module, "nf")  # as Conv1D has, and no linear module

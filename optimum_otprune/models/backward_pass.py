@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from optimum_otprune.errors import NumericalError, UnsupportedModelError
 from optimum_otprune.functional.linalg.singular_values import mean_singular_value
+from optimum_otprune.models.block import Block
 from optimum_otprune.models.block_runner import BlockRunner
 from optimum_otprune.models.devices import onloaded, return_freed_memory
 from optimum_otprune.models.ffn_block import FFNBlock
@@ -49,7 +50,7 @@ class ReversePass:
     """
 
     def __init__(self, prunable: PrunableModel, tokens: Tensor, settings: PassSettings, objectives: Sequence[str]):
-        model, blocks = prunable.model, prunable.blocks
+        model = prunable.model
         if prunable.has_experts:
             raise UnsupportedModelError(
                 f"{type(model).__name__} has experts, and gradients are not led to what a router chooses. Choose "
@@ -62,15 +63,18 @@ class ReversePass:
             )
         model.eval()  # dropout would make gradients random
         self.batches = tokens.split(settings.batch_size)
-        self._blocks, self._objectives = blocks, objectives
+        self._stack, self._objectives = prunable.stack, objectives
         self._spill, self._progress = settings.spill, settings.progress
+        self._dtype = prunable.blocks[0].dtype
         self._names = {module: name for name, module in model.named_modules()}
-        inside = {module for block in blocks for module in block.module.modules()}
+        inside = {module for block, _ in self._stack for module in block.module.modules()}
         self._around = [module for module in model.modules() if module is not model and module not in inside]
         self._runner = BlockRunner(prunable, self.batches, self._spill)
 
     def blocks(self) -> Iterator[tuple[FFNBlock, Iterator[FFNGradients]]]:
-        """Yield every block, the last one first, with its batches' gradients, which must be read in this order.
+        """Yield the FFN of every block that has one, the last one first, with its batches' gradients.
+
+        They must be read in this order.
 
         Raises:
             NumericalError: If an output is NaN or infinite; names the module.
@@ -85,16 +89,20 @@ class ReversePass:
             for objective in self._objectives
         }
         del hidden
-        for block in tqdm(self._blocks[::-1], desc="Backward", unit="layer", disable=not self._progress):
+        for block, ffns in tqdm(self._stack[::-1], desc="Backward", unit="layer", disable=not self._progress):
             with onloaded(block.module):
-                yield block, self._backward(block, before.pop(), gradients)
+                found = self._backward(block, ffns, before.pop(), gradients)
+                for ffn in ffns:
+                    yield ffn, found
+                for _ in found:  # what is left, of a block without an FFN
+                    pass
             return_freed_memory()
 
     @torch.no_grad()
     def _forward(self) -> list[list[StoredTensor]]:
         """Return the hidden states before every block and behind the last one, by block and batch."""
         hidden = [self._runner.take_first_hidden()]
-        for block in tqdm(self._blocks, desc="Forward", unit="layer", disable=not self._progress):
+        for block, _ in tqdm(self._stack, desc="Forward", unit="layer", disable=not self._progress):
             outputs = []
             with onloaded(block.module):
                 for index, states in enumerate(hidden[-1]):
@@ -106,7 +114,7 @@ class ReversePass:
             return_freed_memory()
         return hidden
 
-    def _raise_at_module(self, block: FFNBlock, hidden: Tensor, index: int) -> None:
+    def _raise_at_module(self, block: Block, hidden: Tensor, index: int) -> None:
         with _singular_values(list(block.module.modules()), self._names, every_output=True):
             self._runner.run(block, hidden, index)
         raise _not_finite(self._names[block.module])
@@ -114,7 +122,7 @@ class ReversePass:
     def _head_gradient(self, objective: str, batch: Tensor, hidden: Tensor) -> Tensor:
         """Return the gradient by the hidden states behind the last block."""
         with torch.enable_grad():
-            hidden = hidden.to(self._blocks[-1].device).detach().requires_grad_(True)
+            hidden = hidden.to(self._stack[-1][0].device).detach().requires_grad_(True)
             if objective == LOSS:
                 value = self._runner.finish(batch, hidden, labels=batch).loss * self._loss_scale(batch)
             else:
@@ -125,15 +133,15 @@ class ReversePass:
 
     def _loss_scale(self, batch: Tensor) -> int:
         """Return the factor that scales the loss in float16, where gradients of a mean over many tokens underflow."""
-        return 2 ** (batch.numel().bit_length() - 1) if self._blocks[0].dtype == torch.float16 else 1
+        return 2 ** (batch.numel().bit_length() - 1) if self._dtype == torch.float16 else 1
 
     def _backward(
-        self, block: FFNBlock, before: list[StoredTensor], gradients: dict[str, list[StoredTensor]]
+        self, block: Block, ffns: list[FFNBlock], before: list[StoredTensor], gradients: dict[str, list[StoredTensor]]
     ) -> Iterator[FFNGradients]:
         """Go back through one block: replace the gradients by its outputs by those by its inputs."""
         for index, states in enumerate(before):
             above = {objective: parts[index].load() for objective, parts in gradients.items()}
-            found, below = self._through(block, states.load(), index, above)
+            found, below = self._through(block, ffns, states.load(), index, above)
             for objective, gradient in below.items():
                 gradients[objective][index] = self._spill.put(gradient)
             scale = self._loss_scale(self.batches[index])
@@ -143,7 +151,7 @@ class ReversePass:
             yield found
 
     def _through(
-        self, block: FFNBlock, hidden: Tensor, index: int, above: dict[str, Tensor]
+        self, block: Block, ffns: list[FFNBlock], hidden: Tensor, index: int, above: dict[str, Tensor]
     ) -> tuple[FFNGradients, dict[str, Tensor]]:
         found: dict[str, dict[str, Tensor]] = {}
         below: dict[str, Tensor] = {}
@@ -155,7 +163,7 @@ class ReversePass:
                 seen[name] = (inputs, outputs)
                 return outputs.clone()  # what a block adds in place is then not added to what was noted
 
-            stack.enter_context(watched((block, note)))
+            stack.enter_context(watched(*((ffn, note) for ffn in ffns)))
             if SINGULAR_VALUES in above:
                 values = stack.enter_context(_singular_values(list(block.module.modules()), self._names))
             hidden = hidden.to(block.device).detach().requires_grad_(True)

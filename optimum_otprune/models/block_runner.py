@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from optimum_otprune.models.ffn_block import FFNBlock
+from optimum_otprune.errors import UnsupportedModelError
+from optimum_otprune.models.block import Block
 from optimum_otprune.models.inputs import model_inputs
 from optimum_otprune.models.prunable_model import PrunableModel
 from optimum_otprune.models.spill import StoredTensor, TensorSpill, mapped
@@ -50,21 +51,37 @@ class BlockRunner:
     """
 
     def __init__(self, prunable: PrunableModel, batches: Sequence[Tensor], spill: TensorSpill):
-        self._model, self._blocks, self._spill = prunable.model, prunable.firsts, spill
+        self._model, self._blocks, self._spill = prunable.model, [block for block, _ in prunable.stack], spill
         self._batches = batches
-        self._lists = [list(group) for _, group in groupby(self._blocks, key=lambda block: block.spec.layers)]
+        self._lists = [list(group) for _, group in groupby(self._blocks, key=lambda block: block.layers)]
         self._number = 0  # of the list that is run now
         self._forms: dict[int, tuple | None] = {}  # what blocks of a list return beside hidden states; None: nothing
         self._calls: list[list[_Call]] = [[] for _ in batches]
         self._first_hidden: list[StoredTensor] = []
+        self._shapes: list[torch.Size] = []  # of the first hidden states
         self._note_calls(None)
+
+    def check_lengths(self) -> None:
+        """Raise if blocks get another number of tokens than samples have.
+
+        Raises:
+            UnsupportedModelError: If they do.
+        """
+        for batch, shape in zip(self._batches, self._shapes):
+            if shape[:2] != batch.shape:
+                raise UnsupportedModelError(
+                    f"{type(self._model).__name__} gives its blocks hidden states of shape {tuple(shape)} for token "
+                    f"ids of shape {tuple(batch.shape)}: it fills them up, or adds tokens of its own, which are no "
+                    "calibration data. Use a `seqlen` that is a multiple of the size of its attention's window, or "
+                    "choose another model."
+                )
 
     def take_first_hidden(self) -> list[StoredTensor]:
         """Hand over the hidden states `(batch, seqlen, hidden_size)` before the first block, by batch, once."""
         taken, self._first_hidden = self._first_hidden, []
         return taken
 
-    def entered(self, block: FFNBlock, hidden: list[StoredTensor]) -> list[StoredTensor]:
+    def entered(self, block: Block, hidden: list[StoredTensor]) -> list[StoredTensor]:
         """Return the hidden states before a block: those behind the one before it, or the first ones of a new list.
 
         Args:
@@ -77,7 +94,7 @@ class BlockRunner:
         self._note_calls(hidden)
         return self.take_first_hidden()
 
-    def run(self, block: FFNBlock, hidden: Tensor, index: int) -> Tensor:
+    def run(self, block: Block, hidden: Tensor, index: int) -> Tensor:
         """Return the hidden states behind a block; differentiable where gradients are enabled.
 
         Args:
@@ -92,7 +109,7 @@ class BlockRunner:
         output = block.module(hidden, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
-    def given(self, block: FFNBlock, index: int) -> list[Tensor]:
+    def given(self, block: Block, index: int) -> list[Tensor]:
         """Return all tensors that a block receives beside the hidden states of a batch."""
         return [_loaded(leaf) for leaf in _leaves(self._calls[index][block.block])]
 
@@ -119,17 +136,17 @@ class BlockRunner:
             **kwargs: Other arguments of the model, such as `labels`.
         """
 
-        def stand_in(block: FFNBlock, before: Tensor, args: tuple, rest: dict[str, Any]) -> Any:
+        def stand_in(block: Block, before: Tensor, args: tuple, rest: dict[str, Any]) -> Any:
             return self._as_output(block, hidden if block is self._blocks[-1] else before)
 
         with self._replaced_blocks(stand_in):
             return self._model(**model_inputs(self._model, batch), use_cache=False, **kwargs)
 
-    def _as_output(self, block: FFNBlock, hidden: Tensor) -> object:
+    def _as_output(self, block: Block, hidden: Tensor) -> object:
         beside = self._forms[self._list_of(block)]
         return hidden if beside is None else (hidden, *beside)
 
-    def _list_of(self, block: FFNBlock) -> int:
+    def _list_of(self, block: Block) -> int:
         return next(number for number, blocks in enumerate(self._lists) if block.block <= blocks[-1].block)
 
     @torch.no_grad()
@@ -142,13 +159,14 @@ class BlockRunner:
         calls: list[_Call] = []
         number = self._number
 
-        def note(block: FFNBlock, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
+        def note(block: Block, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
             if self._list_of(block) > number:
                 raise _ListEndedError
             if self._list_of(block) < number:
                 is_last = behind is not None and block is self._lists[number - 1][-1]
                 return self._as_output(block, behind[index].load().to(hidden.device) if behind and is_last else hidden)
             if not calls:
+                self._shapes.append(hidden.shape)
                 self._first_hidden.append(self._spill.put(hidden.clone()))
             # The first block and batch show the form of all, but for tensors, such as T5's position biases.
             if number not in self._forms or (not calls and _leaves(self._forms[number])):
@@ -167,10 +185,10 @@ class BlockRunner:
                 self._calls[index] += own if like is own else self._sharing(own, like)
 
     @contextmanager
-    def _replaced_blocks(self, function: Callable[[FFNBlock, Tensor, tuple, dict[str, Any]], Any]) -> Iterator[None]:
+    def _replaced_blocks(self, function: Callable[[Block, Tensor, tuple, dict[str, Any]], Any]) -> Iterator[None]:
         """Call `function(block, hidden, other args, other kwargs)` in place of each block; it may call the block."""
 
-        def stand_in(block: FFNBlock, own: Callable | None) -> Callable:
+        def stand_in(block: Block, own: Callable | None) -> Callable:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
                 _set_forward(block.module, own)

@@ -12,10 +12,11 @@ from transformers import PreTrainedModel
 
 from optimum_otprune.errors import NumericalError, OTPruneError, UnsupportedModelError, raised
 from optimum_otprune.functional.ffn import check_weights, empty_channels
+from optimum_otprune.models.block import Block
 from optimum_otprune.models.block_runner import BlockRunner
 from optimum_otprune.models.devices import is_offloaded, onloaded, read_parameter
 from optimum_otprune.models.distributed import from_main
-from optimum_otprune.models.ffn_block import FFNBlock, by_block, named
+from optimum_otprune.models.ffn_block import FFNBlock, named
 from optimum_otprune.models.ffn_checks import ROUNDING, check_ffns, difference_of, rounding_of
 from optimum_otprune.models.ffn_hooks import noted, unchunked, watch_points, watched
 from optimum_otprune.models.inputs import model_inputs, vocabulary_size
@@ -195,11 +196,11 @@ def _checked(prunable: PrunableModel, sample: Tensor) -> list[float | None]:
     runner = BlockRunner(prunable, batches, spill)
     stored = runner.take_first_hidden()
     factors = []
-    for group in by_block(prunable.blocks):
-        block = group[0]
-        with named(block), onloaded(block.module):
+    for block, group in prunable.stack:
+        with named(group[0] if group else block), onloaded(block.module):
             hidden = [states.load() for states in runner.entered(block, stored)]
-            behind = [_check_run(group, runner, *each, index) for index, each in enumerate(zip(hidden, whole))]
+            points = watch_points(group)
+            behind = [_check_run(block, points, runner, *each, index) for index, each in enumerate(zip(hidden, whole))]
             factors += check_ffns(group, runner, hidden[0])
             stored = [spill.put(states) for states in behind]
     return factors
@@ -231,10 +232,9 @@ def _inputs_in_whole(prunable: PrunableModel, batch: Tensor) -> dict[int, Tensor
 
 
 def _check_run(
-    group: list[FFNBlock], runner: BlockRunner, hidden: Tensor, inputs: dict[int, Tensor], index: int
+    block: Block, points: list[FFNBlock], runner: BlockRunner, hidden: Tensor, inputs: dict[int, Tensor], index: int
 ) -> Tensor:
     """Run one block alone, and return the hidden states behind it."""
-    block, points = group[0], watch_points(group)
     before = [tensor.clone() for tensor in runner.given(block, index)]
     try:
         with ExitStack() as stack:
@@ -254,8 +254,10 @@ def _check_run(
             f"Hidden states of shape {tuple(hidden.shape)} go into the block, and of shape "
             f"{tuple(output.shape)} come out; want (batch, seqlen, hidden_size). This kind of model is not supported."
         )
-    difference = max(difference_of(own["inputs"].cpu(), inputs[layer]) for layer, own in seen.items())
-    if difference > rounding_of(inputs[points[0].layer]):
+    for layer, own in seen.items():
+        difference = difference_of(own["inputs"].cpu(), inputs[layer])
+        if difference <= rounding_of(inputs[layer]):
+            continue
         raise UnsupportedModelError(
             "Where the model is run block by block, its FFN gets other inputs than in a forward pass of the whole "
             f"model (relative difference {difference:.2g}), so it would be pruned for the wrong ones. Choose a model "

@@ -12,19 +12,18 @@ from transformers.activations import ACT2FN
 from optimum_otprune.errors import OTPruneError
 from optimum_otprune.functional.ffn import Activation, FFNWeights, Gating, first_channels
 from optimum_otprune.models.architectures import submodule
+from optimum_otprune.models.block import Block
 from optimum_otprune.models.devices import execution_device, keep_parameters, read_parameter, replace_parameter
 from optimum_otprune.models.ffn_spec import SHARED, FFNSpec, Function, Method
 
 _FEATURES = ("in_features", "out_features", "nx", "nf")
 
 
-class FFNBlock:
+class FFNBlock(Block):
     """One FFN of a model, and the block that it is in; a block with experts has many.
 
     Attributes:
         layer: The index of the FFN among all of the model, from 0; that of its block where each block has one FFN.
-        block: The index of the block, from 0.
-        module: The module of the whole block.
         spec: The place of the FFN in the block.
         expert: The index of the FFN among the experts that a router chooses from, or None for another FFN.
         times: How many times the width that the model's configuration holds the FFN is wide.
@@ -42,8 +41,8 @@ class FFNBlock:
         times: int = 1,
         least_multiple: int = 1,
     ):
-        self.module, self.spec, self.layer = module, spec, layer
-        self.block, self.expert, self.times = layer if block is None else block, expert, times
+        super().__init__(module, layer if block is None else block, spec.layers)
+        self.spec, self.layer, self.expert, self.times = spec, layer, expert, times
         self.least_multiple = least_multiple
 
     @property
@@ -234,7 +233,7 @@ class FFNBlock:
 
 
 @contextmanager
-def named(block: FFNBlock) -> Iterator[None]:
+def named(block: Block) -> Iterator[None]:
     """Name the layer in the messages of errors that are raised inside the block of code."""
     try:
         yield

@@ -36,7 +36,7 @@ class _Probe(NamedTuple):
 def check_ffns(group: list[FFNBlock], runner: BlockRunner, hidden: Tensor) -> list[float | None]:
     """Check all FFNs of one block, and return the factor of each; of one among several it is not measured."""
     found = [_check_ffn(group, block, runner, hidden) for block in watch_points(group)]
-    if len(group) > 1:
+    if len(group) != 1:
         return [None] * len(group)
     ordinary, outputs = found[0]
     return [_factor(group[0], runner, hidden, ordinary, outputs)]

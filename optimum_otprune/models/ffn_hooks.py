@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,10 +40,12 @@ def watched(*watchers: tuple[FFNBlock, Watcher]) -> Iterator[None]:
             fused matrix puts out. What it returns takes the place of the output; None leaves that as it is.
     """
 
-    def seen_together(watcher: Watcher, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
-        inputs, _ = experts_call(module, args, kwargs)
-        watcher("up", inputs, output)
-        watcher("down", inputs, output)
+    def seen_together(
+        watcher: Watcher, is_sorted: bool, module: nn.Module, args: tuple, kwargs: dict, output: Tensor
+    ) -> None:
+        call = experts_call(module, is_sorted, args, kwargs)
+        watcher("up", call.inputs, call.of(output))
+        watcher("down", call.inputs, call.of(output))
 
     def seen(
         watcher: Watcher, names: tuple[str, ...], module: nn.Module, args: tuple, output: Tensor
@@ -58,7 +60,8 @@ def watched(*watchers: tuple[FFNBlock, Watcher]) -> Iterator[None]:
 
     def handle(block: FFNBlock, watcher: Watcher, module: nn.Module, names: tuple[str, ...]) -> RemovableHandle:
         if block.spec.is_stacked:
-            return module.register_forward_hook(partial(seen_together, watcher), with_kwargs=True)
+            together = partial(seen_together, watcher, block.spec.is_sorted)
+            return module.register_forward_hook(together, with_kwargs=True)
         return module.register_forward_hook(partial(seen, watcher, names))
 
     with hooked(
@@ -67,17 +70,46 @@ def watched(*watchers: tuple[FFNBlock, Watcher]) -> Iterator[None]:
         yield
 
 
-def experts_call(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Routing]:
-    """Return the inputs of a module of experts, `(num_tokens, hidden_size)`, and the router's choice for them.
+class ExpertsCall(NamedTuple):
+    """What a module of experts was called with.
+
+    Attributes:
+        inputs: The inputs, `(num_rows, hidden_size)`: one row for each token, or for each expert that it is sent to,
+            in the order of tokens.
+        routing: The router's choice for each row.
+        rows: Which rows of the module's own inputs and outputs these are; None for all.
+    """
+
+    inputs: Tensor
+    routing: Routing
+    rows: Tensor | None = None
+
+    def of(self, output: Tensor) -> Tensor:
+        """Return what the module puts out for these rows, `(num_rows, hidden_size)`."""
+        output = output.flatten(end_dim=-2)
+        return output if self.rows is None else output[self.rows]
+
+
+def experts_call(module: nn.Module, is_sorted: bool, args: tuple, kwargs: dict[str, Any]) -> ExpertsCall:
+    """Return what goes into a module of experts.
 
     Args:
         module: The module that holds the experts of a block.
+        is_sorted: Whether it gets copies of all tokens for each expert; see `FFNSpec.is_sorted`.
         args: What it was called with by position.
         kwargs: What it was called with by name.
     """
     given = inspect.signature(module.forward).bind(*args, **kwargs).args
-    inputs, experts, weights = given[:3]
-    return inputs.flatten(end_dim=-2), Routing(experts, weights)
+    inputs = given[0].flatten(end_dim=-2)
+    if not is_sorted:
+        return ExpertsCall(inputs, Routing(*given[1:3]))
+    stack = next(iter(module.parameters(recurse=False)))
+    is_sent = inputs.ne(0).any(dim=-1).view(len(stack), -1).T  # (num_tokens, num_experts)
+    most = int(is_sent.sum(dim=1).max())  # if a weight was rounded to 0, a row of zeros takes the place
+    experts = is_sent.int().topk(most, dim=1).indices.sort(dim=1).values
+    rows = (experts * len(is_sent) + torch.arange(len(is_sent), device=experts.device)[:, None]).flatten()
+    chosen = experts.flatten()[:, None]
+    return ExpertsCall(inputs[rows], Routing(chosen, inputs.new_ones(chosen.shape)), rows)
 
 
 @contextmanager
@@ -86,7 +118,7 @@ def routed(block: FFNBlock) -> Iterator[list[Routing]]:
     seen: list[Routing] = []
 
     def note(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
-        seen.append(experts_call(module, args, kwargs)[1])
+        seen.append(experts_call(module, block.spec.is_sorted, args, kwargs).routing)
 
     with hooked([block.up.register_forward_hook(note, with_kwargs=True)] if block.spec.is_stacked else []):
         yield seen

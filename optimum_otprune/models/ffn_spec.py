@@ -93,6 +93,13 @@ class FFNSpec:
             several shared experts in one; None for once.
         beside: Where other FFNs are that blocks of the list have beside this one or in place of it, as shared experts
             and the dense FFNs of some layers. Of several entries at one place, the first that fits is taken.
+        is_sorted: Whether experts get copies of all tokens, one expert's behind the other's, each multiplied by the
+            router's weight and zero where the router does not send it, as in Llama 4; otherwise the tokens and the
+            router's choice.
+        is_reused: Whether one FFN stands in several layers, or is run several times a pass, so that it cannot be
+            pruned for one of them.
+        instead: Paths of which a block that has no FFN at all has one, as the output projection of a layer of
+            attention alone; empty where every block must have an FFN.
         then: Where the FFN is in a second list of blocks that runs behind the first, as a decoder behind its encoder.
     """
 
@@ -114,6 +121,9 @@ class FFNSpec:
     kind: str = DENSE
     times_key: str | None = None
     beside: "tuple[FFNSpec, ...]" = ()
+    is_sorted: bool = False
+    is_reused: bool = False
+    instead: tuple[str, ...] = ()
     then: "FFNSpec | None" = None
 
     @property
@@ -167,6 +177,10 @@ class FFNSpec:
             layer: {name: getattr(own, name) for name in names} for layer, own in enumerate(fields.per_layer_config)
         }
 
+    def is_per_layer(self, config: PreTrainedConfig) -> bool:
+        """Return whether a model's configuration says the width of each layer for itself."""
+        return self.size_key in (getattr(self.fields_of(config), "per_layer_attributes", None) or ())
+
     def times(self, config: PreTrainedConfig) -> int:
         """Return how many times the width that a model's configuration holds the FFN is wide."""
         return 1 if self.times_key is None else int(getattr(self.fields_of(config), self.times_key))
@@ -174,9 +188,9 @@ class FFNSpec:
     def width_in(self, config: PreTrainedConfig) -> int | None:
         """Return the width that a model's configuration gives all FFNs of this kind; None where it gives no such."""
         assert self.size_key is not None
-        fields = self.fields_of(config)
-        if self.size_key in (getattr(fields, "per_layer_attributes", None) or ()):
+        if self.is_per_layer(config):
             return None  # reading it raises
+        fields = self.fields_of(config)
         held = getattr(fields, self.size_key, None)
         times = 1 if self.times_key is None else getattr(fields, self.times_key, None)
         if type(held) is not int or type(times) is not int:

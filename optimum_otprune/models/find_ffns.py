@@ -56,7 +56,8 @@ def ffn_blocks(model: PreTrainedModel) -> list[FFNBlock]:
         )
     check_plain(model)
     _check_inputs(model)
-    blocks = known_blocks(model, find_spec(model)[1])
+    spec = find_spec(model)[1]
+    blocks = known_blocks(model, spec)
     if len({block.module for block in blocks}) < len(by_block(blocks)):
         raise UnsupportedModelError(
             "Layers of this model share one module, so that none can be pruned for itself. Prune a model whose layers "
@@ -67,8 +68,10 @@ def ffn_blocks(model: PreTrainedModel) -> list[FFNBlock]:
             raise UnsupportedModelError(
                 f"The FFN weights of layer {block.layer} are {block.dtype}. Prune the model before it is quantized."
             )
-    for group in by_block(blocks):
-        _check_alone(group)
+    groups = {group[0].block: group for group in by_block(blocks)}
+    hidden_sizes = {block.hidden_size for block in blocks}
+    for index, module in enumerate(module for one in spec.lists for module in find_blocks(model, one)):
+        _check_alone(index, module, groups.get(index, []), hidden_sizes)
     return blocks
 
 
@@ -78,10 +81,15 @@ def _check_inputs(model: PreTrainedModel) -> None:
         embeddings = model.get_input_embeddings()
     except NotImplementedError:  # more than one, as of a text and a picture model side by side
         embeddings = None
-    if model.main_input_name != "input_ids" or not isinstance(getattr(embeddings, "num_embeddings", None), int):
+    if model.main_input_name != "input_ids" or embeddings is None:
         raise UnsupportedModelError(
             f"{type(model).__name__} takes pictures, sound or the like (`{model.main_input_name}`) beside or in place "
             "of token ids, which calibration data consist of. Prune a model of text."
+        )
+    if not isinstance(getattr(embeddings, "num_embeddings", None), int):
+        raise UnsupportedModelError(
+            f"The embeddings of {type(model).__name__} are a {type(embeddings).__name__}, no plain table that says "
+            "how many token ids there are. Prune a model with such a table."
         )
 
 
@@ -120,29 +128,50 @@ def check_dense(blocks: list[FFNBlock]) -> None:
             )
 
 
-def _check_alone(group: list[FFNBlock]) -> None:
+def _check_alone(index: int, module: nn.Module, group: list[FFNBlock], hidden_sizes: set[int]) -> None:
     """Raise if a block has experts, or other FFNs, beside the known ones, since only those would be pruned.
 
-    Experts are stacked in one tensor of three dimensions, or are a list of modules with FFN-like weights each.
+    Experts are stacked in one tensor of three dimensions, or are a list of modules with FFN-like weights each. Of
+    blocks with one known FFN it is measured whether the module that holds it is nothing else; see `check_ffns`.
+
+    Args:
+        index: The index of the block.
+        module: The block.
+        group: Its known FFNs, of which there may be none.
+        hidden_sizes: The widths of what goes into FFNs of the model.
     """
-    block, known = group[0], {module for one in group for module in one.modules}
-    hidden_size = block.hidden_size
-    for name, module in block.module.named_modules():
-        if module in known:
+    known = {part for one in group for part in one.modules}
+    for name, part in module.named_modules():
+        if part in known or not name:
             continue
-        is_convolution = isinstance(module, nn.modules.conv._ConvNd)
-        parts = [part for part in module._parameters.values() if part is not None and part.ndim == 3]
-        matching = any(min(part.shape) > 1 and hidden_size in part.shape[1:] for part in parts)
+        is_convolution = isinstance(part, nn.modules.conv._ConvNd)
+        parameters = [own for own in part._parameters.values() if own is not None and own.ndim == 3]
+        matching = any(min(own.shape) > 1 and hidden_sizes & set(own.shape[1:]) for own in parameters)
         stacked = matching and not is_convolution
-        listed = isinstance(module, nn.ModuleList) and sum(_is_ffn(part, hidden_size) for part in module) > 1
-        if stacked or listed:
+        listed = isinstance(part, nn.ModuleList) and sum(_is_ffn(own, hidden_sizes) for own in part) > 1
+        is_dense = len(group) != 1 and known.isdisjoint(part.modules()) and _is_dense_ffn(part, hidden_sizes)
+        around = module.get_submodule(
+            name.rpartition(".")[0]
+        )  # what is inside a norm or a router is no FFN of the block
+        if stacked or listed or (is_dense and (not group or not known.isdisjoint(around.modules()))):
             raise UnsupportedModelError(
-                f"Block {block.block} has experts, or other FFNs, beside those that are known (at {name!r}), which "
-                "alone would be pruned. Prune a model of another architecture."
+                f"Block {index} has experts, or other FFNs, beside those that are known (at {name!r}), which alone "
+                "would be pruned. Prune a model of another architecture."
             )
 
 
-def _is_ffn(module: nn.Module, hidden_size: int) -> bool:
-    """Return whether a module has matrices from the hidden size to another size, and back."""
+def _is_ffn(module: nn.Module, hidden_sizes: set[int]) -> bool:
+    """Return whether a module has matrices from a hidden size to another size, and back."""
     shapes = [part.shape for part in module.parameters() if part.ndim == 2 and part.shape[0] != part.shape[1]]
-    return any(shape[1] == hidden_size for shape in shapes) and any(shape[0] == hidden_size for shape in shapes)
+    return any(shape[1] in hidden_sizes for shape in shapes) and any(shape[0] in hidden_sizes for shape in shapes)
+
+
+def _is_dense_ffn(module: nn.Module, hidden_sizes: set[int]) -> bool:
+    """Return whether a module has a function, and two or three matrices, of which the last one takes what it makes."""
+    parts = list(module.children())
+    shapes = [part.weight.shape for part in parts if isinstance(part, nn.Linear)]
+    has_function = any(not list(part.parameters()) and type(part) is not nn.Dropout for part in parts)
+    if not has_function or len(shapes) not in (2, 3):
+        return False
+    inner = {shape[1] for shape in shapes if shape[0] in hidden_sizes} - hidden_sizes
+    return any(shape[1] in hidden_sizes and {shape[0], shape[0] // 2} & inner for shape in shapes)

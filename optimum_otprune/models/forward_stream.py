@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from optimum_otprune.functional.experts import Routing
 from optimum_otprune.functional.ffn import ffn_forward
+from optimum_otprune.models.block import Block
 from optimum_otprune.models.block_runner import BlockRunner
 from optimum_otprune.models.devices import onloaded
 from optimum_otprune.models.ffn_block import FFNBlock
@@ -42,12 +43,13 @@ class FFNInputs(NamedTuple):
 
     Attributes:
         inputs: The inputs, `(num_tokens, hidden_size)` for each batch.
-        counts: The number of tokens of each batch.
+        tokens: Which of all tokens each input is, LongTensor for each batch; experts that get their tokens sorted have
+            one input for each expert that a token is sent to.
         routing: The router's choice among the experts, for each batch; empty for another FFN.
     """
 
     inputs: list[StoredTensor]
-    counts: list[int]
+    tokens: list[Tensor]
     routing: list[Routing]
 
 
@@ -73,6 +75,7 @@ class CalibrationStream:
         self.spill, self._stays_dense = settings.spill, stays_dense
         batches = tokens.split(settings.batch_size)
         self._runner = BlockRunner(prunable, batches, self.spill)
+        self._runner.check_lengths()
         self._factors = prunable.factors or [None] * len(prunable.blocks)
         self._hidden = self._runner.take_first_hidden()
         self._dense_hidden = list(self._hidden) if track_dense else None
@@ -84,7 +87,7 @@ class CalibrationStream:
         self._ffn_inputs: list[StoredTensor] | None = None  # if set, `_hidden` is a block's output without its FFN
 
     @torch.no_grad()
-    def energies(self, block: FFNBlock) -> Tensor:
+    def energies(self, block: Block) -> Tensor:
         """Run a block with its dense FFN, and return the squared norms of the hidden states behind it.
 
         If the dense model is tracked, its hidden states are measured, and they are behind the block afterwards.
@@ -105,7 +108,7 @@ class CalibrationStream:
         return torch.cat(found)
 
     @torch.no_grad()
-    def head_taps(self, block: FFNBlock, output: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+    def head_taps(self, block: Block, output: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
         """Run a block, still dense, on the pruned model's hidden states, and look at its attention; before its FFNs.
 
         `attention_energies` comes first.
@@ -129,7 +132,7 @@ class CalibrationStream:
                     self._runner.run(block, stored.load(), index)
                 yield seen.pop()
 
-    def attention_energies(self, block: FFNBlock) -> Tensor:
+    def attention_energies(self, block: Block) -> Tensor:
         """Return what `energies` returns, which it will return once more for the FFNs of the block, then changed."""
         self._energies[block.block] = self.energies(block)
         return self._energies[block.block]
@@ -171,6 +174,7 @@ class CalibrationStream:
         block, points = group[0], watch_points(group)
         self._enter(block)
         found = {point.layer: FFNInputs([], [], []) for point in points}
+        start = 0
         with onloaded(block.module):
             for index, stored in enumerate(self._hidden):
                 with ExitStack() as stack:
@@ -178,7 +182,9 @@ class CalibrationStream:
                         (point, stack.enter_context(noted(point)), stack.enter_context(routed(point)))
                         for point in points
                     ]
-                    self._runner.run(block, stored.load(), index)
+                    output = self._runner.run(block, stored.load(), index)
+                owners = torch.arange(start, start + output.shape[:-1].numel())
+                start += len(owners)
                 kept: list[tuple[Tensor, StoredTensor]] = []  # experts and what is beside them mostly get the same
                 for point, parts, routing in seen:
                     inputs = parts["inputs"]
@@ -187,7 +193,7 @@ class CalibrationStream:
                     kept.append((inputs, waiting))
                     own = found[point.layer]
                     own.inputs.append(waiting)
-                    own.counts.append(len(inputs))
+                    own.tokens.append(owners.repeat_interleave(len(inputs) // len(owners)))
                     own.routing.extend(Routing(*(part.cpu() for part in one)) for one in routing)
         return found
 
@@ -197,10 +203,9 @@ class CalibrationStream:
 
         Where the block adds a multiple of the FFN's output, that is done in float32; otherwise rounding would add up.
         """
-        self._enter(block)
         factor = self._exact_factor(block)
         if self._ffn_inputs is None or factor is None:
-            self._run_all(block, self._hidden, self._runner)
+            self._advance_whole(block)
             return
         weights = block.read()
         for index, (beside, inputs) in enumerate(zip(self._hidden, self._ffn_inputs)):
@@ -212,11 +217,15 @@ class CalibrationStream:
     def _exact_factor(self, block: FFNBlock) -> float | None:
         return self._factors[block.layer] if block.dtype == torch.float32 else None
 
-    def skip(self, block: FFNBlock) -> None:
+    def skip(self, block: Block) -> None:
         """Run a block that stays as it is, on the dense model's hidden states too if they are tracked."""
         with onloaded(block.module):
             self.follow_dense(block)
-            self.advance(block)
+            self._advance_whole(block)
+
+    def _advance_whole(self, block: Block) -> None:
+        self._enter(block)
+        self._run_all(block, self._hidden, self._runner)
 
     def replay(self, block: FFNBlock) -> None:
         """Change the hidden states as measuring a block with a dense FFN would, to the bit."""
@@ -224,7 +233,7 @@ class CalibrationStream:
         for _ in self.taps(block):
             pass
 
-    def follow_dense(self, block: FFNBlock) -> None:
+    def follow_dense(self, block: Block) -> None:
         """Run a block, its FFN still dense, on the dense model's hidden states alone, if they are tracked."""
         if self._energies.pop(block.block, None) is not None:
             return  # done when its attention was looked at
@@ -232,14 +241,14 @@ class CalibrationStream:
         if self._dense_hidden is not None:
             self._run_all(block, self._dense_hidden, self._dense_runner)
 
-    def _enter(self, block: FFNBlock) -> None:
+    def _enter(self, block: Block) -> None:
         """Begin a decoder where the block is its first one, with what the encoder has put out."""
         self._hidden = self._runner.entered(block, self._hidden)
         if self._dense_hidden is not None and self._dense_runner is not self._runner:
             self._dense_hidden = self._dense_runner.entered(block, self._dense_hidden)
 
     @torch.no_grad()
-    def _run_all(self, block: FFNBlock, hidden: list[StoredTensor], runner: BlockRunner) -> None:
+    def _run_all(self, block: Block, hidden: list[StoredTensor], runner: BlockRunner) -> None:
         with onloaded(block.module):
             for index, states in enumerate(hidden):  # one by one, so that the old ones make room for the new ones
                 hidden[index] = self.spill.put(runner.run(block, states.load(), index))

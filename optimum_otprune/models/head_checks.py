@@ -31,7 +31,7 @@ def check_removal(prunable: PrunableModel, heads: list[AttentionHeads], tokens: 
     """
     runner, own = BlockRunner(prunable, [short_sample(tokens)], TensorSpill()), {one.block: one for one in heads}
     hidden = runner.take_first_hidden()[0].load()
-    for block in prunable.firsts:
+    for block, _ in prunable.stack:
         with onloaded(block.module):
             if block.block in own:
                 _check_block(own[block.block], partial(runner.run, block, hidden, 0))

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from optimum_otprune.models.ffn_spec import EXPERTS, PROJECTIONS, SHARED, FFNSpec, Function, Method, Slot
+from optimum_otprune.models.ffn_spec import DENSE, EXPERTS, PROJECTIONS, SHARED, FFNSpec, Function, Method, Slot
 
 
 def _plain(layers: str, up: str, down: str, activation: str, size_key: str | None = "intermediate_size") -> FFNSpec:
@@ -124,6 +124,65 @@ def _experts(holder: str, size_key: str, *dense: FFNSpec) -> FFNSpec:
     )
 
 
+# Nemotron-H: FFNs without a gate stand between blocks of attention or Mamba alone.
+_NEMOTRON_H = replace(
+    _plain("layers", "mixer.up_proj", "mixer.down_proj", "mixer.act_fn"),
+    bias_key="mlp_bias",
+    size_attributes=("mixer.intermediate_size",),
+    instead=("mixer.o_proj", "mixer.conv1d"),
+)
+_NEMOTRON_H_EXPERTS = FFNSpec(
+    layers="layers",
+    kind=EXPERTS,
+    up=Slot("mixer.experts", parameter="up_proj"),
+    down=Slot("mixer.experts", parameter="down_proj"),
+    activation="mixer.experts.act_fn",
+    size_key="moe_intermediate_size",
+    size_attributes=("mixer.experts.intermediate_dim",),
+    residual=False,
+    instead=_NEMOTRON_H.instead,
+    beside=(
+        replace(
+            _plain("layers", *(f"mixer.shared_experts.{name}" for name in ("up_proj", "down_proj", "act_fn"))),
+            kind=SHARED,
+            size_key="moe_shared_expert_intermediate_size",
+            size_attributes=("mixer.shared_experts.intermediate_size",),
+            residual=False,
+        ),
+        replace(_NEMOTRON_H, bias_key=None),
+    ),
+)
+
+
+def _llama4(ffn: str, size_key: str, kind: str = DENSE) -> FFNSpec:
+    """Return the layout of Llama 4's dense or shared FFNs.
+
+    What holds the blocks has another name than the class of the model says (`base_model_prefix`), so that `base_model`
+    is the whole model.
+    """
+    spec = replace(_gated(ffn), activation=f"{ffn}.activation_fn", size_key=size_key)
+    return replace(spec, layers="model.layers", kind=kind, residual=False)
+
+
+# Llama 4: experts are given their tokens sorted.
+_LLAMA4 = FFNSpec(
+    layers="model.layers",
+    kind=EXPERTS,
+    gate=Slot("feed_forward.experts", 0, 2, "gate_up_proj"),
+    up=Slot("feed_forward.experts", 1, 2, "gate_up_proj"),
+    down=Slot("feed_forward.experts", parameter="down_proj"),
+    activation="feed_forward.experts.act_fn",
+    size_attributes=("feed_forward.experts.intermediate_size", "feed_forward.experts.expert_dim"),
+    transposed=True,
+    is_sorted=True,
+    residual=False,
+    beside=(
+        _llama4("feed_forward.shared_expert", "intermediate_size", SHARED),
+        _llama4("feed_forward", "intermediate_size_mlp"),
+    ),
+)
+
+
 # Of several that fit, the last one is taken: those that ask for less stand before those that ask for more.
 LAYOUTS: dict[str, FFNSpec] = {
     # The width is a whole multiple of the hidden size, mostly written in the code.
@@ -132,6 +191,27 @@ LAYOUTS: dict[str, FFNSpec] = {
     "openai-gpt": replace(_plain("h", "mlp.c_fc", "mlp.c_proj", "mlp.act", None), transposed=True),
     "xlm": _plain("ffns", "lin1", "lin2", "act", None),
     "mpt": _plain("blocks", "ffn.up_proj", "ffn.down_proj", "ffn.act", None),
+    # Layers share their FFN.
+    "albert": replace(
+        _plain(
+            "encoder.albert_layer_groups",
+            "albert_layers.0.ffn",
+            "albert_layers.0.ffn_output",
+            "albert_layers.0.activation",
+        ),
+        is_reused=True,
+    ),
+    "hrm_text": replace(_GATED, layers="H_module.layers", is_reused=True),
+    "zamba": replace(_gated("shared_transf.feed_forward"), instead=("mamba",), is_reused=True),
+    "zamba2": replace(
+        _FUSED,
+        gate=Slot("shared_transformer.feed_forward.gate_up_proj", 0, 2),
+        up=Slot("shared_transformer.feed_forward.gate_up_proj", 1, 2),
+        down="shared_transformer.feed_forward.down_proj",
+        activation="shared_transformer.feed_forward.act_fn",
+        instead=("mamba",),
+        is_reused=True,
+    ),
     "nemotron": replace(_plain("layers", "mlp.up_proj", "mlp.down_proj", "mlp.act_fn"), bias_key="mlp_bias"),
     "llama": _GATED,
     # Gemma 2 and 3, OLMo 2, …: a norm stands between the FFN and the residual stream.
@@ -141,6 +221,16 @@ LAYOUTS: dict[str, FFNSpec] = {
     "recurrent_gemma": replace(_gated("mlp_block"), size_factor=2),
     "lfm2": _NUMBERED,
     "phi3": _FUSED,
+    # Moshi's field holds the width of gate and up projection together.
+    "moshi": replace(
+        _FUSED,
+        gate=Slot("mlp.fc1", 0, 2),
+        up=Slot("mlp.fc1", 1, 2),
+        down="mlp.fc2",
+        size_key="ffn_dim",
+        size_factor=2,
+        size_attributes=(),
+    ),
     "glm4": replace(_FUSED, residual=False, requires=("post_mlp_layernorm",)),
     "modernbert": FFNSpec(
         layers="layers",
@@ -192,6 +282,9 @@ LAYOUTS: dict[str, FFNSpec] = {
     "jamba": _experts("feed_forward.experts", "intermediate_size", _gated("feed_forward")),
     "lfm2_moe": _experts("feed_forward.experts", "moe_intermediate_size", _NUMBERED),
     "aria_text": replace(_experts("mlp.experts", "intermediate_size"), transposed=True),
+    "nemotron_h": _NEMOTRON_H,
+    "nemotron_h_moe": _NEMOTRON_H_EXPERTS,
+    "llama4": _LLAMA4,
     "gpt_oss": _interleaved(_experts("mlp.experts", "intermediate_size")),
     "mixtral": _experts("mlp.experts", "intermediate_size", _gated("mlp")),
     "qwen2_moe": _experts("mlp.experts", "moe_intermediate_size", _gated("mlp")),

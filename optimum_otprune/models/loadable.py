@@ -27,10 +27,9 @@ def check_loadable(model: PreTrainedModel) -> None:
     is_uneven = any(getattr(part, "is_heterogeneous", False) for part in (config, config.get_text_config()))
     if is_uneven and type(model).__module__.startswith("transformers.models."):
         _, spec = find_spec(model)
-        fields = spec.fields_of(config)
         # Only the modeling file that is saved with such a model builds its widths.
-        if spec.size_key in (fields.per_layer_attributes or ()):
-            fields.per_layer_config = spec.others_per_layer(config) or None
+        if spec.is_per_layer(config):
+            spec.fields_of(config).per_layer_config = spec.others_per_layer(config) or None
             uneven = {module for block in known_blocks(model, spec) for module in block.modules}
     with torch.device("meta"):
         built = _shapes(type(model)(config))
@@ -61,7 +60,8 @@ def check_resizable(model: PreTrainedModel, blocks: list[FFNBlock]) -> None:
         blocks: All of its FFN blocks, in order.
 
     Raises:
-        UnsupportedModelError: If the FFNs of that model have another width, or it cannot be built.
+        UnsupportedModelError: If the FFNs of that model have another width, another weight has another shape, or it
+            cannot be built.
     """
     if not _is_built_from_its_configuration(model):
         return
@@ -72,7 +72,8 @@ def check_resizable(model: PreTrainedModel, blocks: list[FFNBlock]) -> None:
         block.spec.write_width(config, width)
     try:
         with torch.device("meta"):
-            built = known_blocks(type(model)(config), spec)
+            narrow = type(model)(config)
+            built = known_blocks(narrow, spec)
     except (ValueError, TypeError) as error:
         raise UnsupportedModelError(
             f"{type(model).__name__} {raised(error)} when it is built with FFNs of {wanted[0]} channels, so no "
@@ -87,6 +88,16 @@ def check_resizable(model: PreTrainedModel, blocks: list[FFNBlock]) -> None:
             f"{found[first] if found else 'none'}. What is saved could not be loaded. Give the right field as "
             "`size_key` to `register_architecture`, or choose another model."
         )
+    own = {module for block in blocks for module in block.modules}
+    known = {f"{path}.{name}" for path, part in model.named_modules() if part in own for name in part._parameters}
+    held, shapes = _shapes(model), _shapes(narrow)
+    for name in held:
+        if name in shapes and name not in known and held[name] != shapes[name]:
+            raise UnsupportedModelError(
+                f"The weight {name!r} is no part of a known FFN of {type(model).__name__}, but its shape follows from "
+                f"the same field of the configuration ({held[name]}, and {shapes[name]} with FFNs of half the width): "
+                "it would not be pruned, and what is saved could not be loaded. Choose another model."
+            )
 
 
 def _is_built_from_its_configuration(model: PreTrainedModel) -> bool:

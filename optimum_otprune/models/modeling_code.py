@@ -1,5 +1,6 @@
 """The modeling file beside a model whose layers differ in width; it needs nothing but transformers."""
 
+import copy
 from string import Template
 from typing import NamedTuple
 
@@ -63,10 +64,15 @@ def needed_modeling_code(model: PreTrainedModel) -> ModelingCode | None:
     Raises:
         UnsupportedModelError: If none can be written; see `modeling_code`.
     """
+    _, spec = find_spec(model)
+    config = model.config
+    if not spec.is_per_layer(config) and spec.others_per_layer(config):  # what a family itself holds layer by layer
+        config = copy.deepcopy(config)
+        spec.fields_of(config).per_layer_config = None
     for name in save_formats.names():
-        template = save_format(name).modeling_template(model.config)
+        template = save_format(name).modeling_template(config)
         if template is not None:
-            return modeling_code(model, find_spec(model)[1], template)
+            return modeling_code(model, spec, template)
     return None
 
 

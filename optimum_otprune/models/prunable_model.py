@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
+from optimum_otprune.models.architectures import find_blocks
+from optimum_otprune.models.block import Block
 from optimum_otprune.models.ffn_block import FFNBlock, by_block
 from optimum_otprune.models.ffn_spec import FFNSpec
 from optimum_otprune.models.find_ffns import check_dense, ffn_blocks, known_blocks
@@ -56,10 +58,13 @@ class PrunableModel:
         """The place of the FFNs, and the name of their width in the model's configuration."""
         return self.blocks[0].spec
 
-    @property
-    def firsts(self) -> list[FFNBlock]:
-        """The first FFN of each block of the model, which stands for its block."""
-        return [group[0] for group in by_block(self.blocks)]
+    @functools.cached_property
+    def stack(self) -> list[tuple[Block, list[FFNBlock]]]:
+        """Every block of the model, in the order of the forward pass, with its FFNs, of which there may be none."""
+        groups = {group[0].block: group for group in by_block(self.blocks)}
+        lists = {block.layers: block.spec for block in self.blocks}
+        places = [(path, module) for path, spec in lists.items() for module in find_blocks(self.model, spec)]
+        return [(Block(module, index, path), groups.get(index, [])) for index, (path, module) in enumerate(places)]
 
     @property
     def has_experts(self) -> bool:

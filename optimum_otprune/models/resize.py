@@ -23,8 +23,10 @@ def finish_resize(model: PreTrainedModel, blocks: list[FFNBlock], non_uniform_fo
         How many parameters are zeros that only fill up.
     """
     spec = blocks[0].spec
-    if _add_biases(blocks) and spec.bias_key is not None:
-        setattr(spec.fields_of(model.config), spec.bias_key, True)
+    fields, key = spec.fields_of(model.config), spec.bias_key
+    # Without such a field no FFN can have gained a bias.
+    if key is not None and hasattr(fields, key) and _add_biases(blocks):
+        setattr(fields, key, True)
     groups: dict[tuple[str, str | None], list[FFNBlock]] = {}  # those whose width is in one field
     for block in blocks:
         groups.setdefault((block.spec.config, block.spec.size_key), []).append(block)

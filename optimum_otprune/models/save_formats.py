@@ -113,10 +113,10 @@ class PerLayerConfig(SaveFormat):
         if len(set(widths)) > 1:
             spec = blocks[0].spec
             assert spec.size_key is not None
-            values = [spec.size_factor * width for width in widths]
             others = spec.others_per_layer(model.config)
-            spec.fields_of(model.config).per_layer_config = {
-                layer: {**others.get(layer, {}), spec.size_key: value} for layer, value in enumerate(values)
+            spec.fields_of(model.config).per_layer_config = others | {
+                block.block: {**others.get(block.block, {}), spec.size_key: spec.size_factor * width}
+                for block, width in zip(blocks, widths)
             }
         return padding
 

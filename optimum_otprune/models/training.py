@@ -19,10 +19,10 @@ from optimum_otprune.errors import UnsupportedModelError
 from optimum_otprune.models.architectures import find_spec
 from optimum_otprune.models.devices import execution_device, is_offloaded, multiplies_bfloat16
 from optimum_otprune.models.distributed import summed
-from optimum_otprune.models.ffn_block import by_block
 from optimum_otprune.models.find_ffns import ffn_blocks
 from optimum_otprune.models.inputs import check_predicts_next
 from optimum_otprune.models.low_rank import low_rank_updates, peft_module
+from optimum_otprune.models.prunable_model import PrunableModel
 
 
 class TrainedWeights(NamedTuple):
@@ -166,7 +166,7 @@ def recomputed(model: PreTrainedModel, is_wanted: bool) -> Iterator[None]:
         model: The model.
         is_wanted: Whether to do anything.
     """
-    blocks = [group[0].module for group in by_block(ffn_blocks(model))] if is_wanted else []
+    blocks = [block.module for block, _ in PrunableModel.of(model).stack] if is_wanted else []
     own = [block.__dict__.get("forward") for block in blocks]
     for block in blocks:
         block.__dict__["forward"] = partial(checkpoint, block.forward, use_reentrant=False)

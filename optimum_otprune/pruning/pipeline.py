@@ -10,6 +10,7 @@ from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.errors import warn_user
 from optimum_otprune.functional.ffn import check_weights
 from optimum_otprune.models.attention_heads import AttentionHeads, finish_heads
+from optimum_otprune.models.block import Block
 from optimum_otprune.models.changes import mark_half_pruned
 from optimum_otprune.models.devices import (
     is_offloaded,
@@ -19,7 +20,7 @@ from optimum_otprune.models.devices import (
 )
 from optimum_otprune.models.distributed import from_main
 from optimum_otprune.models.faithfulness import check_parameters
-from optimum_otprune.models.ffn_block import FFNBlock, by_block, install_all, named
+from optimum_otprune.models.ffn_block import FFNBlock, install_all, named
 from optimum_otprune.models.ffn_hooks import unchunked
 from optimum_otprune.models.head_checks import check_removal
 from optimum_otprune.models.pass_settings import PassSettings
@@ -106,18 +107,18 @@ def _prune_layers(
     Returns:
         The reports of all FFNs, and those of attention.
     """
-    groups, widths = by_block(run.prunable.blocks), iter(run.prepared.widths)
+    stack, widths = run.prunable.stack, iter(run.prepared.widths)
     reports, attention = [], []
     own = {one.block: one for one in heads}
     with logging_redirect_tqdm([logging.getLogger("optimum_otprune")]):
-        for group in tqdm(groups, desc="Pruning", unit="layer", disable=not progress):
-            if group[0].block in own:
-                attention.append(_next_heads(own[group[0].block], group[0], run))
-            reports += _next_block(group, [next(widths) for _ in group], run, store)
+        for whole, group in tqdm(stack, desc="Pruning", unit="layer", disable=not progress):
+            if whole.block in own:
+                attention.append(_next_heads(own[whole.block], whole, run))
+            reports += _next_block(whole, group, [next(widths) for _ in group], run, store)
     return reports, attention
 
 
-def _next_heads(heads: AttentionHeads, block: FFNBlock, run: Run) -> LayerReport:
+def _next_heads(heads: AttentionHeads, block: Block, run: Run) -> LayerReport:
     """Prune the attention of a block, whose FFNs then see what it puts out."""
     with named(block):
         pruned = prune_heads(heads, block, run)
@@ -127,12 +128,14 @@ def _next_heads(heads: AttentionHeads, block: FFNBlock, run: Run) -> LayerReport
     return pruned.report
 
 
-def _next_block(group: list[FFNBlock], widths: list[int], run: Run, store: LayerStore) -> list[LayerReport]:
+def _next_block(
+    whole: Block, group: list[FFNBlock], widths: list[int], run: Run, store: LayerStore
+) -> list[LayerReport]:
     """Prune all FFNs of a block, or find what was done before; then pass on what the block puts out now."""
-    first = group[0]
     if widths == [block.intermediate_size for block in group]:
-        run.stream.skip(first)
+        run.stream.skip(whole)
         return [untouched(block) for block in group]
+    first = group[0]
     weights, reports = [], []
     tokens = BlockTokens.of(group, run.stream) if len(group) > 1 else None
     for block, width in zip(group, widths):
@@ -143,7 +146,7 @@ def _next_block(group: list[FFNBlock], widths: list[int], run: Run, store: Layer
     with named(first):
         mark_half_pruned(run.prunable.model)
         install_all(group, weights)
-        if first is not run.prunable.firsts[-1]:  # the output of the last block is not needed
+        if whole is not run.prunable.stack[-1][0]:  # the output of the last block is not needed
             run.stream.advance(first)
     for report in reports:
         logger.info("%s", report)

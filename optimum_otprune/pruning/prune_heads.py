@@ -26,8 +26,8 @@ from optimum_otprune.models.attention_heads import (
     kept_groups,
     removed_weights,
 )
+from optimum_otprune.models.block import Block
 from optimum_otprune.models.distributed import from_main
-from optimum_otprune.models.ffn_block import FFNBlock
 from optimum_otprune.models.prunable_model import PrunableModel
 from optimum_otprune.pruning.calibration.layer_statistics import (
     LayerStatistics,
@@ -105,12 +105,12 @@ def check_recipe(recipe: Recipe) -> None:
         )
 
 
-def prune_heads(heads: AttentionHeads, block: FFNBlock, run: Run) -> PrunedHeads:
+def prune_heads(heads: AttentionHeads, block: Block, run: Run) -> PrunedHeads:
     """Prune the attention of one block, on what the pruned blocks below it put out; the model stays as it is.
 
     Args:
         heads: The attention.
-        block: The first FFN of its block.
+        block: Its block.
         run: What all layers of the run share.
     """
     config = run.recipe.config
@@ -152,7 +152,7 @@ def prune_heads(heads: AttentionHeads, block: FFNBlock, run: Run) -> PrunedHeads
     return from_main(PrunedHeads(groups, final.to(weight.dtype), new_bias, report))
 
 
-def _statistics(heads: AttentionHeads, block: FFNBlock, run: Run, weight: Tensor) -> tuple[LayerStatistics, float]:
+def _statistics(heads: AttentionHeads, block: Block, run: Run, weight: Tensor) -> tuple[LayerStatistics, float]:
     """Return second moments of the output projection's inputs, and of its outputs without the bias.
 
     With them comes what a held-out token's weight of 1 stands for, as in `LayerData`.
@@ -174,7 +174,7 @@ def _statistics(heads: AttentionHeads, block: FFNBlock, run: Run, weight: Tensor
     return all_statistics(sums), unit
 
 
-def _chosen(total: GramStatistics, weight: Tensor, kept: int, num_groups: int, run: Run, block: FFNBlock) -> Tensor:
+def _chosen(total: GramStatistics, weight: Tensor, kept: int, num_groups: int, run: Run, block: Block) -> Tensor:
     """Return the groups that stay: by the cost of removing them, or by the importance of their columns together."""
     config = run.recipe.config
     if config.selection == "obs":
@@ -186,7 +186,7 @@ def _chosen(total: GramStatistics, weight: Tensor, kept: int, num_groups: int, r
         hidden_second_moment=total.gram.diagonal() / total.num_tokens,
         num_tokens=total.num_tokens,
         aggregation=config.aggregation or "absolute",
-        generator=torch.Generator().manual_seed(seed_of(run.seed(block), 1)),
+        generator=torch.Generator().manual_seed(seed_of(run.recipe.config.seed, block.block)),
     )
     scores = channel_importance(run.recipe.functions["importance"], statistics)
     return top_channels(scores.view(num_groups, -1).sum(dim=1), kept).to(weight.device)

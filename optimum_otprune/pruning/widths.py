@@ -154,17 +154,17 @@ def adaptive_widths(
     Returns:
         Widths by layer, in sum at most that of `widths`.
     """
-    blocks = passes.prunable.blocks
-    given = given_widths(blocks, config)
+    prunable = passes.prunable
+    blocks, given = prunable.blocks, given_widths(prunable.blocks, config)
     free = [block for block in blocks if block.layer not in given]
     budget = sum(widths[block.layer] for block in free)
     stream = passes.forward(stays_dense=True)
     costs = []
-    for block in tqdm(blocks, desc="Removal costs", unit="layer", disable=not passes.settings.progress):
-        if block.layer in given:
-            stream.advance(block)
+    for whole, group in tqdm(prunable.stack, desc="Removal costs", unit="layer", disable=not passes.settings.progress):
+        if not group or group[0].layer in given:
+            stream.skip(whole)
             continue
-        dense = block.read()
+        block, dense = group[0], group[0].read()
         data = LayerData.of(block, dense, stream, is_heldout, config)
         weighed = metric_root(moments[block.layer]).to(block.device) @ data.dense.down
         costs.append(obs_elimination(data.statistics.total.gram, weighed, dense.intermediate_size).costs)

@@ -44,6 +44,7 @@ SIZES = (
     | {"encoder_attention_heads": 4, "encoder_ffn_dim": 48, "d_kv": 8, "decoder_start_token_id": 0}
     | {"vocab_size": 64, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None, "rotary_dim": 4}
     | dict.fromkeys(("moe_intermediate_size", "shared_intermediate_size", "shared_expert_intermediate_size"), 48)
+    | {"moe_shared_expert_intermediate_size": 48}
     | dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4)
     | {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
     | {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8}
@@ -51,6 +52,9 @@ SIZES = (
 START = {"pad_token_id": 0, "decoder_start_token_id": 0}  # what an encoder with a decoder writes from
 VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 VISION |= {"image_size": 8, "patch_size": 4}
+
+
+MAMBA = {"mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1, "chunk_size": 8}
 
 
 class Case(NamedTuple):
@@ -79,6 +83,7 @@ MODELS = {
     "mistral": Case("llama", "mistral"),
     "qwen2": Case("llama", "qwen2"),
     "qwen3": Case("llama", "qwen3"),
+    "gte": Case("llama", "gte", intercept=True, adds=None, auto=AutoModelForMaskedLM),
     "gemma": Case("llama", "gemma"),
     "gemma2": Case("llama_post_norm", "gemma2", adds=None, changes={"sliding_window": 6}),
     "nemotron": Case("nemotron", "nemotron", intercept=True),
@@ -144,9 +149,24 @@ MODELS = {
         "lfm2_moe", "lfm2_moe", changes={"layer_types": ["conv", "full_attention"], "num_dense_layers": 1}
     ),
     "gpt_oss": Case("gpt_oss", "gpt_oss"),
+    "nemotron_h": Case(
+        "nemotron_h",
+        "nemotron_h",
+        intercept=True,
+        changes=MAMBA
+        | {"layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp", "linear_attention"]},
+    ),
+    "nemotron_h_moe": Case(
+        "nemotron_h_moe",
+        "nemotron_h",
+        changes=MAMBA | {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp", "moe"]},
+    ),
+    "moshi": Case("moshi", "moshi", changes={"ffn_dim": 96}),
+    "llama4": Case("llama4", "llama4_text", changes={"intermediate_size_mlp": 48, "interleave_moe_layer_step": 2}),
     "aria_text": Case("aria_text", "aria_text", changes={"moe_num_experts": 4, "moe_num_shared_experts": 2}),
 }
 WITH_EXPERTS = ("mixtral", "qwen2_moe", "deepseek_v3", "granitemoeshared", "jamba", "lfm2_moe", "gpt_oss", "aria_text")
+WITH_EXPERTS += ("nemotron_h_moe", "llama4")
 ONE_A_BLOCK = tuple(name for name in MODELS if name not in WITH_EXPERTS)
 SOME = (
     "llama",
@@ -158,6 +178,12 @@ SOME = (
     "gemma3",
 )  # all ways in which layouts differ, for other tests
 REFUSED = {name: name for name in ("bloom", "gpt_neox_japanese", "mpt", "openai-gpt", "xlm")}
+REUSED = {
+    "albert": {},
+    "hrm_text": {},
+    "zamba": {"layers_block_type": ["mamba", "hybrid"] * 2, "num_hidden_layers": 4, "n_mamba_heads": 2},
+    "zamba2": {"num_hidden_layers": 2, "layers_block_type": ["linear_attention", "hybrid"], "num_mem_blocks": 1},
+}
 
 
 def configured(model_type: str, sizes: Mapping[str, Any], changes: Mapping[str, Any]) -> Any:
@@ -192,7 +218,7 @@ def name(request):
 
 
 def test_every_registered_architecture_has_a_model_here():
-    assert {case.architecture for case in MODELS.values()} | set(REFUSED) == set(ARCHITECTURES)
+    assert {case.architecture for case in MODELS.values()} | set(REFUSED) | set(REUSED) == set(ARCHITECTURES)
 
 
 @pytest.mark.parametrize(("architecture", "model_type"), REFUSED.items())
@@ -201,6 +227,16 @@ def test_a_width_that_no_configuration_can_hold_is_refused(architecture, model_t
     with pytest.raises(
         UnsupportedModelError, match="follows from the hidden size in its code: no configuration can hold"
     ):
+        ffn_blocks(model)
+
+
+@pytest.mark.parametrize(("model_type", "changes"), REUSED.items())
+def test_layers_that_share_one_ffn_are_refused(model_type, changes):
+    with torch.device("meta"):
+        model = (AutoModelForMaskedLM if model_type == "albert" else AutoModelForCausalLM).from_config(
+            configured(model_type, SIZES, changes)
+        )
+    with pytest.raises(UnsupportedModelError, match="share one FFN, which is run several times in a forward pass"):
         ffn_blocks(model)
 
 

@@ -108,7 +108,7 @@ def test_an_expert_that_gets_no_tokens_borrows_some_that_count_little():
     block = ffn_blocks(make_mixtral())[1]
     routing = Routing(torch.zeros(num_tokens, 1, dtype=torch.long), torch.ones(num_tokens, 1))
     stored = TensorSpill().put(torch.randn(num_tokens, 32))
-    tokens = BlockTokens({0: FFNInputs([stored], [num_tokens], [routing])}, torch.ones(num_tokens))
+    tokens = BlockTokens({0: FFNInputs([stored], [torch.arange(num_tokens)], [routing])}, torch.ones(num_tokens))
     is_heldout = torch.arange(num_tokens) % 4 == 0
     own = tokens.own(block, is_heldout)
     assert own.borrowed == len(own.chosen) == 2 * 32 + 16

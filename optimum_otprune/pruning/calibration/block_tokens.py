@@ -43,7 +43,7 @@ class OwnTokens(NamedTuple):
 
     Attributes:
         inputs: Its inputs, `(num_tokens, hidden_size)` for each batch.
-        chosen: Which tokens of all those are, by index, LongTensor.
+        chosen: Which of all tokens those are, by index, LongTensor.
         weights: What the FFN's output is multiplied by for each of them, `(num_tokens,)`.
         borrowed: How many of them it does not get in the model.
     """
@@ -84,15 +84,17 @@ class BlockTokens(NamedTuple):
             is_heldout: Which of all tokens are held out, BoolTensor.
         """
         seen = self.seen[block.layer - (block.expert or 0)]
+        owners = torch.cat(seen.tokens)
+        is_heldout = is_heldout[owners]
         if block.expert is None:
-            shares, is_borrowed = torch.ones(len(is_heldout)), torch.zeros(len(is_heldout), dtype=torch.bool)
+            shares, is_borrowed = torch.ones(len(owners)), torch.zeros(len(owners), dtype=torch.bool)
         else:
             shares = torch.cat([_shares(routing, block.expert) for routing in seen.routing])
             shares, is_borrowed = _with_borrowed(shares, is_heldout, block.intermediate_size)
-        rows = [part.nonzero().flatten() for part in shares.split(seen.counts)]
+        rows = [part.nonzero().flatten() for part in shares.split([len(part) for part in seen.tokens])]
         inputs = [ChosenRows(stored, own) for stored, own in zip(seen.inputs, rows) if len(own)]
         chosen = shares.nonzero().flatten()
-        return OwnTokens(inputs, chosen, shares[chosen], int(is_borrowed.sum()))
+        return OwnTokens(inputs, owners[chosen], shares[chosen], int(is_borrowed.sum()))
 
 
 def _shares(routing: Routing, expert: int) -> Tensor:

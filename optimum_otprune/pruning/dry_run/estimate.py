@@ -199,7 +199,7 @@ def _workload(
     passed = sum(share for share, is_own in zip(token_shares(prunable), is_cut) if is_own)
     is_adaptive = config.allocation == "adaptive"
     num_samples = samples.num_samples + written
-    parameters = [list(block.module.parameters()) for block in prunable.firsts]
+    parameters = [list(block.module.parameters()) for block, _ in prunable.stack]
     return Workload(
         num_layers=max(1, round(passed)),
         hidden_size=blocks[0].hidden_size,

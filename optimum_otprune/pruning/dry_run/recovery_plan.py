@@ -187,7 +187,7 @@ def _activations(model: PreTrainedModel, schedule: Schedule, is_recomputed: bool
     prunable, hidden = PrunableModel.of(model), model.config.get_text_config().hidden_size
     tokens = 4 * schedule.together * schedule.seqlen
     matrices = len(prunable.spec.slots) + 1
-    inside = [8.0 * tokens * hidden] * len(prunable.firsts)
+    inside = [8.0 * tokens * hidden] * len(prunable.stack)
     for block, share in zip(prunable.blocks, token_shares(prunable)):
         inside[block.block] += share * tokens * matrices * block.intermediate_size
     return round(max(inside) + len(inside) * tokens * hidden if is_recomputed else sum(inside))
