@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from optimum_otprune.errors import RegistryError, UnsupportedModelError
-from optimum_otprune.models.ffn_spec import FFNSpec, Function
+from optimum_otprune.models.ffn_spec import FFNSpec, Function, Slot
 from optimum_otprune.models.layouts import LAYOUTS
 
 ARCHITECTURES: dict[str, FFNSpec] = {}
@@ -45,6 +45,7 @@ def find_spec(model: PreTrainedModel) -> tuple[str, FFNSpec]:
     for name, spec in _candidates(model):
         if not _fits(model, spec):
             continue
+        spec = _resolved(model, spec)
         if spec.size_key is None:
             raise UnsupportedModelError(
                 f"The width of the FFNs of {type(model).__name__} follows from the hidden size in its code: no "
@@ -54,8 +55,8 @@ def find_spec(model: PreTrainedModel) -> tuple[str, FFNSpec]:
         return name, spec
     raise UnsupportedModelError(
         f"No known FFN was found in {type(model).__name__} (model type {model.config.model_type!r}): none of the "
-        f"{len(ARCHITECTURES)} known layouts fits every block. Mixture-of-experts models are not supported; for "
-        "another dense one, `register_architecture(name, FFNSpec(...))` says where its FFN is."
+        f"{len(ARCHITECTURES)} known layouts fits every block. `register_architecture(name, FFNSpec(...))` says where "
+        "the FFN of another one is."
     )
 
 
@@ -66,13 +67,21 @@ def find_blocks(model: PreTrainedModel, spec: FFNSpec) -> list[nn.Module]:
     return list(layers)
 
 
+def ffns_of(block: nn.Module, spec: FFNSpec) -> list[FFNSpec]:
+    """Return the kinds of FFNs that a block has, of those that a spec says.
+
+    Args:
+        block: A block of a list that the spec fits.
+        spec: The spec that fits the model, from `find_spec`.
+    """
+    return [spec] if not spec.beside else [one for one in spec.kinds if _has_ffn(block, one)]
+
+
 def is_built_in(spec: FFNSpec) -> bool:
     """Return whether an architecture is one of this package, be it that of a text model inside a larger one."""
     known = [ARCHITECTURES[name] for name in BUILT_IN]
-    return spec in known or any(
-        spec == replace(one, layers=spec.layers, config=_TEXT_CONFIG) and spec.layers.endswith(f".{one.layers}")
-        for one in known
-    )
+    inside = [one.inside(spec.layers.removesuffix(f".{one.layers}"), _TEXT_CONFIG) for one in known]
+    return spec in known or spec in inside
 
 
 def submodule(module: nn.Module, path: str) -> nn.Module | None:
@@ -88,7 +97,7 @@ def _candidates(model: PreTrainedModel) -> Iterator[tuple[str, FFNSpec]]:
     yield from reversed(ARCHITECTURES.items())
     for path, part in _text_models(model):
         for name, spec in reversed(ARCHITECTURES.items()):
-            yield name, replace(spec, layers=f"{path}.{spec.layers}", config=part)
+            yield name, spec.inside(path, part)
 
 
 def _text_models(model: PreTrainedModel) -> Iterator[tuple[str, str]]:
@@ -121,21 +130,50 @@ def _fits_list(model: PreTrainedModel, spec: FFNSpec) -> bool:
         return False
     if spec.size_key is not None and not _has_size(spec.fields_of(model.config), spec.size_key):
         return False
-    return all(_has_ffn(block, spec) for block in layers)
+    if not spec.beside:
+        return all(_has_ffn(block, spec) for block in layers)
+    kinds = [one for one in spec.kinds if any(_says_width(model, block, one) for block in layers)]
+    return spec in kinds and all(any(_has_ffn(block, one) for one in kinds) for block in layers)
+
+
+def _resolved(model: PreTrainedModel, spec: FFNSpec) -> FFNSpec:
+    """Return a spec that fits with those of the other FFNs alone that are there, one for each place."""
+    layers = submodule(model.base_model, spec.layers)
+    assert isinstance(layers, nn.ModuleList)
+    there: dict[str, FFNSpec] = {}
+    for one in spec.beside:
+        if any(_says_width(model, block, one) for block in layers):
+            there.setdefault(one.slots["up"].path, one)
+    return replace(spec, beside=tuple(there.values()))
+
+
+def _says_width(model: PreTrainedModel, block: nn.Module, spec: FFNSpec) -> bool:
+    """Return whether a block has an FFN, and the configuration says its width where the spec looks for that."""
+    if not _has_ffn(block, spec):
+        return False
+    slot = spec.slots["up"]
+    module = submodule(block, slot.path)
+    assert module is not None
+    width = module.get_parameter(slot.parameter).shape[-1 if spec.transposed else -2] // slot.parts
+    return spec.width_in(model.config) == width
 
 
 def _has_ffn(block: nn.Module, spec: FFNSpec) -> bool:
     if any(submodule(block, path) is None for path in spec.requires):
         return False
-    if not all(_is_projection(submodule(block, slot.path), spec) for slot in spec.slots.values()):
+    if not all(_is_projection(submodule(block, slot.path), slot, spec) for slot in spec.slots.values()):
         return False
     if spec.gate_factor is not None and not isinstance(submodule(block, spec.gate_factor), (int, float)):
         return False
     return isinstance(spec.activation, Function) or callable(submodule(block, spec.activation))
 
 
-def _is_projection(module: object, spec: FFNSpec) -> bool:
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, nn.Parameter) or weight.ndim != 2:
+def _is_projection(module: object, slot: Slot, spec: FFNSpec) -> bool:
+    weight = getattr(module, slot.parameter, None)
+    if not isinstance(weight, nn.Parameter):
         return False
-    return spec.transposed == hasattr(module, "nf")  # as Conv1D has, and no linear module
+    if spec.is_stacked:  # marks that transformers gives its modules of experts
+        marks = (True, False, spec.transposed)
+        names = ("is_concatenated", "has_post_expert_norm", "is_transposed")
+        return weight.ndim == 3 and tuple(getattr(module, name, None) for name in names) == marks
+    return weight.ndim == 2 and spec.transposed == hasattr(module, "nf")  # as Conv1D has, and no linear module

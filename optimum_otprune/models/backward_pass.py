@@ -50,6 +50,11 @@ class ReversePass:
 
     def __init__(self, prunable: PrunableModel, tokens: Tensor, settings: PassSettings, objectives: Sequence[str]):
         model, blocks = prunable.model, prunable.blocks
+        if prunable.has_experts:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has experts, and gradients are not led to what a router chooses. Choose "
+                "options that need no gradients, such as quality='balanced'."
+            )
         if len(prunable.spec.lists) > 1:
             raise UnsupportedModelError(
                 f"{type(model).__name__} has an encoder and a decoder, and gradients are not led from one to the "

@@ -50,9 +50,9 @@ class BlockRunner:
     """
 
     def __init__(self, prunable: PrunableModel, batches: Sequence[Tensor], spill: TensorSpill):
-        self._model, self._blocks, self._spill = prunable.model, prunable.blocks, spill
+        self._model, self._blocks, self._spill = prunable.model, prunable.firsts, spill
         self._batches = batches
-        self._lists = [list(group) for _, group in groupby(prunable.blocks, key=lambda block: block.spec.layers)]
+        self._lists = [list(group) for _, group in groupby(self._blocks, key=lambda block: block.spec.layers)]
         self._number = 0  # of the list that is run now
         self._forms: dict[int, tuple | None] = {}  # what blocks of a list return beside hidden states; None: nothing
         self._calls: list[list[_Call]] = [[] for _ in batches]
@@ -71,7 +71,7 @@ class BlockRunner:
             block: The block to run next.
             hidden: The hidden states behind the block before it, by batch.
         """
-        if self._number + 1 == len(self._lists) or block.layer != self._lists[self._number + 1][0].layer:
+        if self._number + 1 == len(self._lists) or block.block != self._lists[self._number + 1][0].block:
             return hidden
         self._number += 1
         self._note_calls(hidden)
@@ -85,7 +85,7 @@ class BlockRunner:
             hidden: The hidden states before it, `(batch, seqlen, hidden_size)` on any device; they are not changed.
             index: The index of the batch that they belong to.
         """
-        args, kwargs = mapped(self._calls[index][block.layer], _loaded, _LEAVES)
+        args, kwargs = mapped(self._calls[index][block.block], _loaded, _LEAVES)
         device = block.device
         # A block may add to its input in place.
         hidden = hidden.clone() if hidden.device == device else hidden.to(device)
@@ -94,7 +94,7 @@ class BlockRunner:
 
     def given(self, block: FFNBlock, index: int) -> list[Tensor]:
         """Return all tensors that a block receives beside the hidden states of a batch."""
-        return [_loaded(leaf) for leaf in _leaves(self._calls[index][block.layer])]
+        return [_loaded(leaf) for leaf in _leaves(self._calls[index][block.block])]
 
     def _sharing(self, calls: list[_Call], like: list[_Call]) -> list[_Call]:
         """Return calls whose tensors are those of `like` where they are equal, and wait in the spill otherwise."""
@@ -130,7 +130,7 @@ class BlockRunner:
         return hidden if beside is None else (hidden, *beside)
 
     def _list_of(self, block: FFNBlock) -> int:
-        return next(number for number, blocks in enumerate(self._lists) if block.layer <= blocks[-1].layer)
+        return next(number for number, blocks in enumerate(self._lists) if block.block <= blocks[-1].block)
 
     @torch.no_grad()
     def _note_calls(self, behind: list[StoredTensor] | None) -> None:
@@ -182,14 +182,14 @@ class BlockRunner:
             return forward
 
         # If an instance has its own `forward`, it is accelerate's, which moves weights and inputs.
-        own = {block.layer: block.module.__dict__.get("forward") for block in self._blocks}
+        own = {block.block: block.module.__dict__.get("forward") for block in self._blocks}
         for block in self._blocks:
-            _set_forward(block.module, stand_in(block, own[block.layer]))
+            _set_forward(block.module, stand_in(block, own[block.block]))
         try:
             yield
         finally:
             for block in self._blocks:
-                _set_forward(block.module, own[block.layer])
+                _set_forward(block.module, own[block.block])
 
 
 def _leaves(value: object) -> list[Any]:

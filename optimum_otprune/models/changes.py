@@ -7,6 +7,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from optimum_otprune.errors import HalfPrunedError, UnsupportedModelError
 from optimum_otprune.models.devices import is_offloaded
+from optimum_otprune.models.ffn_hooks import watch_points
 from optimum_otprune.models.prunable_model import PrunableModel
 
 _HALF_PRUNED = "_otprune_half_pruned"  # an attribute of the model, which any later pruner sees
@@ -20,7 +21,7 @@ def unchanged(prunable: PrunableModel) -> Iterator[None]:
     Args:
         prunable: The model; of offloaded FFN weights copies are kept on the CPU.
     """
-    put_back = [*(block.keep() for block in prunable.blocks), _kept_state(prunable.model)]
+    put_back = [*(block.keep() for block in watch_points(prunable.blocks)), _kept_state(prunable.model)]
     try:
         yield
     finally:

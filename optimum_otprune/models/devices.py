@@ -121,19 +121,20 @@ def _inferred_map(model: nn.Module, kind: str, max_memory: Mapping | None) -> di
         accelerate_logger.setLevel(level)
 
 
-def read_parameter(module: nn.Module, name: str) -> Tensor | None:
+def read_parameter(module: nn.Module, name: str, index: int | None = None) -> Tensor | None:
     """Return a copy of a parameter on the module's execution device, or None if the module has none of that name.
 
     Args:
         module: The module that holds it directly.
         name: The name in the module, such as `"weight"`.
+        index: What is returned of it, along its first dimension; None for all.
     """
     if module._parameters.get(name) is None:
         return None
     with align_module_device(module, execution_device=execution_device(module)):
         aligned = module._parameters[name]
         assert aligned is not None
-        return aligned.detach().clone()
+        return (aligned if index is None else aligned[index]).detach().clone()
 
 
 def replace_parameter(module: nn.Module, name: str, value: Tensor) -> None:

@@ -3,22 +3,23 @@
 import math
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from optimum_otprune.errors import NumericalError, OTPruneError, UnsupportedModelError, raised
+from optimum_otprune.functional.experts import experts_forward
 from optimum_otprune.functional.ffn import check_weights, empty_channels, ffn_forward
 from optimum_otprune.models.architectures import submodule
 from optimum_otprune.models.block_runner import BlockRunner
 from optimum_otprune.models.devices import is_offloaded, onloaded, read_parameter
 from optimum_otprune.models.distributed import from_main
-from optimum_otprune.models.ffn_block import FFNBlock, named
-from optimum_otprune.models.ffn_hooks import hooked, noted, unchunked, watched
+from optimum_otprune.models.ffn_block import FFNBlock, by_block, named
+from optimum_otprune.models.ffn_hooks import hooked, noted, routed, unchunked, watch_points, watched
 from optimum_otprune.models.inputs import model_inputs, vocabulary_size
 from optimum_otprune.models.prunable_model import PrunableModel
 from optimum_otprune.models.spill import TensorSpill
@@ -209,18 +210,29 @@ def _checked(prunable: PrunableModel, sample: Tensor) -> list[float | None]:
     runner = BlockRunner(prunable, batches, spill)
     stored = runner.take_first_hidden()
     factors = []
-    for block in prunable.blocks:
+    for group in by_block(prunable.blocks):
+        block = group[0]
         with named(block), onloaded(block.module):
             hidden = [states.load() for states in runner.entered(block, stored)]
-            behind = [_check_run(block, runner, *each, index) for index, each in enumerate(zip(hidden, whole))]
-            factors.append(_check_ffn(block, runner, hidden[0]))
+            behind = [_check_run(group, runner, *each, index) for index, each in enumerate(zip(hidden, whole))]
+            factors += _check_ffns(group, runner, hidden[0])
             stored = [spill.put(states) for states in behind]
     return factors
 
 
-def _inputs_in_whole(prunable: PrunableModel, batch: Tensor) -> list[Tensor]:
-    """Return the inputs `(num_tokens, hidden_size)` of every FFN in a pass of the whole model, on the CPU."""
-    seen: dict[int, list[Tensor]] = {block.layer: [] for block in prunable.blocks}
+def _check_ffns(group: list[FFNBlock], runner: BlockRunner, hidden: Tensor) -> list[float | None]:
+    """Check all FFNs of one block, and return the factor of each; of one among several it is not measured."""
+    found = [_check_ffn(group, block, runner, hidden) for block in watch_points(group)]
+    if len(group) > 1:
+        return [None] * len(group)
+    ordinary, outputs = found[0]
+    return [_factor(group[0], runner, hidden, ordinary, outputs)]
+
+
+def _inputs_in_whole(prunable: PrunableModel, batch: Tensor) -> dict[int, Tensor]:
+    """Return the inputs `(num_tokens, hidden_size)` of every FFN in a pass of the whole model, on the CPU, by layer."""
+    points = watch_points(prunable.blocks)
+    seen: dict[int, list[Tensor]] = {block.layer: [] for block in points}
 
     def note(block: FFNBlock, name: str, inputs: Tensor, outputs: Tensor) -> None:
         with named(block):
@@ -230,28 +242,31 @@ def _inputs_in_whole(prunable: PrunableModel, batch: Tensor) -> list[Tensor]:
             elif name == "down":
                 _check_finite("the outputs of the FFN", outputs)
 
-    with watched(*((block, partial(note, block)) for block in prunable.blocks)):
+    with watched(*((block, partial(note, block)) for block in points)):
         _check_output(_output(prunable.model, batch))
-    for layer, calls in seen.items():
+    for block, calls in zip(points, seen.values()):
         if len(calls) != 1:
             raise UnsupportedModelError(
-                f"Layer {layer}: hooks on the FFN fire {len(calls)} times in a forward pass; want once. Layers that "
+                f"{block.name[0].upper()}{block.name[1:]}: hooks on the FFN fire {len(calls)} times in a forward pass; want once. Layers that "
                 "share weights cannot be pruned one by one; otherwise load the model without compiling it, with its "
                 "plain FFN, which runs once a pass."
             )
-    return [seen[block.layer][0] for block in prunable.blocks]
+    return {layer: calls[0] for layer, calls in seen.items()}
 
 
-def _check_run(block: FFNBlock, runner: BlockRunner, hidden: Tensor, inputs: list[Tensor], index: int) -> Tensor:
+def _check_run(
+    group: list[FFNBlock], runner: BlockRunner, hidden: Tensor, inputs: dict[int, Tensor], index: int
+) -> Tensor:
     """Run one block alone, and return the hidden states behind it."""
-    wanted = inputs[block.layer]
+    block, points = group[0], watch_points(group)
     before = [tensor.clone() for tensor in runner.given(block, index)]
     try:
-        with noted(block) as seen:
+        with ExitStack() as stack:
+            seen = {point.layer: stack.enter_context(noted(point)) for point in points}
             output = runner.run(block, hidden, index)
     except LookupError as error:  # a block needs a value that another block did not pass on
         raise UnsupportedModelError(_HANDED_ON) from error
-    if seen.keys() != {"inputs", "hidden", "outputs"}:
+    if any(own.keys() != {"inputs", "hidden", "outputs"} for own in seen.values()):
         raise UnsupportedModelError(
             "Hooks on the FFN do not fire. Load the model without compiling it, with its plain FFN."
         )
@@ -263,8 +278,8 @@ def _check_run(block: FFNBlock, runner: BlockRunner, hidden: Tensor, inputs: lis
             f"Hidden states of shape {tuple(hidden.shape)} go into the block, and of shape "
             f"{tuple(output.shape)} come out; want (batch, seqlen, hidden_size). This kind of model is not supported."
         )
-    difference = _difference(seen["inputs"].cpu(), wanted)
-    if difference > _rounding(wanted):
+    difference = max(_difference(own["inputs"].cpu(), inputs[layer]) for layer, own in seen.items())
+    if difference > _rounding(inputs[points[0].layer]):
         raise UnsupportedModelError(
             "Where the model is run block by block, its FFN gets other inputs than in a forward pass of the whole "
             f"model (relative difference {difference:.2g}), so it would be pruned for the wrong ones. Choose a model "
@@ -273,13 +288,18 @@ def _check_run(block: FFNBlock, runner: BlockRunner, hidden: Tensor, inputs: lis
     return output
 
 
-def _check_ffn(block: FFNBlock, runner: BlockRunner, hidden: Tensor) -> float | None:
-    """Check the FFN of one block by itself, and return the block's factor."""
-    weights = block.read()
+def _check_ffn(
+    group: list[FFNBlock], block: FFNBlock, runner: BlockRunner, hidden: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Check one FFN of a block, or all its experts, and return the block's output and the FFN's."""
+    weights = [one.read() for one in group if one.expert is not None] if block.spec.is_stacked else [block.read()]
     for scale in (1.0, _AMPLIFIED):
-        with _amplified(block, scale), noted(block) as seen:
+        with _amplified(block, scale), noted(block) as seen, routed(block) as routing:
             output = runner.run(block, hidden, 0)
-        expected = ffn_forward(weights, seen["inputs"], block.activation)
+        if routing:
+            expected = experts_forward(weights, seen["inputs"], routing[0], block.activation)
+        else:
+            expected = ffn_forward(weights[0], seen["inputs"], block.activation)
         difference = _difference(seen["outputs"], expected)
         if difference > _rounding(expected):
             size = "" if scale == 1 else f", on inputs {scale:g} times as large as the sample's"
@@ -290,7 +310,7 @@ def _check_ffn(block: FFNBlock, runner: BlockRunner, hidden: Tensor) -> float | 
             )
         if scale == 1:
             ordinary, outputs = output, seen["outputs"]
-    return _factor(block, runner, hidden, ordinary, outputs)
+    return ordinary, outputs
 
 
 def _factor(block: FFNBlock, runner: BlockRunner, hidden: Tensor, ordinary: Tensor, outputs: Tensor) -> float | None:
@@ -349,11 +369,14 @@ def _holder(block: FFNBlock) -> nn.Module | None:
 def _amplified(block: FFNBlock, scale: float) -> Iterator[None]:
     """Multiply the inputs of a block's FFN during a block of code."""
 
-    def enlarge(module: nn.Module, args: tuple) -> tuple:
-        return (args[0] * scale, *args[1:])
+    def enlarge(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        if args:
+            return (args[0] * scale, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": kwargs["hidden_states"] * scale}
 
-    modules = [module for module in block.modules if module is not block.down]
-    with hooked([module.register_forward_pre_hook(enlarge) for module in modules] if scale != 1 else []):
+    modules = [module for module in block.modules if block.spec.is_stacked or module is not block.down]
+    handles = [module.register_forward_pre_hook(enlarge, with_kwargs=True) for module in modules if scale != 1]
+    with hooked(handles):
         yield
 
 

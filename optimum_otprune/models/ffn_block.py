@@ -1,7 +1,8 @@
 """`FFNBlock`: reads and installs the weights of one FFN; nothing else in the package assigns to a model's weights."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -11,25 +12,47 @@ from transformers.activations import ACT2FN
 
 from optimum_otprune.errors import OTPruneError, UnsupportedModelError
 from optimum_otprune.functional.ffn import FFNWeights
-from optimum_otprune.models.architectures import find_blocks, find_spec, submodule
+from optimum_otprune.models.architectures import ffns_of, find_blocks, find_spec, submodule
 from optimum_otprune.models.devices import execution_device, keep_parameters, read_parameter, replace_parameter
-from optimum_otprune.models.ffn_spec import FFNSpec, Function
+from optimum_otprune.models.ffn_spec import SHARED_EXPERT, FFNSpec, Function
 from optimum_otprune.models.wrappers import check_plain
 
 _FEATURES = ("in_features", "out_features", "nx", "nf")
 
 
 class FFNBlock:
-    """One block of a model, and the FFN in it.
+    """One FFN of a model, and the block that it is in; a block with experts has many.
 
     Attributes:
-        layer: The index of the block, from 0.
+        layer: The index of the FFN among all of the model, from 0; that of its block where each block has one FFN.
+        block: The index of the block, from 0.
         module: The module of the whole block.
         spec: The place of the FFN in the block.
+        expert: The index of the FFN among the experts that a router chooses from, or None for another FFN.
+        times: How many times the width that the model's configuration holds the FFN is wide.
     """
 
-    def __init__(self, module: nn.Module, spec: FFNSpec, layer: int):
+    def __init__(
+        self,
+        module: nn.Module,
+        spec: FFNSpec,
+        layer: int,
+        *,
+        block: int | None = None,
+        expert: int | None = None,
+        times: int = 1,
+    ):
         self.module, self.spec, self.layer = module, spec, layer
+        self.block, self.expert, self.times = layer if block is None else block, expert, times
+
+    @property
+    def name(self) -> str:
+        """What the FFN is called in messages and reports, such as "layer 3" or "expert 7 of block 3"."""
+        if self.expert is not None:
+            return f"expert {self.expert} of block {self.block}"
+        if self.spec.kind == SHARED_EXPERT:
+            return f"shared expert of block {self.block}"
+        return f"layer {self.layer}" if self.layer == self.block else f"FFN of block {self.block}"
 
     def projection(self, name: str) -> nn.Module | None:
         """Return the module that holds `"gate"`, `"up"` or `"down"`; None for the gate of an FFN without one."""
@@ -74,19 +97,31 @@ class FFNBlock:
     @property
     def intermediate_size(self) -> int:
         """The number of channels that the FFN has now."""
-        return self._up_weight.shape[1 if self.spec.transposed else 0] // self.spec.slots["up"].parts
+        return self._up_weight.shape[-1 if self.spec.transposed else -2] // self.spec.slots["up"].parts
 
     @property
     def hidden_size(self) -> int:
         """The width of the FFN's inputs and outputs."""
-        return self._up_weight.shape[0 if self.spec.transposed else 1]
+        return self._up_weight.shape[-2 if self.spec.transposed else -1]
+
+    @property
+    def stored(self) -> list[tuple[Tensor, tuple[str, ...]]]:
+        """The parameters that hold the weight matrices of the FFN, alone or with others, and whose those are."""
+        slots, found = self.spec.slots, []
+        for module, names in self.modules.items():
+            for parameter in dict.fromkeys(slots[name].parameter for name in names):
+                weight = module._parameters[parameter]
+                assert weight is not None
+                found.append((weight, tuple(name for name in names if slots[name].parameter == parameter)))
+        return found
 
     @property
     def _up_weight(self) -> Tensor:
-        """The stored weight of the up projection, `(out, in)`, or `(in, out)` where the architecture transposes it."""
-        weight = self.up.weight
-        assert isinstance(weight, Tensor)
-        return weight
+        """The stored weight of the up projection, `(out, in)`, or `(in, out)` where the architecture transposes it.
+
+        Of experts it is a stack, `(num_experts, out, in)`.
+        """
+        return self.up.get_parameter(self.spec.slots["up"].parameter)
 
     def activation(self, inputs: Tensor) -> Tensor:
         """Apply the FFN's elementwise activation function, to a multiple of the inputs where the architecture does."""
@@ -115,7 +150,7 @@ class FFNBlock:
         module, slot = self.projection(name), self.spec.slots.get(name)
         if module is None or slot is None:
             return None, None
-        weight, bias = read_parameter(module, "weight"), read_parameter(module, "bias")
+        weight, bias = (read_parameter(module, part, self.expert) for part in (slot.parameter, slot.bias))
         if weight is not None and self.spec.transposed:
             weight = weight.T
         if slot.parts == 1:
@@ -129,6 +164,7 @@ class FFNBlock:
         Args:
             weights: The weights to install, channel-first; where a bias is None, the model's own stays as it is.
         """
+        assert self.expert is None  # experts share their parameters, see `install_all`
         for module, names in self.modules.items():
             weight = _joined([getattr(weights, name) for name in names])
             bias = _joined([getattr(weights, f"{name}_bias") for name in names])
@@ -137,11 +173,34 @@ class FFNBlock:
             if bias is not None:
                 replace_parameter(module, "bias", bias)
             _set_features(module, weight.shape[1], weight.shape[0])
+        self._set_size(weights.intermediate_size)
+
+    def install_experts(self, experts: Sequence[FFNWeights]) -> None:
+        """Put the weights of all experts of a block into the model, where this FFN is one of them.
+
+        Args:
+            experts: The weights of each expert, in order, all of one width.
+        """
+        for module, names in self.modules.items():
+            slots = [self.spec.slots[name] for name in names]
+            for parameter in dict.fromkeys(slot.parameter for slot in slots):
+                own = [name for name, slot in zip(names, slots) if slot.parameter == parameter]
+                for suffix, holder in (("", parameter), ("_bias", f"{parameter}_bias")):
+                    parts = [_joined([getattr(weights, f"{name}{suffix}") for name in own]) for weights in experts]
+                    there = [part for part in parts if part is not None]
+                    if there:
+                        stack = torch.stack(there)
+                        is_turned = self.spec.transposed and not suffix
+                        replace_parameter(module, holder, stack.transpose(1, 2) if is_turned else stack)
+        self._set_size(experts[0].intermediate_size)
+
+    def _set_size(self, size: int) -> None:
+        """Correct the width that modules repeat."""
         for path in self.spec.size_attributes:
             owner_path, _, attribute = path.rpartition(".")
             owner = submodule(self.module, owner_path)
             if hasattr(owner, attribute):
-                setattr(owner, attribute, weights.intermediate_size)
+                setattr(owner, attribute, size)
 
     def keep(self) -> Callable[[], None]:
         """Return a function that restores the FFN's present parameters bit for bit, on any device."""
@@ -160,7 +219,23 @@ def named(block: FFNBlock) -> Iterator[None]:
     try:
         yield
     except OTPruneError as error:
-        raise type(error)(f"Layer {block.layer}: {error}") from error.__cause__ or error
+        name = block.name
+        raise type(error)(f"{name[0].upper()}{name[1:]}: {error}") from error.__cause__ or error
+
+
+def install_all(blocks: Sequence[FFNBlock], weights: Sequence[FFNWeights]) -> None:
+    """Put the weights of all FFNs of one block into the model.
+
+    Args:
+        blocks: All FFNs of the block, in order.
+        weights: The weights of each.
+    """
+    experts = [own for block, own in zip(blocks, weights, strict=True) if block.expert is not None]
+    for block, own in zip(blocks, weights):
+        if block.expert is None:
+            block.install(own)
+        elif block.expert == 0:
+            block.install_experts(experts)
 
 
 def _joined(parts: list[Tensor | None]) -> Tensor | None:
@@ -187,7 +262,25 @@ def known_blocks(model: PreTrainedModel, spec: FFNSpec) -> list[FFNBlock]:
         spec: The architecture that fits it.
     """
     places = [(module, one) for one in spec.lists for module in find_blocks(model, one)]
-    return [FFNBlock(module, one, layer) for layer, (module, one) in enumerate(places)]
+    found: list[FFNBlock] = []
+    for index, (module, one) in enumerate(places):
+        for kind in ffns_of(module, one):
+            for expert in range(_num_experts(module, kind)) if kind.is_stacked else (None,):
+                times = kind.times(model.config)
+                found.append(FFNBlock(module, kind, len(found), block=index, expert=expert, times=times))
+    return found
+
+
+def by_block(blocks: Sequence[FFNBlock]) -> list[list[FFNBlock]]:
+    """Return the FFNs of each block of a model together, in order."""
+    return [list(group) for _, group in groupby(blocks, key=lambda block: block.block)]
+
+
+def _num_experts(block: nn.Module, spec: FFNSpec) -> int:
+    slot = spec.slots["up"]
+    holder = submodule(block, slot.path)
+    assert holder is not None
+    return len(holder.get_parameter(slot.parameter))
 
 
 def ffn_blocks(model: PreTrainedModel) -> list[FFNBlock]:
@@ -205,7 +298,7 @@ def ffn_blocks(model: PreTrainedModel) -> list[FFNBlock]:
     check_plain(model)
     _check_inputs(model)
     blocks = known_blocks(model, find_spec(model)[1])
-    if len({block.module for block in blocks}) < len(blocks):
+    if len({block.module for block in blocks}) < len(by_block(blocks)):
         raise UnsupportedModelError(
             "Layers of this model share one module, so that none can be pruned for itself. Prune a model whose layers "
             "have weights of their own."
@@ -215,7 +308,8 @@ def ffn_blocks(model: PreTrainedModel) -> list[FFNBlock]:
             raise UnsupportedModelError(
                 f"The FFN weights of layer {block.layer} are {block.dtype}. Prune the model before it is quantized."
             )
-        _check_alone(block)
+    for group in by_block(blocks):
+        _check_alone(group)
     return blocks
 
 
@@ -242,8 +336,9 @@ def dense_width(blocks: list[FFNBlock]) -> int:
     widths = sorted({block.intermediate_size for block in blocks})
     if len(widths) > 1:
         raise UnsupportedModelError(
-            f"The FFNs of the encoder and of the decoder have different widths ({widths}), and what was asked for "
-            "needs one width. Give a `pruning_ratio`, or choose a model of one width."
+            f"The FFNs of this model have different widths ({widths}), as those of an encoder and its decoder, or "
+            "experts and what stands beside them, and what was asked for needs one width. Give a `pruning_ratio`, or "
+            "choose a model of one width."
         )
     return widths[0]
 
@@ -254,22 +349,28 @@ def check_dense(blocks: list[FFNBlock]) -> None:
     Raises:
         UnsupportedModelError: If they do.
     """
-    for one in blocks[0].spec.lists:
-        widths = {block.intermediate_size for block in blocks if block.spec.layers == one.layers}
-        if len(widths) > 1:
+    widths: dict[tuple[str, str, str | None], set[int]] = {}
+    for block in blocks:
+        spec = block.spec
+        widths.setdefault((spec.layers, spec.kind, spec.size_key), set()).add(block.intermediate_size)
+    for found in widths.values():
+        if len(found) > 1:
             raise UnsupportedModelError(
-                f"The layers of this model have different FFN widths ({min(widths)} to {max(widths)}): it was pruned "
+                f"The layers of this model have different FFN widths ({min(found)} to {max(found)}): it was pruned "
                 "already. Prune the dense model instead."
             )
 
 
-def _check_alone(block: FFNBlock) -> None:
-    """Raise if a block has experts, or other FFNs, beside the known one, since only that would be pruned.
+def _check_alone(group: list[FFNBlock]) -> None:
+    """Raise if a block has experts, or other FFNs, beside the known ones, since only those would be pruned.
 
     Experts are stacked in one tensor of three dimensions, or are a list of modules with FFN-like weights each.
     """
+    block, known = group[0], {module for one in group for module in one.modules}
     hidden_size = block.hidden_size
     for name, module in block.module.named_modules():
+        if module in known:
+            continue
         is_convolution = isinstance(module, nn.modules.conv._ConvNd)
         parts = [part for part in module._parameters.values() if part is not None and part.ndim == 3]
         matching = any(min(part.shape) > 1 and hidden_size in part.shape[1:] for part in parts)
@@ -277,8 +378,8 @@ def _check_alone(block: FFNBlock) -> None:
         listed = isinstance(module, nn.ModuleList) and sum(_is_ffn(part, hidden_size) for part in module) > 1
         if stacked or listed:
             raise UnsupportedModelError(
-                f"Layer {block.layer} has experts, or other FFNs, beside its dense FFN (at {name!r}): only the dense "
-                "part would be pruned. Mixture-of-experts models are not supported; prune a dense one."
+                f"Block {block.block} has experts, or other FFNs, beside those that are known (at {name!r}), which "
+                "alone would be pruned. Prune a model of another architecture."
             )
 
 

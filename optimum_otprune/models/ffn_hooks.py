@@ -1,14 +1,17 @@
 """Look into FFNs while a model runs: hooks that are gone afterwards, whatever happens."""
 
-from collections.abc import Callable, Iterable, Iterator
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from optimum_otprune.functional.experts import Routing
 from optimum_otprune.models.ffn_block import FFNBlock
 
 Watcher = Callable[[str, Tensor, Tensor], Tensor | None]
@@ -27,12 +30,20 @@ def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
 
 @contextmanager
 def watched(*watchers: tuple[FFNBlock, Watcher]) -> Iterator[None]:
-    """Let functions see every run of the projections of blocks during a block of code.
+    """Let functions see every run of the projections of FFNs during a block of code.
+
+    Experts that a router chooses from are one module; what goes into it is seen as that of the up projection, and
+    what it puts out as that of the down projection.
 
     Args:
-        *watchers: Blocks, each with a function of a projection's name, input and output, which is its piece of what a
+        *watchers: FFNs, each with a function of a projection's name, input and output, which is its piece of what a
             fused matrix puts out. What it returns takes the place of the output; None leaves that as it is.
     """
+
+    def seen_together(watcher: Watcher, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+        inputs, _ = experts_call(module, args, kwargs)
+        watcher("up", inputs, output)
+        watcher("down", inputs, output)
 
     def seen(
         watcher: Watcher, names: tuple[str, ...], module: nn.Module, args: tuple, output: Tensor
@@ -45,12 +56,47 @@ def watched(*watchers: tuple[FFNBlock, Watcher]) -> Iterator[None]:
             return None
         return torch.cat([own if part is None else part for own, part in zip(parts, given)], dim=-1)
 
+    def handle(block: FFNBlock, watcher: Watcher, module: nn.Module, names: tuple[str, ...]) -> RemovableHandle:
+        if block.spec.is_stacked:
+            return module.register_forward_hook(partial(seen_together, watcher), with_kwargs=True)
+        return module.register_forward_hook(partial(seen, watcher, names))
+
     with hooked(
-        module.register_forward_hook(partial(seen, watcher, names))
+        handle(block, watcher, module, names)
         for block, watcher in watchers
         for module, names in block.modules.items()
     ):
         yield
+
+
+def experts_call(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Routing]:
+    """Return the inputs of a module of experts, `(num_tokens, hidden_size)`, and the router's choice for them.
+
+    Args:
+        module: The module that holds the experts of a block.
+        args: What it was called with by position.
+        kwargs: What it was called with by name.
+    """
+    given = inspect.signature(module.forward).bind(*args, **kwargs).args
+    inputs, experts, weights = given[:3]
+    return inputs.flatten(end_dim=-2), Routing(experts, weights)
+
+
+@contextmanager
+def routed(block: FFNBlock) -> Iterator[list[Routing]]:
+    """Yield a list that each run of a block fills with the router's choice among its experts."""
+    seen: list[Routing] = []
+
+    def note(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
+        seen.append(experts_call(module, args, kwargs)[1])
+
+    with hooked([block.up.register_forward_hook(note, with_kwargs=True)] if block.spec.is_stacked else []):
+        yield seen
+
+
+def watch_points(blocks: Sequence[FFNBlock]) -> list[FFNBlock]:
+    """Return the FFNs that can be watched for themselves; the first expert of a block stands for all of them."""
+    return [block for block in blocks if not block.expert]
 
 
 @contextmanager

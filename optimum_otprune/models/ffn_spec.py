@@ -1,10 +1,11 @@
 """`FFNSpec`: where the FFN is in a model, and how its width is written in the model's configuration, as data."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedConfig
 
+FFN, EXPERT, SHARED_EXPERT = "ffn", "expert", "shared expert"
 PROJECTIONS = ("gate", "up", "down")  # in the order in which an FFN is read and installed
 
 
@@ -15,11 +16,18 @@ class Slot(NamedTuple):
         path: The path, relative to a block, of the module that holds the matrix, alone or with others.
         part: Which piece of the module's outputs belongs to the matrix, from 0.
         parts: In how many pieces of one size the module's outputs are cut, as a fused gate and up projection in two.
+        parameter: The name of the parameter that holds the matrix, which for experts is a stack of them, one each.
     """
 
     path: str
     part: int = 0
     parts: int = 1
+    parameter: str = "weight"
+
+    @property
+    def bias(self) -> str:
+        """The name of the parameter that holds the bias."""
+        return "bias" if self.parameter == "weight" else f"{self.parameter}_bias"
 
 
 class Function(NamedTuple):
@@ -53,6 +61,11 @@ class FFNSpec:
         also_set: Fields of the configuration that are set with the width, where it has them, and their values.
         gate_factor: Path, relative to a block, of a number that multiplies what goes into the activation, or None.
         config: Name of the part of the configuration that holds all these fields; empty for the configuration itself.
+        kind: What the FFN is in its block, in messages and reports: `"ffn"`, `"expert"` or `"shared expert"`.
+        times_key: Field of the configuration that says how many times the width `size_key` holds is wide, as for
+            several shared experts in one; None for once.
+        beside: Where other FFNs are that blocks of the list have beside this one or in place of it, as shared experts
+            and the dense FFNs of some layers. Of several entries at one place, the first that fits is taken.
         then: Where the FFN is in a second list of blocks that runs behind the first, as a decoder behind its encoder.
     """
 
@@ -71,12 +84,35 @@ class FFNSpec:
     also_set: tuple[tuple[str, object], ...] = ()
     gate_factor: str | None = None
     config: str = ""
+    kind: str = FFN
+    times_key: str | None = None
+    beside: "tuple[FFNSpec, ...]" = ()
     then: "FFNSpec | None" = None
 
     @property
     def lists(self) -> "tuple[FFNSpec, ...]":
         """The places of the FFN in each list of blocks, in the order in which a model runs them."""
         return (self,) if self.then is None else (self, *self.then.lists)
+
+    def inside(self, path: str, config: str) -> "FFNSpec":
+        """Return the same places for a model that is part of a larger one.
+
+        Args:
+            path: Path of the part from the larger model.
+            config: Name of the part of the configuration that is this model's.
+        """
+        beside = tuple(one.inside(path, config) for one in self.beside)
+        return replace(self, layers=f"{path}.{self.layers}", config=config, beside=beside)
+
+    @property
+    def kinds(self) -> "tuple[FFNSpec, ...]":
+        """The places of all FFNs that a block of the list may have."""
+        return (self, *self.beside)
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether one parameter holds the matrices of many FFNs, which a router chooses from for each token."""
+        return self.kind == EXPERT
 
     @property
     def slots(self) -> dict[str, Slot]:
@@ -104,16 +140,30 @@ class FFNSpec:
             layer: {name: getattr(own, name) for name in names} for layer, own in enumerate(fields.per_layer_config)
         }
 
+    def times(self, config: PreTrainedConfig) -> int:
+        """Return how many times the width that a model's configuration holds the FFN is wide."""
+        return 1 if self.times_key is None else int(getattr(self.fields_of(config), self.times_key))
+
+    def width_in(self, config: PreTrainedConfig) -> int | None:
+        """Return the width that a model's configuration gives all FFNs of this kind; None where it gives none."""
+        assert self.size_key is not None
+        fields = self.fields_of(config)
+        held = getattr(fields, self.size_key, None)
+        times = 1 if self.times_key is None else getattr(fields, self.times_key, None)
+        if type(held) is not int or type(times) is not int:
+            return None
+        return held * times // self.size_factor
+
     def write_width(self, config: PreTrainedConfig, width: int) -> None:
         """Let a model's configuration say a width.
 
         Args:
             config: The model's configuration.
-            width: The number of channels of all FFNs.
+            width: The number of channels of all FFNs of this kind.
         """
         assert self.size_key is not None
         fields = self.fields_of(config)
-        value, now = width * self.size_factor, vars(fields).get(self.size_key)
+        value, now = width * self.size_factor // self.times(config), vars(fields).get(self.size_key)
         setattr(fields, self.size_key, [value] * len(now) if isinstance(now, list) else value)  # one for each layer
         for name, other in self.also_set:
             if hasattr(fields, name):

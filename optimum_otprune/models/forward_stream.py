@@ -1,16 +1,18 @@
 """Forward through a model block by block: each layer sees what the pruned layers below it produce."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from optimum_otprune.functional.experts import Routing
 from optimum_otprune.functional.ffn import ffn_forward
 from optimum_otprune.models.block_runner import BlockRunner
 from optimum_otprune.models.devices import onloaded
 from optimum_otprune.models.ffn_block import FFNBlock
-from optimum_otprune.models.ffn_hooks import noted
+from optimum_otprune.models.ffn_hooks import noted, routed, watch_points
 from optimum_otprune.models.pass_settings import PassSettings
 from optimum_otprune.models.prunable_model import PrunableModel
 from optimum_otprune.models.spill import StoredTensor
@@ -33,6 +35,20 @@ class FFNTap(NamedTuple):
     hidden: Tensor
     outputs: Tensor
     missing: Tensor | None
+
+
+class FFNInputs(NamedTuple):
+    """What goes into one FFN of a block with several, or into all its experts, for all calibration tokens.
+
+    Attributes:
+        inputs: The inputs, `(num_tokens, hidden_size)` for each batch.
+        counts: The number of tokens of each batch.
+        routing: The router's choice among the experts, for each batch; empty for another FFN.
+    """
+
+    inputs: list[StoredTensor]
+    counts: list[int]
+    routing: list[Routing]
 
 
 class CalibrationStream:
@@ -108,6 +124,36 @@ class CalibrationStream:
                     self._hidden[index] = self.spill.put(output)
                 yield FFNTap(**seen, stored_inputs=inputs, missing=missing)
         self._ffn_inputs = None if factor is None else ffn_inputs
+
+    @torch.no_grad()
+    def ffn_inputs(self, group: Sequence[FFNBlock]) -> dict[int, FFNInputs]:
+        """Run a block with several FFNs, all still dense, on the pruned model's hidden states; after `energies`.
+
+        Args:
+            group: All FFNs of the block.
+
+        Returns:
+            What goes into each, by layer; into the first expert for all of them.
+        """
+        block, points = group[0], watch_points(group)
+        self._enter(block)
+        found = {point.layer: FFNInputs([], [], []) for point in points}
+        with onloaded(block.module):
+            for index, stored in enumerate(self._hidden):
+                with ExitStack() as stack:
+                    seen = [(point, stack.enter_context(noted(point)), stack.enter_context(routed(point))) for point in points]
+                    self._runner.run(block, stored.load(), index)
+                kept: list[tuple[Tensor, StoredTensor]] = []  # experts and what is beside them mostly get the same
+                for point, parts, routing in seen:
+                    inputs = parts["inputs"]
+                    same = [waiting for other, waiting in kept if torch.equal(other, inputs)]
+                    waiting = same[0] if same else self.spill.put(inputs)
+                    kept.append((inputs, waiting))
+                    own = found[point.layer]
+                    own.inputs.append(waiting)
+                    own.counts.append(len(inputs))
+                    own.routing.extend(Routing(*(part.cpu() for part in one)) for one in routing)
+        return found
 
     @torch.no_grad()
     def advance(self, block: FFNBlock) -> None:

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from optimum_otprune.models.ffn_spec import FFNSpec, Function, Slot
+from optimum_otprune.models.ffn_spec import EXPERT, SHARED_EXPERT, FFNSpec, Function, Slot
 
 
 def _plain(layers: str, up: str, down: str, activation: str, size_key: str | None = "intermediate_size") -> FFNSpec:
@@ -61,6 +61,62 @@ _BERT = FFNSpec(
     activation="intermediate.intermediate_act_fn",
     residual=False,
 )
+
+# Models that have no number of shared experts of their own have one.
+_SHARED_KEYS: tuple[tuple[str, str | None], ...] = (
+    ("shared_expert_intermediate_size", None),
+    ("shared_experts_intermediate_size", None),
+    ("moe_shared_expert_intermediate_size", None),
+    ("shared_intermediate_size", None),
+    ("moe_intermediate_size", "n_shared_experts"),
+    ("moe_intermediate_size", "num_shared_experts"),
+    ("moe_intermediate_size", "moe_num_shared_experts"),
+    ("moe_intermediate_size", None),
+    ("intermediate_size", "num_shared_experts"),
+    ("intermediate_size", "moe_num_shared_experts"),
+    ("intermediate_size", None),
+)
+_DENSE_KEYS = ("intermediate_size", "dense_intermediate_size", "prefix_dense_intermediate_size", "ffn_hidden_size")
+_SHARED_FUSED = FFNSpec(
+    layers="layers",
+    kind=SHARED_EXPERT,
+    gate=Slot("shared_mlp.input_linear", 0, 2),
+    up=Slot("shared_mlp.input_linear", 1, 2),
+    down="shared_mlp.output_linear",
+    activation="shared_mlp.activation",
+    size_key="shared_intermediate_size",
+    size_attributes=("shared_mlp.hidden_size",),
+    residual=False,
+)
+
+
+def _experts(holder: str, size_key: str, *dense: FFNSpec) -> FFNSpec:
+    """Return the layout of experts that a router chooses from, with what may stand beside them.
+
+    Args:
+        holder: Path of the module that stacks the experts' matrices, relative to a block.
+        size_key: Field of the configuration that holds the width of an expert.
+        *dense: The layouts of FFNs that blocks without experts have.
+    """
+    ffn = holder.rpartition(".")[0]
+    shared = [
+        replace(_gated(f"{ffn}.{name}"), kind=SHARED_EXPERT, size_key=key, times_key=times, residual=False)
+        for name in ("shared_expert", "shared_experts", "shared_mlp")
+        for key, times in _SHARED_KEYS
+    ]
+    return FFNSpec(
+        layers="layers",
+        kind=EXPERT,
+        gate=Slot(holder, 0, 2, "gate_up_proj"),
+        up=Slot(holder, 1, 2, "gate_up_proj"),
+        down=Slot(holder, parameter="down_proj"),
+        activation=f"{holder}.act_fn",
+        size_key=size_key,
+        size_attributes=(f"{holder}.intermediate_dim", f"{holder}.intermediate_size"),
+        residual=False,
+        beside=(*shared, _SHARED_FUSED, *(replace(one, size_key=key) for one in dense for key in _DENSE_KEYS)),
+    )
+
 
 # Of several that fit, the last one is taken: those that ask for less stand before those that ask for more.
 LAYOUTS: dict[str, FFNSpec] = {
@@ -126,4 +182,9 @@ LAYOUTS: dict[str, FFNSpec] = {
         then=replace(_GATED, layers="decoder.layers", config="decoder", residual=False, bias_key=None),
     ),
     "clip_text": _plain("encoder.layers", "mlp.fc1", "mlp.fc2", "mlp.activation_fn"),
+    "granitemoe": _experts("block_sparse_moe.experts", "intermediate_size"),
+    "jamba": _experts("feed_forward.experts", "intermediate_size", _gated("feed_forward")),
+    "lfm2_moe": _experts("feed_forward.experts", "moe_intermediate_size", _NUMBERED),
+    "mixtral": _experts("mlp.experts", "intermediate_size", _gated("mlp")),
+    "qwen2_moe": _experts("mlp.experts", "moe_intermediate_size", _gated("mlp")),
 }

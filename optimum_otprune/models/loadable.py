@@ -64,24 +64,27 @@ def check_resizable(model: PreTrainedModel, blocks: list[FFNBlock]) -> None:
     """
     if not _is_built_from_its_configuration(model):
         return
-    spec, width = blocks[0].spec, max(1, blocks[0].intermediate_size // 2)
+    _, spec = find_spec(model)
+    wanted = [block.times * max(1, block.intermediate_size // block.times // 2) for block in blocks]
     config = copy.deepcopy(model.config)
-    for one in spec.lists:
-        one.write_width(config, width)
+    for block, width in zip(blocks, wanted):
+        block.spec.write_width(config, width)
     try:
         with torch.device("meta"):
             built = known_blocks(type(model)(config), spec)
     except (ValueError, TypeError) as error:
         raise UnsupportedModelError(
-            f"{type(model).__name__} {raised(error)} when it is built with FFNs of {width} channels, so no pruned "
-            "model could be loaded. Such models cannot be pruned."
+            f"{type(model).__name__} {raised(error)} when it is built with FFNs of {wanted[0]} channels, so no "
+            "pruned model could be loaded. Such models cannot be pruned."
         ) from error
-    found = {block.intermediate_size for block in built}
-    if found != {width}:
+    found = [block.intermediate_size for block in built]
+    if found != wanted:
+        first = next((i for i, (one, other) in enumerate(zip(wanted, found)) if one != other), 0)
         raise UnsupportedModelError(
-            f"The field `{spec.size_key}` of the configuration does not decide the width of the FFNs of "
-            f"{type(model).__name__}: built with {width} channels, they have {sorted(found)}. What is saved could not "
-            "be loaded. Give the right field as `size_key` to `register_architecture`, or choose another model."
+            f"The field `{blocks[first].spec.size_key}` of the configuration does not decide the width of the FFNs of "
+            f"{type(model).__name__}: built with {wanted[first]} channels, {blocks[first].name} has "
+            f"{found[first] if found else 'none'}. What is saved could not be loaded. Give the right field as "
+            "`size_key` to `register_architecture`, or choose another model."
         )
 
 

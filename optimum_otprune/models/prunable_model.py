@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from optimum_otprune.models.ffn_block import FFNBlock, check_dense, ffn_blocks, known_blocks
+from optimum_otprune.models.ffn_block import FFNBlock, by_block, check_dense, ffn_blocks, known_blocks
 from optimum_otprune.models.ffn_spec import FFNSpec
 from optimum_otprune.models.loadable import check_loadable, check_resizable
 
@@ -56,6 +56,16 @@ class PrunableModel:
         return self.blocks[0].spec
 
     @property
+    def firsts(self) -> list[FFNBlock]:
+        """The first FFN of each block of the model, which stands for its block."""
+        return [group[0] for group in by_block(self.blocks)]
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether a router chooses from some of the FFNs."""
+        return any(block.expert is not None for block in self.blocks)
+
+    @property
     def widths(self) -> list[int]:
         """Channels of each FFN now."""
         return [block.intermediate_size for block in self.blocks]
@@ -66,6 +76,8 @@ class PrunableModel:
 
         This is found by building the model from its configuration, with biases switched on, on the meta device.
         """
+        if self.has_experts:
+            return False
         if getattr(self.blocks[0].down, "bias", None) is not None:
             return True
         key = self.spec.bias_key

@@ -33,8 +33,9 @@ def finish_resize(model: PreTrainedModel, blocks: list[FFNBlock], non_uniform_fo
 
 def _finish_group(model: PreTrainedModel, blocks: list[FFNBlock], non_uniform_format: str) -> int:
     """Write the width of layers that share a field of the configuration; return how many zeros only fill up."""
-    widths = [block.intermediate_size for block in blocks]
-    blocks[0].spec.write_width(model.config, max(saved_widths(non_uniform_format, widths)))
+    widths = [block.intermediate_size // block.times for block in blocks]
+    widest = max(saved_widths(non_uniform_format, widths))
+    blocks[0].spec.write_width(model.config, widest * blocks[0].times)
     if len(set(widths)) <= 1:
         return 0
     padding = called(non_uniform_format, "finish", model, blocks)
@@ -57,7 +58,8 @@ def _add_biases(blocks: list[FFNBlock]) -> bool:
     Returns:
         Whether the FFNs have biases now.
     """
-    if all(getattr(block.projection("down"), "bias", None) is None for block in blocks):
+    has_experts = any(block.expert is not None for block in blocks)  # they gain none
+    if has_experts or all(getattr(block.projection("down"), "bias", None) is None for block in blocks):
         return False
     for block in blocks:
         weight = block.read()  # one layer at a time: others may be on disk

@@ -47,6 +47,7 @@ class LayerReport:
         ridge_lambda: λ of the refit, None without one; infinity where the prior was best.
         intercept: Whether an output bias was added.
         energies: The energies that the two ratios are computed from.
+        ffn: Which FFN of its block it is, such as `"expert 7 of block 3"`; empty where each block has one.
     """
 
     layer: int
@@ -63,6 +64,12 @@ class LayerReport:
     ridge_lambda: float | None
     intercept: bool
     energies: RescueEnergies
+    ffn: str = ""
+
+    @property
+    def name(self) -> str:
+        """What the layer is called, such as "layer 3"."""
+        return self.ffn or f"layer {self.layer}"
 
     @property
     def pruned_channels(self) -> int:
@@ -76,6 +83,8 @@ class LayerReport:
         values["energies"] = self.energies._asdict()
         if self.ridge_lambda is not None and math.isinf(self.ridge_lambda):
             values["ridge_lambda"] = "inf"
+        if not self.ffn:  # as in reports that do not say
+            del values["ffn"]
         return values
 
     @classmethod
@@ -91,7 +100,7 @@ class LayerReport:
         return layer
 
     @classmethod
-    def read(cls, values: object, where: str, unknown: list[str]) -> "LayerReport":
+    def read(cls, values: Any, where: str, unknown: list[str]) -> "LayerReport":
         """Make a report from an entry of a larger one.
 
         Args:
@@ -102,8 +111,9 @@ class LayerReport:
         Raises:
             ReportError: If an entry is wrong; see `PruningReport.from_dict`.
         """
-        fields = {field.name: field.type for field in dataclasses.fields(cls)}
-        found = known_entries(values, fields, where, unknown)
+        check_entry(where, values, Mapping)
+        names = [field.name for field in dataclasses.fields(cls) if field.name != "ffn" or "ffn" in values]
+        found = known_entries(values, names, where, unknown)
         energies = known_entries(found["energies"], RescueEnergies._fields, f"{where}.energies", unknown)
         found["energies"] = RescueEnergies(**energies)
         found["ridge_lambda"] = math.inf if found["ridge_lambda"] == "inf" else found["ridge_lambda"]
@@ -130,6 +140,7 @@ class LayerReport:
             check_entry(f"{where}.energies.{name}", value, float, 0, is_finite)
         if self.ridge_lambda not in (None, math.inf):
             check_entry(f"{where}.ridge_lambda", self.ridge_lambda, float, 0)
+        check_entry(f"{where}.ffn", self.ffn, str)
         _check_channels(self, where)
         if is_finite:
             check_follows(f"{where}.rescue_ratio", self.rescue_ratio, rescue_ratio(self.energies))
@@ -139,7 +150,7 @@ class LayerReport:
 
     def __str__(self) -> str:
         return (
-            f"Layer {self.layer:02d}: Rescued {self.rescue_ratio:.3f} ({rescued_share(self.rescue_ratio)}) of pruned "
+            f"{self.ffn.capitalize() or f'Layer {self.layer:02d}'}: Rescued {self.rescue_ratio:.3f} ({rescued_share(self.rescue_ratio)}) of pruned "
             f"channels, Diluted {self.dilution_ratio:.3f} ({diluted_share(self.dilution_ratio)}) of kept channels"
         )
 

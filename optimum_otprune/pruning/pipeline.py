@@ -18,15 +18,16 @@ from optimum_otprune.models.devices import (
 )
 from optimum_otprune.models.distributed import from_main
 from optimum_otprune.models.faithfulness import check_parameters
-from optimum_otprune.models.ffn_block import FFNBlock, named
+from optimum_otprune.models.ffn_block import FFNBlock, by_block, install_all, named
 from optimum_otprune.models.ffn_hooks import unchunked
 from optimum_otprune.models.pass_settings import PassSettings
 from optimum_otprune.models.passes import Passes
 from optimum_otprune.models.prunable_model import PrunableModel
 from optimum_otprune.models.resize import finish_resize, switches_biases
 from optimum_otprune.models.save_formats import saved_widths
+from optimum_otprune.pruning.calibration.block_tokens import BlockTokens
 from optimum_otprune.pruning.calibration.self_calibration import check_can_write, probe_passes
-from optimum_otprune.pruning.layer_store import LayerStore
+from optimum_otprune.pruning.layer_store import FinishedLayer, LayerStore
 from optimum_otprune.pruning.outcome import PrunedLayers
 from optimum_otprune.pruning.preflight import check_feasible, warn_of_empty
 from optimum_otprune.pruning.preparation import Expected, prepare
@@ -90,33 +91,51 @@ def _check(prunable: PrunableModel, config: OTPruningConfig, widths: list[int], 
 
 def _prune_layers(run: Run, store: LayerStore, progress: bool) -> list[LayerReport]:
     """Prune all layers in order, each on the outputs of those below it, pruned now or before."""
-    layers = list(zip(run.prunable.blocks, run.prepared.widths))
+    groups, widths = by_block(run.prunable.blocks), iter(run.prepared.widths)
     with logging_redirect_tqdm([logging.getLogger("optimum_otprune")]):
-        bar = tqdm(layers, desc="Pruning", unit="layer", disable=not progress)
-        return [_next_layer(block, width, run, store) for block, width in bar]
+        bar = tqdm(groups, desc="Pruning", unit="layer", disable=not progress)
+        return [report for group in bar for report in _next_block(group, [next(widths) for _ in group], run, store)]
 
 
-def _next_layer(block: FFNBlock, width: int, run: Run, store: LayerStore) -> LayerReport:
-    """Prune a layer, or find its result; keep it, install it, and pass its output on to the next layer."""
-    if width == block.intermediate_size:
-        run.stream.skip(block)
-        return untouched(block)
-    with named(block):
-        dense = block.read()
-        finished = store.finished(block.layer, dense, width)
-        if finished is None:
-            finished = from_main(prune_layer(block, dense, width, run))
-            check_weights(finished.weights, "the pruned FFN")
-            store.save(finished)
-        else:
-            run.stream.replay(block)
+def _next_block(group: list[FFNBlock], widths: list[int], run: Run, store: LayerStore) -> list[LayerReport]:
+    """Prune all FFNs of a block, or find what was done before; then pass on what the block puts out now."""
+    first = group[0]
+    if widths == [block.intermediate_size for block in group]:
+        run.stream.skip(first)
+        return [untouched(block) for block in group]
+    weights, reports = [], []
+    tokens = BlockTokens.of(group, run.stream) if len(group) > 1 else None
+    for block, width in zip(group, widths):
+        with named(block):
+            finished = _next_layer(block, width, run, store, tokens)
+        weights.append(finished.weights)
+        reports.append(finished.report)
+    with named(first):
         mark_half_pruned(run.prunable.model)
-        block.install(finished.weights)
-        if block is not run.prunable.blocks[-1]:  # the output of the last block is not needed
-            run.stream.advance(block)
-    logger.info("%s", finished.report)
+        install_all(group, weights)
+        if first is not run.prunable.firsts[-1]:  # the output of the last block is not needed
+            run.stream.advance(first)
+    for report in reports:
+        logger.info("%s", report)
     return_freed_memory()  # otherwise memory grows with every layer
-    return finished.report
+    return reports
+
+
+def _next_layer(
+    block: FFNBlock, width: int, run: Run, store: LayerStore, tokens: BlockTokens | None
+) -> FinishedLayer:
+    """Prune one FFN, and keep the result, or find it."""
+    dense = block.read()
+    if width == block.intermediate_size:
+        return FinishedLayer(dense, untouched(block))
+    finished = store.finished(block.layer, dense, width)
+    if finished is None:
+        finished = from_main(prune_layer(block, dense, width, run, tokens))
+        check_weights(finished.weights, "the pruned FFN")
+        store.save(finished)
+    elif tokens is None:
+        run.stream.replay(block)
+    return finished
 
 
 def _resized(prunable: PrunableModel, reports: list[LayerReport], config: OTPruningConfig) -> PrunedLayers:

@@ -15,9 +15,11 @@ from optimum_otprune.functional.seeds import seed_of
 from optimum_otprune.models.devices import multiplies_bfloat16
 from optimum_otprune.models.distributed import gathered, process_index, summed
 from optimum_otprune.models.ffn_block import FFNBlock
+from optimum_otprune.models.ffn_spec import FFN
 from optimum_otprune.models.forward_stream import CalibrationStream
 from optimum_otprune.models.passes import Passes
 from optimum_otprune.models.prunable_model import PrunableModel
+from optimum_otprune.pruning.calibration.block_tokens import BlockTokens
 from optimum_otprune.pruning.calibration.layer_statistics import (
     LayerData,
     measure_rescue,
@@ -61,18 +63,24 @@ class Run(NamedTuple):
         return seed_of(self.recipe.config.seed, block.layer)
 
 
-def prune_layer(block: FFNBlock, dense: FFNWeights, width: int, run: Run) -> FinishedLayer:
-    """Prune one layer, on what the pruned layers below it produce; the block stays as it is.
+def prune_layer(
+    block: FFNBlock, dense: FFNWeights, width: int, run: Run, tokens: BlockTokens | None = None
+) -> FinishedLayer:
+    """Prune one FFN, on what the pruned layers below it produce; the block stays as it is.
 
     Args:
-        block: The block that is next in the run.
-        dense: The weights of its FFN.
+        block: The FFN that is next in the run.
+        dense: Its weights.
         width: Number of channels to keep.
         run: What all layers of the run share.
+        tokens: The calibration tokens of its block, where that has other FFNs, too.
     """
     config = run.recipe.config
-    correction = _correction(run.prunable, run.recipe, block)
-    data = LayerData.of(block, dense, run.stream, run.is_heldout, config, correction)
+    if tokens is None:
+        correction = _correction(run.prunable, run.recipe, block)
+        data = LayerData.of(block, dense, run.stream, run.is_heldout, config, correction)
+    else:
+        data = LayerData.of_one(block, dense, tokens, run.is_heldout)
     refitted = compress(_layer_inputs(block, dense, data, run), run.recipe, width)
     final = _reconstructed(block, refitted, data, run) if config.reconstruction_steps else refitted
     return FinishedLayer(final.weights, _report(block, data, final, refitted.judged))
@@ -144,6 +152,7 @@ def _report(block: FFNBlock, data: LayerData, compression: Compression, refitted
     fused, before_reconstruction, energies = measured[0], measured[1], measured[-1]
     return LayerReport(
         layer=block.layer,
+        ffn=ffn_name(block),
         intermediate_size_before=data.dense.intermediate_size,
         intermediate_size_after=len(kept),
         kept_channels=tuple(kept.tolist()),
@@ -165,4 +174,10 @@ def untouched(block: FFNBlock) -> LayerReport:
     size = block.intermediate_size
     nothing = RescueEnergies(0.0, 0.0, 0.0, 0.0, 0.0)
     kept = tuple(range(size))
-    return LayerReport(block.layer, size, size, kept, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, None, False, nothing)
+    rest = (1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, None, False, nothing)
+    return LayerReport(block.layer, size, size, kept, *rest, ffn=ffn_name(block))
+
+
+def ffn_name(block: FFNBlock) -> str:
+    """Return the name of an FFN in reports; empty where it is the only one of its block, and every block has one."""
+    return "" if block.layer == block.block and block.spec.kind == FFN else block.name

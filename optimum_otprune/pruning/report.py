@@ -338,7 +338,7 @@ def _check_parameters(report: PruningReport) -> None:
 
 def named_layers(layers: Sequence[LayerReport]) -> str:
     """Return a phrase such as "layer 1 (-80.2) and layer 5 (-0.1)", the first ten of them."""
-    named = [f"layer {layer.layer} ({layer.rescue_ratio:.3g})" for layer in layers[:10]]
+    named = [f"{layer.name} ({layer.rescue_ratio:.3g})" for layer in layers[:10]]
     if len(layers) > len(named):
         return f"{', '.join(named)} and {len(layers) - len(named)} others"
     return named[0] if len(named) == 1 else f"{', '.join(named[:-1])} and {named[-1]}"

@@ -161,12 +161,13 @@ def channel_cost(block: FFNBlock, unit: str) -> int:
         unit: Either `"parameters"` or `"bytes"`.
     """
     cost = 0
+    for weight, names in block.stored:
+        cost += len(names) * block.hidden_size * _cost(weight, unit)
     for module, names in block.modules.items():
-        weight, bias = module._parameters["weight"], module._parameters.get("bias")
-        assert weight is not None
-        cost += weight.numel() // block.intermediate_size * _cost(weight, unit)
-        if bias is not None and module is not block.down:
-            cost += len(names) * _cost(bias, unit)
+        for name in names:
+            bias = module._parameters.get(block.spec.slots[name].bias)
+            if bias is not None and name != "down":
+                cost += _cost(bias, unit)
     return cost
 
 

@@ -35,8 +35,8 @@ def given_widths(blocks: list[FFNBlock], config: OTPruningConfig) -> dict[int, i
 
 
 def _kept(block: FFNBlock, ratio: float, config: OTPruningConfig) -> int:
-    width = block.intermediate_size
-    return kept_width(width, ratio, sensible_multiple(width, config.multiple_of))
+    width = block.intermediate_size // block.times
+    return block.times * kept_width(width, ratio, sensible_multiple(width, config.multiple_of))
 
 
 def plan_widths(blocks: list[FFNBlock], config: OTPruningConfig) -> list[int]:
@@ -48,6 +48,11 @@ def plan_widths(blocks: list[FFNBlock], config: OTPruningConfig) -> list[int]:
             for the ratio.
     """
     given = given_widths(blocks, config)
+    if any(block.expert is not None for block in blocks) and (given or config.allocation == "adaptive"):
+        raise ConfigurationError(
+            "A configuration holds one width for all experts, so `skip_layers`, `layer_ratios` and "
+            "`allocation='adaptive'` cannot be had for this model. Leave them out."
+        )
     if config.allocation == "adaptive" and len(blocks) - len(given) < 2:
         raise ConfigurationError(
             f"`allocation='adaptive'` has nothing to share out: `skip_layers` and `layer_ratios` decide "
@@ -59,7 +64,7 @@ def plan_widths(blocks: list[FFNBlock], config: OTPruningConfig) -> list[int]:
             f"`pruning_ratio={config.pruning_ratio!r}` would be ignored: `skip_layers` and `layer_ratios` decide the "
             "width of every layer. Leave one of them out."
         )
-    for width in sorted({block.intermediate_size for block in blocks}):
+    for width in sorted({block.intermediate_size // block.times for block in blocks}):
         _check_multiple(width, config)
     ratio = config.pruning_ratio
     widths = [given[block.layer] if block.layer in given else _kept(block, ratio, config) for block in blocks]

@@ -17,6 +17,7 @@ from optimum_otprune.models.distributed import gathered, process_index, summed
 from optimum_otprune.models.ffn_block import FFNBlock
 from optimum_otprune.models.forward_stream import CalibrationStream, FFNTap
 from optimum_otprune.models.spill import StoredTensor, TensorSpill
+from optimum_otprune.pruning.calibration.block_tokens import BlockTokens, ChosenRows
 
 _LEAST_ENERGY = 1e-2  # the least squared norm, as a share of the median
 
@@ -114,7 +115,7 @@ class LayerData(NamedTuple):
 
     dense: FFNWeights
     activation: Callable[[Tensor], Tensor]
-    inputs: Sequence[StoredTensor]
+    inputs: Sequence[StoredTensor | ChosenRows]
     corrections: Sequence[StoredTensor] | None
     is_heldout: Tensor
     token_weights: Tensor
@@ -172,6 +173,26 @@ class LayerData(NamedTuple):
         statistics = _all_statistics(sums)
         kept = corrections if keeps_corrections else None
         return cls(exact, activation, inputs, kept, is_heldout, token_weights, weight_unit, statistics)
+
+    @classmethod
+    def of_one(cls, block: FFNBlock, dense: FFNWeights, tokens: BlockTokens, is_heldout: Tensor) -> "LayerData":
+        """Measure one FFN of a block with several on the tokens that it gets.
+
+        Args:
+            block: The FFN.
+            dense: Its weights.
+            tokens: The calibration tokens of the block.
+            is_heldout: Which of all tokens are held out, BoolTensor.
+
+        Raises:
+            NumericalError: If a hidden state or an activation is NaN or infinite.
+        """
+        exact, own = dense.map(Tensor.float), tokens.own(block, is_heldout)
+        is_heldout = is_heldout[own.chosen]
+        weights, unit = _weights_among_all(tokens.energies[own.chosen] / own.weights.square(), is_heldout)
+        nothing = _all_statistics(_accumulators(exact))
+        data = cls(exact, block.activation, own.inputs, None, is_heldout, weights, unit, nothing)
+        return data._replace(statistics=remeasured_statistics(data, exact))
 
     def batches(self, only_heldout: bool = False) -> Iterator[TokenBatch]:
         """Yield the calibration tokens once more, a batch at a time.
