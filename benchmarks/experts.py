@@ -3,7 +3,7 @@
     python benchmarks/experts.py --output benchmarks/results/experts.json
     python benchmarks/experts.py --model FOLDER --calibration seen.txt --evaluation unseen.txt --output OUT.json
 
-Without --model, `examples/train_tiny_moe.py` trains one in `.bench` the first time, a quarter of an hour on one core.
+Without --model, `examples/train_tiny_moe.py` trains one in `.bench` the first time, some minutes on one core.
 
 The lines with a REAP in their name remove whole routed experts (see `_reap.py`), the others channels of every expert.
 Each says how many parameters of routed experts and of other modules it removed. An interrupted run goes on where it
