@@ -35,9 +35,7 @@ class Routing(NamedTuple):
         return tokens, self.weights[tokens, place]
 
 
-def experts_forward(
-    experts: Iterable[FFNWeights], inputs: Tensor, routing: Routing, activation: Activation
-) -> Tensor:
+def experts_forward(experts: Iterable[FFNWeights], inputs: Tensor, routing: Routing, activation: Activation) -> Tensor:
     """Return what all experts of a block put out together, `(num_tokens, hidden_size)`.
 
     Args:

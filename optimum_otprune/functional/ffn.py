@@ -9,7 +9,18 @@ from torch.nn.functional import pad
 
 from optimum_otprune.errors import NumericalError, ShapeError
 
-Activation = Callable[[Tensor], Tensor]
+
+class Gating(NamedTuple):
+    """What a gated FFN makes of its gate and its up projection, where that is more than `act(gate) * up`.
+
+    Attributes:
+        function: A function of both, `(num_tokens, intermediate_size)` each, that returns the channel activations.
+    """
+
+    function: Callable[[Tensor, Tensor], Tensor]
+
+
+Activation = Callable[[Tensor], Tensor] | Gating
 
 
 class FFNWeights(NamedTuple):
@@ -142,15 +153,17 @@ def channel_activations(weights: FFNWeights, inputs: Tensor, activation: Activat
     Args:
         weights: The weights of one FFN, channel-first.
         inputs: The inputs of the FFN, `(num_tokens, hidden_size)`.
-        activation: The FFN's elementwise activation function.
+        activation: The FFN's elementwise activation function, or what joins gate and up.
 
     Returns:
         The channel activations, `(num_tokens, intermediate_size)`.
     """
     up = torch.nn.functional.linear(inputs, weights.up, weights.up_bias)
-    if weights.gate is None:
-        return activation(up)
-    return activation(torch.nn.functional.linear(inputs, weights.gate, weights.gate_bias)) * up
+    gate = None if weights.gate is None else torch.nn.functional.linear(inputs, weights.gate, weights.gate_bias)
+    if isinstance(activation, Gating):
+        assert gate is not None
+        return activation.function(gate, up)
+    return activation(up) if gate is None else activation(gate) * up
 
 
 def ffn_forward(weights: FFNWeights, inputs: Tensor, activation: Activation) -> Tensor:

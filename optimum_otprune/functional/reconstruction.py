@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR
 
 from optimum_otprune.errors import NumericalError
-from optimum_otprune.functional.ffn import FFNWeights, ffn_forward
+from optimum_otprune.functional.ffn import Activation, FFNWeights, ffn_forward
 
 _CHECKS = 20  # held-out evaluations over the whole schedule: more find a better stop and cost as many forward passes
 _WARM_UP = 0.05  # share of the steps in which the learning rate rises
@@ -102,7 +102,7 @@ class Reconstruction(NamedTuple):
 def output_error(
     weights: FFNWeights,
     tokens: TokenSet,
-    activation: Callable[[Tensor], Tensor],
+    activation: Activation,
     metric: Tensor | None = None,
     summed: Callable[[Tensor], Tensor] | None = None,
 ) -> float:
@@ -134,7 +134,7 @@ def _squared_errors(outputs: Tensor, targets: Tensor, metric: Tensor | None) -> 
 def reconstruct(
     weights: FFNWeights,
     tokens: TrainingTokens,
-    activation: Callable[[Tensor], Tensor],
+    activation: Activation,
     settings: ReconstructionSettings,
     generator: torch.Generator | None = None,
     metric: Tensor | None = None,

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from optimum_otprune.errors import RegistryError, UnsupportedModelError
-from optimum_otprune.models.ffn_spec import FFNSpec, Function, Slot
+from optimum_otprune.models.ffn_spec import FFNSpec, Function, Method, Slot
 from optimum_otprune.models.layouts import LAYOUTS
 
 ARCHITECTURES: dict[str, FFNSpec] = {}
@@ -165,7 +165,10 @@ def _has_ffn(block: nn.Module, spec: FFNSpec) -> bool:
         return False
     if spec.gate_factor is not None and not isinstance(submodule(block, spec.gate_factor), (int, float)):
         return False
-    return isinstance(spec.activation, Function) or callable(submodule(block, spec.activation))
+    if isinstance(spec.activation, Function):
+        return True
+    path = spec.activation.path if isinstance(spec.activation, Method) else spec.activation
+    return callable(submodule(block, path))
 
 
 def _is_projection(module: object, slot: Slot, spec: FFNSpec) -> bool:
@@ -173,7 +176,7 @@ def _is_projection(module: object, slot: Slot, spec: FFNSpec) -> bool:
     if not isinstance(weight, nn.Parameter):
         return False
     if spec.is_stacked:  # marks that transformers gives its modules of experts
-        marks = (True, False, spec.transposed)
+        marks = (not slot.is_interleaved, False, spec.transposed)
         names = ("is_concatenated", "has_post_expert_norm", "is_transposed")
         return weight.ndim == 3 and tuple(getattr(module, name, None) for name in names) == marks
     return weight.ndim == 2 and spec.transposed == hasattr(module, "nf")  # as Conv1D has, and no linear module

@@ -230,7 +230,7 @@ def _check_ffns(group: list[FFNBlock], runner: BlockRunner, hidden: Tensor) -> l
 
 
 def _inputs_in_whole(prunable: PrunableModel, batch: Tensor) -> dict[int, Tensor]:
-    """Return the inputs `(num_tokens, hidden_size)` of every FFN in a pass of the whole model, on the CPU, by layer."""
+    """Return the inputs `(num_tokens, hidden_size)` of every FFN in a pass of the whole model, by layer, on the CPU."""
     points = watch_points(prunable.blocks)
     seen: dict[int, list[Tensor]] = {block.layer: [] for block in points}
 
@@ -247,7 +247,7 @@ def _inputs_in_whole(prunable: PrunableModel, batch: Tensor) -> dict[int, Tensor
     for block, calls in zip(points, seen.values()):
         if len(calls) != 1:
             raise UnsupportedModelError(
-                f"{block.name[0].upper()}{block.name[1:]}: hooks on the FFN fire {len(calls)} times in a forward pass; want once. Layers that "
+                f"Hooks on {block.name} fire {len(calls)} times in a forward pass; want once. Layers that "
                 "share weights cannot be pruned one by one; otherwise load the model without compiling it, with its "
                 "plain FFN, which runs once a pass."
             )
@@ -288,9 +288,7 @@ def _check_run(
     return output
 
 
-def _check_ffn(
-    group: list[FFNBlock], block: FFNBlock, runner: BlockRunner, hidden: Tensor
-) -> tuple[Tensor, Tensor]:
+def _check_ffn(group: list[FFNBlock], block: FFNBlock, runner: BlockRunner, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Check one FFN of a block, or all its experts, and return the block's output and the FFN's."""
     weights = [one.read() for one in group if one.expert is not None] if block.spec.is_stacked else [block.read()]
     for scale in (1.0, _AMPLIFIED):

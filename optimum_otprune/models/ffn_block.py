@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from optimum_otprune.errors import OTPruneError, UnsupportedModelError
-from optimum_otprune.functional.ffn import FFNWeights
+from optimum_otprune.functional.ffn import Activation, FFNWeights, Gating
 from optimum_otprune.models.architectures import ffns_of, find_blocks, find_spec, submodule
 from optimum_otprune.models.devices import execution_device, keep_parameters, read_parameter, replace_parameter
-from optimum_otprune.models.ffn_spec import SHARED_EXPERT, FFNSpec, Function
+from optimum_otprune.models.ffn_spec import SHARED_EXPERT, FFNSpec, Function, Method
 from optimum_otprune.models.wrappers import check_plain
 
 _FEATURES = ("in_features", "out_features", "nx", "nf")
@@ -123,9 +123,15 @@ class FFNBlock:
         """
         return self.up.get_parameter(self.spec.slots["up"].parameter)
 
-    def activation(self, inputs: Tensor) -> Tensor:
-        """Apply the FFN's elementwise activation function, to a multiple of the inputs where the architecture does."""
+    @property
+    def activation(self) -> Activation:
+        """The FFN's elementwise activation function, or what joins its gate and its up projection."""
+        return Gating(self._gated) if isinstance(self.spec.activation, Method) else self._activated
+
+    def _activated(self, inputs: Tensor) -> Tensor:
+        """Apply the activation function, to a multiple of the inputs where the architecture does."""
         spec = self.spec
+        assert not isinstance(spec.activation, Method)
         if spec.gate_factor is not None:
             factor: Any = submodule(self.module, spec.gate_factor)
             inputs = inputs * factor
@@ -134,6 +140,12 @@ class FFNBlock:
         function = submodule(self.module, spec.activation)
         assert function is not None
         return function(inputs)
+
+    def _gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        assert isinstance(self.spec.activation, Method)
+        function = submodule(self.module, self.spec.activation.path)
+        assert function is not None
+        return function(self.spec.slots["up"].join((gate, up), dim=gate.ndim - 1))
 
     def read(self) -> FFNWeights:
         """Return copies of the weights, channel-first, on the device that the FFN computes on."""
@@ -155,7 +167,7 @@ class FFNBlock:
             weight = weight.T
         if slot.parts == 1:
             return weight, bias
-        parts = [whole if whole is None else whole.chunk(slot.parts)[slot.part].clone() for whole in (weight, bias)]
+        parts = [whole if whole is None else slot.piece(whole).clone() for whole in (weight, bias)]
         return parts[0], parts[1]
 
     def install(self, weights: FFNWeights) -> None:
@@ -166,8 +178,7 @@ class FFNBlock:
         """
         assert self.expert is None  # experts share their parameters, see `install_all`
         for module, names in self.modules.items():
-            weight = _joined([getattr(weights, name) for name in names])
-            bias = _joined([getattr(weights, f"{name}_bias") for name in names])
+            weight, bias = self._joined(weights, names, ""), self._joined(weights, names, "_bias")
             assert weight is not None
             replace_parameter(module, "weight", weight.T if self.spec.transposed else weight)
             if bias is not None:
@@ -186,13 +197,20 @@ class FFNBlock:
             for parameter in dict.fromkeys(slot.parameter for slot in slots):
                 own = [name for name, slot in zip(names, slots) if slot.parameter == parameter]
                 for suffix, holder in (("", parameter), ("_bias", f"{parameter}_bias")):
-                    parts = [_joined([getattr(weights, f"{name}{suffix}") for name in own]) for weights in experts]
+                    parts = [self._joined(weights, own, suffix) for weights in experts]
                     there = [part for part in parts if part is not None]
                     if there:
                         stack = torch.stack(there)
                         is_turned = self.spec.transposed and not suffix
                         replace_parameter(module, holder, stack.transpose(1, 2) if is_turned else stack)
         self._set_size(experts[0].intermediate_size)
+
+    def _joined(self, weights: FFNWeights, names: Sequence[str], suffix: str) -> Tensor | None:
+        """Return what one parameter holds, of the matrices or biases of an FFN; None where these are None."""
+        parts = [getattr(weights, f"{name}{suffix}") for name in names]
+        there = [part for part in parts if part is not None]
+        assert len(there) in (0, len(parts))
+        return self.spec.slots[names[0]].join(there, dim=0) if there else None
 
     def _set_size(self, size: int) -> None:
         """Correct the width that modules repeat."""
@@ -236,15 +254,6 @@ def install_all(blocks: Sequence[FFNBlock], weights: Sequence[FFNWeights]) -> No
             block.install(own)
         elif block.expert == 0:
             block.install_experts(experts)
-
-
-def _joined(parts: list[Tensor | None]) -> Tensor | None:
-    """Return the pieces of one fused tensor together; None where they are None."""
-    if len(parts) == 1:
-        return parts[0]
-    there = [part for part in parts if part is not None]
-    assert len(there) in (0, len(parts))
-    return torch.cat(there) if there else None
 
 
 def _set_features(module: nn.Module, in_features: int, out_features: int) -> None:

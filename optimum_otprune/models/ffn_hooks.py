@@ -62,9 +62,7 @@ def watched(*watchers: tuple[FFNBlock, Watcher]) -> Iterator[None]:
         return module.register_forward_hook(partial(seen, watcher, names))
 
     with hooked(
-        handle(block, watcher, module, names)
-        for block, watcher in watchers
-        for module, names in block.modules.items()
+        handle(block, watcher, module, names) for block, watcher in watchers for module, names in block.modules.items()
     ):
         yield
 

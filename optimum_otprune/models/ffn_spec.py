@@ -1,8 +1,11 @@
 """`FFNSpec`: where the FFN is in a model, and how its width is written in the model's configuration, as data."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 FFN, EXPERT, SHARED_EXPERT = "ffn", "expert", "shared expert"
@@ -17,12 +20,24 @@ class Slot(NamedTuple):
         part: Which piece of the module's outputs belongs to the matrix, from 0.
         parts: In how many pieces of one size the module's outputs are cut, as a fused gate and up projection in two.
         parameter: The name of the parameter that holds the matrix, which for experts is a stack of them, one each.
+        is_interleaved: Whether outputs of the pieces take turns, instead of standing one piece behind the other.
     """
 
     path: str
     part: int = 0
     parts: int = 1
     parameter: str = "weight"
+    is_interleaved: bool = False
+
+    def piece(self, whole: Tensor) -> Tensor:
+        """Return the piece of what the module holds, along its first dimension."""
+        return whole[self.part :: self.parts] if self.is_interleaved else whole.chunk(self.parts)[self.part]
+
+    def join(self, pieces: Sequence[Tensor], dim: int) -> Tensor:
+        """Return what the module holds, of all its pieces in order, along a dimension, counted from 0."""
+        if self.is_interleaved:
+            return torch.stack(list(pieces), dim=dim + 1).flatten(dim, dim + 1)
+        return torch.cat(list(pieces), dim=dim)
 
     @property
     def bias(self) -> str:
@@ -40,6 +55,16 @@ class Function(NamedTuple):
     name: str
 
 
+class Method(NamedTuple):
+    """A method of a module that makes the channel activations of gate and up projection, which it takes as one tensor.
+
+    Attributes:
+        path: The path of the method, relative to a block.
+    """
+
+    path: str
+
+
 @dataclass(frozen=True)
 class FFNSpec:
     """Where the FFN is in a model; it is recognized by these paths, never by a model's name.
@@ -48,7 +73,8 @@ class FFNSpec:
         layers: Path of the list of blocks, relative to `model.base_model`, or to the text model inside it.
         up: Path of the up projection, relative to a block; a `Slot` for a piece of a fused matrix.
         down: Path of the down projection, relative to a block.
-        activation: Path of the activation function, relative to a block; a `Function` for one that has no place.
+        activation: Path of the activation function, relative to a block; a `Function` for one that has no place, a
+            `Method` for one of gate and up together.
         gate: Path of the gate projection, or a `Slot`; None for an FFN that is not gated.
         size_key: Field of the configuration from which the FFN's width follows; None for a width that is written in
             the model's code, so that no configuration can hold another.
@@ -72,7 +98,7 @@ class FFNSpec:
     layers: str
     up: str | Slot
     down: str | Slot
-    activation: str | Function
+    activation: str | Function | Method
     gate: str | Slot | None = None
     size_key: str | None = "intermediate_size"
     bias_key: str | None = None

@@ -141,7 +141,10 @@ class CalibrationStream:
         with onloaded(block.module):
             for index, stored in enumerate(self._hidden):
                 with ExitStack() as stack:
-                    seen = [(point, stack.enter_context(noted(point)), stack.enter_context(routed(point))) for point in points]
+                    seen = [
+                        (point, stack.enter_context(noted(point)), stack.enter_context(routed(point)))
+                        for point in points
+                    ]
                     self._runner.run(block, stored.load(), index)
                 kept: list[tuple[Tensor, StoredTensor]] = []  # experts and what is beside them mostly get the same
                 for point, parts, routing in seen:

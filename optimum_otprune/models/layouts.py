@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from optimum_otprune.models.ffn_spec import EXPERT, SHARED_EXPERT, FFNSpec, Function, Slot
+from optimum_otprune.models.ffn_spec import EXPERT, PROJECTIONS, SHARED_EXPERT, FFNSpec, Function, Method, Slot
 
 
 def _plain(layers: str, up: str, down: str, activation: str, size_key: str | None = "intermediate_size") -> FFNSpec:
@@ -90,6 +90,12 @@ _SHARED_FUSED = FFNSpec(
 )
 
 
+def _interleaved(spec: FFNSpec) -> FFNSpec:
+    """Return the layout of experts whose gate and up projections take turns, as those of GPT-OSS, stored (in, out)."""
+    gate, up, down = (spec.slots[name]._replace(is_interleaved=True) for name in PROJECTIONS)
+    return replace(spec, gate=gate, up=up, down=down, transposed=True, beside=())
+
+
 def _experts(holder: str, size_key: str, *dense: FFNSpec) -> FFNSpec:
     """Return the layout of experts that a router chooses from, with what may stand beside them.
 
@@ -110,7 +116,7 @@ def _experts(holder: str, size_key: str, *dense: FFNSpec) -> FFNSpec:
         gate=Slot(holder, 0, 2, "gate_up_proj"),
         up=Slot(holder, 1, 2, "gate_up_proj"),
         down=Slot(holder, parameter="down_proj"),
-        activation=f"{holder}.act_fn",
+        activation=Method(f"{holder}._apply_gate"),
         size_key=size_key,
         size_attributes=(f"{holder}.intermediate_dim", f"{holder}.intermediate_size"),
         residual=False,
@@ -185,6 +191,8 @@ LAYOUTS: dict[str, FFNSpec] = {
     "granitemoe": _experts("block_sparse_moe.experts", "intermediate_size"),
     "jamba": _experts("feed_forward.experts", "intermediate_size", _gated("feed_forward")),
     "lfm2_moe": _experts("feed_forward.experts", "moe_intermediate_size", _NUMBERED),
+    "aria_text": replace(_experts("mlp.experts", "intermediate_size"), transposed=True),
+    "gpt_oss": _interleaved(_experts("mlp.experts", "intermediate_size")),
     "mixtral": _experts("mlp.experts", "intermediate_size", _gated("mlp")),
     "qwen2_moe": _experts("mlp.experts", "moe_intermediate_size", _gated("mlp")),
 }

@@ -149,8 +149,9 @@ class LayerReport:
             check_follows(f"{where}.{name}", error, relative_error(self.energies))
 
     def __str__(self) -> str:
+        name = self.ffn.capitalize() or f"Layer {self.layer:02d}"
         return (
-            f"{self.ffn.capitalize() or f'Layer {self.layer:02d}'}: Rescued {self.rescue_ratio:.3f} ({rescued_share(self.rescue_ratio)}) of pruned "
+            f"{name}: Rescued {self.rescue_ratio:.3f} ({rescued_share(self.rescue_ratio)}) of pruned "
             f"channels, Diluted {self.dilution_ratio:.3f} ({diluted_share(self.dilution_ratio)}) of kept channels"
         )
 

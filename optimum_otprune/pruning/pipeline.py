@@ -121,9 +121,7 @@ def _next_block(group: list[FFNBlock], widths: list[int], run: Run, store: Layer
     return reports
 
 
-def _next_layer(
-    block: FFNBlock, width: int, run: Run, store: LayerStore, tokens: BlockTokens | None
-) -> FinishedLayer:
+def _next_layer(block: FFNBlock, width: int, run: Run, store: LayerStore, tokens: BlockTokens | None) -> FinishedLayer:
     """Prune one FFN, and keep the result, or find it."""
     dense = block.read()
     if width == block.intermediate_size:

@@ -1,8 +1,8 @@
 """The calibration tokens of a block with several FFNs: what each gets, and how much its error counts.
 
 An expert gets the tokens that the router sends to it, and what it puts out is multiplied by the router's weight, so
-its error counts by the square of that. An expert that got too few tokens to be fitted borrows some of the others, which
-count little: its activations on them are at least those of a similar text.
+its error counts by the square of that. An expert that got too few tokens to be fitted borrows some of the others,
+which count little: its activations on them are at least those of a similar text.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
 """The calibration data of one layer: its tokens, their weights, and their statistics."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.errors import NumericalError
-from optimum_otprune.functional.ffn import FFNWeights, channel_activations
+from optimum_otprune.functional.ffn import Activation, FFNWeights, channel_activations
 from optimum_otprune.functional.gram import GramAccumulator, GramStatistics
 from optimum_otprune.functional.ratios import RescueEnergies, pooled
 from optimum_otprune.functional.reconstruction import TokenSet
@@ -114,7 +114,7 @@ class LayerData(NamedTuple):
     """
 
     dense: FFNWeights
-    activation: Callable[[Tensor], Tensor]
+    activation: Activation
     inputs: Sequence[StoredTensor | ChosenRows]
     corrections: Sequence[StoredTensor] | None
     is_heldout: Tensor
@@ -225,9 +225,7 @@ def _reads_targets_again(config: OTPruningConfig) -> bool:
     return bool(config.reconstruction_steps) or bool({"gate", "up"} & set(config.fuse or ()))
 
 
-def _exact_activations(
-    tap: FFNTap, dense: FFNWeights, activation: Callable[[Tensor], Tensor]
-) -> tuple[Tensor, Tensor]:
+def _exact_activations(tap: FFNTap, dense: FFNWeights, activation: Activation) -> tuple[Tensor, Tensor]:
     """Return activations and outputs without bias in float32, computed anew if the module's are coarser."""
     if tap.hidden.dtype != torch.float32:
         hidden = channel_activations(dense, tap.inputs.float(), activation)
