@@ -25,7 +25,7 @@ import optimum_otprune
 from optimum_otprune import OTPruner, OTPruningConfig
 from optimum_otprune.commands.demo_texts import documentation_texts
 from optimum_otprune.errors import OTPruneError
-from optimum_otprune.models.ffn_block import ffn_blocks
+from optimum_otprune.models.find_ffns import ffn_blocks
 from optimum_otprune.models.perplexity import PROTOCOL
 from optimum_otprune.pruning.calibration.data import calibration_tokens, evaluation_tokens
 from optimum_otprune.pruning.versions import versions

@@ -24,7 +24,7 @@ from optimum_otprune import OTPruner, OTPruningConfig
 from optimum_otprune.errors import ConfigurationError, NumericalError, UnsupportedModelError
 from optimum_otprune.models.agreement import evaluate_model
 from optimum_otprune.models.defaults import BATCH_SIZE
-from optimum_otprune.models.ffn_block import ffn_blocks
+from optimum_otprune.models.find_ffns import ffn_blocks
 from optimum_otprune.pruning.calibration.data import evaluation_tokens
 
 _NOT_POSSIBLE = (ConfigurationError, UnsupportedModelError, NumericalError)  # a result, too

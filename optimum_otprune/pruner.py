@@ -23,7 +23,7 @@ from optimum_otprune.models.changes import all_or_nothing, check_whole, dense_mo
 from optimum_otprune.models.defaults import BATCH_SIZE, HIDDEN_MEMORY
 from optimum_otprune.models.devices import model_sizes
 from optimum_otprune.models.distributed import check_launch, check_model, check_single
-from optimum_otprune.models.ffn_block import ffn_blocks
+from optimum_otprune.models.find_ffns import ffn_blocks
 from optimum_otprune.models.pass_settings import PassSettings
 from optimum_otprune.models.passes import Passes
 from optimum_otprune.models.wrappers import checked_tokenizer, model_in_memory, unwrapped

@@ -26,7 +26,8 @@ from optimum_otprune.commands.speed import (
 from optimum_otprune.config.loading_options import LoadingOptions
 from optimum_otprune.errors import UsageError
 from optimum_otprune.models.devices import weight_bytes
-from optimum_otprune.models.ffn_block import FFNBlock, ffn_blocks
+from optimum_otprune.models.ffn_block import FFNBlock
+from optimum_otprune.models.find_ffns import ffn_blocks
 from optimum_otprune.pruning.versions import versions
 from optimum_otprune.storage.files import save_text
 from optimum_otprune.storage.hub.options import filled

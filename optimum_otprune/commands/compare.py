@@ -16,7 +16,7 @@ from optimum_otprune.commands.checks import COMPARISON_JSON, COMPARISON_PAGE
 from optimum_otprune.commands.speed import BenchmarkSettings, check_comparable, check_settings, compare
 from optimum_otprune.config.comparison_options import ComparisonOptions, MeasuringOptions
 from optimum_otprune.errors import UsageError
-from optimum_otprune.models.ffn_block import ffn_blocks
+from optimum_otprune.models.find_ffns import ffn_blocks
 from optimum_otprune.models.inputs import input_device
 from optimum_otprune.pruning.model_comparison import ModelComparison
 from optimum_otprune.storage.files import writing_folder

@@ -18,10 +18,10 @@ from transformers import DynamicCache, PreTrainedModel
 
 from optimum_otprune.config.quantities import LARGEST_COUNT, whole_number
 from optimum_otprune.errors import UsageError
-from optimum_otprune.functional.ffn import first_channels
 from optimum_otprune.functional.selection import kept_width
 from optimum_otprune.models.devices import weight_bytes
-from optimum_otprune.models.ffn_block import FFNBlock, dense_width, ffn_blocks
+from optimum_otprune.models.ffn_block import FFNBlock, cut_all
+from optimum_otprune.models.find_ffns import dense_width, ffn_blocks
 from optimum_otprune.models.flops import forward_flops
 from optimum_otprune.models.inputs import input_device
 from optimum_otprune.models.prunable_model import PrunableModel
@@ -220,8 +220,7 @@ def cut_copy(model: PreTrainedModel, width: int) -> PreTrainedModel:
     """
     tensors = itertools.chain(model.parameters(), model.buffers())
     copied = copy.deepcopy(model, memo={id(tensor): tensor for tensor in tensors})
-    for block in ffn_blocks(copied):
-        block.install(first_channels(block.read(), width))
+    cut_all(ffn_blocks(copied), width)
     return copied
 
 
@@ -237,6 +236,8 @@ def widths_by_multiple(dense: list[FFNBlock], pruned: list[FFNBlock], multiples:
         ConfigurationError: If a multiple is larger than the dense width.
         UnsupportedModelError: If the dense layers differ in width.
     """
+    if not multiples:
+        return {}
     width = dense_width(dense)
     ratio = 1 - sum(block.intermediate_size for block in pruned) / (width * len(pruned))
     check_numbers(BenchmarkSettings(), multiples)

@@ -7,7 +7,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from optimum_otprune.models.ffn_block import by_block
 from optimum_otprune.models.prunable_model import PrunableModel
+
+_CHOSEN_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 
 
 class ForwardFlops(NamedTuple):
@@ -47,6 +50,9 @@ def forward_flops(prunable: PrunableModel, batch_size: int, seqlen: int, num_log
     model = prunable.model
     ffn_modules = {module for block in prunable.blocks for module in block.modules}
     ffn = others = 0
+    for block, share in zip(prunable.blocks, token_shares(prunable)):
+        if block.expert == 0:
+            ffn += round(share * sum(weight.numel() for weight, _ in block.stored))
     for module in model.base_model.modules():
         if isinstance(module, (nn.Linear, Conv1D)):
             if module in ffn_modules:
@@ -61,6 +67,21 @@ def forward_flops(prunable: PrunableModel, batch_size: int, seqlen: int, num_log
         scores=4 * pairs * sum(heads * size for heads, _, size in _attention(model.config)),
         head=2 * batch_size * num_logits * _entries(model.get_output_embeddings()),
     )
+
+
+def token_shares(prunable: PrunableModel) -> list[float]:
+    """Return the share of all tokens that each FFN gets on average: 1, or that of the experts that a router chooses.
+
+    Args:
+        prunable: The model; its weights are not read.
+    """
+    shares: list[float] = []
+    for group in by_block(prunable.blocks):
+        experts = [block for block in group if block.expert is not None]
+        config = group[0].spec.fields_of(prunable.model.config)
+        chosen = next((value for key in _CHOSEN_KEYS if type(value := getattr(config, key, None)) is int), 1)
+        shares += [1.0 if block.expert is None else min(1.0, chosen / len(experts)) for block in group]
+    return shares
 
 
 def cache_bytes(model: PreTrainedModel) -> int:

@@ -8,7 +8,8 @@ from transformers import PreTrainedModel
 
 from optimum_otprune.errors import UnsupportedModelError, raised
 from optimum_otprune.models.architectures import find_spec
-from optimum_otprune.models.ffn_block import FFNBlock, known_blocks
+from optimum_otprune.models.ffn_block import FFNBlock
+from optimum_otprune.models.find_ffns import known_blocks
 
 
 def check_loadable(model: PreTrainedModel) -> None:

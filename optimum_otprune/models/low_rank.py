@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from optimum_otprune.errors import MissingExtraError
 from optimum_otprune.models.architectures import find_spec
-from optimum_otprune.models.ffn_block import ffn_blocks
+from optimum_otprune.models.find_ffns import ffn_blocks
 
 _RANK = 16
 _SCALE = 2  # times the rank is LoRA's alpha

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from optimum_otprune.models.ffn_block import FFNBlock, by_block, check_dense, ffn_blocks, known_blocks
+from optimum_otprune.models.ffn_block import FFNBlock, by_block
 from optimum_otprune.models.ffn_spec import FFNSpec
+from optimum_otprune.models.find_ffns import check_dense, ffn_blocks, known_blocks
 from optimum_otprune.models.loadable import check_loadable, check_resizable
 
 

@@ -16,9 +16,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from optimum_otprune.errors import UnsupportedModelError
+from optimum_otprune.models.architectures import find_spec
 from optimum_otprune.models.devices import execution_device, is_offloaded, multiplies_bfloat16
 from optimum_otprune.models.distributed import summed
-from optimum_otprune.models.ffn_block import ffn_blocks
+from optimum_otprune.models.ffn_block import by_block
+from optimum_otprune.models.find_ffns import ffn_blocks
 from optimum_otprune.models.inputs import check_predicts_next
 from optimum_otprune.models.low_rank import low_rank_updates, peft_module
 
@@ -54,6 +56,11 @@ def check_trainable(model: PreTrainedModel, which: str) -> None:
         )
     if which == "lora":
         peft_module()
+        if find_spec(model)[1].is_stacked:
+            raise UnsupportedModelError(
+                "Low-rank updates are not made for experts, whose matrices are stacked in one parameter. Train 'all' "
+                "weights, or 'ffn' alone."
+            )
 
 
 @contextmanager
@@ -159,7 +166,7 @@ def recomputed(model: PreTrainedModel, is_wanted: bool) -> Iterator[None]:
         model: The model.
         is_wanted: Whether to do anything.
     """
-    blocks = [block.module for block in ffn_blocks(model)] if is_wanted else []
+    blocks = [group[0].module for group in by_block(ffn_blocks(model))] if is_wanted else []
     own = [block.__dict__.get("forward") for block in blocks]
     for block in blocks:
         block.__dict__["forward"] = partial(checkpoint, block.forward, use_reentrant=False)

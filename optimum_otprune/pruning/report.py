@@ -47,7 +47,7 @@ ADDED_BIASES = (
 )
 
 _WIDTH = 60
-_MOST_LAYERS = 10_000
+_MOST_LAYERS = 100_000
 _LITTLE, _MUCH = 1.5, 2.0  # factors of the perplexity
 _FEW = 0.1  # share of a layer's output energy
 _DERIVED = frozenset(

@@ -16,7 +16,7 @@ from optimum_otprune.errors import ConfigurationError
 from optimum_otprune.models.agreement import evaluate_model
 from optimum_otprune.models.continuations import check_can_continue, greedy_continuation
 from optimum_otprune.models.devices import model_sizes
-from optimum_otprune.models.ffn_block import ffn_blocks
+from optimum_otprune.models.find_ffns import ffn_blocks
 from optimum_otprune.models.perplexity import PROTOCOL
 from optimum_otprune.pruning.calibration.data import ModelLimits, TokenData, TokenSource, evaluation_tokens
 from optimum_otprune.pruning.calibration.documents import chat_prompt

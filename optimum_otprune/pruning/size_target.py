@@ -13,7 +13,8 @@ from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.config.quantities import COUNT_UNITS, SIZE_UNITS, parse_quantity, parse_share
 from optimum_otprune.errors import ConfigurationError
 from optimum_otprune.functional.selection import sensible_multiple
-from optimum_otprune.models.ffn_block import FFNBlock, dense_width
+from optimum_otprune.models.ffn_block import FFNBlock
+from optimum_otprune.models.find_ffns import dense_width
 from optimum_otprune.models.prunable_model import PrunableModel
 from optimum_otprune.models.save_formats import save_format
 from optimum_otprune.pruning.widths import given_widths

@@ -11,7 +11,8 @@ from optimum_otprune.errors import ConfigurationError, warn_user
 from optimum_otprune.functional.allocation import allocate_widths
 from optimum_otprune.functional.error_metric import metric_root
 from optimum_otprune.functional.selection import kept_width, obs_elimination, sensible_multiple
-from optimum_otprune.models.ffn_block import FFNBlock, check_dense
+from optimum_otprune.models.ffn_block import FFNBlock
+from optimum_otprune.models.find_ffns import check_dense
 from optimum_otprune.models.passes import Passes
 from optimum_otprune.pruning.calibration.layer_statistics import LayerData
 

@@ -20,7 +20,7 @@ from optimum_otprune.commands.speed import (
     widths_by_multiple,
 )
 from optimum_otprune.errors import UsageError
-from optimum_otprune.models.ffn_block import ffn_blocks
+from optimum_otprune.models.find_ffns import ffn_blocks
 from optimum_otprune.models.flops import forward_flops
 from optimum_otprune.models.prunable_model import PrunableModel
 from optimum_otprune.models.timing import matmul_rate

@@ -24,7 +24,8 @@ from optimum_otprune.errors import NumericalError, UnsupportedModelError
 from optimum_otprune.models import passes
 from optimum_otprune.models.block_runner import BlockRunner
 from optimum_otprune.models.faithfulness import check_parameters, measured_factors
-from optimum_otprune.models.ffn_block import FFNBlock, ffn_blocks
+from optimum_otprune.models.ffn_block import FFNBlock
+from optimum_otprune.models.find_ffns import ffn_blocks
 from optimum_otprune.models.forward_stream import CalibrationStream
 from optimum_otprune.models.pass_settings import PassSettings
 from optimum_otprune.models.prunable_model import PrunableModel

@@ -17,7 +17,7 @@ from optimum_otprune.models import perplexity
 from optimum_otprune.models.block_runner import BlockRunner
 from optimum_otprune.models.devices import execution_device, read_parameter, replace_parameter
 from optimum_otprune.models.faithfulness import measured_factors
-from optimum_otprune.models.ffn_block import ffn_blocks
+from optimum_otprune.models.find_ffns import ffn_blocks
 from optimum_otprune.models.forward_stream import CalibrationStream
 from optimum_otprune.models.perplexity import TokenPerplexity, evaluate_perplexity
 from optimum_otprune.models.prunable_model import PrunableModel

@@ -14,7 +14,7 @@ from optimum_otprune.config.checks import hidden_memory
 from optimum_otprune.errors import ConfigurationError, OutputError, UnsupportedModelError
 from optimum_otprune.functional.importance import WeightScores
 from optimum_otprune.models.devices import is_offloaded, is_spread, onloaded
-from optimum_otprune.models.ffn_block import ffn_blocks
+from optimum_otprune.models.find_ffns import ffn_blocks
 from optimum_otprune.models.spill import StoredList, TensorSpill, store
 from tests.conftest import make_llama
 from tests.passes import moments_of, scores_of

@@ -13,7 +13,7 @@ from optimum_otprune import OTPruner, OTPruningConfig, register_architecture
 from optimum_otprune.commands.main import main
 from optimum_otprune.errors import ConfigurationError, ModelLoadError, UnsupportedModelError
 from optimum_otprune.models.architectures import ARCHITECTURES, FFNSpec, find_spec
-from optimum_otprune.models.ffn_block import ffn_blocks
+from optimum_otprune.models.find_ffns import ffn_blocks
 from optimum_otprune.models.modeling_code import MODELING_FILE, modeling_code
 from optimum_otprune.pruning.calibration.samples import heldout_mask
 from optimum_otprune.pruning.widths import adaptive_widths

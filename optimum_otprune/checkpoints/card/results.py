@@ -1,10 +1,11 @@
 """A report in the words of a model card: where data come from, and limitations of the model."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from optimum_otprune.config.options import WRITTEN
 from optimum_otprune.pruning.comparison import Comparison
+from optimum_otprune.pruning.layer_report import LayerReport
 from optimum_otprune.pruning.report import ADDED_BIASES, PruningReport, named_layers
 from optimum_otprune.storage.hub.client import is_hub_id
 
@@ -68,6 +69,15 @@ def calibration_samples(report: PruningReport) -> int:
     return int(report.calibration["num_samples"] + report.calibration.get("written_samples", 0))
 
 
+def _names(layers: Sequence[LayerReport]) -> str:
+    """Return the names of layers, such as "layers 1, 2 and 5", or of the first ten experts and their number."""
+    if any(layer.ffn for layer in layers):
+        named = [layer.name for layer in layers[:10]]
+        return ", ".join(named) + (f" and {len(layers) - 10} others" if len(layers) > 10 else "")
+    numbers = [str(layer.layer) for layer in layers]
+    return f"layer {numbers[0]}" if len(numbers) == 1 else f"layers {', '.join(numbers[:-1])} and {numbers[-1]}"
+
+
 def limitations(report: PruningReport) -> list[str]:
     """Return sentences in plain text on what not to trust the model with, the gravest first."""
     found = []
@@ -79,9 +89,9 @@ def limitations(report: PruningReport) -> list[str]:
         )
     if report.contradiction is not None:
         found.append(report.contradiction)
-    harmed = [str(layer.layer) for layer in report.layers if layer.rescue_ratio < 0]
+    harmed = [layer for layer in report.layers if layer.rescue_ratio < 0]
     if harmed and (report.rescue_ratio >= 0 or len(harmed) < len(report.layers)):
-        layers = f"layer {harmed[0]}" if len(harmed) == 1 else f"layers {', '.join(harmed[:-1])} and {harmed[-1]}"
+        layers = _names(harmed)
         found.append(f"The rescue ratio of {layers} is negative: plain dropping would have been better there.")
     if report.added_biases:
         found.append(ADDED_BIASES)

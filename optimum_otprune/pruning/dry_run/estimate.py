@@ -13,7 +13,7 @@ from optimum_otprune.models.architectures import find_spec
 from optimum_otprune.models.changes import check_dense
 from optimum_otprune.models.devices import execution_device, planned_weights, weight_bytes
 from optimum_otprune.models.ffn_block import FFNBlock
-from optimum_otprune.models.flops import cache_bytes, forward_flops
+from optimum_otprune.models.flops import cache_bytes, forward_flops, token_shares
 from optimum_otprune.models.pass_settings import PassSettings
 from optimum_otprune.models.perplexity import evaluation_bytes, windows_together
 from optimum_otprune.models.prunable_model import PrunableModel
@@ -183,14 +183,16 @@ def _workload(
 ) -> Workload:
     model, blocks, config = prunable.model, prunable.blocks, recipe.config
     at_once = min(written, rows_at_once(model, samples.seqlen, settings.spill.limit))
-    pruned = [width for block, width in zip(blocks, widths) if width < block.intermediate_size] or widths[:1]
+    is_cut = [width < block.intermediate_size for block, width in zip(blocks, widths)]
+    pruned = [width for width, is_own in zip(widths, is_cut) if is_own] or widths[:1]
+    passed = sum(share for share, is_own in zip(token_shares(prunable), is_cut) if is_own)
     is_adaptive = config.allocation == "adaptive"
     num_samples = samples.num_samples + written
-    parameters = [list(block.module.parameters()) for block in blocks]
+    parameters = [list(block.module.parameters()) for block in prunable.firsts]
     return Workload(
-        num_layers=len(pruned),
+        num_layers=max(1, round(passed)),
         hidden_size=blocks[0].hidden_size,
-        intermediate_size=blocks[0].intermediate_size,
+        intermediate_size=max(prunable.widths),
         kept_size=sum(pruned) // len(pruned),
         num_projections=len(blocks[0].spec.slots),
         tokens=num_samples * samples.seqlen,

@@ -8,8 +8,8 @@ import torch
 from transformers import PreTrainedModel
 
 from optimum_otprune.config.recovery_options import RecoverySettings
-from optimum_otprune.models.ffn_block import ffn_blocks
-from optimum_otprune.models.flops import forward_flops
+from optimum_otprune.models.find_ffns import ffn_blocks
+from optimum_otprune.models.flops import forward_flops, token_shares
 from optimum_otprune.models.inputs import vocabulary_size
 from optimum_otprune.models.low_rank import update_parameters
 from optimum_otprune.models.perplexity import windows_together
@@ -184,11 +184,13 @@ def plan_recovery(
 
 def _activations(model: PreTrainedModel, schedule: Schedule, is_recomputed: bool) -> int:
     """Return the bytes of what the backward pass needs of the forward pass."""
-    blocks, hidden = ffn_blocks(model), model.config.get_text_config().hidden_size
+    prunable, hidden = PrunableModel.of(model), model.config.get_text_config().hidden_size
     tokens = 4 * schedule.together * schedule.seqlen
-    matrices = sum(map(len, blocks[0].modules.values()))
-    inside = [tokens * ((matrices + 1) * block.intermediate_size + 8 * hidden) for block in blocks]
-    return max(inside) + len(blocks) * tokens * hidden if is_recomputed else sum(inside)
+    matrices = len(prunable.spec.slots) + 1
+    inside = [8.0 * tokens * hidden] * len(prunable.firsts)
+    for block, share in zip(prunable.blocks, token_shares(prunable)):
+        inside[block.block] += share * tokens * matrices * block.intermediate_size
+    return round(max(inside) + len(inside) * tokens * hidden if is_recomputed else sum(inside))
 
 
 def _seconds(

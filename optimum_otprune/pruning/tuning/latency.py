@@ -5,8 +5,8 @@ from collections.abc import Callable
 from transformers import PreTrainedModel
 
 from optimum_otprune.errors import ConfigurationError
-from optimum_otprune.functional.ffn import first_channels
 from optimum_otprune.models.changes import unchanged
+from optimum_otprune.models.ffn_block import cut_all
 from optimum_otprune.models.prunable_model import PrunableModel
 
 
@@ -32,8 +32,8 @@ def width_for_latency(
 
     def seconds(kept: int) -> float:
         with unchanged(prunable):
-            for block in blocks if kept < width else []:
-                block.install(first_channels(block.read(), kept))
+            if kept < width:
+                cut_all(blocks, kept)
             return measure(model)
 
     dense = seconds(width)

@@ -29,7 +29,7 @@ from optimum_otprune.functional.seeds import seed_of
 from optimum_otprune.functional.selection import sensible_multiple
 from optimum_otprune.models.changes import unchanged
 from optimum_otprune.models.faithfulness import measured_factors
-from optimum_otprune.models.ffn_block import dense_width
+from optimum_otprune.models.find_ffns import dense_width
 from optimum_otprune.models.pass_settings import PassSettings
 from optimum_otprune.models.perplexity import evaluate_perplexity
 from optimum_otprune.models.prunable_model import PrunableModel

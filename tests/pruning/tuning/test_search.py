@@ -18,7 +18,7 @@ from optimum_otprune.errors import (
     NumericalError,
     StudyError,
 )
-from optimum_otprune.models.ffn_block import ffn_blocks
+from optimum_otprune.models.find_ffns import ffn_blocks
 from optimum_otprune.models.prunable_model import PrunableModel
 from optimum_otprune.models.timing import forward_seconds
 from optimum_otprune.pruning import preparation
