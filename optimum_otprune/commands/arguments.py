@@ -77,6 +77,8 @@ def _argument(option: Option) -> dict[str, Any]:
     if option.kind is tuple:
         return argument | {"nargs": "*", "choices": option.choices}
     if option.kind is dict:
+        if option.choices is not None:
+            return argument | {"nargs": "*", "type": _by_name, "metavar": "KIND=X"}
         return argument | {"nargs": "*", "type": _by_layer, "metavar": "LAYER=X"}
     if isinstance(option.names, tuple):
         return argument | {"choices": option.names}
@@ -92,6 +94,15 @@ def _by_layer(text: str) -> tuple[int, float]:
         return int(layer), float(number)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form LAYER=X, such as 3=0.5") from None
+
+
+def _by_name(text: str) -> tuple[str, float]:
+    """Read a number with a name, such as `"experts=0.5"`."""
+    name, _, number = text.partition("=")
+    try:
+        return name, float(number)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form KIND=X, such as experts=0.5") from None
 
 
 def _number_or_text(text: str) -> int | str:
@@ -110,11 +121,12 @@ def config_options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: _once(name, value) if OPTIONS_BY_NAME[name].kind is dict else value for name, value in given.items()}
 
 
-def _once(name: str, pairs: list[tuple[int, float]]) -> dict[int, float]:
-    layers = [layer for layer, _ in pairs]
-    twice = sorted({layer for layer in layers if layers.count(layer) > 1})
+def _once(name: str, pairs: list[tuple[Any, float]]) -> dict[Any, float]:
+    keys = [key for key, _ in pairs]
+    twice = sorted({key for key in keys if keys.count(key) > 1})
     if twice:
-        raise UsageError(f"`--{name.replace('_', '-')}` names layer {twice[0]} twice. Give one ratio.")
+        which = f"layer {twice[0]}" if isinstance(twice[0], int) else repr(twice[0])
+        raise UsageError(f"`--{name.replace('_', '-')}` names {which} twice. Give one ratio.")
     return dict(pairs)
 
 

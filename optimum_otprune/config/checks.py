@@ -45,7 +45,11 @@ def check_option(option: Option, value: object, is_saved: bool = False) -> Any:
             else _checked_names(option, value, problem)
         )
     if option.kind is dict:
-        return _checked_by_layer(option, value, problem)
+        return (
+            _checked_by_layer(option, value, problem)
+            if option.choices is None
+            else _checked_by_name(option, value, problem)
+        )
     if option.rules.units is not None and parse_share(value) is not None:
         return value if isinstance(value, str) else real_number(value)
     if option.rules.units is not None and isinstance(value, str):
@@ -180,6 +184,22 @@ def _checked_by_layer(option: Option, value: object, problem: ConfigurationError
     return dict(sorted(checked.items()))
 
 
+def _checked_by_name(option: Option, value: object, problem: ConfigurationError) -> dict[str, float]:
+    """Return numbers by name, in the order of the names that there are."""
+    assert option.choices is not None
+    if not isinstance(value, Mapping):
+        raise problem
+    checked = {}
+    for name, given in value.items():
+        if name not in option.choices:
+            raise ConfigurationError(unknown_name(f"entry of `{option.name}`", name, option.choices))
+        ratio = real_number(given)
+        if ratio is None or not _in_range(option, ratio):
+            raise problem
+        checked[name] = ratio
+    return {name: checked[name] for name in option.choices if name in checked}
+
+
 def _in_range(option: Option, value: float) -> bool:
     return (
         abs(value) < math.inf
@@ -196,7 +216,9 @@ def _wanted(option: Option) -> str:
         int: "an integer",
         str: "a string",
         tuple: "a list" if option.choices else "a list of integers",
-        dict: "a dictionary of numbers by layer (an integer >= 0), each",
+        dict: "a dictionary of numbers by name, each"
+        if option.choices
+        else "a dictionary of numbers by layer (an integer >= 0), each",
     }[option.kind]
     if option.rules.units is not None:
         kind += f" or a string with a unit ({', '.join(filter(None, option.rules.units))})"

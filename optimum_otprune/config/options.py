@@ -142,6 +142,14 @@ class PruningOptions:
     layer_ratios: Mapping[int, float] = _field(
         {}, "pruning ratios of single layers, by index", minimum=0.0, below=1.0, shared=_SIZE
     )
+    kind_ratios: Mapping[Literal["dense", "experts", "shared", "attention"], float] = _field(
+        {},
+        "pruning ratios by what an FFN is in its block: dense, experts (that a router chooses from), shared (experts "
+        "of all tokens); and of attention, whose heads are removed with their keys and values (unset: none)",
+        minimum=0.0,
+        below=1.0,
+        shared=_SIZE,
+    )
     non_uniform_format: str = _field(
         "pad",
         "how layers of different widths are saved "
@@ -284,7 +292,8 @@ def _option(field: dataclasses.Field[Any], annotation: object) -> Option:
         (entry,) = get_args(kind)
         kind, names = tuple, get_args(entry) or None
     elif origin is Mapping:
-        kind = dict
+        keys, _ = get_args(kind)
+        kind, names = dict, get_args(keys) or None
     elif origin is Literal:
         kind, names = str, get_args(kind)
     default = {} if field.default is dataclasses.MISSING else field.default

@@ -177,7 +177,7 @@ def reconstruct(
             outputs = ffn_forward(scaled.weights(), inputs, activation).float()
         error = (_squared_errors(outputs, targets, metric) * counts).sum() / settings.batch_tokens
         optimizer.zero_grad()
-        torch.autograd.backward(error / energy)
+        torch.autograd.backward(error / energy, inputs=scaled.parameters)  # activations may have parameters, too
         scaled.sum_gradients(share.summed)
         optimizer.step()
         schedule.step()

@@ -13,7 +13,7 @@ from optimum_otprune.errors import OTPruneError
 from optimum_otprune.functional.ffn import Activation, FFNWeights, Gating, first_channels
 from optimum_otprune.models.architectures import submodule
 from optimum_otprune.models.devices import execution_device, keep_parameters, read_parameter, replace_parameter
-from optimum_otprune.models.ffn_spec import SHARED_EXPERT, FFNSpec, Function, Method
+from optimum_otprune.models.ffn_spec import SHARED, FFNSpec, Function, Method
 
 _FEATURES = ("in_features", "out_features", "nx", "nf")
 
@@ -28,6 +28,7 @@ class FFNBlock:
         spec: The place of the FFN in the block.
         expert: The index of the FFN among the experts that a router chooses from, or None for another FFN.
         times: How many times the width that the model's configuration holds the FFN is wide.
+        least_multiple: The number that the width in the configuration must be a multiple of once it is changed.
     """
 
     def __init__(
@@ -39,16 +40,18 @@ class FFNBlock:
         block: int | None = None,
         expert: int | None = None,
         times: int = 1,
+        least_multiple: int = 1,
     ):
         self.module, self.spec, self.layer = module, spec, layer
         self.block, self.expert, self.times = layer if block is None else block, expert, times
+        self.least_multiple = least_multiple
 
     @property
     def name(self) -> str:
         """What the FFN is called in messages and reports, such as "layer 3" or "expert 7 of block 3"."""
         if self.expert is not None:
             return f"expert {self.expert} of block {self.block}"
-        if self.spec.kind == SHARED_EXPERT:
+        if self.spec.kind == SHARED:
             return f"shared expert of block {self.block}"
         return f"layer {self.layer}" if self.layer == self.block else f"FFN of block {self.block}"
 

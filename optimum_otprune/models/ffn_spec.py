@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-FFN, EXPERT, SHARED_EXPERT = "ffn", "expert", "shared expert"
+DENSE, EXPERTS, SHARED = "dense", "experts", "shared"  # kinds of FFNs, as `kind_ratios` names them
 PROJECTIONS = ("gate", "up", "down")  # in the order in which an FFN is read and installed
 
 
@@ -87,7 +87,8 @@ class FFNSpec:
         also_set: Fields of the configuration that are set with the width, where it has them, and their values.
         gate_factor: Path, relative to a block, of a number that multiplies what goes into the activation, or None.
         config: Name of the part of the configuration that holds all these fields; empty for the configuration itself.
-        kind: What the FFN is in its block, in messages and reports: `"ffn"`, `"expert"` or `"shared expert"`.
+        kind: What the FFN is in its block: `"dense"`, one of the `"experts"` that a router chooses from, or an expert
+            that is `"shared"` by all tokens.
         times_key: Field of the configuration that says how many times the width `size_key` holds is wide, as for
             several shared experts in one; None for once.
         beside: Where other FFNs are that blocks of the list have beside this one or in place of it, as shared experts
@@ -110,7 +111,7 @@ class FFNSpec:
     also_set: tuple[tuple[str, object], ...] = ()
     gate_factor: str | None = None
     config: str = ""
-    kind: str = FFN
+    kind: str = DENSE
     times_key: str | None = None
     beside: "tuple[FFNSpec, ...]" = ()
     then: "FFNSpec | None" = None
@@ -138,7 +139,7 @@ class FFNSpec:
     @property
     def is_stacked(self) -> bool:
         """Whether one parameter holds the matrices of many FFNs, which a router chooses from for each token."""
-        return self.kind == EXPERT
+        return self.kind == EXPERTS
 
     @property
     def slots(self) -> dict[str, Slot]:
@@ -171,9 +172,11 @@ class FFNSpec:
         return 1 if self.times_key is None else int(getattr(self.fields_of(config), self.times_key))
 
     def width_in(self, config: PreTrainedConfig) -> int | None:
-        """Return the width that a model's configuration gives all FFNs of this kind; None where it gives none."""
+        """Return the width that a model's configuration gives all FFNs of this kind; None where it gives no such."""
         assert self.size_key is not None
         fields = self.fields_of(config)
+        if self.size_key in (getattr(fields, "per_layer_attributes", None) or ()):
+            return None  # reading it raises
         held = getattr(fields, self.size_key, None)
         times = 1 if self.times_key is None else getattr(fields, self.times_key, None)
         if type(held) is not int or type(times) is not int:

@@ -9,6 +9,10 @@ from optimum_otprune.models.ffn_block import FFNBlock, by_block
 from optimum_otprune.models.ffn_spec import FFNSpec
 from optimum_otprune.models.wrappers import check_plain
 
+# Grouped products of matrices, by which transformers runs experts, want rows of whole multiples of 16 bytes; a model
+# may be loaded in 16 bits.
+_EXPERT_MULTIPLE = 8
+
 
 def known_blocks(model: PreTrainedModel, spec: FFNSpec) -> list[FFNBlock]:
     """Return the FFN blocks of a model of a known architecture, in the order of its forward pass.
@@ -18,12 +22,16 @@ def known_blocks(model: PreTrainedModel, spec: FFNSpec) -> list[FFNBlock]:
         spec: The architecture that fits it.
     """
     places = [(module, one) for one in spec.lists for module in find_blocks(model, one)]
+    of_experts = {(kind.config, kind.size_key) for one in spec.lists for kind in one.kinds if kind.is_stacked}
     found: list[FFNBlock] = []
     for index, (module, one) in enumerate(places):
         for kind in ffns_of(module, one):
-            for expert in range(_num_experts(module, kind)) if kind.is_stacked else (None,):
-                times = kind.times(model.config)
-                found.append(FFNBlock(module, kind, len(found), block=index, expert=expert, times=times))
+            times = kind.times(model.config)
+            multiple = _EXPERT_MULTIPLE if (kind.config, kind.size_key) in of_experts else 1
+            found += [
+                FFNBlock(module, kind, len(found) + i, block=index, expert=e, times=times, least_multiple=multiple)
+                for i, e in enumerate(range(_num_experts(module, kind)) if kind.is_stacked else (None,))
+            ]
     return found
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from optimum_otprune.models.ffn_spec import EXPERT, PROJECTIONS, SHARED_EXPERT, FFNSpec, Function, Method, Slot
+from optimum_otprune.models.ffn_spec import EXPERTS, PROJECTIONS, SHARED, FFNSpec, Function, Method, Slot
 
 
 def _plain(layers: str, up: str, down: str, activation: str, size_key: str | None = "intermediate_size") -> FFNSpec:
@@ -79,7 +79,7 @@ _SHARED_KEYS: tuple[tuple[str, str | None], ...] = (
 _DENSE_KEYS = ("intermediate_size", "dense_intermediate_size", "prefix_dense_intermediate_size", "ffn_hidden_size")
 _SHARED_FUSED = FFNSpec(
     layers="layers",
-    kind=SHARED_EXPERT,
+    kind=SHARED,
     gate=Slot("shared_mlp.input_linear", 0, 2),
     up=Slot("shared_mlp.input_linear", 1, 2),
     down="shared_mlp.output_linear",
@@ -106,13 +106,13 @@ def _experts(holder: str, size_key: str, *dense: FFNSpec) -> FFNSpec:
     """
     ffn = holder.rpartition(".")[0]
     shared = [
-        replace(_gated(f"{ffn}.{name}"), kind=SHARED_EXPERT, size_key=key, times_key=times, residual=False)
+        replace(_gated(f"{ffn}.{name}"), kind=SHARED, size_key=key, times_key=times, residual=False)
         for name in ("shared_expert", "shared_experts", "shared_mlp")
         for key, times in _SHARED_KEYS
     ]
     return FFNSpec(
         layers="layers",
-        kind=EXPERT,
+        kind=EXPERTS,
         gate=Slot(holder, 0, 2, "gate_up_proj"),
         up=Slot(holder, 1, 2, "gate_up_proj"),
         down=Slot(holder, parameter="down_proj"),

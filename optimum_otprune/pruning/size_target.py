@@ -74,8 +74,8 @@ def with_pruning_ratio(config: OTPruningConfig, prunable: PrunableModel) -> OTPr
     _check_format(config, name, decided)
     if len(decided) == len(blocks):
         raise ConfigurationError(
-            f"`{name}={given!r}` would be ignored: `skip_layers` and `layer_ratios` decide the width of every layer. "
-            "Leave one of them out."
+            f"`{name}={given!r}` would be ignored: options for single layers or kinds decide the width of every "
+            "layer. Leave one of them out."
         )
     dense = _footprint(prunable, unit, with_biases=False).at(width)
     if target >= dense:

@@ -1,5 +1,6 @@
 """The number of channels that each layer keeps: equal, set for a layer, or found from the cost of removing them."""
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -18,10 +19,10 @@ from optimum_otprune.pruning.calibration.layer_statistics import LayerData
 
 
 def given_widths(blocks: list[FFNBlock], config: OTPruningConfig) -> dict[int, int]:
-    """Return the widths that `skip_layers` and `layer_ratios` decide, by layer.
+    """Return the widths that `skip_layers`, `layer_ratios` and `kind_ratios` decide, by layer.
 
     Raises:
-        ConfigurationError: If there is no such layer.
+        ConfigurationError: If there is no such layer, or no FFN of such a kind.
         UnsupportedModelError: If the layers differ in width now.
     """
     check_dense(blocks)
@@ -31,13 +32,24 @@ def given_widths(blocks: list[FFNBlock], config: OTPruningConfig) -> dict[int, i
             raise ConfigurationError(
                 f"`{name}` names layer {missing[0]}, but the model has {len(blocks)} layers, 0 to {len(blocks) - 1}."
             )
+    kinds = {block.spec.kind for block in blocks}
+    ratios = {str(kind): ratio for kind, ratio in config.kind_ratios.items() if kind != "attention"}
+    for kind in ratios:
+        if kind not in kinds:
+            raise ConfigurationError(
+                f"`kind_ratios` names {kind!r}, but the model has no such FFNs; it has {', '.join(sorted(kinds))}."
+            )
+    own = [block for block in blocks if block.spec.kind in ratios]
+    by_kind = {block.layer: _kept(block, ratios[block.spec.kind], config) for block in own}
     skipped = {layer: blocks[layer].intermediate_size for layer in config.skip_layers}
-    return skipped | {layer: _kept(blocks[layer], ratio, config) for layer, ratio in config.layer_ratios.items()}
+    layers = {layer: _kept(blocks[layer], ratio, config) for layer, ratio in config.layer_ratios.items()}
+    return by_kind | skipped | layers
 
 
 def _kept(block: FFNBlock, ratio: float, config: OTPruningConfig) -> int:
     width = block.intermediate_size // block.times
-    return block.times * kept_width(width, ratio, sensible_multiple(width, config.multiple_of))
+    multiple = math.lcm(sensible_multiple(width, config.multiple_of), block.least_multiple)
+    return block.times * kept_width(width, ratio, multiple)
 
 
 def plan_widths(blocks: list[FFNBlock], config: OTPruningConfig) -> list[int]:
@@ -49,34 +61,54 @@ def plan_widths(blocks: list[FFNBlock], config: OTPruningConfig) -> list[int]:
             for the ratio.
     """
     given = given_widths(blocks, config)
-    if any(block.expert is not None for block in blocks) and (given or config.allocation == "adaptive"):
+    differ = config.skip_layers or config.layer_ratios or config.allocation == "adaptive"
+    if differ and any(block.expert is not None for block in blocks):
         raise ConfigurationError(
             "A configuration holds one width for all experts, so `skip_layers`, `layer_ratios` and "
             "`allocation='adaptive'` cannot be had for this model. Leave them out."
         )
     if config.allocation == "adaptive" and len(blocks) - len(given) < 2:
         raise ConfigurationError(
-            f"`allocation='adaptive'` has nothing to share out: `skip_layers` and `layer_ratios` decide "
+            f"`allocation='adaptive'` has nothing to share out: options for single layers or kinds decide "
             f"{len(given)} of {len(blocks)} layers. Use allocation='uniform'."
         )
     assert config.pruning_ratio is not None
     if len(given) == len(blocks) and config.pruning_ratio not in (0, OPTIONS_BY_NAME["pruning_ratio"].default):
         raise ConfigurationError(
-            f"`pruning_ratio={config.pruning_ratio!r}` would be ignored: `skip_layers` and `layer_ratios` decide the "
-            "width of every layer. Leave one of them out."
+            f"`pruning_ratio={config.pruning_ratio!r}` would be ignored: {_deciding(config)} decide the width of "
+            "every layer. Leave one of them out."
         )
     for width in sorted({block.intermediate_size // block.times for block in blocks}):
         _check_multiple(width, config)
     ratio = config.pruning_ratio
     widths = [given[block.layer] if block.layer in given else _kept(block, ratio, config) for block in blocks]
+    _check_shared_fields(blocks, widths)
     if widths == [block.intermediate_size for block in blocks]:
         _warn_of_nothing(blocks[0].intermediate_size, config)
     return widths
 
 
+def _deciding(config: OTPruningConfig) -> str:
+    names = [name for name in ("skip_layers", "layer_ratios", "kind_ratios") if getattr(config, name)]
+    return " and ".join(f"`{name}`" for name in names)
+
+
+def _check_shared_fields(blocks: list[FFNBlock], widths: list[int]) -> None:
+    """Raise if kinds of FFNs whose width is one field of the configuration were to have different ones."""
+    found: dict[tuple[str, str | None], tuple[str, int]] = {}
+    for block, width in zip(blocks, widths):
+        spec = block.spec
+        kind, other = found.setdefault((spec.config, spec.size_key), (spec.kind, width // block.times))
+        if kind != spec.kind and other != width // block.times:
+            raise ConfigurationError(
+                f"One field of the configuration, `{spec.size_key}`, is the width of {kind} and {spec.kind} FFNs of "
+                "this model, so they need one ratio. Give both the same in `kind_ratios`."
+            )
+
+
 def _check_multiple(width: int, config: OTPruningConfig) -> None:
     """Raise an error if the given multiple cannot be met, and warn where it is lowered."""
-    ratios = [config.pruning_ratio, *config.layer_ratios.values()]
+    ratios = [config.pruning_ratio, *config.layer_ratios.values(), *config.kind_ratios.values()]
     multiple = config.multiple_of
     if not any(ratios):
         return
@@ -91,7 +123,7 @@ def _check_multiple(width: int, config: OTPruningConfig) -> None:
 
 
 def _warn_of_nothing(width: int, config: OTPruningConfig) -> None:
-    if any((config.pruning_ratio, *config.layer_ratios.values())):
+    if any((config.pruning_ratio, *config.layer_ratios.values(), *config.kind_ratios.values())):
         warn_user(
             f"Nothing is pruned: {config.pruning_ratio} of {width} channels is less than half of `multiple_of` = "
             f"{sensible_multiple(width, config.multiple_of)}."

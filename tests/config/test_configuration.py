@@ -426,6 +426,8 @@ def test_a_configuration_is_saved_in_a_home_folder_and_never_through_a_link(tmp_
         ({"pruning_ratio": 10**400}, "`pruning_ratio` is 10*…; want a number"),
         ({"skip_layers": [10**50]}, r"`skip_layers` is \[10*\]; want a list of integers >= 0 and <= 2147483647"),
         ({"layer_ratios": {10**50: 0.5}}, "`layer_ratios` is"),
+        ({"kind_ratios": {"experts": 1.0}}, "`kind_ratios` is .* want a dictionary of numbers by name"),
+        ({"kind_ratios": {"expert": 0.5}}, "Unknown entry of `kind_ratios` 'expert'.* Did you mean 'experts'"),
     ],
     ids=lambda value: str(value)[:30] if isinstance(value, str) else None,
 )

@@ -339,7 +339,7 @@ def test_an_encoder_and_a_decoder_have_each_a_width_of_its_own(tokens, tmp_path)
     pruner.save_pretrained(tmp_path / "out")
     loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out").eval()
     torch.testing.assert_close(outputs(loaded, tokens), outputs(model, tokens), rtol=0, atol=0)
-    with pytest.raises(UnsupportedModelError, match=r"different widths \(\[20, 36\]\), and what was asked for"):
+    with pytest.raises(UnsupportedModelError, match=r"different widths \(\[20, 36\]\), as those of an encoder"):
         dense_width([block for block in ffn_blocks(loaded) if block.layer != 0])
 
 
@@ -365,9 +365,7 @@ def test_a_field_that_does_not_decide_the_width_is_refused_before_any_work(llama
     llama.config.other_size = 48
     ARCHITECTURES["other"] = replace(ARCHITECTURES["llama"], size_key="other_size")
     try:
-        with pytest.raises(
-            UnsupportedModelError, match=r"`other_size` .* does not decide .* built with 24 .* have \[48\]"
-        ):
+        with pytest.raises(UnsupportedModelError, match=r"`other_size` .* does not decide .* built with 24 .* has 48"):
             PrunableModel.loadable(llama)
     finally:
         del ARCHITECTURES["other"]
