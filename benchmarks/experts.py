@@ -5,9 +5,10 @@
 
 Without --model, `examples/train_tiny_moe.py` trains one in `.bench` the first time, some minutes on one core.
 
-The lines with a REAP in their name remove whole routed experts (see `_reap.py`), the others channels of every expert.
-Each says how many parameters of routed experts and of other modules it removed. An interrupted run goes on where it
-stopped, as that of quality.py does.
+The lines with a REAP in their name remove whole routed experts (see `_reap.py`), the others the same share of channels
+of every routed expert. Each says how many parameters of routed experts and of other modules it removed.
+
+An interrupted run goes on where it stopped, as that of quality.py does.
 """
 
 import argparse
@@ -52,7 +53,7 @@ _TRAINING = Path(__file__).resolve().parents[1] / "examples" / "train_tiny_moe.p
 DROP = "drop"
 # Whole experts, by REAP's score and by that times the routed frequency.
 REAP: dict[str, dict[str, bool]] = {"reap": {"by_frequency": False}, "reap × frequency": {"by_frequency": True}}
-CHANNELS = (DROP, "wanda_sp", "flap", "least_squares", "otprune, fast", DEFAULT)
+CHANNELS = (DROP, "wanda_sp", "least_squares", "otprune, fast", DEFAULT)
 _TARGET_RATIO, _TARGET_SHARE = 0.5, 0.4  # the default's excess there, as a share of dropping's
 
 Results = dict[str, dict[str, Any]]  # by variant, then by ratio
@@ -107,8 +108,9 @@ def by_kind(model: PreTrainedModel) -> dict[str, int]:
 
 
 def options_of(name: str, ratio: float, seed: int, multiple_of: int) -> dict[str, Any]:
-    """The configuration of a method that removes channels."""
-    return {"multiple_of": multiple_of, **VARIANTS[name], "pruning_ratio": ratio, "seed": seed}
+    """The configuration of a method that removes channels, of routed experts alone."""
+    kinds = {"pruning_ratio": 0.0, "kind_ratios": {"experts": ratio}}
+    return {"multiple_of": multiple_of, **VARIANTS[name], **kinds, "seed": seed}
 
 
 def measure_reap(subject: Subject, samples: Tensor, ratio: float, by_frequency: bool) -> dict[str, Any]:
@@ -233,7 +235,7 @@ def page(store: Store, found: Results, args: argparse.Namespace) -> str:
     parts += [
         "`reap` and `reap × frequency` remove whole routed experts, by the score of "
         "[Lasby et al., 2025](https://arxiv.org/abs/2510.13999) and by that times the number of routed tokens; all "
-        "others remove channels.\n\n" + perplexity_table(found, args.ratios),
+        "others remove channels of all of them.\n\n" + perplexity_table(found, args.ratios),
         f"*Excess* is ln(perplexity / dense perplexity).\n\n{share_table(found, args.ratios)}",
         *(removed_table(found, ratio) for ratio in args.ratios),
         f"## Checks\n\n{check_lines(found)}\n",

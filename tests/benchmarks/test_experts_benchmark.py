@@ -15,8 +15,8 @@ import experts
 
 
 def make_moe(**changes) -> Qwen2MoeForCausalLM:
-    """A random Qwen2-MoE: 2 layers, 4 experts of 24 channels, 2 of them for a token, and a shared one of 40."""
-    sizes = {"vocab_size": 64, "hidden_size": 32, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40}
+    """A random Qwen2-MoE: 2 layers, 4 experts of 48 channels, 2 of them for a token, and a shared one of 40."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 40}
     heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 40}
     routing = {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True, "initializer_range": 0.2}
     return Qwen2MoeForCausalLM(Qwen2MoeConfig(**{**sizes, **heads, **routing, **changes})).eval()
@@ -107,16 +107,16 @@ def test_channels_and_whole_experts_are_on_one_page_with_what_each_removed(moe_f
     experts.main(["--model", moe_folder, *data, *plan, "--output", str(tmp_path / "experts.json")])
     content = json.loads((tmp_path / "experts.json").read_text())
     assert str(tmp_path) not in json.dumps(content)
-    routed, router = 2 * 4 * 3 * 24 * 32, 2 * 4 * 32
+    routed, router = 2 * 4 * 3 * 48 * 32, 2 * 4 * 32
     assert content["subject"]["model"]["ffn_parameters"] == routed
     reap, drop = content["results"]["reap"]["0.5"], content["results"]["drop"]["0.5"]
     assert (reap["routed_parameters_removed"], reap["other_parameters_removed"]) == (routed // 2, router // 2)
     assert reap["parameters_removed"] == (routed + router) // 2
     assert [len(kept) for kept in content["measurements"]["reap @ 0.5 # 0"]["kept_experts"]] == [2, 2]
-    assert drop["routed_parameters_removed"] == routed // 2
+    assert (drop["routed_parameters_removed"], drop["other_parameters_removed"]) == (routed // 2, 0)
     assert drop["share_of_drop_excess"] == 1
     page = (tmp_path / "experts.md").read_text()
-    assert "in 2 × 4 routed experts of 24 channels" in page
+    assert "in 2 × 4 routed experts of 48 channels" in page
     assert f"| reap | {routed // 2:,} | {router // 2:,} |" in page
     assert "Not checked: the default or dropping was not measured at 50%." in page
 
