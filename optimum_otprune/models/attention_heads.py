@@ -15,7 +15,7 @@ from optimum_otprune.models.devices import keep_parameters, read_parameter, repl
 
 _OUTWARD = ("self_attn.o_proj", "self_attn.dense", "self_attn.out_proj")
 _INWARD = tuple(f"self_attn.{name}_proj" for name in ("q", "k", "v"))
-_HEADS, _GROUPS = "num_attention_heads", "num_key_value_heads"
+_HEADS, _GROUPS, _DIM = "num_attention_heads", "num_key_value_heads", "head_dim"
 _BIASES = "attention_bias"  # a switch of all four projections
 _REPEATED = {"num_heads": 0, "num_attention_heads": 0, "num_key_value_heads": 1, "num_kv_heads": 1}  # of a module
 
@@ -34,7 +34,7 @@ class AttentionHeads:
     def __init__(self, module: nn.Module, block: int, config: PreTrainedConfig):
         self.module, self.block = module, block
         self.num_heads, self.num_groups = getattr(config, _HEADS), getattr(config, _GROUPS)
-        self.head_dim = config.head_dim
+        self.head_dim = _head_dim(config)
 
     @property
     def name(self) -> str:
@@ -148,6 +148,23 @@ def attention_heads(model: PreTrainedModel) -> list[AttentionHeads]:
     return found
 
 
+def removed_weights(heads: list[AttentionHeads], kept: int) -> list[tuple[Tensor, int]]:
+    """Return the parameters that lose entries where groups of heads are removed, each with the number of these.
+
+    Args:
+        heads: The attention of the blocks that lose heads; weights are not read.
+        kept: Number of groups that stay.
+    """
+    found: list[tuple[Tensor, int]] = []
+    for own in heads:
+        for name, module in _modules(own.module).items():
+            for parameter in ("weight",) if name == "o" else ("weight", "bias"):
+                part = module._parameters.get(parameter)
+                if part is not None:
+                    found.append((part, part.numel() // own.num_groups * (own.num_groups - kept)))
+    return found
+
+
 def finish_heads(model: PreTrainedModel, heads: list[AttentionHeads]) -> None:
     """Let a model's configuration say how many heads its attention has now, and whether it has biases.
 
@@ -159,7 +176,7 @@ def finish_heads(model: PreTrainedModel, heads: list[AttentionHeads]) -> None:
         heads: The attention of all its blocks, pruned.
     """
     config = find_spec(model)[1].fields_of(model.config)
-    _write(config, heads[0].num_heads, heads[0].num_groups)
+    _write(config, heads[0])
     if getattr(config, _BIASES, True) or all(own.read_output()[1] is None for own in heads):
         return
     setattr(config, _BIASES, True)
@@ -182,10 +199,10 @@ def check_heads(model: PreTrainedModel, heads: list[AttentionHeads], kept: int, 
     Raises:
         UnsupportedModelError: If it has, or cannot be built.
     """
-    config = copy.deepcopy(model.config)
-    each = heads[0].num_heads // heads[0].num_groups
+    config, smaller = copy.deepcopy(model.config), copy.copy(heads[0])
+    smaller.num_heads, smaller.num_groups = kept * heads[0].num_heads // heads[0].num_groups, kept
     fields = find_spec(model)[1].fields_of(config)
-    _write(fields, kept * each, kept)
+    _write(fields, smaller)
     if needs_bias and hasattr(fields, _BIASES):
         setattr(fields, _BIASES, True)
     try:
@@ -221,9 +238,14 @@ def check_heads(model: PreTrainedModel, heads: list[AttentionHeads], kept: int, 
                 )
 
 
-def _write(config: PreTrainedConfig, num_heads: int, num_groups: int) -> None:
-    setattr(config, _HEADS, num_heads)
-    setattr(config, _GROUPS, num_groups)
+def _write(config: PreTrainedConfig, heads: AttentionHeads) -> None:
+    """Let a configuration say how many heads there are, and their width, which else would follow from their number."""
+    for name, value in ((_HEADS, heads.num_heads), (_GROUPS, heads.num_groups), (_DIM, heads.head_dim)):
+        setattr(config, name, value)
+
+
+def _head_dim(config: PreTrainedConfig) -> int:
+    return getattr(config, _DIM, None) or config.hidden_size // getattr(config, _HEADS)
 
 
 def _set(module: nn.Module, **sizes: int) -> None:
@@ -243,9 +265,9 @@ def _modules(block: nn.Module) -> dict[str, nn.Module]:
 
 
 def _why_not(config: PreTrainedConfig) -> str | None:
-    for name in (_HEADS, _GROUPS, "head_dim"):
+    for name in (_HEADS, _GROUPS):
         if type(getattr(config, name, None)) is not int:
-            return f"its configuration has no `{name}`, so that it cannot hold fewer heads of the same width"
+            return f"its configuration has no `{name}`"
     if getattr(config, _GROUPS) == 1:
         return "all query heads share one head of keys and values, so there is no group to remove"
     return None

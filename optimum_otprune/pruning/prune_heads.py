@@ -19,7 +19,13 @@ from optimum_otprune.functional.importance import ChannelStatistics, channel_imp
 from optimum_otprune.functional.ratios import RescueEnergies, relative_error, rescue_ratio
 from optimum_otprune.functional.seeds import seed_of
 from optimum_otprune.functional.selection import obs_groups, top_channels
-from optimum_otprune.models.attention_heads import AttentionHeads, attention_heads, check_heads, kept_groups
+from optimum_otprune.models.attention_heads import (
+    AttentionHeads,
+    attention_heads,
+    check_heads,
+    kept_groups,
+    removed_weights,
+)
 from optimum_otprune.models.distributed import from_main
 from optimum_otprune.models.ffn_block import FFNBlock
 from optimum_otprune.models.prunable_model import PrunableModel
@@ -69,6 +75,21 @@ def planned_heads(prunable: PrunableModel, config: OTPruningConfig) -> list[Atte
     needs_biases = config.compensation == "bias"
     check_heads(prunable.model, heads, kept, needs_biases)
     return heads
+
+
+def cost_of_heads(prunable: PrunableModel, config: OTPruningConfig, unit: str) -> int:
+    """Return how many parameters, or bytes, a model loses with heads of its attention; biases may be added.
+
+    Args:
+        prunable: The dense model; its weights are not read.
+        config: The configuration to prune by.
+        unit: Either `"parameters"` or `"bytes"`.
+    """
+    heads = planned_heads(prunable, config)
+    if not heads:
+        return 0
+    removed = removed_weights(heads, kept_groups(heads[0], config.kind_ratios[ATTENTION]))
+    return sum(count * (part.element_size() if unit == "bytes" else 1) for part, count in removed)
 
 
 def check_recipe(recipe: Recipe) -> None:

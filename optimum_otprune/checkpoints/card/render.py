@@ -195,7 +195,14 @@ def _reproduction(config: PruningOptions, report: PruningReport, name: str) -> d
 
 def _options(config: PruningOptions, report: PruningReport) -> dict[str, object] | None:
     """Return the fewest options that make the configuration; None if the report lacks one, or is of another one."""
-    if report.options is None or not set(report.options) <= set(OPTIONS_BY_NAME) or report.config != config.to_dict():
+    if report.options is None or not set(report.options) <= set(OPTIONS_BY_NAME):
+        return None
+    unknown_then = {  # options that came later than the report
+        name: value
+        for name, value in config.to_dict().items()
+        if name not in report.config and getattr(config, name) == OPTIONS_BY_NAME[name].default
+    }
+    if {**unknown_then, **report.config} != config.to_dict():
         return None
     if not make_whole(config, report.options):
         return None

@@ -48,6 +48,7 @@ class PruningPlan:
         memory: Expected memory by device and purpose.
         computing_device: The device that does most of the work.
         seconds: Expected time by stage, empty if nothing is pruned; None where the device is not on this machine.
+        heads: Groups of heads of attention in every block before and after; None where none are removed.
     """
 
     config: Mapping[str, Any]
@@ -68,6 +69,7 @@ class PruningPlan:
     memory: tuple[MemoryUse, ...]
     computing_device: str
     seconds: Mapping[str, float] | None
+    heads: tuple[int, int] | None = None
 
     @property
     def memory_by_device(self) -> dict[str, int]:
@@ -79,6 +81,7 @@ class PruningPlan:
             ("Model", self._model()),
             ("Method", f"{self.config['method']}, quality {self.config['quality']}"),
             ("Widths", "; ".join(self._widths())),
+            *([("Attention", f"{self.heads[0]} -> {self.heads[1]} groups of heads a block")] if self.heads else []),
             ("Parameters", self._parameters()),
             ("Weights", self._weights()),
             ("Calibration", self._calibration()),
