@@ -9,7 +9,7 @@ DOCS_READY = $(VENV)/.docs-ready
 # Two processes that use all cores slow each other down many times over; the tests run one thread each.
 WORKERS ?= 2
 
-.PHONY: demo test test-slow test-newest quality style bench bench-quality bench-calibration bench-real bench-gpu bench-scale cards docs release-check clean
+.PHONY: demo test test-slow test-newest quality style bench bench-quality bench-calibration bench-real bench-experts bench-gpu bench-scale cards docs release-check clean
 
 demo: $(READY)
 	$(BIN)/otprune demo
@@ -66,6 +66,12 @@ bench-calibration: $(BENCH_READY)
 bench-real: NAME = $(if $(MODEL),$(notdir $(patsubst %/,%,$(MODEL))),smollm2)
 bench-real: $(BENCH_REAL_READY)
 	$(BIN)/python benchmarks/real.py $(DATA) --output benchmarks/results/$(NAME).json $(BENCH_ARGS)
+
+# Channels inside the experts of a mixture of experts against whole experts; without MODEL it is a small one that is
+# trained in .bench the first time (see benchmarks/experts.py --help).
+bench-experts: NAME = $(if $(MODEL),$(notdir $(patsubst %/,%,$(MODEL)))-experts,experts)
+bench-experts: $(BENCH_READY)
+	$(BIN)/python benchmarks/experts.py $(DATA) --output benchmarks/results/$(NAME).json $(BENCH_ARGS)
 
 # Pruning of Llama-3-shaped random models on a GPU; BENCH_ARGS adds options (see benchmarks/gpu.py --help).
 bench-gpu: $(READY)

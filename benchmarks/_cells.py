@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 import optimum_otprune
 from optimum_otprune import OTPruner, OTPruningConfig
@@ -113,26 +114,47 @@ def load_subject(args: argparse.Namespace) -> tuple[Subject, OTPruner]:
     """Read model and data once; the pruner holds the dense model."""
     source = args.model or str(files("optimum_otprune.commands") / "demo_model")
     loading = {"dtype": args.dtype, "device_map": args.device_map}
-    every_window = OTPruningConfig(seqlen=args.seqlen, num_samples=2**31 - 1)
-    dense = OTPruner.from_pretrained(source, every_window, **loading)
-    read = (every_window, dense.tokenizer, dense.limits)
-    calibration = calibration_tokens(_data(args.calibration, "train"), *read).tokens
-    evaluation = evaluation_tokens(_data(args.evaluation, "validation"), *read, args.max_windows).tokens
+    dense = OTPruner.from_pretrained(source, every_window(args), **loading)
+    data = read_data(args, dense)
     blocks = ffn_blocks(dense.model)
     ffn = sum(part.numel() for block in blocks for part in block.read() if part is not None)
     description = {
         "model": {
-            "name": _name(args.model) if args.model else "embedded demo model",
+            "name": shown_name(args.model) if args.model else "embedded demo model",
             "parameters": dense.model.num_parameters(),
             "ffn_parameters": ffn,
             "intermediate_size": blocks[0].intermediate_size,
             "layers": len(blocks),
             "sha256": digest(dense.model.state_dict().values()),
         },
+        **data.description,
+    }
+    return Subject(source, data.calibration, data.evaluation, ffn, loading, description), dense
+
+
+class Data(NamedTuple):
+    """Windows to calibrate on and to evaluate, with their description for the result file."""
+
+    calibration: Tensor
+    evaluation: Tensor
+    description: dict[str, Any]
+
+
+def every_window(args: argparse.Namespace) -> OTPruningConfig:
+    """A configuration that reads all there is to calibrate on."""
+    return OTPruningConfig(seqlen=args.seqlen, num_samples=2**31 - 1)
+
+
+def read_data(args: argparse.Namespace, dense: OTPruner) -> Data:
+    """Read what the command line names, or Python's documentation, with the model's tokenizer."""
+    read = (every_window(args), dense.tokenizer, dense.limits)
+    calibration = calibration_tokens(_data(args.calibration, "train"), *read).tokens
+    evaluation = evaluation_tokens(_data(args.evaluation, "validation"), *read, args.max_windows).tokens
+    description = {
         "calibration": _describe(args.calibration, "train", calibration),
         "evaluation": _describe(args.evaluation, "validation", evaluation),
     }
-    return Subject(source, calibration, evaluation, ffn, loading, description), dense
+    return Data(calibration, evaluation, description)
 
 
 def draw(windows: Tensor, count: int, seed: int) -> Tensor:
@@ -141,8 +163,20 @@ def draw(windows: Tensor, count: int, seed: int) -> Tensor:
     return windows[chosen]
 
 
-def measure(subject: Subject, options: Mapping[str, Any], samples: Tensor) -> dict[str, Any]:
-    """Prune and evaluate; what the method cannot do with this model is a result too, with the message as `error`."""
+def measure(
+    subject: Subject,
+    options: Mapping[str, Any],
+    samples: Tensor,
+    also: Callable[[PreTrainedModel], dict[str, Any]] = lambda _: {},
+) -> dict[str, Any]:
+    """Prune and evaluate; what the method cannot do with this model is a result too, with the message as `error`.
+
+    Args:
+        subject: The model and its data.
+        options: Of the configuration.
+        samples: The calibration windows.
+        also: What else is told of the pruned model.
+    """
     pruner = OTPruner.from_pretrained(subject.source, OTPruningConfig(**options), **subject.loading)
     start = time.perf_counter()
     try:
@@ -157,6 +191,7 @@ def measure(subject: Subject, options: Mapping[str, Any], samples: Tensor) -> di
         "rescue_ratio": report.rescue_ratio,
         "dilution_ratio": report.dilution_ratio,
         "seconds": round(seconds, 1),
+        **also(pruner.model),
     }
 
 
@@ -235,6 +270,8 @@ def summarize(cells: Sequence[Mapping[str, Any]], dense: Mapping[str, Any], subj
     removed = subject.description["model"]["parameters"] - statistics.fmean(cell["parameters"] for cell in cells)
     spread = statistics.stdev if len(cells) > 1 and all(map(math.isfinite, perplexities)) else lambda _: None
     mean = statistics.fmean(perplexities)
+    rescue = [cell["rescue_ratio"] for cell in cells if "rescue_ratio" in cell]  # who removes no channels has none
+    rescued = {"rescue_ratio": statistics.fmean(rescue)} if rescue else {}
     return {
         "perplexity": [cell["perplexity"] for cell in cells],
         "mean": mean if math.isfinite(mean) else "inf",
@@ -243,7 +280,7 @@ def summarize(cells: Sequence[Mapping[str, Any]], dense: Mapping[str, Any], subj
         "parameters_removed": round(removed),
         "ffn_share_removed": removed / subject.ffn_parameters,
         "share_removed": removed / subject.description["model"]["parameters"],
-        "rescue_ratio": statistics.fmean(cell["rescue_ratio"] for cell in cells),
+        **rescued,
         "seconds": round(statistics.fmean(cell["seconds"] for cell in cells), 1),
     }
 
@@ -259,16 +296,24 @@ def number(summary: Mapping[str, Any]) -> str:
     return f"{mean:.{digits}f} ± {summary['std']:.{digits}f}"
 
 
-def heading(store: "Store", seeds: Sequence[int], drawn: str) -> str:
-    """First lines of a result page: what was measured, on what, with what."""
+def heading(store: "Store", seeds: Sequence[int], drawn: str, parts: str = "") -> str:
+    """First lines of a result page: what was measured, on what, with what.
+
+    Args:
+        store: The result file.
+        seeds: The seeds.
+        drawn: How much of the calibration data each of them takes.
+        parts: What the model is made of, where it is more than FFN layers of one width.
+    """
     subject, where = store.content["subject"], store.content["environment"]
     model, calibration, evaluation = (subject[key] for key in ("model", "calibration", "evaluation"))
     dense = store.content["measurements"]["dense"]
+    parts = parts or f"in {model['layers']} FFN layers of {model['intermediate_size']:,} channels"
     libraries = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     return "\n".join(
         (
-            f"{model['parameters']:,} parameters, {model['ffn_parameters']:,} of them in {model['layers']} FFN layers "
-            f"of {model['intermediate_size']:,} channels; dense perplexity **{float(dense['perplexity']):.2f}**.\n",
+            f"{model['parameters']:,} parameters, {model['ffn_parameters']:,} of them {parts}; "
+            f"dense perplexity **{float(dense['perplexity']):.2f}**.\n",
             f"- Calibration: {drawn} {calibration['windows']:,} windows of {calibration['seqlen']} tokens: "
             f"{calibration['data']}.",
             f"- Evaluation: {evaluation['data']}, {evaluation['windows']:,} windows of {evaluation['seqlen']} tokens; "
@@ -290,13 +335,13 @@ def _data(given: str | None, split: str) -> Any:
     return given or documentation_texts(split)
 
 
-def _name(given: str) -> str:
+def shown_name(given: str) -> str:
     """A Hub id as it is; of a path the last part only."""
     return Path(given).resolve().name if Path(given).exists() else given
 
 
 def _describe(given: str | None, split: str, tokens: Tensor) -> dict[str, Any]:
-    name = _name(given) if given else f"the documentation of Python {platform.python_version()}, {split} split"
+    name = shown_name(given) if given else f"the documentation of Python {platform.python_version()}, {split} split"
     return {"data": name, "windows": tokens.shape[0], "seqlen": tokens.shape[1], "sha256": digest([tokens])}
 
 

@@ -107,7 +107,7 @@ def test_the_references_own_command_line_prunes_and_then_evaluates(llama_folder,
 def test_the_trigram_model_that_the_training_is_compared_with_is_a_distribution():
     sys.path.insert(0, str(EXAMPLES))
     try:
-        from train_tiny_llama import KneserNeyTrigram
+        from _tiny_training import KneserNeyTrigram
     finally:
         sys.path.remove(str(EXAMPLES))
     tokens = [0, 1, 2, 0, 1, 2, 0, 1, 3, 0, 2, 1, 3, 3, 0, 1, 2] * 3

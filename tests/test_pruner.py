@@ -13,8 +13,8 @@ from transformers import (
     BitsAndBytesConfig,
     GPT2Config,
     GPT2LMHeadModel,
-    MixtralConfig,
-    MixtralForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
 )
 
 from optimum_otprune import OTPruner, OTPruningConfig
@@ -328,16 +328,9 @@ def test_a_ratio_that_rounds_to_nothing_says_so(llama, tokens):
 
 
 def test_an_architecture_without_a_known_ffn_is_refused():
-    config = MixtralConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    with pytest.raises(UnsupportedModelError, match="No known FFN was found in MixtralForCausalLM"):
-        OTPruner.from_pretrained(MixtralForCausalLM(config))
+    config = MambaConfig(vocab_size=64, hidden_size=32, state_size=4, num_hidden_layers=2)
+    with pytest.raises(UnsupportedModelError, match="No known FFN was found in MambaForCausalLM"):
+        OTPruner.from_pretrained(MambaForCausalLM(config))
 
 
 def test_a_quantized_model_is_refused(llama):

@@ -142,10 +142,10 @@ class PruningOptions:
     layer_ratios: Mapping[int, float] = _field(
         {}, "pruning ratios of single layers, by index", minimum=0.0, below=1.0, shared=_SIZE
     )
-    kind_ratios: Mapping[Literal["dense", "experts", "shared"], float] = _field(
+    kind_ratios: Mapping[Literal["dense", "experts", "shared", "attention"], float] = _field(
         {},
         "pruning ratios by what an FFN is in its block: dense, experts (that a router chooses from), shared (experts "
-        "of all tokens)",
+        "of all tokens); and of attention, whose heads are removed with their keys and values (unset: none)",
         minimum=0.0,
         below=1.0,
         shared=_SIZE,

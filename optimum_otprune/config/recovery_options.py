@@ -32,7 +32,7 @@ class RecoveryOptions(TypedDict, total=False):
     learning_rate: Annotated[
         float | None, About(None, "peak learning rate (default: 0.1 / the model's hidden size)", "X")
     ]
-    batch_tokens: Annotated[int, About(2048, "tokens of one step of the optimizer", "N")]
+    batch_tokens: Annotated[int, About(512, "tokens of one step of the optimizer", "N")]
     written_per_sample: Annotated[
         float, About(4.0, "samples that the dense model writes itself for each given one, if the budget is that large")
     ]

@@ -5,6 +5,9 @@ from torch import Tensor
 
 from optimum_otprune.errors import ConfigurationError, NumericalError, ShapeError
 from optimum_otprune.functional.elimination import Elimination, eliminate
+from optimum_otprune.functional.linalg.damped import damped_cholesky
+
+_GROUP_DAMPING = 1e-3  # of the mean diagonal of the Gram matrix
 
 
 def kept_width(intermediate_size: int, pruning_ratio: float, multiple_of: int = 1) -> int:
@@ -126,3 +129,41 @@ def obs_channels(gram: Tensor, down: Tensor, kept_size: int, importance: Tensor 
     kept = torch.ones(n, dtype=torch.bool, device=removed.device)
     kept[removed] = False
     return kept.nonzero().flatten()
+
+
+def obs_groups(gram: Tensor, down: Tensor, num_groups: int, kept_groups: int) -> Tensor:
+    """Return the groups of channels that greedy elimination of whole groups leaves.
+
+    Removing the group S and refitting the others costs `tr(W_S [G⁻¹]_SS⁻¹ W_Sᵀ)`, as `obs_elimination` has it for one
+    channel.
+
+    Args:
+        gram: The second moment of the channels, `(num_channels, num_channels)`.
+        down: The matrix that reads them, `(hidden_size, num_channels)`.
+        num_groups: Number of groups, all of one size, one behind the other.
+        kept_groups: Number of groups to keep.
+
+    Returns:
+        The kept groups, LongTensor `(kept_groups,)`, sorted.
+
+    Raises:
+        NumericalError: If the Gram matrix is not finite.
+
+    Example:
+        >>> obs_groups(torch.diag(torch.tensor([1.0, 1.0, 9.0, 9.0])), torch.ones(3, 4), num_groups=2, kept_groups=1)
+        tensor([1])
+    """
+    size = down.shape[1] // num_groups
+    inverse = torch.cholesky_inverse(damped_cholesky(gram.double(), _GROUP_DAMPING))
+    columns, alive = down.double().clone(), list(range(num_groups))
+    while len(alive) > kept_groups:
+        costs = []
+        for group in alive:
+            own = slice(group * size, (group + 1) * size)
+            costs.append(float((columns[:, own].T * torch.linalg.solve(inverse[own, own], columns[:, own].T)).sum()))
+        group = alive.pop(costs.index(min(costs)))
+        own = slice(group * size, (group + 1) * size)
+        update = torch.linalg.solve(inverse[own, own], inverse[own])
+        columns = columns - columns[:, own] @ update
+        inverse = inverse - inverse[:, own] @ update
+    return torch.tensor(alive, device=down.device)

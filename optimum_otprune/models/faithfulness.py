@@ -66,7 +66,7 @@ def measured_factors(prunable: PrunableModel, tokens: Tensor) -> list[float | No
     prunable.model.eval()
     try:
         with torch.no_grad(), unchunked(prunable.model):
-            found = _Findings(None, _checked(prunable, _sample(tokens)))
+            found = _Findings(None, _checked(prunable, short_sample(tokens)))
     except OTPruneError as error:
         found = _Findings(error, [])
     finally:
@@ -113,7 +113,7 @@ def check_logits(model: PreTrainedModel, tokens: Tensor | None = None) -> None:
     if tokens is None:
         tokens = torch.arange(min(_FEW_TOKENS, vocabulary_size(model)))[None]
     with torch.no_grad():
-        _check_output(_output(model, _sample(tokens)))
+        _check_output(_output(model, short_sample(tokens)))
 
 
 def check_parameters(model: PreTrainedModel, blocks: Sequence[FFNBlock] = ()) -> int:
@@ -157,7 +157,8 @@ def check_parameters(model: PreTrainedModel, blocks: Sequence[FFNBlock] = ()) ->
     return empty
 
 
-def _sample(tokens: Tensor) -> Tensor:
+def short_sample(tokens: Tensor) -> Tensor:
+    """Return the beginning of the first sample, `(1, at most SAMPLE_TOKENS)`, on which a model is checked."""
     return tokens[:1, :SAMPLE_TOKENS]
 
 

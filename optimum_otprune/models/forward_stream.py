@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from optimum_otprune.functional.experts import Routing
 from optimum_otprune.functional.ffn import ffn_forward
@@ -13,7 +13,7 @@ from optimum_otprune.models.block import Block
 from optimum_otprune.models.block_runner import BlockRunner
 from optimum_otprune.models.devices import onloaded
 from optimum_otprune.models.ffn_block import FFNBlock
-from optimum_otprune.models.ffn_hooks import noted, routed, watch_points
+from optimum_otprune.models.ffn_hooks import hooked, noted, routed, watch_points
 from optimum_otprune.models.pass_settings import PassSettings
 from optimum_otprune.models.prunable_model import PrunableModel
 from optimum_otprune.models.spill import StoredTensor
@@ -83,10 +83,11 @@ class CalibrationStream:
         if track_dense and len(prunable.spec.lists) > 1:  # the dense decoder reads what the dense encoder puts out
             self._dense_runner = BlockRunner(prunable, batches, self.spill)
             self._dense_hidden = self._dense_runner.take_first_hidden()
+        self._energies: dict[int, Tensor] = {}  # of blocks whose attention was looked at before their FFNs
         self._ffn_inputs: list[StoredTensor] | None = None  # if set, `_hidden` is a block's output without its FFN
 
     @torch.no_grad()
-    def energies(self, block: FFNBlock) -> Tensor:
+    def energies(self, block: Block) -> Tensor:
         """Run a block with its dense FFN, and return the squared norms of the hidden states behind it.
 
         If the dense model is tracked, its hidden states are measured, and they are behind the block afterwards.
@@ -94,6 +95,8 @@ class CalibrationStream:
         Returns:
             ‖h‖² `(num_tokens,)`, float32, on the CPU.
         """
+        if block.block in self._energies:
+            return self._energies.pop(block.block)
         found = []
         self._enter(block)
         with onloaded(block.module):
@@ -103,6 +106,36 @@ class CalibrationStream:
                 if self._dense_hidden is not None:
                     self._dense_hidden[index] = self.spill.put(output)
         return torch.cat(found)
+
+    @torch.no_grad()
+    def head_taps(self, block: Block, output: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+        """Run a block, still dense, on the pruned model's hidden states, and look at its attention; before its FFNs.
+
+        `attention_energies` comes first.
+
+        Args:
+            block: The block.
+            output: The module that reads all heads of its attention.
+
+        Yields:
+            The inputs of that module, `(num_tokens, num_heads * head_dim)`, and its outputs, `(num_tokens,
+            hidden_size)`, batch by batch.
+        """
+        seen: list[tuple[Tensor, Tensor]] = []
+
+        def note(module: nn.Module, args: tuple, result: Tensor) -> None:
+            seen.append((args[0].flatten(end_dim=-2), result.flatten(end_dim=-2).clone()))
+
+        with onloaded(block.module):
+            for index, stored in enumerate(self._hidden):
+                with hooked([output.register_forward_hook(note)]):
+                    self._runner.run(block, stored.load(), index)
+                yield seen.pop()
+
+    def attention_energies(self, block: Block) -> Tensor:
+        """Return what `energies` returns, which it will return once more for the FFNs of the block, then changed."""
+        self._energies[block.block] = self.energies(block)
+        return self._energies[block.block]
 
     @torch.no_grad()
     def taps(self, block: FFNBlock) -> Iterator[FFNTap]:
@@ -202,6 +235,8 @@ class CalibrationStream:
 
     def follow_dense(self, block: Block) -> None:
         """Run a block, its FFN still dense, on the dense model's hidden states alone, if they are tracked."""
+        if self._energies.pop(block.block, None) is not None:
+            return  # done when its attention was looked at
         self._enter(block)
         if self._dense_hidden is not None:
             self._run_all(block, self._dense_hidden, self._dense_runner)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from optimum_otprune.functional.ratios import (
     RescueEnergies,
     diluted_share,
     dilution_ratio,
+    pooled,
     relative_error,
     rescue_ratio,
     rescued_share,
@@ -22,6 +24,7 @@ _LARGEST_COUNT = 1 << 62
 _LARGEST_NUMBER = 1e150  # the squares of so many layers' numbers still have a finite sum
 _TOLERANCE = 1e-6
 _ROUNDED_TO_ZERO = 1e-5  # the largest relative difference that rounding explains
+_UNIT = re.compile(r"(expert \d{1,9}|shared expert|FFN|attention) of block \d{1,9}|layer \d{1,9}", re.ASCII)
 _SIGNED = frozenset({"rescue_ratio", "transported_mass", "self_share"})
 
 
@@ -47,7 +50,7 @@ class LayerReport:
         ridge_lambda: λ of the refit, None without one; infinity where the prior was best.
         intercept: Whether an output bias was added.
         energies: The energies that the two ratios are computed from.
-        ffn: Which FFN of its block it is, such as `"expert 7 of block 3"`; empty where each block has one.
+        unit: What of its block it is, such as `"expert 7 of block 3"`; empty where each block has one.
     """
 
     layer: int
@@ -64,12 +67,12 @@ class LayerReport:
     ridge_lambda: float | None
     intercept: bool
     energies: RescueEnergies
-    ffn: str = ""
+    unit: str = ""
 
     @property
     def name(self) -> str:
         """What the layer is called, such as "layer 3"."""
-        return self.ffn or f"layer {self.layer}"
+        return self.unit or f"layer {self.layer}"
 
     @property
     def pruned_channels(self) -> int:
@@ -83,8 +86,8 @@ class LayerReport:
         values["energies"] = self.energies._asdict()
         if self.ridge_lambda is not None and math.isinf(self.ridge_lambda):
             values["ridge_lambda"] = "inf"
-        if not self.ffn:  # as in reports that do not say
-            del values["ffn"]
+        if not self.unit:  # as in reports that do not say
+            del values["unit"]
         return values
 
     @classmethod
@@ -112,7 +115,7 @@ class LayerReport:
             ReportError: If an entry is wrong; see `PruningReport.from_dict`.
         """
         check_entry(where, values, Mapping)
-        names = [field.name for field in dataclasses.fields(cls) if field.name != "ffn" or "ffn" in values]
+        names = [field.name for field in dataclasses.fields(cls) if field.name != "unit" or "unit" in values]
         found = known_entries(values, names, where, unknown)
         energies = known_entries(found["energies"], RescueEnergies._fields, f"{where}.energies", unknown)
         found["energies"] = RescueEnergies(**energies)
@@ -140,7 +143,9 @@ class LayerReport:
             check_entry(f"{where}.energies.{name}", value, float, 0, is_finite)
         if self.ridge_lambda not in (None, math.inf):
             check_entry(f"{where}.ridge_lambda", self.ridge_lambda, float, 0)
-        check_entry(f"{where}.ffn", self.ffn, str)
+        check_entry(f"{where}.unit", self.unit, str)
+        if self.unit and not _UNIT.fullmatch(self.unit):
+            raise ReportError(f"`{where}.unit` of the report is {self.unit!r:.60}, which names nothing. {_restore()}")
         _check_channels(self, where)
         if is_finite:
             check_follows(f"{where}.rescue_ratio", self.rescue_ratio, rescue_ratio(self.energies))
@@ -149,11 +154,42 @@ class LayerReport:
             check_follows(f"{where}.{name}", error, relative_error(self.energies))
 
     def __str__(self) -> str:
-        name = self.ffn.capitalize() or f"Layer {self.layer:02d}"
+        name = self.unit.capitalize() or f"Layer {self.layer:02d}"
         return (
             f"{name}: Rescued {self.rescue_ratio:.3f} ({rescued_share(self.rescue_ratio)}) of pruned "
             f"channels, Diluted {self.dilution_ratio:.3f} ({diluted_share(self.dilution_ratio)}) of kept channels"
         )
+
+
+def named_layers(layers: Sequence[LayerReport]) -> str:
+    """Return a phrase such as "layer 1 (-80.2) and layer 5 (-0.1)", the first ten of them."""
+    named = [f"{layer.name} ({layer.rescue_ratio:.3g})" for layer in layers[:10]]
+    if len(layers) > len(named):
+        return f"{', '.join(named)} and {len(layers) - len(named)} others"
+    return named[0] if len(named) == 1 else f"{', '.join(named[:-1])} and {named[-1]}"
+
+
+def removed_heads(attention: Sequence[LayerReport]) -> str:
+    """Return in words how many heads of attention are gone, and how much of what they did is still there."""
+    columns = sum(block.intermediate_size_before for block in attention)
+    gone = sum(block.pruned_channels for block in attention)
+    ratio = rescue_ratio(pooled(block.energies for block in attention))
+    return (
+        f"{gone / columns:.1%} of the heads are gone, in {len(attention)} blocks; rescued {ratio:.3f} "
+        f"({rescued_share(ratio)}) of their output energy"
+    )
+
+
+def statistics_lines(name: str, values: list[float]) -> list[str]:
+    """Return a line with mean, standard deviation and range of a number over layers."""
+    mean = sum(values) / len(values)
+    std = math.sqrt(sum((value - mean) ** 2 for value in values) / len(values))
+    return [f"{name}: mean {mean:.3f}, std {std:.3f}, range {min(values):.3f} to {max(values):.3f}"]
+
+
+def width_range(widths: tuple[int, ...]) -> str:
+    """Return the smallest and the largest width in words; nothing where they are the same."""
+    return f" ({min(widths):,} to {max(widths):,} a layer)" if len(set(widths)) > 1 else ""
 
 
 def known_entries(values: Any, names: Collection[str], where: str, unknown: list[str]) -> dict[str, Any]:

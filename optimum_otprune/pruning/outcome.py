@@ -1,6 +1,6 @@
 """The results of a finished run, and its report."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, TypedDict, Unpack
 
 from transformers import PreTrainedModel
@@ -31,12 +31,14 @@ class PrunedLayers(NamedTuple):
         padding_parameters: Zeros in the model that only fill up layers to a common width.
         added_biases: Whether the model's configuration had no biases before and has them now.
         written_samples: Number of calibration samples that the dense model wrote itself.
+        attention: The report of the attention of each block, where heads were removed.
     """
 
     reports: list[LayerReport]
     padding_parameters: int
     added_biases: bool = False
     written_samples: int = 0
+    attention: Sequence[LayerReport] = ()
 
     def report(
         self,
@@ -62,6 +64,7 @@ class PrunedLayers(NamedTuple):
             config=config.to_dict(),
             options=tuple(config.fewest_options()),
             layers=tuple(self.reports),
+            attention=tuple(self.attention),
             calibration={**data.describe(), "written_samples": self.written_samples},
             versions=versions(),
             model_type=model.config.model_type,

@@ -9,6 +9,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.errors import warn_user
 from optimum_otprune.functional.ffn import check_weights
+from optimum_otprune.models.attention_heads import AttentionHeads, finish_heads
 from optimum_otprune.models.block import Block
 from optimum_otprune.models.changes import mark_half_pruned
 from optimum_otprune.models.devices import (
@@ -21,6 +22,7 @@ from optimum_otprune.models.distributed import from_main
 from optimum_otprune.models.faithfulness import check_parameters
 from optimum_otprune.models.ffn_block import FFNBlock, install_all, named
 from optimum_otprune.models.ffn_hooks import unchunked
+from optimum_otprune.models.head_checks import check_removal
 from optimum_otprune.models.pass_settings import PassSettings
 from optimum_otprune.models.passes import Passes
 from optimum_otprune.models.prunable_model import PrunableModel
@@ -32,6 +34,7 @@ from optimum_otprune.pruning.layer_store import FinishedLayer, LayerStore
 from optimum_otprune.pruning.outcome import PrunedLayers
 from optimum_otprune.pruning.preflight import check_feasible, warn_of_empty
 from optimum_otprune.pruning.preparation import Expected, prepare
+from optimum_otprune.pruning.prune_heads import check_recipe, planned_heads, prune_heads
 from optimum_otprune.pruning.prune_layer import Run, prune_layer, untouched
 from optimum_otprune.pruning.recipe import Recipe
 from optimum_otprune.pruning.report import ADDED_BIASES, LayerReport
@@ -58,14 +61,17 @@ def prune_model(
     """
     model, blocks, config = prunable.model, prunable.blocks, recipe.config
     passes = Passes(prunable, tokens, settings)
-    widths = plan_widths(blocks, config)
+    widths, heads = plan_widths(blocks, config), planned_heads(prunable, config)
+    check_recipe(recipe)
     empty = check_parameters(model, blocks)
-    if widths == prunable.widths:
+    if widths == prunable.widths and not heads:
         passes.check_logits()
         return PrunedLayers([untouched(block) for block in blocks], 0)
     _check(prunable, config, widths, empty)
     num_written = check_can_write(model, config, tokens.shape, offloaded_bytes(model))
     probe = probe_passes(passes, config.seed).checked()
+    if heads:
+        check_removal(probe.prunable, heads, probe.tokens)
     passes = probe.of(tokens)
     with unchunked(model), large_blocks_returned(is_offloaded(model)):
         prepared = store.prepared(
@@ -75,8 +81,11 @@ def prune_model(
             ),
         )
         saved_widths(config.non_uniform_format, prepared.widths, prunable.widths)  # as shared; called for its errors
-        reports = _prune_layers(Run.begun(passes, recipe, prepared), store, settings.progress)
-        pruned = _resized(prunable, reports, config)
+        run = Run.begun(passes, recipe, prepared)
+        reports, attention = _prune_layers(run, heads, store, settings.progress)
+        pruned = _resized(prunable, reports, config)._replace(attention=attention)
+        if heads:
+            finish_heads(model, heads)
     pruned = pruned._replace(written_samples=len(prepared.samples.tokens) - len(tokens))
     probe.check_logits()
     _tell_of_size(pruned)
@@ -90,16 +99,33 @@ def _check(prunable: PrunableModel, config: OTPruningConfig, widths: list[int], 
     prunable.model.eval()
 
 
-def _prune_layers(run: Run, store: LayerStore, progress: bool) -> list[LayerReport]:
-    """Prune all layers in order, each on the outputs of those below it, pruned now or before."""
+def _prune_layers(
+    run: Run, heads: list[AttentionHeads], store: LayerStore, progress: bool
+) -> tuple[list[LayerReport], list[LayerReport]]:
+    """Prune all layers in order, each on the outputs of those below it, pruned now or before.
+
+    Returns:
+        The reports of all FFNs, and those of attention.
+    """
     stack, widths = run.prunable.stack, iter(run.prepared.widths)
+    reports, attention = [], []
+    own = {one.block: one for one in heads}
     with logging_redirect_tqdm([logging.getLogger("optimum_otprune")]):
-        bar = tqdm(stack, desc="Pruning", unit="layer", disable=not progress)
-        return [
-            report
-            for whole, group in bar
-            for report in _next_block(whole, group, [next(widths) for _ in group], run, store)
-        ]
+        for whole, group in tqdm(stack, desc="Pruning", unit="layer", disable=not progress):
+            if whole.block in own:
+                attention.append(_next_heads(own[whole.block], whole, run))
+            reports += _next_block(whole, group, [next(widths) for _ in group], run, store)
+    return reports, attention
+
+
+def _next_heads(heads: AttentionHeads, block: Block, run: Run) -> LayerReport:
+    """Prune the attention of a block, whose FFNs then see what it puts out."""
+    with named(block):
+        pruned = prune_heads(heads, block, run)
+        mark_half_pruned(run.prunable.model)
+        heads.install(pruned.groups, pruned.weight, pruned.bias)
+    logger.info("%s", pruned.report)
+    return pruned.report
 
 
 def _next_block(

@@ -152,7 +152,7 @@ def _report(block: FFNBlock, data: LayerData, compression: Compression, refitted
     fused, before_reconstruction, energies = measured[0], measured[1], measured[-1]
     return LayerReport(
         layer=block.layer,
-        ffn=ffn_name(block),
+        unit=unit_name(block),
         intermediate_size_before=data.dense.intermediate_size,
         intermediate_size_after=len(kept),
         kept_channels=tuple(kept.tolist()),
@@ -175,9 +175,9 @@ def untouched(block: FFNBlock) -> LayerReport:
     nothing = RescueEnergies(0.0, 0.0, 0.0, 0.0, 0.0)
     kept = tuple(range(size))
     rest = (1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, None, False, nothing)
-    return LayerReport(block.layer, size, size, kept, *rest, ffn=ffn_name(block))
+    return LayerReport(block.layer, size, size, kept, *rest, unit=unit_name(block))
 
 
-def ffn_name(block: FFNBlock) -> str:
+def unit_name(block: FFNBlock) -> str:
     """Return the name of an FFN in reports; empty where it is the only one of its block, and every block has one."""
     return "" if block.layer == block.block and block.spec.kind == DENSE else block.name

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import math
 import os
 import statistics
 from collections.abc import Mapping, Sequence
@@ -33,7 +32,11 @@ from optimum_otprune.pruning.layer_report import (
     check_entry,
     check_follows,
     known_entries,
+    named_layers,
+    removed_heads,
+    statistics_lines,
     warn_of_unknown,
+    width_range,
 )
 from optimum_otprune.pruning.recovery_report import RecoveryReport
 from optimum_otprune.pruning.task_results import TaskResult
@@ -86,6 +89,7 @@ class PruningReport:
         recoveries: Reports of `recover`, oldest first.
         tasks: Results on tasks that were added to the saved model, in the order in which they came.
         auto_class: The auto class of transformers that loads the model.
+        attention: One report per block whose attention lost heads; channels are columns of its output projection.
     """
 
     config: Mapping[str, Any]
@@ -109,6 +113,7 @@ class PruningReport:
     recoveries: tuple[RecoveryReport, ...] = ()
     tasks: tuple[TaskResult, ...] = ()
     auto_class: str = CAUSAL
+    attention: tuple[LayerReport, ...] = ()
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -194,6 +199,8 @@ class PruningReport:
         del values["tasks"]
         if self.auto_class == CAUSAL:  # as in reports that do not say
             del values["auto_class"]
+        del values["attention"]
+        values |= {"attention": [block.to_dict() for block in self.attention]} if self.attention else {}
         values |= {"tasks": [task.to_dict() for task in self.tasks]} if self.tasks else {}
         values["recoveries"] = [recovery.to_dict() for recovery in self.recoveries]
         values |= {name: getattr(self, name) for name in _DERIVED}
@@ -220,6 +227,11 @@ class PruningReport:
                 "again from somebody you trust."
             )
         layers = [LayerReport.read(layer, f"layers[{i}]", unknown) for i, layer in enumerate(found["layers"])]
+        attention = found.get("attention", ())
+        check_entry("attention", attention, (list, tuple))
+        found["attention"] = tuple(
+            LayerReport.read(block, f"attention[{i}]", unknown) for i, block in enumerate(attention[:_MOST_LAYERS])
+        )
         evaluations = found.get("evaluations", ())
         check_entry("evaluations", evaluations, (list, tuple))
         tasks, recoveries = found.get("tasks", ()), found.get("recoveries", ())
@@ -232,7 +244,7 @@ class PruningReport:
         found |= {"layers": tuple(layers), "evaluations": tuple(evaluations)}
         if isinstance(found.get("options"), list):
             found["options"] = tuple(found["options"])
-        report = cls(**{name: found[name] for name in {*names, "evaluations", "tasks", "recoveries"}})
+        report = cls(**{name: found[name] for name in {*names, "evaluations", "tasks", "recoveries", "attention"}})
         report.check()
         for name in sorted(_DERIVED):
             derived = getattr(report, name)
@@ -249,10 +261,12 @@ class PruningReport:
         Raises:
             ReportError: If there is one; the message names the first such entry.
         """
-        for index, layer in enumerate(self.layers):
-            layer.check(f"layers[{index}]", is_finite)
-        if any(later.layer <= former.layer for former, later in itertools.pairwise(self.layers)):
-            raise ReportError("`layers` of the report are not in order, each once. Get the folder again.")
+        for name in ("layers", "attention"):
+            parts: tuple[LayerReport, ...] = getattr(self, name)
+            for index, layer in enumerate(parts):
+                layer.check(f"{name}[{index}]", is_finite)
+            if any(later.layer <= former.layer for former, later in itertools.pairwise(parts)):
+                raise ReportError(f"`{name}` of the report are not in order, each once. Get the folder again.")
         for name in ("config", "calibration", "custom_functions", "versions", "base_card"):
             check_entry(name, getattr(self, name), Mapping)
         if self.options is not None:
@@ -336,24 +350,6 @@ def _check_parameters(report: PruningReport) -> None:
         )
 
 
-def named_layers(layers: Sequence[LayerReport]) -> str:
-    """Return a phrase such as "layer 1 (-80.2) and layer 5 (-0.1)", the first ten of them."""
-    named = [f"{layer.name} ({layer.rescue_ratio:.3g})" for layer in layers[:10]]
-    if len(layers) > len(named):
-        return f"{', '.join(named)} and {len(layers) - len(named)} others"
-    return named[0] if len(named) == 1 else f"{', '.join(named[:-1])} and {named[-1]}"
-
-
-def _statistics_lines(name: str, values: list[float]) -> list[str]:
-    mean = sum(values) / len(values)
-    std = math.sqrt(sum((value - mean) ** 2 for value in values) / len(values))
-    return [f"{name}: mean {mean:.3f}, std {std:.3f}, range {min(values):.3f} to {max(values):.3f}"]
-
-
-def _width_range(widths: tuple[int, ...]) -> str:
-    return f" ({min(widths):,} to {max(widths):,} a layer)" if len(set(widths)) > 1 else ""
-
-
 def _parameters(report: PruningReport) -> str:
     before, after = report.parameters_before, report.parameters_after
     share = f" ({after / before:.1%})" if before else ""
@@ -372,7 +368,7 @@ def _summary(report: PruningReport) -> str:
         "Model Overview",
         f"  Layers analyzed: {len(report.layers)}",
         f"  Pruned channels: {pruned:,} ({report.pruning_ratio:.1%})",
-        f"  Kept channels: {kept:,}" + _width_range(report.widths),
+        f"  Kept channels: {kept:,}" + width_range(report.widths),
         f"  Parameters: {_parameters(report)}",
         *([f"  {ADDED_BIASES}"] if report.added_biases else []),
         "Global Rescue Effect",
@@ -383,12 +379,13 @@ def _summary(report: PruningReport) -> str:
         f"  Diluted {dilution:.3f} ({diluted_share(dilution)}) of the kept channels' own contribution",
         f"  Median over layers {report.median_dilution_ratio:.3f} ({diluted_share(report.median_dilution_ratio)})",
     ]
+    lines += [f"Attention: {removed_heads(report.attention)}"] if report.attention else []
     if report.touched_layers:
         rescued = [layer.rescue_ratio for layer in report.touched_layers]
         diluted = [layer.dilution_ratio for layer in report.touched_layers]
         lines += ["Per-Layer Statistics"]
-        lines += ["  " + line for line in _statistics_lines("Rescue ratio", rescued)]
-        lines += ["  " + line for line in _statistics_lines("Dilution ratio", diluted)]
+        lines += ["  " + line for line in statistics_lines("Rescue ratio", rescued)]
+        lines += ["  " + line for line in statistics_lines("Dilution ratio", diluted)]
     contradiction = report.contradiction
     lines += [
         "Interpretation",

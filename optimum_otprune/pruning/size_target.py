@@ -2,6 +2,7 @@
 
 import json
 import math
+from bisect import bisect_left
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
@@ -17,9 +18,11 @@ from optimum_otprune.models.ffn_block import FFNBlock
 from optimum_otprune.models.find_ffns import dense_width
 from optimum_otprune.models.prunable_model import PrunableModel
 from optimum_otprune.models.save_formats import save_format
-from optimum_otprune.pruning.widths import given_widths
+from optimum_otprune.pruning.prune_heads import cost_of_heads
+from optimum_otprune.pruning.widths import given_widths, plan_widths
 
 _LARGE_OFFSET = 10**15  # larger than any weights file
+_LARGEST_RATIO = 999  # thousandths
 _FILE_BYTES = 256  # bytes of the length field, format note and padding of a weights file
 
 
@@ -69,6 +72,8 @@ def with_pruning_ratio(config: OTPruningConfig, prunable: PrunableModel) -> OTPr
     given = getattr(config, name)
     unit = "parameters" if name == "target_parameters" else "bytes"
     target = target_count(config, model)
+    if len(set(prunable.widths)) > 1:
+        return config.replace(pruning_ratio=_searched_ratio(prunable, config, unit, target))
     width = dense_width(blocks)
     decided = given_widths(blocks, config)
     _check_format(config, name, decided)
@@ -85,6 +90,7 @@ def with_pruning_ratio(config: OTPruningConfig, prunable: PrunableModel) -> OTPr
     multiple = sensible_multiple(width, config.multiple_of)
     may_add_biases = config.intercept in ("auto", "always") and prunable.can_hold_intercept
     footprint = _footprint(prunable, unit, may_add_biases, decided)
+    footprint = footprint._replace(fixed=footprint.fixed - cost_of_heads(prunable, config, unit))
     kept = footprint.widest(target, multiple)
     if kept < multiple:
         smallest, whole = footprint.at(multiple), _tensor_total(model, unit)
@@ -96,6 +102,29 @@ def with_pruning_ratio(config: OTPruningConfig, prunable: PrunableModel) -> OTPr
             "left in every FFN that may be pruned; give that or more."
         )
     return config.replace(pruning_ratio=max(0.0, 1 - kept / width))
+
+
+def _searched_ratio(prunable: PrunableModel, config: OTPruningConfig, unit: str, target: int) -> float:
+    """Return the smallest ratio, in thousandths, with which a model whose FFNs differ in width meets a target.
+
+    Raises:
+        ConfigurationError: If the model meets it already, or no ratio does.
+    """
+    blocks, costs = prunable.blocks, [channel_cost(block, unit) for block in prunable.blocks]
+    header = _header_bytes(_saved_tensors(prunable.model), added=0) if unit == "bytes" else 0
+    whole = _tensor_total(prunable.model, unit) + header
+
+    def size(thousandths: int) -> int:
+        widths = plan_widths(blocks, config.replace(pruning_ratio=thousandths / 1000))
+        removed = sum((before - width) * cost for before, width, cost in zip(prunable.widths, widths, costs))
+        return whole - removed - cost_of_heads(prunable, config, unit)
+
+    if whole <= target or size(_LARGEST_RATIO) > target:
+        raise ConfigurationError(
+            f"A target of {target:,} {unit} cannot be met: the model has {whole:,} now, and {size(_LARGEST_RATIO):,} "
+            "is the smallest that pruning leaves of it. Give one between."
+        )
+    return bisect_left(range(_LARGEST_RATIO), True, key=lambda ratio: size(ratio) <= target) / 1000
 
 
 def target_count(config: OTPruningConfig, model: PreTrainedModel) -> int:

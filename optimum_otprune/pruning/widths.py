@@ -33,7 +33,7 @@ def given_widths(blocks: list[FFNBlock], config: OTPruningConfig) -> dict[int, i
                 f"`{name}` names layer {missing[0]}, but the model has {len(blocks)} layers, 0 to {len(blocks) - 1}."
             )
     kinds = {block.spec.kind for block in blocks}
-    ratios: dict[str, float] = dict(config.kind_ratios.items())
+    ratios = _of_ffns(config)
     for kind in ratios:
         if kind not in kinds:
             raise ConfigurationError(
@@ -44,6 +44,11 @@ def given_widths(blocks: list[FFNBlock], config: OTPruningConfig) -> dict[int, i
     skipped = {layer: blocks[layer].intermediate_size for layer in config.skip_layers}
     layers = {layer: _kept(blocks[layer], ratio, config) for layer, ratio in config.layer_ratios.items()}
     return by_kind | skipped | layers
+
+
+def _of_ffns(config: OTPruningConfig) -> dict[str, float]:
+    """Return the ratios of kinds of FFNs."""
+    return {str(kind): ratio for kind, ratio in config.kind_ratios.items() if kind != "attention"}
 
 
 def _kept(block: FFNBlock, ratio: float, config: OTPruningConfig) -> int:
@@ -108,7 +113,7 @@ def _check_shared_fields(blocks: list[FFNBlock], widths: list[int]) -> None:
 
 def _check_multiple(width: int, config: OTPruningConfig) -> None:
     """Raise an error if the given multiple cannot be met, and warn where it is lowered."""
-    ratios = [config.pruning_ratio, *config.layer_ratios.values(), *config.kind_ratios.values()]
+    ratios = [config.pruning_ratio, *config.layer_ratios.values(), *_of_ffns(config).values()]
     multiple = config.multiple_of
     if not any(ratios):
         return
@@ -123,7 +128,7 @@ def _check_multiple(width: int, config: OTPruningConfig) -> None:
 
 
 def _warn_of_nothing(width: int, config: OTPruningConfig) -> None:
-    if any((config.pruning_ratio, *config.layer_ratios.values(), *config.kind_ratios.values())):
+    if any((config.pruning_ratio, *config.layer_ratios.values(), *_of_ffns(config).values())):
         warn_user(
             f"Nothing is pruned: {config.pruning_ratio} of {width} channels is less than half of `multiple_of` = "
             f"{sensible_multiple(width, config.multiple_of)}."

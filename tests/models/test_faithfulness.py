@@ -278,8 +278,8 @@ REFUSED = {
         ),
         r"^Layer 0: Hidden states of shape \(2, 1, 20, 32\) go into the block",
     ),
-    "run twice": (lambda: repeated(make_llama()), "^Layer 1: hooks on the FFN fire 2 times"),
-    "fused code": (lambda: fused(make_llama()), "^Layer 1: hooks on the FFN fire 0 times"),
+    "run twice": (lambda: repeated(make_llama()), "^Hooks on layer 1 fire 2 times"),
+    "fused code": (lambda: fused(make_llama()), "^Hooks on layer 1 fire 0 times"),
     "compiled block": (lambda: compiled(make_llama()), r"^The module 'model.layers.1' is compiled.*without compiling"),
     "compiled in place": (lambda: compiled_in_place(make_llama()), r"^The module 'model.layers.1.mlp' is compiled"),
     "compiled function": (
@@ -315,11 +315,11 @@ REFUSED = {
         lambda: adapted(make_llama(), "model.layers.1.self_attn.q_proj"),
         "^The model has an adapter in it, first in 'model.layers.1.self_attn.q_proj'",
     ),
-    "stacked experts": (lambda: with_experts(make_llama(), STACKED), "^Layer 1 has experts, or other FFNs, beside"),
-    "listed experts": (lambda: with_experts(make_llama(), LISTED), r"^Layer 1 has experts.*\(at 'mlp.experts'\)"),
+    "stacked experts": (lambda: with_experts(make_llama(), STACKED), "^Block 1 has experts, or other FFNs, beside"),
+    "listed experts": (lambda: with_experts(make_llama(), LISTED), r"^Block 1 has experts.*\(at 'mlp.experts'\)"),
     "gemma4 experts": (
         lambda: gemma4(enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=20),
-        r"^Layer 0 has experts.*\(at 'experts'\)",
+        r"^Block 0 has experts.*\(at 'experts'\)",
     ),
 }
 

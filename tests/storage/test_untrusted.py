@@ -170,7 +170,7 @@ def evaluated(**changes) -> dict:
         (changed(parameters_before=-1), "`parameters_before` of the report is -1; want int >= 0"),
         (changed(parameters_after=1.5), "`parameters_after` of the report is 1.5; want int"),
         (changed(layers={}), "`layers` of the report is {}; want list"),
-        (changed(layers=[{}] * 200_000), "The report is of 200,000 layers; want at most 10,000"),
+        (changed(layers=[{}] * 200_000), "The report is of 200,000 layers; want at most 100,000"),
         (
             changed(evaluations=[{**make_report().evaluations[0], "stage": "x"}]),
             r"evaluations\[0\].stage` .* is 'x'; ",

@@ -20,6 +20,7 @@ from optimum_otprune.checkpoints.card.results import (
 )
 from optimum_otprune.checkpoints.card.templates import Template, markdown_template
 from optimum_otprune.config.options import OPTIONS_BY_NAME, WRITTEN, PruningOptions
+from optimum_otprune.functional.ratios import pooled, rescue_ratio
 from optimum_otprune.models.compatibility import tested_versions
 from optimum_otprune.models.save_formats import SaveFormat, save_format, save_formats, saved_widths
 from optimum_otprune.models.tasks import CAUSAL, TASKS
@@ -138,6 +139,7 @@ def _facts(config: PruningOptions, report: PruningReport, name: str, older_names
         "weighed": ", each weighed by 1 / the squared norm of the hidden state behind the layer, as in the fit"
         if report.token_weighting == "residual"
         else "",
+        "attention": _attention(report),
         "many_layers": len(report.layers) > _MANY_LAYERS,
         "functions": {escape(key): escape(value) for key, value in report.custom_functions.items()},
         "versions": ", ".join(f"{escape(key)} {escape(value)}" for key, value in sorted(report.versions.items())),
@@ -150,6 +152,16 @@ def _facts(config: PruningOptions, report: PruningReport, name: str, older_names
         "bibliography_block": fenced(bibliography(cited), "bibtex"),
         **_reproduction(config, report, name),
     }
+
+
+def _attention(report: PruningReport) -> dict[str, float] | None:
+    """Return what the card says of heads that were removed; None where none were."""
+    if not report.attention:
+        return None
+    before = sum(block.intermediate_size_before for block in report.attention)
+    after = sum(block.intermediate_size_after for block in report.attention)
+    ratio = rescue_ratio(pooled(block.energies for block in report.attention))
+    return {"before": before, "after": after, "share": 1 - after / before if before else 0.0, "rescue": ratio}
 
 
 def _citation(citation: Citation) -> dict[str, str]:
@@ -195,7 +207,14 @@ def _reproduction(config: PruningOptions, report: PruningReport, name: str) -> d
 
 def _options(config: PruningOptions, report: PruningReport) -> dict[str, object] | None:
     """Return the fewest options that make the configuration; None if the report lacks one, or is of another one."""
-    if report.options is None or not set(report.options) <= set(OPTIONS_BY_NAME) or report.config != config.to_dict():
+    if report.options is None or not set(report.options) <= set(OPTIONS_BY_NAME):
+        return None
+    unknown_then = {  # options that came later than the report
+        name: value
+        for name, value in config.to_dict().items()
+        if name not in report.config and getattr(config, name) == OPTIONS_BY_NAME[name].default
+    }
+    if {**unknown_then, **report.config} != config.to_dict():
         return None
     if not make_whole(config, report.options):
         return None

@@ -110,6 +110,8 @@ def literal(value: object) -> str:
     if isinstance(value, (tuple, list)):
         entries = [literal(entry) for entry in value]
         return f"({', '.join(entries)}{',' if len(entries) == 1 else ''})"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{literal(key)}: {literal(entry)}" for key, entry in value.items()) + "}"
     text = ascii(value)
     has_quotes = '"' in text or "\\'" in text
     if isinstance(value, str) and text[0] == "'" and not has_quotes:

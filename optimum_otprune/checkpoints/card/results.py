@@ -5,8 +5,8 @@ from typing import Any
 
 from optimum_otprune.config.options import WRITTEN
 from optimum_otprune.pruning.comparison import Comparison
-from optimum_otprune.pruning.layer_report import LayerReport
-from optimum_otprune.pruning.report import ADDED_BIASES, PruningReport, named_layers
+from optimum_otprune.pruning.layer_report import LayerReport, named_layers
+from optimum_otprune.pruning.report import ADDED_BIASES, PruningReport
 from optimum_otprune.storage.hub.client import is_hub_id
 
 HUB = "https://huggingface.co"
@@ -71,7 +71,7 @@ def calibration_samples(report: PruningReport) -> int:
 
 def _names(layers: Sequence[LayerReport]) -> str:
     """Return the names of layers, such as "layers 1, 2 and 5", or of the first ten experts and their number."""
-    if any(layer.ffn for layer in layers):
+    if any(layer.unit for layer in layers):
         named = [layer.name for layer in layers[:10]]
         return ", ".join(named) + (f" and {len(layers) - 10} others" if len(layers) > 10 else "")
     numbers = [str(layer.layer) for layer in layers]

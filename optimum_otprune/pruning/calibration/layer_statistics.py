@@ -149,7 +149,7 @@ class LayerData(NamedTuple):
         exact, activation = dense.map(Tensor.float), block.activation
         token_weights, weight_unit = torch.ones(len(is_heldout)), 1.0
         if config.token_weighting == "residual":
-            token_weights, weight_unit = _weights_among_all(stream.energies(block), is_heldout)
+            token_weights, weight_unit = weights_among_all(stream.energies(block), is_heldout)
         else:
             stream.follow_dense(block)
         sums, device = _accumulators(exact), dense.up.device
@@ -165,12 +165,12 @@ class LayerData(NamedTuple):
                     corrections.append(stream.spill.put(missing))
             inputs.append(tap.stored_inputs)
             part = slice(start, start + len(hidden))
-            for heldout, chosen in _sides(is_heldout[part]):
+            for heldout, chosen in sides_of(is_heldout[part]):
                 counts = token_weights[part][chosen].to(device)
                 chosen = chosen if isinstance(chosen, slice) else chosen.to(device)
                 sums[heldout].add(hidden[chosen], targets[chosen], counts)
             start += len(hidden)
-        statistics = _all_statistics(sums)
+        statistics = all_statistics(sums)
         kept = corrections if keeps_corrections else None
         return cls(exact, activation, inputs, kept, is_heldout, token_weights, weight_unit, statistics)
 
@@ -189,8 +189,8 @@ class LayerData(NamedTuple):
         """
         exact, own = dense.map(Tensor.float), tokens.own(block, is_heldout)
         is_heldout = is_heldout[own.chosen]
-        weights, unit = _weights_among_all(tokens.energies[own.chosen] / own.weights.square(), is_heldout)
-        nothing = _all_statistics(_accumulators(exact))
+        weights, unit = weights_among_all(tokens.energies[own.chosen] / own.weights.square(), is_heldout)
+        nothing = all_statistics(_accumulators(exact))
         data = cls(exact, block.activation, own.inputs, None, is_heldout, weights, unit, nothing)
         return data._replace(statistics=remeasured_statistics(data, exact))
 
@@ -233,7 +233,7 @@ def _exact_activations(tap: FFNTap, dense: FFNWeights, activation: Activation) -
     return tap.hidden, tap.outputs if dense.down_bias is None else tap.outputs - dense.down_bias
 
 
-def _sides(is_heldout: Tensor) -> Iterator[tuple[bool, Tensor | slice]]:
+def sides_of(is_heldout: Tensor) -> Iterator[tuple[bool, Tensor | slice]]:
     """Return the fitted and the held-out tokens of a batch, by index; a slice for all of them."""
     if is_heldout.all() or not is_heldout.any():
         yield bool(is_heldout.any()), slice(None)
@@ -242,7 +242,7 @@ def _sides(is_heldout: Tensor) -> Iterator[tuple[bool, Tensor | slice]]:
     yield True, is_heldout
 
 
-def _weights_among_all(energy: Tensor, is_heldout: Tensor) -> tuple[Tensor, float]:
+def weights_among_all(energy: Tensor, is_heldout: Tensor) -> tuple[Tensor, float]:
     """Return the weights of this process's tokens among those of all processes, and their unit."""
     parts = gathered(energy)
     weights, unit = residual_token_weights(torch.cat(parts), torch.cat(gathered(is_heldout)))
@@ -255,7 +255,7 @@ def _accumulators(weights: FFNWeights) -> dict[bool, GramAccumulator]:
     return {heldout: GramAccumulator(n, d, like.dtype, like.device) for heldout in (False, True)}
 
 
-def _all_statistics(sums: dict[bool, GramAccumulator]) -> LayerStatistics:
+def all_statistics(sums: dict[bool, GramAccumulator]) -> LayerStatistics:
     """Return the statistics of the tokens of all processes."""
     statistics = LayerStatistics(*(summed(sums[heldout].statistics()) for heldout in (False, True)))
     if not all(torch.isfinite(part.gram).all() and torch.isfinite(part.cross).all() for part in statistics):
@@ -280,9 +280,9 @@ def remeasured_statistics(data: LayerData, compressed: FFNWeights) -> LayerStati
     sums = _accumulators(compressed)
     for batch in data.batches():
         hidden = channel_activations(compressed, batch.inputs, data.activation)
-        for heldout, chosen in _sides(batch.is_heldout):
+        for heldout, chosen in sides_of(batch.is_heldout):
             sums[heldout].add(hidden[chosen], batch.targets[chosen], batch.weights[chosen])
-    return _all_statistics(sums)
+    return all_statistics(sums)
 
 
 def token_sets(data: LayerData, spill: TensorSpill) -> tuple[TokenSet, TokenSet]:
@@ -299,7 +299,7 @@ def token_sets(data: LayerData, spill: TensorSpill) -> tuple[TokenSet, TokenSet]
     filled = {False: 0, True: 0}
     for batch in data.batches():
         targets = batch.targets if data.dense.down_bias is None else batch.targets + data.dense.down_bias
-        for heldout, chosen in _sides(batch.is_heldout):
+        for heldout, chosen in sides_of(batch.is_heldout):
             parts = [part[chosen] for part in (batch.inputs, targets, batch.weights)]
             rows = slice(filled[heldout], filled[heldout] + len(parts[0]))
             for whole, part in zip(sets[heldout], parts):

@@ -10,6 +10,7 @@ from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.config.loading_options import PlacementOptions
 from optimum_otprune.errors import ConfigurationError
 from optimum_otprune.models.architectures import find_spec
+from optimum_otprune.models.attention_heads import kept_groups
 from optimum_otprune.models.changes import check_dense
 from optimum_otprune.models.devices import execution_device, planned_weights, weight_bytes
 from optimum_otprune.models.ffn_block import FFNBlock
@@ -32,11 +33,13 @@ from optimum_otprune.pruning.dry_run.cost_model import (
 )
 from optimum_otprune.pruning.dry_run.plan import MemoryUse, PruningPlan
 from optimum_otprune.pruning.preflight import check_feasible
+from optimum_otprune.pruning.prune_heads import ATTENTION, check_recipe, cost_of_heads, planned_heads
 from optimum_otprune.pruning.recipe import Recipe
 from optimum_otprune.pruning.size_target import added_biases, channel_cost, with_pruning_ratio
 from optimum_otprune.pruning.widths import given_widths, plan_widths
 
 _MEASURE_SECONDS = 0.12  # seconds of measuring for each of four rates
+_KIND_NAMES = {"dense": "dense FFNs", "experts": "experts", "shared": "shared experts"}
 _LARGEST_SIDE = 4096  # the size of the square matrices whose product is timed
 _LARGEST_SQUARE = 1024
 
@@ -91,7 +94,8 @@ def plan_pruning(
     config = with_pruning_ratio(config, prunable)
     recipe = Recipe.resolve(config, {})
     widths = plan_widths(prunable.blocks, config)
-    is_idle = widths == prunable.widths
+    check_recipe(recipe)
+    is_idle = widths == prunable.widths and not planned_heads(prunable, config)
     biases = 0 if is_idle else _bias_parameters(prunable, config, widths)
     limits = ModelLimits.of(model)
     samples = expected_samples(calibration_data, config, limits, has_tokenizer)
@@ -120,6 +124,7 @@ def _shapes(prunable: PrunableModel, config: OTPruningConfig, widths: list[int])
     model, blocks = prunable.model, prunable.blocks
     adaptive = set(range(len(blocks))) - set(given_widths(blocks, config)) if config.allocation == "adaptive" else ()
     saved = saved_widths(config.non_uniform_format, widths, prunable.widths)
+    heads = planned_heads(prunable, config)
     return {
         "config": config.to_dict(),
         "architecture": find_spec(model)[0],
@@ -130,9 +135,15 @@ def _shapes(prunable: PrunableModel, config: OTPruningConfig, widths: list[int])
         "widths_after": tuple(widths),
         "adaptive_layers": tuple(sorted(adaptive)),
         "parameters_before": model.num_parameters(),
-        "parameters_after": model.num_parameters() - _removed(blocks, widths, "parameters"),
+        "parameters_after": model.num_parameters()
+        - _removed(blocks, widths, "parameters")
+        - cost_of_heads(prunable, config, "parameters"),
         "bytes_before": weight_bytes(model),
-        "bytes_after": weight_bytes(model) - _removed(blocks, saved, "bytes"),
+        "bytes_after": weight_bytes(model)
+        - _removed(blocks, saved, "bytes")
+        - cost_of_heads(prunable, config, "bytes"),
+        "kinds": tuple(_KIND_NAMES[block.spec.kind] for block in blocks) if prunable.has_experts else (),
+        "heads": None if not heads else (heads[0].num_groups, kept_groups(heads[0], config.kind_ratios[ATTENTION])),
     }
 
 

@@ -48,6 +48,8 @@ class PruningPlan:
         memory: Expected memory by device and purpose.
         computing_device: The device that does most of the work.
         seconds: Expected time by stage, empty if nothing is pruned; None where the device is not on this machine.
+        kinds: What each FFN is in its block, where some are experts; empty where every layer has one.
+        heads: Groups of heads of attention in every block before and after; None where none are removed.
     """
 
     config: Mapping[str, Any]
@@ -68,6 +70,8 @@ class PruningPlan:
     memory: tuple[MemoryUse, ...]
     computing_device: str
     seconds: Mapping[str, float] | None
+    heads: tuple[int, int] | None = None
+    kinds: tuple[str, ...] = ()
 
     @property
     def memory_by_device(self) -> dict[str, int]:
@@ -79,6 +83,7 @@ class PruningPlan:
             ("Model", self._model()),
             ("Method", f"{self.config['method']}, quality {self.config['quality']}"),
             ("Widths", "; ".join(self._widths())),
+            *([("Attention", f"{self.heads[0]} -> {self.heads[1]} groups of heads a block")] if self.heads else []),
             ("Parameters", self._parameters()),
             ("Weights", self._weights()),
             ("Calibration", self._calibration()),
@@ -92,13 +97,16 @@ class PruningPlan:
         return "\n".join([*lines, *(f"{name:<12} {text}" for name, text in rows)])
 
     def _model(self) -> str:
-        layers = len(self.widths_before)
+        layers, what = len(self.widths_before), "FFNs" if self.kinds else "layers"
         return (
-            f"{self.model_class} (layout {self.architecture!r}), {layers} layers, hidden size {self.hidden_size:,}, "
+            f"{self.model_class} (layout {self.architecture!r}), {layers} {what}, hidden size {self.hidden_size:,}, "
             f"{self.dtype}"
         )
 
     def _widths(self) -> list[str]:
+        if self.kinds:
+            counts = Counter(zip(self.kinds, self.widths_before, self.widths_after))
+            return [f"{before:,} -> {after:,} in {n} {kind}" for (kind, before, after), n in counts.items()]
         by_change: dict[tuple[int, int, bool], list[int]] = {}
         for layer, change in enumerate(zip(self.widths_before, self.widths_after)):
             by_change.setdefault((*change, layer in self.adaptive_layers), []).append(layer)

@@ -26,7 +26,6 @@ from optimum_otprune.pruning.recovery_report import RecoveryReport
 _BETAS = (0.9, 0.95)  # as large language models are trained with; schedules are too short for a longer memory
 _LONGEST_GRADIENT = 1.0
 _SAVE_SECONDS = 600.0  # after which a run is noted that has not come to a check
-_PATIENCE = 3  # checks without anything better, after which training stops
 
 Weights = Mapping[str, nn.Parameter]
 
@@ -128,11 +127,6 @@ class _Recovery:
         """Duration so far, that of earlier runs included."""
         return self._before + time.perf_counter() - self._began
 
-    @property
-    def _is_over(self) -> bool:
-        waited = self.step - self.best.step >= _PATIENCE * self._schedule.every
-        return self.step >= self._schedule.steps or waited and self._schedule.is_check(self.step)
-
     def train(self, store: RecoveryStore) -> None:
         """Train the weights from where they are, and give the model the best of them."""
         schedule = self._schedule
@@ -154,7 +148,8 @@ class _Recovery:
         hidden = not self._settings.progress
         with tqdm(total=schedule.steps, initial=self.step, desc="Recovery", unit="step", disable=hidden) as bar:
             bar.set_postfix_str(f"held-out KL {mean_kl(self.best.measured):.4f}")
-            while not self._is_over:
+            # Not until the rate has fallen is it seen what steps were worth, so that nothing ends them early.
+            while self.step < schedule.steps:
                 self._take_step(stepper, next(batches))
                 rates.step()
                 self.step += 1

@@ -92,7 +92,7 @@ def test_weights_that_are_worse_on_held_out_tokens_are_not_kept(pruned):
     before = weights(pruned.model)
     report = pruned.recover(base_model=make_llama(), **{**FAST, "learning_rate": 0.9})
     assert report.kept_step == 0
-    assert report.steps < 25  # training stopped early
+    assert report.steps == 25  # the rate falls at the end, so that nothing ends the training before
     assert not changed(before, weights(pruned.model))
     assert all(part.kl_after == part.kl_before for part in report.heldout)
 
@@ -291,7 +291,7 @@ def test_the_commands_recover_a_folder_and_a_model_that_was_just_pruned(llama_fo
     assert run_command(*command, "--base", llama_folder, "-o", tmp_path / "out") == 0
     assert "distillation" in capsys.readouterr().out
     saved = PruningReport.load(tmp_path / "out" / "otprune_report.json")
-    assert saved.recoveries[0].num_tokens == 1000
+    assert saved.recoveries[0].num_tokens == 1040  # two steps of 13 samples of 40 tokens
     both = ["prune", llama_folder, "-o", tmp_path / "both", *pruning, *given, *data]
     assert run_command(*both, "--recover", "1k") == 0
     assert len(json.loads((tmp_path / "both" / "otprune_report.json").read_text())["recoveries"]) == 1
