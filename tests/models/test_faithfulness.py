@@ -256,7 +256,7 @@ REFUSED = {
     ),
     "bitnet": (
         lambda: BitNetForCausalLM(BitNetConfig(**ROPE)),
-        "^Layer 0: The down projection puts out something else",
+        "^The weight 'model.layers.0.mlp.ffn_sub_norm.weight' is no part of a known FFN",
     ),
     "kept from block to block": (lambda: chained(make_llama()), "^Layer 1: Where the model is run block by block"),
     "shared keys and values": (
