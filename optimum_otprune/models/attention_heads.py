@@ -265,6 +265,9 @@ def _modules(block: nn.Module) -> dict[str, nn.Module]:
 
 
 def _why_not(config: PreTrainedConfig) -> str | None:
+    of_layers = set(getattr(config, "per_layer_attributes", None) or ()) & {_HEADS, _GROUPS, _DIM}
+    if of_layers:  # reading one raises
+        return f"its configuration has `{min(of_layers)}` of each layer for itself"
     for name in (_HEADS, _GROUPS):
         if type(getattr(config, name, None)) is not int:
             return f"its configuration has no `{name}`"

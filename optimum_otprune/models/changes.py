@@ -1,11 +1,12 @@
 """Marks of half-pruned and pruned models, and ways to put a model back as it was."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from optimum_otprune.errors import HalfPrunedError, UnsupportedModelError
+from optimum_otprune.models.attention_heads import AttentionHeads
 from optimum_otprune.models.devices import is_offloaded
 from optimum_otprune.models.ffn_hooks import watch_points
 from optimum_otprune.models.prunable_model import PrunableModel
@@ -15,13 +16,15 @@ _PRUNED_WITH, _PACKAGE = "pruned_with", "optimum_otprune"  # an entry of config.
 
 
 @contextmanager
-def unchanged(prunable: PrunableModel) -> Iterator[None]:
+def unchanged(prunable: PrunableModel, heads: Sequence[AttentionHeads] = ()) -> Iterator[None]:
     """Let a block of code prune the model, and put everything back afterwards, bit for bit.
 
     Args:
         prunable: The model; of offloaded FFN weights copies are kept on the CPU.
+        heads: The attention that loses heads, of which the same is true.
     """
-    put_back = [*(block.keep() for block in watch_points(prunable.blocks)), _kept_state(prunable.model)]
+    put_back = [block.keep() for block in watch_points(prunable.blocks)]
+    put_back += [*(own.keep() for own in heads), _kept_state(prunable.model)]
     try:
         yield
     finally:

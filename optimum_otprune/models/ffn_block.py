@@ -275,6 +275,15 @@ def cut_all(blocks: Sequence[FFNBlock], width: int) -> None:
         install_all(group, [first_channels(block.read(), width) for block in group])
 
 
+def is_alone(group: Sequence[FFNBlock]) -> bool:
+    """Return whether a block has one FFN, which every token passes; one expert is not, since a router weighs it.
+
+    Args:
+        group: All FFNs of the block.
+    """
+    return len(group) == 1 and group[0].expert is None
+
+
 def by_block(blocks: Sequence[FFNBlock]) -> list[list[FFNBlock]]:
     """Return the FFNs of each block of a model together, in order."""
     return [list(group) for _, group in groupby(blocks, key=lambda block: block.block)]

@@ -14,7 +14,7 @@ from optimum_otprune.functional.experts import experts_forward
 from optimum_otprune.functional.ffn import ffn_forward
 from optimum_otprune.models.architectures import submodule
 from optimum_otprune.models.block_runner import BlockRunner
-from optimum_otprune.models.ffn_block import FFNBlock
+from optimum_otprune.models.ffn_block import FFNBlock, is_alone
 from optimum_otprune.models.ffn_hooks import hooked, noted, routed, watch_points
 
 _AMPLIFIED = 16.0  # clamps of activations lie where the sample does not reach
@@ -36,7 +36,7 @@ class _Probe(NamedTuple):
 def check_ffns(group: list[FFNBlock], runner: BlockRunner, hidden: Tensor) -> list[float | None]:
     """Check all FFNs of one block, and return the factor of each; of one among several it is not measured."""
     found = [_check_ffn(group, block, runner, hidden) for block in watch_points(group)]
-    if len(group) != 1:
+    if not is_alone(group):
         return [None] * len(group)
     ordinary, outputs = found[0]
     return [_factor(group[0], runner, hidden, ordinary, outputs)]

@@ -20,7 +20,7 @@ from optimum_otprune.models.devices import (
 )
 from optimum_otprune.models.distributed import from_main
 from optimum_otprune.models.faithfulness import check_parameters
-from optimum_otprune.models.ffn_block import FFNBlock, install_all, named
+from optimum_otprune.models.ffn_block import FFNBlock, install_all, is_alone, named
 from optimum_otprune.models.ffn_hooks import unchunked
 from optimum_otprune.models.head_checks import check_removal
 from optimum_otprune.models.pass_settings import PassSettings
@@ -137,7 +137,7 @@ def _next_block(
         return [untouched(block) for block in group]
     first = group[0]
     weights, reports = [], []
-    tokens = BlockTokens.of(group, run.stream) if len(group) > 1 else None
+    tokens = BlockTokens.of(group, run.stream) if not is_alone(group) else None
     for block, width in zip(group, widths):
         with named(block):
             finished = _next_layer(block, width, run, store, tokens)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from optimum_otprune.config.configuration import OTPruningConfig
-from optimum_otprune.errors import ConfigurationError
+from optimum_otprune.errors import ConfigurationError, warn_user
 from optimum_otprune.functional.compensation import constant_bias, refit_down
 from optimum_otprune.functional.ffn import FFNWeights
 from optimum_otprune.functional.gram import GramAccumulator, GramStatistics
@@ -71,6 +71,10 @@ def planned_heads(prunable: PrunableModel, config: OTPruningConfig) -> list[Atte
     heads = attention_heads(prunable.model)
     kept = kept_groups(heads[0], ratio)
     if kept == heads[0].num_groups:
+        warn_user(
+            f"No heads are removed: {ratio} of {kept} groups of heads is less than half of one. Give `kind_ratios` a "
+            f"larger ratio for attention: {1 / kept:.3g} is one group."
+        )
         return []
     needs_biases = config.compensation == "bias"
     check_heads(prunable.model, heads, kept, needs_biases)

@@ -80,7 +80,7 @@ def prune_layer(
         correction = _correction(run.prunable, run.recipe, block)
         data = LayerData.of(block, dense, run.stream, run.is_heldout, config, correction)
     else:
-        data = LayerData.of_one(block, dense, tokens, run.is_heldout)
+        data = LayerData.of_one(block, dense, tokens, run.is_heldout, config)
     refitted = compress(_layer_inputs(block, dense, data, run), run.recipe, width)
     final = _reconstructed(block, refitted, data, run) if config.reconstruction_steps else refitted
     return FinishedLayer(final.weights, _report(block, data, final, refitted.judged))

@@ -72,16 +72,16 @@ def with_pruning_ratio(config: OTPruningConfig, prunable: PrunableModel) -> OTPr
     given = getattr(config, name)
     unit = "parameters" if name == "target_parameters" else "bytes"
     target = target_count(config, model)
-    if len(set(prunable.widths)) > 1:
-        return config.replace(pruning_ratio=_searched_ratio(prunable, config, unit, target))
-    width = dense_width(blocks)
     decided = given_widths(blocks, config)
-    _check_format(config, name, decided)
     if len(decided) == len(blocks):
         raise ConfigurationError(
             f"`{name}={given!r}` would be ignored: options for single layers or kinds decide the width of every "
             "layer. Leave one of them out."
         )
+    if len(set(prunable.widths)) > 1:
+        return config.replace(pruning_ratio=_searched_ratio(prunable, config, unit, target))
+    width = dense_width(blocks)
+    _check_format(config, name, decided)
     dense = _footprint(prunable, unit, with_biases=False).at(width)
     if target >= dense:
         raise ConfigurationError(

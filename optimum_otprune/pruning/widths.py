@@ -53,6 +53,11 @@ def _of_ffns(config: OTPruningConfig) -> dict[str, float]:
 
 def _kept(block: FFNBlock, ratio: float, config: OTPruningConfig) -> int:
     width = block.intermediate_size // block.times
+    if ratio and block.least_multiple > width:
+        raise ConfigurationError(
+            f"Experts keep a multiple of {block.least_multiple} channels, since transformers runs them by grouped "
+            f"products of matrices, but {block.name} has only {width}. Give `kind_ratios` 0 for its kind."
+        )
     multiple = math.lcm(sensible_multiple(width, config.multiple_of), block.least_multiple)
     return block.times * kept_width(width, ratio, multiple)
 

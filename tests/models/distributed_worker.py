@@ -17,12 +17,13 @@ def main(folder: Path, output: Path, expected_processes: int) -> None:
     assert num_processes() == expected_processes
     tokens = torch.load(folder / "tokens.pt")
     for name, options in json.loads((folder / "recipes.json").read_text()).items():
-        pruner = OTPruner.from_pretrained(folder / "dense", OTPruningConfig(**options))
+        dense = folder / options.pop("model", "dense")
+        pruner = OTPruner.from_pretrained(dense, OTPruningConfig(**options))
         kept = DenseOutputs()
         pruner.evaluate(tokens, batch_size=5, progress=False, dense=kept)
         pruner.prune(tokens, batch_size=3, progress=False)
         pruner.evaluate(tokens, batch_size=5, progress=False, dense=kept)
-        pruner.evaluate(tokens, batch_size=5, progress=False, dense=folder / "dense")
+        pruner.evaluate(tokens, batch_size=5, progress=False, dense=dense)
         pruner.save_pretrained(output / name)
         assert (output / name / "config.json").is_file()  # in every process, whichever wrote it
 

@@ -15,6 +15,7 @@ from optimum_otprune.errors import CalibrationDataError, ConfigurationError, Pro
 from optimum_otprune.models import distributed as processes
 from optimum_otprune.pruning.report import REPORT_FILE, PruningReport
 from tests.models import distributed_worker
+from tests.pruning.test_experts import make_qwen
 
 FAST = {"pruning_ratio": 0.5, "multiple_of": 1, "quality": "fast"}
 SCORED = {**FAST, "score_batch_size": 2}
@@ -24,6 +25,7 @@ RECIPES = {
     "adaptive": {**SCORED, "allocation": "adaptive"},
     "fused": {**FAST, "fuse": ("gate", "up", "down")},
     "trained": {**SCORED, "reconstruction_steps": 30, "error_weighting": "gradient"},
+    "experts": {**FAST, "model": "mixture", "kind_ratios": {"attention": 0.5}},
 }
 
 
@@ -31,6 +33,7 @@ RECIPES = {
 def runs(llama, tokens, tmp_path):
     """Reports and weights of one process and of two, by recipe."""
     llama.save_pretrained(tmp_path / "dense")
+    make_qwen().save_pretrained(tmp_path / "mixture")
     torch.save(tokens, tmp_path / "tokens.pt")
     (tmp_path / "recipes.json").write_text(json.dumps(RECIPES))
     distributed_worker.main(tmp_path, tmp_path / "one", 1)
@@ -46,7 +49,7 @@ def runs(llama, tokens, tmp_path):
 def test_two_processes_equal_one_within_1e5(runs):
     for name, (one, two) in runs.items():
         reports = [PruningReport.load(folder / REPORT_FILE) for folder in (one, two)]
-        kept = [[layer.kept_channels for layer in report.layers] for report in reports]
+        kept = [[part.kept_channels for part in (*report.layers, *report.attention)] for report in reports]
         assert kept[0] == kept[1], name
         weights = [load_file(folder / "model.safetensors") for folder in (one, two)]
         tolerance = 1e-5 if name != "trained" else 1e-4  # 30 steps of Adam amplify rounding

@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, Olmo2Config, PreTrainedModel, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma4TextConfig,
+    GPTNeoXConfig,
+    Olmo2Config,
+    PreTrainedModel,
+    Qwen3Config,
+)
 
 from optimum_otprune import OTPruner, OTPruningConfig
 from optimum_otprune.errors import ConfigurationError, ReportError, UnsupportedModelError
@@ -15,6 +22,9 @@ from tests.conftest import make_llama
 from tests.pruning.test_experts import logits, make_qwen
 
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}
+GEMMA = {**HEADS, "global_head_dim": 16, "vocab_size": 64, "vocab_size_per_layer_input": 64, "hidden_size": 32}
+GEMMA |= {"intermediate_size": 48, "num_hidden_layers": 2, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0}
+GEMMA |= {"layer_types": ["sliding_attention", "full_attention"]}
 
 
 def pruner_of(model: PreTrainedModel, attention: float = 0.5, **options) -> OTPruner:
@@ -137,6 +147,10 @@ def test_an_interrupted_run_ends_in_the_same_heads(tokens, tmp_path, monkeypatch
             ),
             "`self_attn.q_norm.weight` of block 0 belongs to all heads together",
         ),
+        (
+            lambda: AutoModelForCausalLM.from_config(Gemma4TextConfig(**GEMMA)),
+            "its configuration has `head_dim` of each layer for itself",
+        ),
     ],
 )
 def test_attention_that_no_configuration_can_hold_is_refused_and_the_model_stays(model, message, tokens):
@@ -187,3 +201,22 @@ def test_a_target_is_met_by_experts_and_what_is_beside_them_together(tokens):
     pruner = pruner_of(model, pruning_ratio=None, target_parameters=0.7, kind_ratios={"attention": 0.5})
     report = pruner.prune(tokens, progress=False)
     assert 0.6 * dense < report.parameters_after == model.num_parameters() <= 0.7 * dense
+
+
+def test_a_ratio_that_removes_no_group_is_told(tokens):
+    with pytest.warns(UserWarning, match="No heads are removed: 0.1 of 4 groups .* 0.25 is one group"):
+        report = pruner_of(make_llama(**HEADS), attention=0.1).prune(tokens, progress=False)
+    assert report.attention == ()
+
+
+def test_trials_leave_the_heads_of_a_model_on_disk(tokens, tmp_path):
+    make_llama(**HEADS).save_pretrained(tmp_path / "dense")
+    places = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    places |= {"model.layers": "disk"}
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "dense", device_map=places, offload_folder=tmp_path / "off"
+    )
+    before = logits(model, tokens)
+    result = pruner_of(model).sweep([0.5], tokens, {"text": tokens}, progress=False)
+    assert result.points[-1].widths == (24, 24, 24)
+    torch.testing.assert_close(logits(model, tokens), before, rtol=0, atol=0)

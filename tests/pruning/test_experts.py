@@ -11,6 +11,7 @@ from optimum_otprune.models.find_ffns import ffn_blocks
 from optimum_otprune.models.forward_stream import FFNInputs
 from optimum_otprune.models.spill import TensorSpill
 from optimum_otprune.pruning.calibration.block_tokens import BlockTokens
+from optimum_otprune.pruning.calibration.layer_statistics import LayerData
 from optimum_otprune.pruning.layer_store import FolderStore
 from optimum_otprune.pruning.report import PruningReport
 from tests.passes import stream_of
@@ -155,6 +156,19 @@ def test_what_experts_cannot_have_is_refused(options, error, message, tokens):
         pruner_of(make_mixtral(), **options).prune(tokens, progress=False)
 
 
+def test_experts_of_fewer_channels_than_the_least_multiple_are_refused(tokens):
+    torch.manual_seed(0)
+    config = MixtralConfig(**COMMON, intermediate_size=4, num_local_experts=4)
+    with pytest.raises(ConfigurationError, match="multiple of 8 channels, .* but expert 0 of block 0 has only 4"):
+        pruner_of(AutoModelForCausalLM.from_config(config).eval()).prune(tokens, progress=False)
+
+
+def test_a_target_that_ratios_of_all_kinds_would_overrule_is_refused_by_its_name(tokens):
+    ratios = {"experts": 0.5, "shared": 0.5, "dense": 0.5}
+    with pytest.raises(ConfigurationError, match="`target_parameters=0.7` would be ignored"):
+        pruner_of(make_qwen(), pruning_ratio=None, target_parameters=0.7, kind_ratios=ratios).prune(tokens)
+
+
 def test_recovery_trains_pruned_experts_but_not_by_low_rank_updates(tokens, tmp_path):
     make_mixtral().save_pretrained(tmp_path / "dense")
     pruner = pruner_of(AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval())
@@ -174,3 +188,29 @@ def test_kinds_that_share_a_field_of_the_configuration_need_one_ratio(tokens):
     with pytest.raises(ConfigurationError, match="`intermediate_size`, is the width of dense and experts FFNs"):
         pruner_of(model, kind_ratios={"experts": 0.25}).prune(tokens, progress=False)
     assert set(pruner_of(model).prune(tokens, progress=False).widths) == {16}
+
+
+def test_one_expert_alone_is_fitted_to_its_channels():
+    torch.manual_seed(0)
+    sizes = {"intermediate_size": 48, "num_local_experts": 1, "num_experts_per_tok": 1}
+    model = AutoModelForCausalLM.from_config(MixtralConfig(**{**COMMON, **sizes})).eval()
+    for block in model.model.layers:
+        stack = block.mlp.experts.gate_up_proj.data.view(1, 2, 48, 32)
+        stack[:, :, 24:] = stack[:, :, :24]
+    tokens = torch.randint(0, 64, (12, 20))
+    before = logits(model, tokens)
+    report = pruner_of(model).prune(tokens, progress=False)
+    assert report.widths == (24, 24)
+    torch.testing.assert_close(logits(model, tokens), before, rtol=1e-3, atol=1e-3)
+
+
+def test_without_weights_of_tokens_an_experts_error_counts_by_the_routers_weight_alone(tokens):
+    model = make_mixtral()
+    block, is_heldout = ffn_blocks(model)[0], torch.arange(tokens.numel()) % 4 == 0
+    found = BlockTokens.of(ffn_blocks(model)[:4], stream_of(model, tokens, batch_size=12))
+    config = OTPruningConfig(pruning_ratio=0.5, token_weighting="uniform")
+    data = LayerData.of_one(block, block.read(), found, is_heldout, config)
+    own = found.own(block, is_heldout)
+    fitted = ~is_heldout[own.chosen]
+    shares = own.weights[fitted].square()
+    torch.testing.assert_close(data.token_weights[fitted], shares / shares.mean())

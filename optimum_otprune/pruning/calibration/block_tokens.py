@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from optimum_otprune.functional.experts import Routing
+from optimum_otprune.models.distributed import gathered, process_index
 from optimum_otprune.models.ffn_block import FFNBlock
 from optimum_otprune.models.forward_stream import CalibrationStream, FFNInputs
 from optimum_otprune.models.spill import StoredTensor
@@ -90,7 +91,7 @@ class BlockTokens(NamedTuple):
             shares, is_borrowed = torch.ones(len(owners)), torch.zeros(len(owners), dtype=torch.bool)
         else:
             shares = torch.cat([_shares(routing, block.expert) for routing in seen.routing])
-            shares, is_borrowed = _with_borrowed(shares, is_heldout, block.intermediate_size)
+            shares, is_borrowed = _borrowed_among_all(shares, is_heldout, block.intermediate_size)
         rows = [part.nonzero().flatten() for part in shares.split([len(part) for part in seen.tokens])]
         inputs = [ChosenRows(stored, own) for stored, own in zip(seen.inputs, rows) if len(own)]
         chosen = shares.nonzero().flatten()
@@ -103,6 +104,14 @@ def _shares(routing: Routing, expert: int) -> Tensor:
     shares = torch.zeros(len(routing.experts))
     shares[tokens.cpu()] = weights.float().cpu().abs().clamp_min(_LEAST_WEIGHT)
     return shares
+
+
+def _borrowed_among_all(shares: Tensor, is_heldout: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Return what `_with_borrowed` gives this process of the tokens of all processes."""
+    parts = gathered(shares)
+    found = _with_borrowed(torch.cat(parts), torch.cat(gathered(is_heldout)), width)
+    shares, is_borrowed = (both.split([len(part) for part in parts])[process_index()] for both in found)
+    return shares, is_borrowed
 
 
 def _with_borrowed(shares: Tensor, is_heldout: Tensor, width: int) -> tuple[Tensor, Tensor]:

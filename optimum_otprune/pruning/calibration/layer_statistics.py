@@ -175,7 +175,14 @@ class LayerData(NamedTuple):
         return cls(exact, activation, inputs, kept, is_heldout, token_weights, weight_unit, statistics)
 
     @classmethod
-    def of_one(cls, block: FFNBlock, dense: FFNWeights, tokens: BlockTokens, is_heldout: Tensor) -> "LayerData":
+    def of_one(
+        cls,
+        block: FFNBlock,
+        dense: FFNWeights,
+        tokens: BlockTokens,
+        is_heldout: Tensor,
+        config: OTPruningConfig,
+    ) -> "LayerData":
         """Measure one FFN of a block with several on the tokens that it gets.
 
         Args:
@@ -183,13 +190,16 @@ class LayerData(NamedTuple):
             dense: Its weights.
             tokens: The calibration tokens of the block.
             is_heldout: Which of all tokens are held out, BoolTensor.
+            config: The configuration; it decides how tokens are weighted, beside the router's weights.
 
         Raises:
             NumericalError: If a hidden state or an activation is NaN or infinite.
         """
         exact, own = dense.map(Tensor.float), tokens.own(block, is_heldout)
         is_heldout = is_heldout[own.chosen]
-        weights, unit = weights_among_all(tokens.energies[own.chosen] / own.weights.square(), is_heldout)
+        is_residual = config.token_weighting == "residual"
+        energies = tokens.energies[own.chosen] if is_residual else torch.ones(len(own.chosen))
+        weights, unit = weights_among_all(energies / own.weights.square(), is_heldout)
         nothing = all_statistics(_accumulators(exact))
         data = cls(exact, block.activation, own.inputs, None, is_heldout, weights, unit, nothing)
         return data._replace(statistics=remeasured_statistics(data, exact))

@@ -36,6 +36,7 @@ from optimum_otprune.models.prunable_model import PrunableModel
 from optimum_otprune.models.timing import forward_seconds
 from optimum_otprune.pruning.layer_store import WrittenOnce
 from optimum_otprune.pruning.pipeline import prune_model
+from optimum_otprune.pruning.prune_heads import planned_heads
 from optimum_otprune.pruning.recipe import Recipe
 from optimum_otprune.pruning.size_target import with_pruning_ratio
 from optimum_otprune.pruning.tuning.latency import width_for_latency
@@ -245,7 +246,7 @@ def _perplexity(
 ) -> float:
     """Return the perplexity of the model pruned by a configuration; the model itself stays as it is."""
     recipe = Recipe.resolve(with_pruning_ratio(config, prunable), {})
-    with unchanged(prunable):
+    with unchanged(prunable, planned_heads(prunable, recipe.config)):
         prune_model(prunable, recipe, fit, PassSettings(batch_size, progress=False), store)
         perplexity = float(evaluate_perplexity(prunable.model, heldout, batch_size, progress=False)["perplexity"])
     if not math.isfinite(perplexity):

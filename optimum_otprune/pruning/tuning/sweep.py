@@ -37,6 +37,7 @@ from optimum_otprune.pruning.fingerprint import model_digest, tensors_digest
 from optimum_otprune.pruning.layer_store import NoStore, WrittenOnce
 from optimum_otprune.pruning.pipeline import prune_model
 from optimum_otprune.pruning.preparation import Expected, Prepared
+from optimum_otprune.pruning.prune_heads import planned_heads
 from optimum_otprune.pruning.recipe import Recipe
 from optimum_otprune.pruning.settings import pass_settings
 from optimum_otprune.pruning.tuning.sweep_file import SweepFile
@@ -297,7 +298,7 @@ class _Curve(NamedTuple):
         recipe = Recipe.resolve(config, {})
         if self.shared is not None:
             self.shared.widths = plan_widths(self.prunable.blocks, config)
-        with unchanged(self.prunable):
+        with unchanged(self.prunable, planned_heads(self.prunable, config)):
             quiet = dataclasses.replace(self.passes, progress=False)
             pruned = prune_model(self.prunable, recipe, self.texts.calibration, quiet, self.shared or self.text)
             parameters = model_sizes(self.prunable.model)[0] - pruned.padding_parameters
