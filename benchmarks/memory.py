@@ -118,7 +118,9 @@ def _child(kind: str, folder: Path, options: dict, shape: Shape) -> None:
     import datasets  # noqa: F401
     import ot  # noqa: F401
 
-    from optimum_otprune import card, pipeline, pruner  # noqa: F401
+    from optimum_otprune import pruner  # noqa: F401
+    from optimum_otprune.checkpoints.card import render  # noqa: F401
+    from optimum_otprune.pruning import pipeline  # noqa: F401
 
     if kind == "baseline":
         return
