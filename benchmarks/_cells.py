@@ -12,7 +12,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -323,6 +323,16 @@ def heading(store: "Store", seeds: Sequence[int], drawn: str, parts: str = "") -
             f"- {libraries}; {where['device']}, threads: {where['threads']}.\n",
         )
     )
+
+
+def problems_part(problems: Iterable[tuple[str, Mapping[str, Any]]]) -> list[str]:
+    """The part of a page on what the model cannot have; none where there is nothing.
+
+    Args:
+        problems: Names of methods, each with the summary of one of its cells.
+    """
+    lines = {f"- {name}: {summary['error']}" for name, summary in problems if "error" in summary}
+    return ["## Not possible with this model\n\n" + "\n".join(sorted(lines)) + "\n"] if lines else []
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

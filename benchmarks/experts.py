@@ -36,6 +36,7 @@ from _cells import (
     heading,
     measure,
     number,
+    problems_part,
     read_data,
     shown_name,
     summarize,
@@ -240,14 +241,7 @@ def page(store: Store, found: Results, args: argparse.Namespace) -> str:
         *(removed_table(found, ratio) for ratio in args.ratios),
         f"## Checks\n\n{check_lines(found)}\n",
     ]
-    problems = {
-        f"- {name}: {summary['error']}"
-        for name, by_ratio in found.items()
-        for summary in by_ratio.values()
-        if "error" in summary
-    }
-    if problems:
-        parts.append("## Not possible with this model\n\n" + "\n".join(sorted(problems)) + "\n")
+    parts += problems_part((name, summary) for name, by_ratio in found.items() for summary in by_ratio.values())
     return "\n".join(parts)
 
 

@@ -30,6 +30,7 @@ from _cells import (
     load_subject,
     measure,
     number,
+    problems_part,
     summarize,
     table,
 )
@@ -162,14 +163,7 @@ def page(store: Store, found: Results, args: argparse.Namespace) -> str:
             + share_table(found, names, args.ablation_ratios)
         )
     parts.append(f"## Checks\n\n{check_lines(found)}\n")
-    problems = {
-        f"- {name}: {summary['error']}"
-        for name, by_ratio in found.items()
-        for summary in by_ratio.values()
-        if "error" in summary
-    }
-    if problems:
-        parts.append("## Not possible with this model\n\n" + "\n".join(sorted(problems)) + "\n")
+    parts += problems_part((name, summary) for name, by_ratio in found.items() for summary in by_ratio.values())
     return "\n".join(parts)
 
 

@@ -26,6 +26,7 @@ from _cells import (
     load_subject,
     measure,
     number,
+    problems_part,
     summarize,
     table,
 )
@@ -139,9 +140,7 @@ def page(store: Store, found: Results, left_out: Sequence[int], args: argparse.N
         sizes = ", ".join(f"{tokens:,}" for tokens in left_out)
         parts.append(f"Not measured, since the calibration data hold fewer tokens: {sizes}.\n")
     parts.append(f"## Checks\n\n{check_lines(found)}\n")
-    problems = {f"- {name}: {entry['error']}" for name in found for entry in found[name] if "error" in entry}
-    if problems:
-        parts.append("## Not possible with this model\n\n" + "\n".join(sorted(problems)) + "\n")
+    parts += problems_part((name, entry) for name, entries in found.items() for entry in entries)
     return "\n".join(parts)
 
 

@@ -12,6 +12,7 @@ from optimum_otprune.errors import UnsupportedModelError, raised
 from optimum_otprune.functional.selection import kept_width
 from optimum_otprune.models.architectures import find_blocks, find_spec, submodule
 from optimum_otprune.models.devices import keep_parameters, read_parameter, replace_parameter
+from optimum_otprune.models.ffn_block import set_features
 
 _OUTWARD = ("self_attn.o_proj", "self_attn.dense", "self_attn.out_proj")
 _INWARD = tuple(f"self_attn.{name}_proj" for name in ("q", "k", "v"))
@@ -76,14 +77,14 @@ class AttentionHeads:
                 replace_parameter(module, "weight", weight)
                 if bias is not None:
                     replace_parameter(module, "bias", bias)
-                _set(module, in_features=weight.shape[1])
+                set_features(module, weight.shape[1], weight.shape[0])
                 continue
             rows = _rows(groups, self.group_size if name == "q" else self.head_dim)
             for parameter in ("weight", "bias"):
                 value = read_parameter(module, parameter)
                 if value is not None:
                     replace_parameter(module, parameter, value[rows.to(value.device)])
-            _set(module, out_features=len(rows))
+            set_features(module, module.get_parameter("weight").shape[1], len(rows))
         self.num_heads, self.num_groups = self.num_heads // self.num_groups * len(groups), len(groups)
         now = (self.num_heads, self.num_groups)
         holder = submodule(self.module, "self_attn")
@@ -246,11 +247,6 @@ def _write(config: PreTrainedConfig, heads: AttentionHeads) -> None:
 
 def _head_dim(config: PreTrainedConfig) -> int:
     return getattr(config, _DIM, None) or config.hidden_size // getattr(config, _HEADS)
-
-
-def _set(module: nn.Module, **sizes: int) -> None:
-    """Correct the shape that a linear module records."""
-    vars(module).update(sizes)
 
 
 def _rows(groups: Tensor, size: int) -> Tensor:

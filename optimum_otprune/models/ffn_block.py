@@ -184,7 +184,7 @@ class FFNBlock(Block):
             replace_parameter(module, "weight", weight.T if self.spec.transposed else weight)
             if bias is not None:
                 replace_parameter(module, "bias", bias)
-            _set_features(module, weight.shape[1], weight.shape[0])
+            set_features(module, weight.shape[1], weight.shape[0])
         self._set_size(weights.intermediate_size)
 
     def install_experts(self, experts: Sequence[FFNWeights]) -> None:
@@ -257,7 +257,7 @@ def install_all(blocks: Sequence[FFNBlock], weights: Sequence[FFNWeights]) -> No
             block.install_experts(experts)
 
 
-def _set_features(module: nn.Module, in_features: int, out_features: int) -> None:
+def set_features(module: nn.Module, in_features: int, out_features: int) -> None:
     """Correct the shape that a linear module records (`nn.Linear`, transformers' `Conv1D`)."""
     for attribute, value in zip(_FEATURES, (in_features, out_features) * 2):
         if hasattr(module, attribute):

@@ -108,7 +108,7 @@ class CalibrationStream:
         return torch.cat(found)
 
     @torch.no_grad()
-    def head_taps(self, block: Block, output: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+    def head_taps(self, block: Block, output: nn.Module) -> Iterator[Tensor]:
         """Run a block, still dense, on the pruned model's hidden states, and look at its attention; before its FFNs.
 
         `attention_energies` comes first.
@@ -118,17 +118,16 @@ class CalibrationStream:
             output: The module that reads all heads of its attention.
 
         Yields:
-            The inputs of that module, `(num_tokens, num_heads * head_dim)`, and its outputs, `(num_tokens,
-            hidden_size)`, batch by batch.
+            The inputs of that module, `(num_tokens, num_heads * head_dim)`, batch by batch.
         """
-        seen: list[tuple[Tensor, Tensor]] = []
+        seen: list[Tensor] = []
 
-        def note(module: nn.Module, args: tuple, result: Tensor) -> None:
-            seen.append((args[0].flatten(end_dim=-2), result.flatten(end_dim=-2).clone()))
+        def note(module: nn.Module, args: tuple) -> None:
+            seen.append(args[0].flatten(end_dim=-2))
 
         with onloaded(block.module):
             for index, stored in enumerate(self._hidden):
-                with hooked([output.register_forward_hook(note)]):
+                with hooked([output.register_forward_pre_hook(note)]):
                     self._runner.run(block, stored.load(), index)
                 yield seen.pop()
 

@@ -96,6 +96,19 @@ def _interleaved(spec: FFNSpec) -> FFNSpec:
     return replace(spec, gate=gate, up=up, down=down, transposed=True, beside=())
 
 
+def _stacked(holder: str) -> FFNSpec:
+    """Return the layout of experts whose matrices one module stacks, gate and up projection together."""
+    return FFNSpec(
+        layers="layers",
+        kind=EXPERTS,
+        gate=Slot(holder, 0, 2, "gate_up_proj"),
+        up=Slot(holder, 1, 2, "gate_up_proj"),
+        down=Slot(holder, parameter="down_proj"),
+        activation=f"{holder}.act_fn",
+        residual=False,
+    )
+
+
 def _experts(holder: str, size_key: str, *dense: FFNSpec) -> FFNSpec:
     """Return the layout of experts that a router chooses from, with what may stand beside them.
 
@@ -110,16 +123,11 @@ def _experts(holder: str, size_key: str, *dense: FFNSpec) -> FFNSpec:
         for name in ("shared_expert", "shared_experts", "shared_mlp")
         for key, times in _SHARED_KEYS
     ]
-    return FFNSpec(
-        layers="layers",
-        kind=EXPERTS,
-        gate=Slot(holder, 0, 2, "gate_up_proj"),
-        up=Slot(holder, 1, 2, "gate_up_proj"),
-        down=Slot(holder, parameter="down_proj"),
+    return replace(
+        _stacked(holder),
         activation=Method(f"{holder}._apply_gate"),
         size_key=size_key,
         size_attributes=(f"{holder}.intermediate_dim", f"{holder}.intermediate_size"),
-        residual=False,
         beside=(*shared, _SHARED_FUSED, *(replace(one, size_key=key) for one in dense for key in _DENSE_KEYS)),
     )
 
@@ -165,17 +173,12 @@ def _llama4(ffn: str, size_key: str, kind: str = DENSE) -> FFNSpec:
 
 
 # Llama 4: experts are given their tokens sorted.
-_LLAMA4 = FFNSpec(
+_LLAMA4 = replace(
+    _stacked("feed_forward.experts"),
     layers="model.layers",
-    kind=EXPERTS,
-    gate=Slot("feed_forward.experts", 0, 2, "gate_up_proj"),
-    up=Slot("feed_forward.experts", 1, 2, "gate_up_proj"),
-    down=Slot("feed_forward.experts", parameter="down_proj"),
-    activation="feed_forward.experts.act_fn",
     size_attributes=("feed_forward.experts.intermediate_size", "feed_forward.experts.expert_dim"),
     transposed=True,
     is_sorted=True,
-    residual=False,
     beside=(
         _llama4("feed_forward.shared_expert", "intermediate_size", SHARED),
         _llama4("feed_forward", "intermediate_size_mlp"),

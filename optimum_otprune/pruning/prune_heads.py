@@ -31,8 +31,8 @@ from optimum_otprune.models.distributed import from_main
 from optimum_otprune.models.prunable_model import PrunableModel
 from optimum_otprune.pruning.calibration.layer_statistics import (
     LayerStatistics,
+    add_tokens,
     all_statistics,
-    sides_of,
     weights_among_all,
 )
 from optimum_otprune.pruning.prune_layer import Run
@@ -81,15 +81,14 @@ def planned_heads(prunable: PrunableModel, config: OTPruningConfig) -> list[Atte
     return heads
 
 
-def cost_of_heads(prunable: PrunableModel, config: OTPruningConfig, unit: str) -> int:
+def cost_of_heads(heads: list[AttentionHeads], config: OTPruningConfig, unit: str) -> int:
     """Return how many parameters, or bytes, a model loses with heads of its attention; biases may be added.
 
     Args:
-        prunable: The dense model; its weights are not read.
+        heads: The attention that loses heads, from `planned_heads`; weights are not read.
         config: The configuration to prune by.
         unit: Either `"parameters"` or `"bytes"`.
     """
-    heads = planned_heads(prunable, config)
     if not heads:
         return 0
     removed = removed_weights(heads, kept_groups(heads[0], config.kind_ratios[ATTENTION]))
@@ -167,13 +166,11 @@ def _statistics(heads: AttentionHeads, block: Block, run: Run, weight: Tensor) -
         counts, unit = weights_among_all(energies, run.is_heldout)
     (d, n), start = weight.shape, 0
     sums = {heldout: GramAccumulator(n, d, torch.float32, weight.device) for heldout in (False, True)}
-    for inputs, _ in run.stream.head_taps(block, heads.output):
+    for inputs in run.stream.head_taps(block, heads.output):
         hidden = inputs.float()
         targets = hidden @ weight.T
         part = slice(start, start + len(hidden))
-        for heldout, chosen in sides_of(run.is_heldout[part]):
-            own = chosen if isinstance(chosen, slice) else chosen.to(hidden.device)
-            sums[heldout].add(hidden[own], targets[own], counts[part][chosen].to(hidden.device))
+        add_tokens(sums, hidden, targets, run.is_heldout[part], counts[part])
         start += len(hidden)
     return all_statistics(sums), unit
 

@@ -18,7 +18,7 @@ from optimum_otprune.models.ffn_block import FFNBlock
 from optimum_otprune.models.find_ffns import dense_width
 from optimum_otprune.models.prunable_model import PrunableModel
 from optimum_otprune.models.save_formats import save_format
-from optimum_otprune.pruning.prune_heads import cost_of_heads
+from optimum_otprune.pruning.prune_heads import cost_of_heads, planned_heads
 from optimum_otprune.pruning.widths import given_widths, plan_widths
 
 _LARGE_OFFSET = 10**15  # larger than any weights file
@@ -90,7 +90,9 @@ def with_pruning_ratio(config: OTPruningConfig, prunable: PrunableModel) -> OTPr
     multiple = sensible_multiple(width, config.multiple_of)
     may_add_biases = config.intercept in ("auto", "always") and prunable.can_hold_intercept
     footprint = _footprint(prunable, unit, may_add_biases, decided)
-    footprint = footprint._replace(fixed=footprint.fixed - cost_of_heads(prunable, config, unit))
+    footprint = footprint._replace(
+        fixed=footprint.fixed - cost_of_heads(planned_heads(prunable, config), config, unit)
+    )
     kept = footprint.widest(target, multiple)
     if kept < multiple:
         smallest, whole = footprint.at(multiple), _tensor_total(model, unit)
@@ -113,11 +115,12 @@ def _searched_ratio(prunable: PrunableModel, config: OTPruningConfig, unit: str,
     blocks, costs = prunable.blocks, [channel_cost(block, unit) for block in prunable.blocks]
     header = _header_bytes(_saved_tensors(prunable.model), added=0) if unit == "bytes" else 0
     whole = _tensor_total(prunable.model, unit) + header
+    with_fewer_heads = whole - cost_of_heads(planned_heads(prunable, config), config, unit)
 
     def size(thousandths: int) -> int:
         widths = plan_widths(blocks, config.replace(pruning_ratio=thousandths / 1000))
         removed = sum((before - width) * cost for before, width, cost in zip(prunable.widths, widths, costs))
-        return whole - removed - cost_of_heads(prunable, config, unit)
+        return with_fewer_heads - removed
 
     if whole <= target or size(_LARGEST_RATIO) > target:
         raise ConfigurationError(

@@ -1,6 +1,6 @@
 """The calibration data of one layer: its tokens, their weights, and their statistics."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -152,7 +152,7 @@ class LayerData(NamedTuple):
             token_weights, weight_unit = weights_among_all(stream.energies(block), is_heldout)
         else:
             stream.follow_dense(block)
-        sums, device = _accumulators(exact), dense.up.device
+        sums = _accumulators(exact)
         keeps_corrections = bool(correction) and _reads_targets_again(config)
         inputs, corrections = [], []
         start = 0
@@ -165,10 +165,7 @@ class LayerData(NamedTuple):
                     corrections.append(stream.spill.put(missing))
             inputs.append(tap.stored_inputs)
             part = slice(start, start + len(hidden))
-            for heldout, chosen in sides_of(is_heldout[part]):
-                counts = token_weights[part][chosen].to(device)
-                chosen = chosen if isinstance(chosen, slice) else chosen.to(device)
-                sums[heldout].add(hidden[chosen], targets[chosen], counts)
+            add_tokens(sums, hidden, targets, is_heldout[part], token_weights[part])
             start += len(hidden)
         statistics = all_statistics(sums)
         kept = corrections if keeps_corrections else None
@@ -200,7 +197,7 @@ class LayerData(NamedTuple):
         is_residual = config.token_weighting == "residual"
         energies = tokens.energies[own.chosen] if is_residual else torch.ones(len(own.chosen))
         weights, unit = weights_among_all(energies / own.weights.square(), is_heldout)
-        nothing = all_statistics(_accumulators(exact))
+        nothing = LayerStatistics(*(part.statistics() for part in _accumulators(exact).values()))
         data = cls(exact, block.activation, own.inputs, None, is_heldout, weights, unit, nothing)
         return data._replace(statistics=remeasured_statistics(data, exact))
 
@@ -243,7 +240,7 @@ def _exact_activations(tap: FFNTap, dense: FFNWeights, activation: Activation) -
     return tap.hidden, tap.outputs if dense.down_bias is None else tap.outputs - dense.down_bias
 
 
-def sides_of(is_heldout: Tensor) -> Iterator[tuple[bool, Tensor | slice]]:
+def _sides(is_heldout: Tensor) -> Iterator[tuple[bool, Tensor | slice]]:
     """Return the fitted and the held-out tokens of a batch, by index; a slice for all of them."""
     if is_heldout.all() or not is_heldout.any():
         yield bool(is_heldout.any()), slice(None)
@@ -263,6 +260,24 @@ def _accumulators(weights: FFNWeights) -> dict[bool, GramAccumulator]:
     """Return an accumulator of an FFN's channels for fitted tokens and one for held-out tokens."""
     n, d, like = weights.intermediate_size, weights.hidden_size, weights.up
     return {heldout: GramAccumulator(n, d, like.dtype, like.device) for heldout in (False, True)}
+
+
+def add_tokens(
+    sums: Mapping[bool, GramAccumulator], hidden: Tensor, targets: Tensor, is_heldout: Tensor, weights: Tensor
+) -> None:
+    """Add a batch of tokens to the second moments of fitted tokens, or to those of held-out ones.
+
+    Args:
+        sums: The second moments so far, by whether tokens are held out.
+        hidden: The channel activations, `(num_tokens, num_channels)`, on the device of the sums.
+        targets: The targets, `(num_tokens, hidden_size)`, on the same device.
+        is_heldout: Which tokens are held out, BoolTensor `(num_tokens,)`, on any device.
+        weights: What each token counts, `(num_tokens,)`, on the device of `is_heldout`.
+    """
+    for heldout, chosen in _sides(is_heldout):
+        counts = weights[chosen].to(hidden.device)
+        own = chosen if isinstance(chosen, slice) else chosen.to(hidden.device)
+        sums[heldout].add(hidden[own], targets[own], counts)
 
 
 def all_statistics(sums: dict[bool, GramAccumulator]) -> LayerStatistics:
@@ -290,8 +305,7 @@ def remeasured_statistics(data: LayerData, compressed: FFNWeights) -> LayerStati
     sums = _accumulators(compressed)
     for batch in data.batches():
         hidden = channel_activations(compressed, batch.inputs, data.activation)
-        for heldout, chosen in sides_of(batch.is_heldout):
-            sums[heldout].add(hidden[chosen], batch.targets[chosen], batch.weights[chosen])
+        add_tokens(sums, hidden, batch.targets, batch.is_heldout, batch.weights)
     return all_statistics(sums)
 
 
@@ -309,7 +323,7 @@ def token_sets(data: LayerData, spill: TensorSpill) -> tuple[TokenSet, TokenSet]
     filled = {False: 0, True: 0}
     for batch in data.batches():
         targets = batch.targets if data.dense.down_bias is None else batch.targets + data.dense.down_bias
-        for heldout, chosen in sides_of(batch.is_heldout):
+        for heldout, chosen in _sides(batch.is_heldout):
             parts = [part[chosen] for part in (batch.inputs, targets, batch.weights)]
             rows = slice(filled[heldout], filled[heldout] + len(parts[0]))
             for whole, part in zip(sets[heldout], parts):

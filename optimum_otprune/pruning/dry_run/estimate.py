@@ -10,7 +10,7 @@ from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.config.loading_options import PlacementOptions
 from optimum_otprune.errors import ConfigurationError
 from optimum_otprune.models.architectures import find_spec
-from optimum_otprune.models.attention_heads import kept_groups
+from optimum_otprune.models.attention_heads import AttentionHeads, kept_groups
 from optimum_otprune.models.changes import check_dense
 from optimum_otprune.models.devices import execution_device, planned_weights, weight_bytes
 from optimum_otprune.models.ffn_block import FFNBlock
@@ -95,7 +95,8 @@ def plan_pruning(
     recipe = Recipe.resolve(config, {})
     widths = plan_widths(prunable.blocks, config)
     check_recipe(recipe)
-    is_idle = widths == prunable.widths and not planned_heads(prunable, config)
+    heads = planned_heads(prunable, config)
+    is_idle = widths == prunable.widths and not heads
     biases = 0 if is_idle else _bias_parameters(prunable, config, widths)
     limits = ModelLimits.of(model)
     samples = expected_samples(calibration_data, config, limits, has_tokenizer)
@@ -109,7 +110,7 @@ def plan_pruning(
     if windows is not None:
         working += _evaluation_memory(model, work, windows, batch_size, working, device)
     return PruningPlan(
-        **_shapes(prunable, config, widths),
+        **_shapes(prunable, config, widths, heads),
         bias_parameters=biases,
         samples=samples,
         written_samples=written,
@@ -119,12 +120,13 @@ def plan_pruning(
     )
 
 
-def _shapes(prunable: PrunableModel, config: OTPruningConfig, widths: list[int]) -> dict[str, Any]:
+def _shapes(
+    prunable: PrunableModel, config: OTPruningConfig, widths: list[int], heads: list[AttentionHeads]
+) -> dict[str, Any]:
     """Return the fields of the plan about the model before and after."""
     model, blocks = prunable.model, prunable.blocks
     adaptive = set(range(len(blocks))) - set(given_widths(blocks, config)) if config.allocation == "adaptive" else ()
     saved = saved_widths(config.non_uniform_format, widths, prunable.widths)
-    heads = planned_heads(prunable, config)
     return {
         "config": config.to_dict(),
         "architecture": find_spec(model)[0],
@@ -137,11 +139,9 @@ def _shapes(prunable: PrunableModel, config: OTPruningConfig, widths: list[int])
         "parameters_before": model.num_parameters(),
         "parameters_after": model.num_parameters()
         - _removed(blocks, widths, "parameters")
-        - cost_of_heads(prunable, config, "parameters"),
+        - cost_of_heads(heads, config, "parameters"),
         "bytes_before": weight_bytes(model),
-        "bytes_after": weight_bytes(model)
-        - _removed(blocks, saved, "bytes")
-        - cost_of_heads(prunable, config, "bytes"),
+        "bytes_after": weight_bytes(model) - _removed(blocks, saved, "bytes") - cost_of_heads(heads, config, "bytes"),
         "kinds": tuple(_KIND_NAMES[block.spec.kind] for block in blocks) if prunable.has_experts else (),
         "heads": None if not heads else (heads[0].num_groups, kept_groups(heads[0], config.kind_ratios[ATTENTION])),
     }
