@@ -33,7 +33,7 @@ from optimum_otprune.pruning.calibration.self_calibration import check_can_write
 from optimum_otprune.pruning.layer_store import FinishedLayer, LayerStore
 from optimum_otprune.pruning.outcome import PrunedLayers
 from optimum_otprune.pruning.preflight import check_feasible, warn_of_empty
-from optimum_otprune.pruning.preparation import Expected, prepare
+from optimum_otprune.pruning.preparation import Expected, WrittenText, prepare
 from optimum_otprune.pruning.prune_heads import check_recipe, planned_heads, prune_heads
 from optimum_otprune.pruning.prune_layer import Run, prune_layer, untouched
 from optimum_otprune.pruning.recipe import Recipe
@@ -73,11 +73,12 @@ def prune_model(
     if heads:
         check_removal(probe.prunable, heads, probe.tokens)
     passes = probe.of(tokens)
+    written = WrittenText.beside(passes, num_written, config.seed)
     with unchunked(model), large_blocks_returned(is_offloaded(model)):
         prepared = store.prepared(
-            lambda: prepare(passes, widths, recipe, num_written, store.written),
+            lambda: prepare(passes, widths, recipe, written, store.written),
             lambda: Expected.of(
-                (block.read() for block in blocks), tokens, recipe.needs_gradients, recipe.weighs_errors
+                (block.read() for block in blocks), tokens, written, recipe.needs_gradients, recipe.weighs_errors
             ),
         )
         saved_widths(config.non_uniform_format, prepared.widths, prunable.widths)  # as shared; called for its errors

@@ -12,6 +12,7 @@ from optimum_otprune.functional.ffn import FFNWeights
 from optimum_otprune.functional.importance import WeightScores
 from optimum_otprune.functional.seeds import seed_of
 from optimum_otprune.models.distributed import from_main
+from optimum_otprune.models.inputs import vocabulary_size
 from optimum_otprune.models.passes import Passes
 from optimum_otprune.pruning.calibration.gradients import Asked, GradientScores, LayerGradients, layer_gradients
 from optimum_otprune.pruning.calibration.samples import Samples
@@ -53,21 +54,53 @@ def to_tensors(prepared: Prepared) -> dict[str, Tensor]:
     return tensors | {f"moments.{layer}": moment for layer, moment in enumerate(prepared.moments or ())}
 
 
+class WrittenText(NamedTuple):
+    """What samples that the model writes depend on beside the model.
+
+    Attributes:
+        num_samples: Number of samples.
+        seqlen: Number of tokens of each.
+        vocab_size: Token ids are below this.
+        seed: Seed of what is written.
+    """
+
+    num_samples: int
+    seqlen: int
+    vocab_size: int
+    seed: int
+
+    @classmethod
+    def beside(cls, passes: Passes, num_samples: int, seed: int) -> "WrittenText":
+        """Describe the samples that the model writes beside the given ones of a run with that seed."""
+        # Given samples may be those that the model writes by the seed itself, see `samples_alone`.
+        seed = seed_of(seed, _WRITTEN_TOO) if len(passes.tokens) else seed
+        return cls(num_samples, passes.tokens.shape[1], vocabulary_size(passes.prunable.model), seed)
+
+    def fits(self, tokens: Tensor) -> bool:
+        """Return whether tokens have the right shape and kind, and belong to the vocabulary."""
+        is_right = tuple(tokens.shape) == (self.num_samples, self.seqlen) and tokens.dtype == torch.int64
+        return is_right and bool(((tokens >= 0) & (tokens < self.vocab_size)).all())
+
+
 class Expected(NamedTuple):
     """The part of a run's preparation that is known before it is computed.
 
     Attributes:
         sizes: Channels of each layer before pruning.
         tokens: The given calibration samples.
+        written: The samples that follow them.
         shapes: Shapes of the scores and moments, by the names that `to_tensors` gives them.
     """
 
     sizes: list[int]
     tokens: Tensor
+    written: WrittenText
     shapes: Mapping[str, tuple[int, ...]]
 
     @classmethod
-    def of(cls, dense: Iterable[FFNWeights], tokens: Tensor, has_scores: bool, has_moments: bool) -> "Expected":
+    def of(
+        cls, dense: Iterable[FFNWeights], tokens: Tensor, written: WrittenText, has_scores: bool, has_moments: bool
+    ) -> "Expected":
         """Compute the expected shapes from the dense FFNs, in order."""
         sizes: list[int] = []
         shapes: dict[str, tuple[int, ...]] = {}
@@ -81,7 +114,7 @@ class Expected(NamedTuple):
                 shapes |= {
                     f"scores.{layer}.{kind}.{part}": (n, d) for kind in GradientScores._fields for part in parts
                 }
-        return cls(sizes, tokens, shapes)
+        return cls(sizes, tokens, written, shapes)
 
 
 def from_tensors(tensors: Mapping[str, Tensor], expected: Expected) -> Prepared:
@@ -102,6 +135,7 @@ def from_tensors(tensors: Mapping[str, Tensor], expected: Expected) -> Prepared:
         and len(widths) == len(expected.sizes)
         and all(1 <= width <= size for width, size in zip(widths.tolist(), expected.sizes))
         and torch.equal(tokens[: len(given)], given)
+        and expected.written.fits(tokens[len(given) :])
         and all(
             tuple(tensors[name].shape) == shape and tensors[name].is_floating_point()
             for name, shape in expected.shapes.items()
@@ -132,39 +166,21 @@ def _scores(tensors: Mapping[str, Tensor], layer: int) -> GradientScores:
     return GradientScores(**parts)
 
 
-class WrittenText(NamedTuple):
-    """What samples that the model writes depend on beside the model.
-
-    Attributes:
-        num_samples: Number of samples.
-        seqlen: Number of tokens of each.
-        seed: Seed of what is written.
-    """
-
-    num_samples: int
-    seqlen: int
-    seed: int
-
-    def fits(self, tokens: Tensor) -> bool:
-        """Return whether tokens have the right shape and kind."""
-        return tuple(tokens.shape) == (self.num_samples, self.seqlen) and tokens.dtype == torch.int64
-
-
 Keep = Callable[[Callable[[], Tensor], WrittenText], Tensor]  # returns what an earlier call kept, or makes it
 
 
-def prepare(passes: Passes, widths: list[int], recipe: Recipe, num_written: int, keep: Keep) -> Prepared:
+def prepare(passes: Passes, widths: list[int], recipe: Recipe, written: WrittenText, keep: Keep) -> Prepared:
     """Compute gradients, widths and samples with the whole dense model, before its first layer is pruned.
 
     Args:
         passes: The dense model and the given calibration samples.
         widths: Channels of each layer after pruning, from `plan_widths`.
         recipe: The configuration with its functions.
-        num_written: Number of samples that the model writes itself.
+        written: The samples that the model writes itself, none or more.
         keep: A function that keeps them before anything else is asked.
     """
     config = recipe.config
-    samples = _samples(passes, config, num_written, keep)
+    samples = _samples(passes, config, written, keep)
     passes = passes.of(samples.tokens)
     asked = Asked(recipe.needs_gradients, recipe.needs_moments)
     batch_size = config.score_batch_size
@@ -179,14 +195,11 @@ def prepare(passes: Passes, widths: list[int], recipe: Recipe, num_written: int,
     return Prepared(widths, samples, found.scores, found.moments if recipe.weighs_errors else None)
 
 
-def _samples(passes: Passes, config: OTPruningConfig, num_written: int, keep: Keep) -> Samples:
+def _samples(passes: Passes, config: OTPruningConfig, text: WrittenText, keep: Keep) -> Samples:
     """Return the given samples, and those that the model writes after them; some of each are held out."""
     samples = Samples.split(passes.tokens, config.holdout_share, config.seed)
-    if not num_written:
+    if not text.num_samples:
         return samples
-    # Given samples may be those that the model writes by the seed itself, see `samples_alone`.
-    seed = seed_of(config.seed, _WRITTEN_TOO) if len(passes.tokens) else config.seed
-    text = WrittenText(num_written, passes.tokens.shape[1], seed)
     # Other processes may have rounded differently.
-    written = from_main(keep(lambda: written_samples(passes, num_written, seed), text))
+    written = from_main(keep(lambda: written_samples(passes, text.num_samples, text.seed), text))
     return samples.followed_by(Samples.split(written, config.holdout_share, seed_of(config.seed, 1)))

@@ -132,7 +132,7 @@ PLACES = {
     "versions": outcome,
     "model_sizes": outcome,
     "replace_parameter": block,
-    "_set_features": block,
+    "set_features": block,
     "mark_pruned": changes,
 }
 

@@ -17,7 +17,7 @@ from optimum_otprune.functional.importance import WeightScores
 from optimum_otprune.pruning.calibration.gradients import GradientScores
 from optimum_otprune.pruning.calibration.samples import Samples
 from optimum_otprune.pruning.layer_store import PREPARED_FILE, FinishedLayer, FolderStore, NoStore
-from optimum_otprune.pruning.preparation import Expected, Prepared, from_tensors, to_tensors
+from optimum_otprune.pruning.preparation import Expected, Prepared, WrittenText, from_tensors, to_tensors
 from optimum_otprune.storage.state_folder import STATE_FILE, StateFolder
 from tests.pruning.test_resume import assert_same, make_pruner, prune
 from tests.reports import layer_report
@@ -88,7 +88,9 @@ PREPARED = Prepared(
     [GradientScores(*(WeightScores(DENSE.up, DENSE.up, DENSE.up),) * 2)] * 2,
     [torch.eye(3).double()] * 2,
 )
-EXPECTED = Expected.of([DENSE, DENSE], PREPARED.samples.tokens, has_scores=True, has_moments=True)
+# One given sample, and one that the model wrote.
+WRITTEN = WrittenText(num_samples=1, seqlen=3, vocab_size=6, seed=0)
+EXPECTED = Expected.of([DENSE, DENSE], PREPARED.samples.tokens[:1], WRITTEN, has_scores=True, has_moments=True)
 
 
 def test_a_preparation_comes_back_as_it_was_saved(state):
@@ -108,6 +110,9 @@ def test_a_preparation_comes_back_as_it_was_saved(state):
         ({"widths": torch.tensor([2, 5])}, "another shape or kind"),
         ({"widths": torch.tensor([2])}, "another shape or kind"),
         ({"tokens": torch.arange(6).reshape(2, 3) + 1}, "another shape or kind"),
+        ({"tokens": torch.tensor([[0, 1, 2], [3, 4, 6]])}, "another shape or kind"),  # beyond the vocabulary
+        ({"tokens": torch.tensor([[0, 1, 2], [3, 4, -1]])}, "another shape or kind"),
+        ({"tokens": torch.arange(9).reshape(3, 3)}, "another shape or kind"),
         ({"is_heldout": torch.zeros(5, dtype=torch.bool)}, "another shape or kind"),
     ],
 )
