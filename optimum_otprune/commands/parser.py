@@ -1,10 +1,6 @@
 """The subcommands and their options; what they do is imported when they run, so that `--help` is fast."""
 
 import argparse
-import sys
-from importlib import import_module
-from pathlib import Path
-from types import ModuleType
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
@@ -29,84 +25,15 @@ from optimum_otprune.commands.arguments import (
     add_run_options,
     add_saved_folder,
     add_windows_option,
-    state_folder,
 )
-from optimum_otprune.commands.signals import Terminated, imports_interrupted, sigterm_interrupts
-from optimum_otprune.commands.speaking import one_line, speaking
-from optimum_otprune.errors import OTPruneError, StateError, UsageError
+from optimum_otprune.commands.command import Command
 from optimum_otprune.models.defaults import SWEEP_RATIOS, TRIALS
 from optimum_otprune.storage.hub.options import HubOptions, PushOptions
-from optimum_otprune.storage.state_folder import has_state
 
 _READING = "optimum_otprune.commands.reading"
-_CHECKS = "optimum_otprune.commands.checks"
 
 
-class _Command(BaseOptimumCLICommand):
-    """A subcommand, which runs the function of its name in the module `checks`, if any, and then that in `actions`.
-
-    Exit codes: 0 done, 2 wrong usage, 1 failed, 130 interrupted, 143 terminated; a failure is one line unless
-    `--debug`.
-    """
-
-    actions = "optimum_otprune.commands.actions"
-    action: str | None = None  # the name of the function there, if it is not that of the command
-    lost = "No layer of it was kept; with `--resume`, finished ones are, and the same command goes on."
-    kept = "Finished layers are"
-    _has_begun = False  # a half-imported module can be neither used nor imported again
-
-    def run(self) -> None:
-        assert self.args is not None
-        try:
-            with sigterm_interrupts(), speaking():
-                check = getattr(_imported(_CHECKS), self.action or self.COMMAND.name, None)
-                if check is not None:
-                    check(self.args)
-                action = getattr(_imported(self.actions), self.action or self.COMMAND.name)
-                self._has_begun = True
-                action(self.args)
-        except (OTPruneError, KeyboardInterrupt, MemoryError) as error:
-            if self.args.debug:
-                raise
-            code, message = _outcome(error)
-            print(f"otprune {self.COMMAND.name}: error: {message}{self._advice(error)}", file=sys.stderr)
-            raise SystemExit(code) from None
-
-    def _advice(self, error: BaseException) -> str:
-        """Return what to do after a failure that kept what was done, or an interruption that lost it."""
-        assert self.args is not None
-        folder = state_folder(self.args)
-        if folder is None and isinstance(error, KeyboardInterrupt) and self._lost_work():
-            return f" {self.lost}"
-        if folder is None or isinstance(error, (UsageError, StateError)) or not has_state(folder):
-            return ""
-        return f" {self.kept} in {str(folder)!r}: run the same command again to go on."
-
-    def _lost_work(self) -> bool:
-        """Return whether `--resume` would have kept what an interruption lost."""
-        assert self.args is not None
-        if "resume" not in self.args or getattr(self.args, "dry_run", False) or not self._has_begun:
-            return False
-        is_alone = import_module("optimum_otprune.models.distributed").num_processes() == 1
-        is_saved = (Path(self.args.output) / import_module("optimum_otprune.pruning.report").REPORT_FILE).is_file()
-        return is_alone and not is_saved
-
-
-def _imported(module: str) -> ModuleType:
-    with imports_interrupted():
-        return import_module(module)
-
-
-def _outcome(error: BaseException) -> tuple[int, str]:
-    """Return the exit code and the message."""
-    if isinstance(error, KeyboardInterrupt):
-        return (143, "terminated.") if isinstance(error, Terminated) else (130, "interrupted.")
-    if isinstance(error, MemoryError):
-        return 1, f"memory ran out{f' ({one_line(error)})' if str(error) else ''}. Close other programs, or use less."
-    return 2 if isinstance(error, UsageError) else 1, one_line(error)
-
-
-class PruneCommand(_Command):
+class PruneCommand(Command):
     """`otprune prune`."""
 
     @staticmethod
@@ -136,7 +63,7 @@ class PruneCommand(_Command):
         add_run_options(parser)
 
 
-class RecoverCommand(_Command):
+class RecoverCommand(Command):
     """`otprune recover`."""
 
     actions = "optimum_otprune.commands.recover"
@@ -153,7 +80,7 @@ class RecoverCommand(_Command):
         add_run_options(parser)
 
 
-class WriteCalibrationCommand(_Command):
+class WriteCalibrationCommand(Command):
     """`otprune write-calibration`."""
 
     action = "write_calibration"
@@ -172,7 +99,7 @@ class WriteCalibrationCommand(_Command):
         add_debug_option(parser)
 
 
-class TuneCommand(_Command):
+class TuneCommand(Command):
     """`otprune tune`."""
 
     @staticmethod
@@ -209,7 +136,7 @@ class TuneCommand(_Command):
         add_run_options(parser)
 
 
-class SweepCommand(_Command):
+class SweepCommand(Command):
     """`otprune sweep`."""
 
     actions = "optimum_otprune.commands.sweep"
@@ -240,7 +167,7 @@ class SweepCommand(_Command):
         add_run_options(parser)
 
 
-class EvaluateCommand(_Command):
+class EvaluateCommand(Command):
     """`otprune evaluate`."""
 
     @staticmethod
@@ -258,7 +185,7 @@ class EvaluateCommand(_Command):
         add_run_options(parser)
 
 
-class BenchmarkCommand(_Command):
+class BenchmarkCommand(Command):
     """`otprune benchmark`."""
 
     @staticmethod
@@ -267,7 +194,7 @@ class BenchmarkCommand(_Command):
         add_benchmark_options(parser)
 
 
-class CompareCommand(_Command):
+class CompareCommand(Command):
     """`otprune compare`."""
 
     @staticmethod
@@ -276,7 +203,7 @@ class CompareCommand(_Command):
         add_compare_options(parser)
 
 
-class ReportCommand(_Command):
+class ReportCommand(Command):
     """`otprune report`."""
 
     actions = _READING
@@ -289,7 +216,7 @@ class ReportCommand(_Command):
         add_debug_option(parser)
 
 
-class CardCommand(_Command):
+class CardCommand(Command):
     """`otprune card`."""
 
     actions = _READING
@@ -314,7 +241,7 @@ class CardCommand(_Command):
         add_debug_option(parser)
 
 
-class PushCommand(_Command):
+class PushCommand(Command):
     """`otprune push`."""
 
     @staticmethod
@@ -326,7 +253,7 @@ class PushCommand(_Command):
         add_debug_option(parser)
 
 
-class VerifyCommand(_Command):
+class VerifyCommand(Command):
     """`otprune verify`."""
 
     actions = _READING
@@ -339,7 +266,7 @@ class VerifyCommand(_Command):
         add_debug_option(parser)
 
 
-class ListCommand(_Command):
+class ListCommand(Command):
     """`otprune list`."""
 
     actions = "optimum_otprune.commands.listing"
@@ -354,7 +281,7 @@ class ListCommand(_Command):
         add_debug_option(parser)
 
 
-class DemoCommand(_Command):
+class DemoCommand(Command):
     """`otprune demo`."""
 
     @staticmethod

@@ -298,7 +298,7 @@ def test_an_interruption_while_libraries_are_imported_is_one_line(
 
     interrupted = []
     monkeypatch.delitem(sys.modules, PruneCommand.actions, raising=False)
-    monkeypatch.setattr("optimum_otprune.commands.parser.import_module", half_imported)
+    monkeypatch.setattr("optimum_otprune.commands.command.import_module", half_imported)
     before = signal.getsignal(signal.SIGINT)
     assert run("prune", "nobody/nothing", "-o", tmp_path / "out") == code
     assert capsys.readouterr().err.startswith(f"otprune prune: error: {word}.")
