@@ -33,6 +33,9 @@ _NOT_POSSIBLE = (ConfigurationError, UnsupportedModelError, NumericalError)  # a
 def measure(cell: Mapping[str, Any]) -> dict[str, Any]:
     """The result of one cell; what the method cannot do with this model is told as `error`."""
     pruner = OTPruner.from_pretrained(cell["model"], OTPruningConfig(**cell["options"]), **cell["loading"])
+    if "of_blocks" in cell:
+        target = _target(pruner.model, cell["of_blocks"])
+        pruner.config = OTPruningConfig(**cell["options"], target_parameters=target)
     where = {"environment": environment(pruner)}
     windows = _windows(cell, pruner)  # before the work, so that bad data lose none of it
     if cell["dense"]:
@@ -73,6 +76,13 @@ def _pruned(cell: Mapping[str, Any], pruner: OTPruner) -> tuple[OTPruner, dict[s
             report = pruner.recover(calibration, base_model=cell["model"], progress=False, **recovery)
         done["recovery_report"] = report.to_dict()
     return pruner, done
+
+
+def _target(model: PreTrainedModel, share: float) -> int:
+    """The parameters that are left when a share of those of all blocks is gone."""
+    modules = {block.module for block in ffn_blocks(model)}
+    in_blocks = sum(parameter.numel() for module in modules for parameter in module.parameters())
+    return model.num_parameters() - round(share * in_blocks)
 
 
 def _windows(cell: Mapping[str, Any], pruner: OTPruner) -> dict[str, Tensor]:

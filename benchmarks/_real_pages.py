@@ -6,10 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from _cells import table
-from _real_plan import DENSE, DOMAINS, METHODS
+from _real_plan import DENSE, DOMAINS, METHODS, flap_beside
 
 _LABELS = {DENSE: DENSE, **{name: method.label for name, method in METHODS.items()}}
 _SECONDS = ("cpu_seconds", "wall_seconds")
+
+
+_OF_BLOCKS = (
+    "Here the ratio is a share of the parameters of all blocks. A third of the heads goes from every block; FFN "
+    "channels make up the rest.\n\n"
+)
 
 
 def told(result: Mapping[str, Any]) -> str:
@@ -17,6 +23,15 @@ def told(result: Mapping[str, Any]) -> str:
         return result["error"]
     first, second = (float(result["domains"][name]["perplexity"]) for name in DOMAINS)
     return f"perplexity {first:.2f}, of the second domain {second:.2f}"
+
+
+def parted(cells: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The cells of FFNs alone, and those in which heads go, too; the dense one in both."""
+    heads = {name for name in cells if name != DENSE and METHODS[name.partition(":")[0]].heads is not None}
+    return (
+        {name: cell for name, cell in cells.items() if name not in heads},
+        {name: cell for name, cell in cells.items() if name in heads or name == DENSE},
+    )
 
 
 def done(cells: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,7 +59,8 @@ def results(cells: Mapping[str, Any]) -> dict[str, Any]:
     for name, cell in measured.items():
         excess = excesses(cell)
         found[name] = {"excess": excess}
-        flap = measured.get(f"flap:{name.partition(':')[2]}")
+        method, _, ratio = name.partition(":")
+        flap = measured.get(f"{flap_beside(method)}:{ratio}") if ratio else None
         if flap is not None:
             most = excesses(flap)
             found[name]["share_of_flap_excess"] = {
@@ -56,7 +72,7 @@ def results(cells: Mapping[str, Any]) -> dict[str, Any]:
 def curves(cells: Mapping[str, Any]) -> dict[str, list[tuple[float, list[float]]]]:
     """Of each method by label: ratios with the perplexities of both domains; the dense model at ratio 0."""
     curves: dict[str, list[tuple[float, list[float]]]] = {}
-    for name, cell in done(cells).items():
+    for name, cell in done(parted(cells)[0]).items():
         method, _, ratio = name.partition(":")
         point = [float(cell["domains"][domain]["perplexity"]) for domain in DOMAINS]
         curves.setdefault(_LABELS[method], []).append((float(ratio or 0), point))
@@ -69,9 +85,13 @@ def page(content: Mapping[str, Any], picture: Path) -> str:
     parts = [f"# A real model: {content['model']['name']}\n", _protocol_lines(content)]
     if picture.exists():
         parts.append(f"![Perplexity against channels removed, in two domains]({picture.name})\n")
-    sections = {"Against the dense model": quality_table(cells), "Cost": cost_table(cells)}
+    ffns, heads = parted(cells)
+    sections = {"Against the dense model": quality_table(ffns)}
+    if _ratios(heads):
+        sections["FFNs and heads"] = _OF_BLOCKS + quality_table(heads)
+    sections["Cost"] = cost_table(cells)
     if _ratios(cells):
-        sections = {"Perplexity": overview_table(cells, content["titles"]), **sections}
+        sections = {"Perplexity": overview_table(ffns, content["titles"]), **sections}
         sections["Commands"] = _commands(cells, content["protocol"])
     parts += [f"## {title}\n\n{text}" for title, text in sections.items()]
     problems = [f"- {name}: {cell['error']}" for name, cell in cells.items() if "error" in cell]
@@ -149,7 +169,7 @@ def quality_table(cells: Mapping[str, Any]) -> str:
             ]
         )
     names = ("perplexity", "share of FLAP's excess", "agreement", "KL")
-    columns = ["method", "channels removed", *(column for name in names for column in (name, "2nd domain"))]
+    columns = ["method", "removed", *(column for name in names for column in (name, "2nd domain"))]
     return (
         table(columns, lines)
         + "\n*Excess* is ln(perplexity / dense perplexity). *Agreement* is the share of tokens for which the model "
@@ -172,7 +192,7 @@ def cost_table(cells: Mapping[str, Any]) -> str:
                 f"{cell['peak_memory'] / 1e9:.1f} GB",
             ]
         )
-    columns = ["method", "channels removed", "parameters", "samples", "CPU seconds", "seconds", "peak memory"]
+    columns = ["method", "removed", "parameters", "samples", "CPU seconds", "seconds", "peak memory"]
     passes = cells[DENSE]["evaluating"]
     return (
         table(columns, lines)
@@ -201,7 +221,8 @@ def _commands(cells: Mapping[str, Any], protocol: Mapping[str, Any]) -> str:
         if name != DENSE:
             samples = round(METHODS[name].share_given * protocol["samples"])
             options = f"--num-samples {samples} {METHODS[name].command}".strip()
-            command = f"otprune prune MODEL -o OUT --calibration-data DATA --pruning-ratio R {options}"
+            budget = "--pruning-ratio R" if METHODS[name].heads is None else "--target-parameters N"
+            command = f"otprune prune MODEL -o OUT --calibration-data DATA {budget} {options}"
             lines.append(f"| {_LABELS[name]} | `{command}` |")
     size = f"`--seqlen {protocol['seqlen']} --multiple-of {protocol['multiple_of']}`"
     return "\n".join((f"{size} is added to each.\n", "| row | command |", "|---|---|", *lines)) + "\n"

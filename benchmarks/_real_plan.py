@@ -27,6 +27,8 @@ class Method(NamedTuple):
         based_on: The method whose pruned model is trained towards the dense one; None where nothing is.
         recovery: Options of `OTPruner.recover`.
         only_at: The ratios at which it is measured; None for all.
+        heads: The share of the heads of attention that goes, too; its ratios are shares of the parameters of all
+            blocks, then, not of the channels.
         command: What a user types for it after `otprune prune` with model, data and ratio.
     """
 
@@ -36,11 +38,27 @@ class Method(NamedTuple):
     based_on: str | None = None
     recovery: Mapping[str, Any] | None = None
     only_at: Sequence[float] | None = None
+    heads: float | None = None
     command: str = ""
 
 
 def _baseline(name: str) -> Method:
     return Method(name, {"method": name, "self_calibration": 0}, command=f"--method {name}")
+
+
+_HEADS = "+heads"
+
+
+def flap_beside(method: str) -> str:
+    """The method whose excess that of another is a share of."""
+    return "flap" + (_HEADS if METHODS[method].heads is not None else "")
+
+
+def _with_heads(method: Method) -> Method:
+    """The same with a third of the heads, the fewest of a model with three heads of keys and values."""
+    share = 0.34  # any from a sixth to a half: what stays is a whole number of heads
+    options = {**method.options, "kind_ratios": {"attention": share}}
+    return method._replace(options=options, heads=share, command=f"{method.command} --kind-ratios attention={share}")
 
 
 _GIVEN = 1 / (1 + 0.6)  # share of the samples that is given where the default `self_calibration` adds the rest
@@ -62,6 +80,10 @@ METHODS: dict[str, Method] = {
         only_at=(0.5,),
         command="--quality best --recover 250k",
     ),
+}
+METHODS |= {
+    name + _HEADS: _with_heads(METHODS[name])._replace(only_at=(0.2, 0.3))
+    for name in ("flap", "wanda_sp", "fast", "default")
 }
 
 
@@ -96,7 +118,7 @@ QUICK = Protocol(
     windows=8,
     second_windows=8,
     ratios=(0.2, 0.5),
-    left_out=("best", "best+recovery", "default+recovery:0.2"),
+    left_out=("best", "best+recovery", "default+recovery:0.2", *(name for name in METHODS if name.endswith(_HEADS))),
     options={"default": {"reconstruction_steps": 60}},
     recovery={"num_tokens": 16_000},
 )
@@ -107,7 +129,8 @@ class Cell(NamedTuple):
 
     Attributes:
         name: `METHOD:RATIO`, or `dense`.
-        settings: What its result depends on besides the protocol: `options` of the configuration, and `recovery`.
+        settings: What its result depends on besides the protocol: `options` of the configuration, `recovery`, and
+            `of_blocks`, a share of the parameters of all blocks.
         base: The cell whose pruned model this one goes on with; None where it prunes.
     """
 
@@ -132,11 +155,13 @@ def _cells(args: argparse.Namespace, protocol: Protocol) -> Iterator[Cell]:
                 continue
             if {name, f"{name}:{ratio:g}"} & set(protocol.left_out):
                 continue
-            size = {"pruning_ratio": ratio, "multiple_of": args.multiple_of}
+            size = {"multiple_of": args.multiple_of} | ({"pruning_ratio": ratio} if method.heads is None else {})
             given = {"num_samples": round(method.share_given * protocol.samples)}
             changed = protocol.options.get(method.based_on or name, {})
             options = {**data, **size, **given, **method.options, **changed}
             settings: dict[str, Any] = {"options": options}
+            if method.heads is not None:
+                settings["of_blocks"] = ratio
             if method.recovery is not None:
                 settings["recovery"] = {**method.recovery, **protocol.recovery}
             yield Cell(f"{name}:{ratio:g}", settings, method.based_on and f"{method.based_on}:{ratio:g}")

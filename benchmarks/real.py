@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from _cells import Store
-from _real_pages import curves, done, page, quality_table, results, told
+from _real_pages import curves, done, page, parted, quality_table, results, told
 from _real_plan import DENSE, DOMAINS, Cell, Protocol, chosen_cells, chosen_protocol, every_cell
 from _smollm2 import NAME, plain_smollm2
 
@@ -266,7 +266,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         failed = bench.measure(cells, asked if args.fresh else ())
         bench.write()
     if DENSE in bench.store.content["measurements"]:
-        print(f"\n{quality_table(bench.store.content['measurements'])}")
+        for cells in parted(bench.store.content["measurements"]):
+            if len(cells) > 1:
+                print(f"\n{quality_table(cells)}")
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
 

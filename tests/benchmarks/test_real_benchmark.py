@@ -104,6 +104,22 @@ def test_a_cell_is_perplexity_divergence_and_agreement_in_both_domains(small, ll
     assert result["pruning"].keys() == {"cpu_seconds", "wall_seconds"}
 
 
+def test_a_cell_with_heads_removes_a_share_of_all_blocks(small, llama, tokens):
+    cell = cell_of(small, "wanda_sp+heads:0.2")
+    found = _real_cell.measure(cell)
+    blocks = sum(parameter.numel() for parameter in llama.model.layers.parameters())
+    removed = llama.num_parameters() - found["parameters"]
+    channel = 3 * llama.config.hidden_size * len(llama.model.layers)
+    assert 0 <= removed - 0.2 * blocks < channel
+    pruner = OTPruner.from_pretrained(
+        small[1], OTPruningConfig(**cell["options"], target_parameters=found["parameters"])
+    )
+    pruner.prune(tokens, progress=False)
+    assert pruner.model.config.num_key_value_heads == llama.config.num_key_value_heads - 1
+    wanted = pruner.evaluate(tokens.flip(0)[:4], progress=False)["nll"]
+    assert found["domains"]["evaluation"]["nll"] == pytest.approx(wanted, rel=1e-6)
+
+
 def test_a_cell_runs_in_a_process_of_its_own(small, tmp_path):
     real.main([*small, "--only", "dense"])
     written = (tmp_path / "out" / "tiny.json").read_text()
@@ -201,6 +217,7 @@ def test_the_command_of_a_row_makes_what_the_row_measures():
         command, _, recovery = method.command.partition("--recover")
         parsed = vars(parser.parse_args(["MODEL", "-o", "OUT", *command.split()]))
         own = {name: value for name, value in method.options.items() if name != "self_calibration"}
+        parsed["kind_ratios"] = dict(parsed["kind_ratios"] or ())
         assert {name: parsed[name] for name in own} == own
         assert (recovery == " 250k") == (method.recovery == {"num_tokens": 250_000})
 
