@@ -337,9 +337,9 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add_debug_option(group)
 
 
-def add_saved_folder(parser: argparse.ArgumentParser) -> None:
+def add_saved_folder(parser: argparse.ArgumentParser, metavar: str = "OUT") -> None:
     """Add the folder of a command that takes what `otprune prune` wrote."""
-    parser.add_argument("folder", metavar="OUT", help="folder that `otprune prune` wrote")
+    parser.add_argument("folder", metavar=metavar, help="folder that `otprune prune` wrote")
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:

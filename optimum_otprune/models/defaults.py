@@ -6,3 +6,4 @@ TRIALS = 20  # of a search over configurations
 VALIDATION_SHARE = 0.25  # of the calibration samples, on which trials are judged
 SWEEP_RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)  # of a quality curve
 SWEEP_FILE, SWEEP_PLOT = "sweep.json", "sweep.png"  # what a folder of results holds of it
+SCHEMES = ("int8", "int4", "nf4")  # of quantization

@@ -37,7 +37,8 @@ from optimum_otprune.pruning.preparation import Expected, WrittenText, prepare
 from optimum_otprune.pruning.prune_heads import check_recipe, planned_heads, prune_heads
 from optimum_otprune.pruning.prune_layer import Run, prune_layer, untouched
 from optimum_otprune.pruning.recipe import Recipe
-from optimum_otprune.pruning.report import ADDED_BIASES, LayerReport
+from optimum_otprune.pruning.layer_report import ADDED_BIASES
+from optimum_otprune.pruning.report import LayerReport
 from optimum_otprune.pruning.widths import plan_widths
 
 logger = logging.getLogger(__name__)
