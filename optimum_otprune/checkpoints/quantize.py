@@ -34,6 +34,7 @@ from optimum_otprune.models.quantizers import (
     quantization_config,
     scheme_named,
 )
+from optimum_otprune.pruning.calibration.data import ModelLimits
 from optimum_otprune.pruning.calibration.self_calibration import why_it_cannot_write, written_samples
 from optimum_otprune.pruning.quantization_report import QuantizationReport
 from optimum_otprune.pruning.report import REPORT_FILE, PruningReport
@@ -154,12 +155,13 @@ def _pruned_report(folder: Path) -> PruningReport:
 def _probe(source: str, options: LoadingOptions) -> _Probe:
     """Load the model as it is, let it write some text, and note what it makes of it."""
     model = load_checkpoint(source, options).model.eval()
-    lengths = torch.empty(0, _SEQLEN, dtype=torch.long)
-    passes = Passes(PrunableModel(model, []), lengths, PassSettings(progress=False))
-    if why_it_cannot_write(model, _WINDOWS, _SEQLEN, 0) is None:
+    seqlen = min(_SEQLEN, ModelLimits.of(model).max_positions or _SEQLEN)
+    if why_it_cannot_write(model, _WINDOWS, seqlen, 0) is None:
+        lengths = torch.empty(0, seqlen, dtype=torch.long)
+        passes = Passes(PrunableModel(model, []), lengths, PassSettings(progress=False))
         tokens = written_samples(passes, _WINDOWS, seed=0)
     else:
-        shape = (_WINDOWS, _SEQLEN)
+        shape = (_WINDOWS, seqlen)
         tokens = torch.randint(vocabulary_size(model), shape, generator=torch.Generator().manual_seed(0))
     predicts_next = not model.config.is_encoder_decoder and model.get_output_embeddings() is not None
     return _Probe(tokens, _logits(model, tokens), predicts_next, model.dtype)

@@ -18,7 +18,9 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from optimum_otprune.errors import ConfigurationError, MissingExtraError, UnsupportedModelError, unknown_name
+from optimum_otprune.models.architectures import find_spec
 from optimum_otprune.models.defaults import SCHEMES
+from optimum_otprune.models.find_ffns import known_blocks
 
 _GROUP = 32  # weights of torchao's int4 that share a scale: the smallest group that its kernels know
 
@@ -125,6 +127,32 @@ def quantized_layers(model: PreTrainedModel, scheme: Scheme) -> list[QuantizedLa
             outputs, inputs = module.get_parameter("weight").shape[:: -1 if isinstance(module, Conv1D) else 1]
             found.append(QuantizedLayer(name, inputs, outputs))
     return found
+
+
+def is_quantized(model: PreTrainedModel) -> bool:
+    """Return whether a model has quantized weights, by whichever library."""
+    return getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None) is not None
+
+
+def quantized_sizes(model: PreTrainedModel) -> tuple[int, int]:
+    """Return how many parameters a quantized model has, and their bytes in memory; shared ones count once."""
+    size = 0
+    for parameter in model.parameters():
+        inner = [getattr(parameter, name) for name in getattr(parameter, "tensor_data_names", ())]  # of torchao
+        scales = getattr(getattr(parameter, "quant_state", None), "absmax", None)  # of bitsandbytes
+        parts = [*(inner or [parameter.data]), *([] if scales is None else [scales])]
+        size += sum(part.numel() * part.element_size() for part in parts)
+    return model.num_parameters(), size
+
+
+def quantized_widths(model: PreTrainedModel) -> tuple[int, ...]:
+    """Return the channels of each FFN of a quantized model, as its linear layers note them."""
+    widths = []
+    for block in known_blocks(model, find_spec(model)[1]):
+        up = block.projection("up")
+        width = getattr(up, "out_features", None) or getattr(up, "nf", 0)
+        widths.append(width // block.spec.slots["up"].parts)
+    return tuple(widths)
 
 
 def check_fits(model: PreTrainedModel, scheme: Scheme, ffn_widths: Collection[int]) -> list[QuantizedLayer]:

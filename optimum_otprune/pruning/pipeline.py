@@ -30,6 +30,7 @@ from optimum_otprune.models.resize import finish_resize, switches_biases
 from optimum_otprune.models.save_formats import saved_widths
 from optimum_otprune.pruning.calibration.block_tokens import BlockTokens
 from optimum_otprune.pruning.calibration.self_calibration import check_can_write, probe_passes
+from optimum_otprune.pruning.layer_report import ADDED_BIASES
 from optimum_otprune.pruning.layer_store import FinishedLayer, LayerStore
 from optimum_otprune.pruning.outcome import PrunedLayers
 from optimum_otprune.pruning.preflight import check_feasible, warn_of_empty
@@ -37,7 +38,6 @@ from optimum_otprune.pruning.preparation import Expected, WrittenText, prepare
 from optimum_otprune.pruning.prune_heads import check_recipe, planned_heads, prune_heads
 from optimum_otprune.pruning.prune_layer import Run, prune_layer, untouched
 from optimum_otprune.pruning.recipe import Recipe
-from optimum_otprune.pruning.layer_report import ADDED_BIASES
 from optimum_otprune.pruning.report import LayerReport
 from optimum_otprune.pruning.widths import plan_widths
 

@@ -5,8 +5,7 @@ from typing import Any
 
 from optimum_otprune.config.options import WRITTEN
 from optimum_otprune.pruning.comparison import Comparison
-from optimum_otprune.pruning.layer_report import LayerReport, named_layers
-from optimum_otprune.pruning.layer_report import ADDED_BIASES
+from optimum_otprune.pruning.layer_report import ADDED_BIASES, LayerReport, named_layers
 from optimum_otprune.pruning.report import PruningReport
 from optimum_otprune.storage.hub.client import is_hub_id
 
