@@ -58,7 +58,7 @@ _CONFIG = "config.json"
 _MADE_ANEW = (_CONFIG, REPORT_FILE, CARD_FILE, MANIFEST_FILE)
 
 
-class _Probe(NamedTuple):
+class _Before(NamedTuple):
     """Token ids, and what the model before quantization makes of them.
 
     Attributes:
@@ -152,7 +152,7 @@ def _pruned_report(folder: Path) -> PruningReport:
     return report
 
 
-def _probe(source: str, options: LoadingOptions) -> _Probe:
+def _probe(source: str, options: LoadingOptions) -> _Before:
     """Load the model as it is, let it write some text, and note what it makes of it."""
     model = load_checkpoint(source, options).model.eval()
     seqlen = min(_SEQLEN, ModelLimits.of(model).max_positions or _SEQLEN)
@@ -164,7 +164,7 @@ def _probe(source: str, options: LoadingOptions) -> _Probe:
         shape = (_WINDOWS, seqlen)
         tokens = torch.randint(vocabulary_size(model), shape, generator=torch.Generator().manual_seed(0))
     predicts_next = not model.config.is_encoder_decoder and model.get_output_embeddings() is not None
-    return _Probe(tokens, _logits(model, tokens), predicts_next, model.dtype)
+    return _Before(tokens, _logits(model, tokens), predicts_next, model.dtype)
 
 
 @torch.no_grad()
@@ -178,7 +178,7 @@ def _write(
     source: Path,
     folder: Path,
     scheme: Scheme,
-    probe: _Probe,
+    probe: _Before,
     options: LoadingOptions,
     listed: Mapping[str, FileEntry],
 ) -> list[Divergence] | None:
@@ -214,7 +214,7 @@ def _check_same(logits: Tensor, again: Tensor, scheme: Scheme) -> None:
         )
 
 
-def _moved(logits: Tensor, probe: _Probe, scheme: Scheme) -> list[Divergence] | None:
+def _moved(logits: Tensor, probe: _Before, scheme: Scheme) -> list[Divergence] | None:
     """Return how far each window's predictions moved; None where the model does not predict the next token."""
     if not logits.isfinite().all():
         raise NumericalError(
@@ -236,7 +236,7 @@ def _moved(logits: Tensor, probe: _Probe, scheme: Scheme) -> list[Divergence] | 
     return found
 
 
-def _predicted(probe: _Probe) -> int:
+def _predicted(probe: _Before) -> int:
     return len(probe.tokens) * (probe.tokens.shape[1] - 1)
 
 
@@ -244,7 +244,7 @@ def _result(
     scheme: Scheme,
     library: str,
     layers: list[QuantizedLayer],
-    probe: _Probe,
+    probe: _Before,
     sizes: tuple[int, int],
     compared: list[Divergence] | None,
 ) -> QuantizationReport:

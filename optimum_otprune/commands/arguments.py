@@ -82,7 +82,7 @@ def _argument(option: Option) -> dict[str, Any]:
         return argument | {"nargs": "*", "type": _by_layer, "metavar": "LAYER=X"}
     if isinstance(option.names, tuple):
         return argument | {"choices": option.names}
-    if option.rules.units is not None:
+    if option.rules.units is not None or option.rules.words is not None:
         return argument | {"metavar": "N", "type": _number_or_text}
     return argument | {"type": option.kind, "metavar": {int: "N", float: "X", str: "NAME"}[option.kind]}
 

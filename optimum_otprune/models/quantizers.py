@@ -108,7 +108,9 @@ def quantization_config(scheme: Scheme, dtype: torch.dtype) -> QuantizationConfi
     if scheme.name == "int8":
         return TorchAoConfig(ao.Int8WeightOnlyConfig())
     four_bits = ao.IntxWeightOnlyConfig(
-        weight_dtype=torch.int4, granularity=ao.PerGroup(_GROUP), mapping_type=ao.MappingType.ASYMMETRIC
+        weight_dtype=torch.int4,  # type: ignore[attr-defined]
+        granularity=ao.PerGroup(_GROUP),
+        mapping_type=ao.MappingType.ASYMMETRIC,
     )
     return TorchAoConfig(four_bits)
 
@@ -150,7 +152,7 @@ def quantized_widths(model: PreTrainedModel) -> tuple[int, ...]:
     widths = []
     for block in known_blocks(model, find_spec(model)[1]):
         up = block.projection("up")
-        width = getattr(up, "out_features", None) or getattr(up, "nf", 0)
+        width = getattr(up, "out_features", None) or getattr(up, "nf", None) or 0
         widths.append(width // block.spec.slots["up"].parts)
     return tuple(widths)
 
