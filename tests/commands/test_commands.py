@@ -555,7 +555,7 @@ def test_names_that_no_file_can_have_are_one_line_at_every_door(name, llama_fold
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense"]
 
 
-@pytest.mark.parametrize("name", ["a..b", "-a", "me/a.git", "a/b/c", "näme"])
+@pytest.mark.parametrize("name", ["a..b", "-a", "me/a.git", "a/b/c", "näme", "out"])
 def test_verify_asks_the_hub_for_no_name_that_it_cannot_have(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert run("verify", "--", name) == 1
@@ -564,9 +564,9 @@ def test_verify_asks_the_hub_for_no_name_that_it_cannot_have(name, tmp_path, mon
 
 def test_verify_says_first_that_there_is_no_such_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert run("verify", "nosuch") == 1
+    assert run("verify", "no/such") == 1
     assert (
-        "error: There is no folder 'nosuch' here. The Hub was not asked: offline mode is on."
+        "error: There is no folder 'no/such' here. The Hub was not asked: offline mode is on."
         in capsys.readouterr().err
     )
 
