@@ -104,7 +104,8 @@ def quantization_config(scheme: Scheme, dtype: torch.dtype) -> QuantizationConfi
     """
     if scheme.library == "bitsandbytes":
         return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-    ao = import_module("torchao.quantization")
+    from torchao import quantization as ao
+
     if scheme.name == "int8":
         return TorchAoConfig(ao.Int8WeightOnlyConfig())
     four_bits = ao.IntxWeightOnlyConfig(
