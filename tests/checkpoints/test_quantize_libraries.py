@@ -8,11 +8,13 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from optimum_otprune import OTPruner, OTPruningConfig
+from optimum_otprune.storage.manifest import verify_folder
 from tests.conftest import make_llama
 
-SCHEMES = {"int8": ("torchao", 0.02), "int4": ("torchao", 0.3), "nf4": ("bitsandbytes", 0.3)}
+SCHEMES = {"int8": ("torchao", 0.03), "int4": ("torchao", 0.3), "nf4": ("bitsandbytes", 0.3)}
 LOAD = """
 import json, sys, torch
 from transformers import AutoModelForCausalLM
@@ -34,24 +36,30 @@ def run(*arguments) -> str:
 
 
 @pytest.fixture(scope="module")
-def pruned_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("quantize") / "half"
+def place(tmp_path_factory):
+    """A folder with a dense model, the pruned one, and token ids."""
+    folder = tmp_path_factory.mktemp("quantize")
+    model = make_llama(hidden_size=64, intermediate_size=256, initializer_range=0.05)
+    model.save_pretrained(folder / "dense")
+    ids = torch.randint(64, (8, 20), generator=torch.Generator().manual_seed(0))
+    save_file({"input_ids": ids}, folder / "ids.safetensors")
     config = OTPruningConfig(pruning_ratio=0.5, multiple_of="int4", method="magnitude", seqlen=20)
-    pruner = OTPruner(make_llama(hidden_size=64, intermediate_size=256), config)
-    pruner.prune(torch.randint(64, (8, 20), generator=torch.Generator().manual_seed(0)), progress=False)
-    return pruner.save_pretrained(folder)
+    pruner = OTPruner(model, config)
+    pruner.prune(ids, progress=False)
+    pruner.save_pretrained(folder / "half")
+    return folder
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_quantized_folder_is_loaded_by_plain_transformers(scheme, pruned_folder, tmp_path):
+def test_a_quantized_folder_is_loaded_by_plain_transformers_and_compared(scheme, place, tmp_path):
     library, most = SCHEMES[scheme]
     if find_spec(library) is None:
         pytest.skip(f"{library} is of the extra `quantize`")
-    otprune = ("-m", "optimum_otprune")
-    printed = run(*otprune, "quantize", pruned_folder, "-o", tmp_path / "out", "--scheme", scheme, "--quiet")
+    otprune, out = ("-m", "optimum_otprune"), tmp_path / "out"
+    printed = run(*otprune, "quantize", place / "half", "-o", out, "--scheme", scheme, "--quiet")
     assert f"Quantization: {scheme} by {library}" in printed
-    assert 0 < json.loads(run("-c", LOAD, pruned_folder, tmp_path / "out")) < most
-    run(*otprune, "verify", tmp_path / "out")
-    shown = run(*otprune, "compare", pruned_folder, tmp_path / "out", "--help")
-    assert "DENSE" in shown
+    assert verify_folder(out)
+    assert 0 < json.loads(run("-c", LOAD, place / "half", out)) < most
+    data = ("--data", place / "ids.safetensors", "--no-prompts", "--quiet")
+    assert "pruned  out: " in run(*otprune, "compare", place / "dense", out, *data)
