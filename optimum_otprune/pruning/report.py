@@ -39,15 +39,10 @@ from optimum_otprune.pruning.layer_report import (
     width_range,
 )
 from optimum_otprune.pruning.recovery_report import RecoveryReport
+from optimum_otprune.pruning.serving import not_read_everywhere
 from optimum_otprune.pruning.task_results import TaskResult
 from optimum_otprune.storage.files import replace_file
 from optimum_otprune.storage.untrusted import read_json
-
-# For a model whose FFNs had no biases: some programs ignore `mlp_bias` without a message.
-ADDED_BIASES = (
-    "The FFNs have gained biases (`mlp_bias`), which transformers reads. SGLang and TGI drop them without a word, and "
-    "the model is worse there; `intercept='never'` adds none."
-)
 
 _WIDTH = 60
 _MOST_LAYERS = 100_000
@@ -370,7 +365,7 @@ def _summary(report: PruningReport) -> str:
         f"  Pruned channels: {pruned:,} ({report.pruning_ratio:.1%})",
         f"  Kept channels: {kept:,}" + width_range(report.widths),
         f"  Parameters: {_parameters(report)}",
-        *([f"  {ADDED_BIASES}"] if report.added_biases else []),
+        *(f"  {told}" for told in not_read_everywhere(report.added_biases, report.widths, report.config)),
         "Global Rescue Effect",
         f"  Rescued {rescue:.3f} ({rescued_share(rescue)}) of the pruned channels' output energy",
         f"  Median over layers {report.median_rescue_ratio:.3f} ({rescued_share(report.median_rescue_ratio)})",
