@@ -72,9 +72,9 @@ class Sample:
 
 def with_tool(target: str, kind: str, tool: Path) -> Callable[[Sample, Path], float]:
     """A client that reads what `otprune export` writes."""
-    return lambda sample, folder: export_folder(
-        sample.folder, target, folder / target, kind, str(tool)
-    ).largest_difference
+    return lambda sample, folder: (
+        export_folder(sample.folder, target, folder / target, kind, str(tool)).largest_difference
+    )
 
 
 def ctranslate2(sample: Sample, folder: Path) -> float:
@@ -152,7 +152,9 @@ def rows(environments: Path, forms: dict[str, Path]) -> Iterator[tuple[str, bool
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--environments", type=Path, required=True, help="folder that `make test-clients` filled")
-    parser.add_argument("--model", type=Path, help="folder of a model with `model.layers` (default: SmolLM2-135M-Instruct)")
+    parser.add_argument(
+        "--model", type=Path, help="folder of a model with `model.layers` (default: SmolLM2-135M-Instruct)"
+    )
     parser.add_argument("--layers", type=int, default=4, help="layers that are kept (default: 4)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -35,6 +35,7 @@ DOORS = {
     "evaluate": {"models/perplexity.py"},
     "scipy": {"functional/costs.py"},
     "peft": {"models/low_rank.py"},  # an extra
+    "torchao": {"models/quantizers.py"},  # an extra
     "optuna": {"pruning/tuning/search.py"},  # an extra
     "matplotlib": {"checkpoints/card/plots.py"},  # an extra
     "jinja2": {"checkpoints/card/templates.py", "pruning/calibration/documents.py"},  # what a chat template raises

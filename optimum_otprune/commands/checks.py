@@ -191,6 +191,13 @@ def export(args: argparse.Namespace) -> None:
     check_output_folder(output, args.overwrite, places=noted_places(source_model=args.folder))
 
 
+def quantize(args: argparse.Namespace) -> None:
+    """Check the arguments of `otprune quantize`."""
+    output = usage(lambda: output_path(args.output))
+    places = noted_places(source_model=args.folder, offload_folder=args.offload_folder)
+    check_output_folder(output, args.overwrite, places=places)
+
+
 def demo(args: argparse.Namespace) -> None:
     """Check the arguments of `otprune demo`."""
     usage(lambda: check_option(OPTIONS_BY_NAME["pruning_ratio"], args.pruning_ratio))

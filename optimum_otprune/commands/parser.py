@@ -27,7 +27,8 @@ from optimum_otprune.commands.arguments import (
     add_windows_option,
 )
 from optimum_otprune.commands.command import Command
-from optimum_otprune.models.defaults import EXPORT_TYPES, SWEEP_RATIOS, TRIALS
+from optimum_otprune.config.loading_options import PlacementOptions
+from optimum_otprune.models.defaults import EXPORT_TYPES, SCHEMES, SWEEP_RATIOS, TRIALS
 from optimum_otprune.storage.hub.options import HubOptions, PushOptions
 
 _READING = "optimum_otprune.commands.reading"
@@ -228,6 +229,29 @@ class ExportCommand(Command):
         add_debug_option(parser)
 
 
+class QuantizeCommand(Command):
+    """`otprune quantize`."""
+
+    actions = "optimum_otprune.commands.quantize"
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        """Options."""
+        add_saved_folder(parser, "FOLDER")
+        add_output_options(parser)
+        parser.add_argument(
+            "--scheme",
+            choices=SCHEMES,
+            default=SCHEMES[0],
+            help="int8 or int4 (torchao, a byte a weight in both), or nf4 (bitsandbytes, half a byte); default: "
+            "%(default)s",
+        )
+        add_options(parser.add_argument_group("loading"), PlacementOptions)
+        parser.add_argument("--trust-remote-code", action="store_true", help="run modeling code from the folder")
+        parser.add_argument("--quiet", action="store_true", help="no progress bars of loading")
+        add_debug_option(parser)
+
+
 class ReportCommand(Command):
     """`otprune report`."""
 
@@ -338,6 +362,7 @@ class OTPruneCommand(BaseOptimumCLICommand):
         ),
         CommandInfo("benchmark", "Compare speed and memory of a dense and a pruned model.", BenchmarkCommand),
         CommandInfo("export", "Export a saved model to GGUF, ONNX or OpenVINO, and compare.", ExportCommand),
+        CommandInfo("quantize", "Save a pruned model with weights in 8 or 4 bits.", QuantizeCommand),
         CommandInfo("report", "Print what pruning did to a saved model.", ReportCommand),
         CommandInfo("card", "Make the model card of a saved model again.", CardCommand),
         CommandInfo("push", "Push a saved model to the Hub, in one commit.", PushCommand),

@@ -38,6 +38,7 @@ from optimum_otprune.pruning.layer_report import (
     warn_of_unknown,
     width_range,
 )
+from optimum_otprune.pruning.quantization_report import QuantizationReport
 from optimum_otprune.pruning.recovery_report import RecoveryReport
 from optimum_otprune.pruning.serving import not_read_everywhere
 from optimum_otprune.pruning.task_results import TaskResult
@@ -85,6 +86,7 @@ class PruningReport:
         tasks: Results on tasks that were added to the saved model, in the order in which they came.
         auto_class: The auto class of transformers that loads the model.
         attention: One report per block whose attention lost heads; channels are columns of its output projection.
+        quantization: The report of quantization, or None for plain weights.
     """
 
     config: Mapping[str, Any]
@@ -109,6 +111,7 @@ class PruningReport:
     tasks: tuple[TaskResult, ...] = ()
     auto_class: str = CAUSAL
     attention: tuple[LayerReport, ...] = ()
+    quantization: QuantizationReport | None = None
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -194,7 +197,8 @@ class PruningReport:
         del values["tasks"]
         if self.auto_class == CAUSAL:  # as in reports that do not say
             del values["auto_class"]
-        del values["attention"]
+        del values["attention"], values["quantization"]
+        values |= {} if self.quantization is None else {"quantization": self.quantization.to_dict()}
         values |= {"attention": [block.to_dict() for block in self.attention]} if self.attention else {}
         values |= {"tasks": [task.to_dict() for task in self.tasks]} if self.tasks else {}
         values["recoveries"] = [recovery.to_dict() for recovery in self.recoveries]
@@ -237,6 +241,8 @@ class PruningReport:
             RecoveryReport.read(entry, f"recoveries[{i}]", unknown) for i, entry in enumerate(recoveries)
         )
         found |= {"layers": tuple(layers), "evaluations": tuple(evaluations)}
+        if found.get("quantization") is not None:
+            found["quantization"] = QuantizationReport.read(found["quantization"], "quantization", unknown)
         if isinstance(found.get("options"), list):
             found["options"] = tuple(found["options"])
         report = cls(**{name: found[name] for name in {*names, "evaluations", "tasks", "recoveries", "attention"}})
@@ -302,6 +308,8 @@ class PruningReport:
             task.check(f"tasks[{index}]")
         for index, recovery in enumerate(self.recoveries):
             recovery.check(f"recoveries[{index}]", is_finite)
+        if self.quantization is not None:
+            self.quantization.check("quantization", is_finite)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the report as JSON."""
