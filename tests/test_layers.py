@@ -40,6 +40,9 @@ DOORS = {
     "matplotlib": {"checkpoints/card/plots.py"},  # an extra
     "jinja2": {"checkpoints/card/templates.py", "pruning/calibration/documents.py"},  # what a chat template raises
     "yaml": {"checkpoints/card/base_card.py"},
+    "onnxruntime": {"checkpoints/export/onnx_runtime.py"},  # an extra
+    "openvino": {"checkpoints/export/openvino_runtime.py"},  # an extra
+    "llama_cpp": {"checkpoints/export/llama_runtime.py"},  # an extra
 }
 
 

@@ -28,7 +28,7 @@ from optimum_otprune.commands.arguments import (
 )
 from optimum_otprune.commands.command import Command
 from optimum_otprune.config.loading_options import PlacementOptions
-from optimum_otprune.models.defaults import SCHEMES, SWEEP_RATIOS, TRIALS
+from optimum_otprune.models.defaults import EXPORT_TYPES, SCHEMES, SWEEP_RATIOS, TRIALS
 from optimum_otprune.storage.hub.options import HubOptions, PushOptions
 
 _READING = "optimum_otprune.commands.reading"
@@ -204,6 +204,31 @@ class CompareCommand(Command):
         add_compare_options(parser)
 
 
+class ExportCommand(Command):
+    """`otprune export`."""
+
+    actions = "optimum_otprune.commands.export"
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        """Options."""
+        add_saved_folder(parser)
+        parser.add_argument("--to", required=True, choices=tuple(EXPORT_TYPES), help="the format to write")
+        add_output_options(parser)
+        parser.add_argument(
+            "--type",
+            choices=tuple(dict.fromkeys(kind for kinds in EXPORT_TYPES.values() for kind in kinds)),
+            help="type of the weights (default: the folder's, or f32 where the format is not written with that)",
+        )
+        parser.add_argument(
+            "--tool",
+            metavar="PROGRAM",
+            help="the program that writes it: llama.cpp's convert_hf_to_gguf.py, or the optimum-cli of an environment "
+            "with optimum-onnx or optimum-intel (default: what is found here)",
+        )
+        add_debug_option(parser)
+
+
 class QuantizeCommand(Command):
     """`otprune quantize`."""
 
@@ -336,6 +361,7 @@ class OTPruneCommand(BaseOptimumCLICommand):
             "compare", "Show on data and prompts what a pruned model lost beside the dense one.", CompareCommand
         ),
         CommandInfo("benchmark", "Compare speed and memory of a dense and a pruned model.", BenchmarkCommand),
+        CommandInfo("export", "Export a saved model to GGUF, ONNX or OpenVINO, and compare.", ExportCommand),
         CommandInfo("quantize", "Save a pruned model with weights in 8 or 4 bits.", QuantizeCommand),
         CommandInfo("report", "Print what pruning did to a saved model.", ReportCommand),
         CommandInfo("card", "Make the model card of a saved model again.", CardCommand),

@@ -19,12 +19,6 @@ from optimum_otprune.functional.ratios import (
 from optimum_otprune.storage.untrusted import visible
 
 REPORT_FILE = "otprune_report.json"
-# For a model whose FFNs had no biases: some programs ignore `mlp_bias` without a message.
-ADDED_BIASES = (
-    "The FFNs have gained biases (`mlp_bias`), which transformers reads. SGLang and TGI drop them without a word, and "
-    "the model is worse there; `intercept='never'` adds none."
-)
-
 _LARGEST_COUNT = 1 << 62
 _LARGEST_NUMBER = 1e150  # the squares of so many layers' numbers still have a finite sum
 _TOLERANCE = 1e-6

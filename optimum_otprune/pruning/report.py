@@ -27,7 +27,6 @@ from optimum_otprune.functional.ratios import (
 from optimum_otprune.models.tasks import CAUSAL
 from optimum_otprune.pruning.comparison import Comparison, check_evaluation, check_numbers, compared
 from optimum_otprune.pruning.layer_report import (
-    ADDED_BIASES,
     REPORT_FILE,
     LayerReport,
     check_entry,
@@ -41,6 +40,7 @@ from optimum_otprune.pruning.layer_report import (
 )
 from optimum_otprune.pruning.quantization_report import QuantizationReport
 from optimum_otprune.pruning.recovery_report import RecoveryReport
+from optimum_otprune.pruning.serving import not_read_everywhere
 from optimum_otprune.pruning.task_results import TaskResult
 from optimum_otprune.storage.files import replace_file
 from optimum_otprune.storage.untrusted import read_json
@@ -373,7 +373,7 @@ def _summary(report: PruningReport) -> str:
         f"  Pruned channels: {pruned:,} ({report.pruning_ratio:.1%})",
         f"  Kept channels: {kept:,}" + width_range(report.widths),
         f"  Parameters: {_parameters(report)}",
-        *([f"  {ADDED_BIASES}"] if report.added_biases else []),
+        *(f"  {told}" for told in not_read_everywhere(report.added_biases, report.widths, report.config)),
         "Global Rescue Effect",
         f"  Rescued {rescue:.3f} ({rescued_share(rescue)}) of the pruned channels' output energy",
         f"  Median over layers {report.median_rescue_ratio:.3f} ({rescued_share(report.median_rescue_ratio)})",
