@@ -27,8 +27,8 @@ from optimum_otprune.storage.untrusted import read_json
 
 EXPORT_FILE = "otprune_export.json"
 _TOKENS = 16  # that are compared
-# The most that a logit may differ, as a share of the largest one: several times what rounding to such weights does to
-# models of 30 layers; a wrong rotation or a bias left out does more.
+# The most that a logit may differ, as a share of the largest one: twice or more what rounding to such weights does to
+# SmolLM2 of 30 layers (float16 0.2 %, 8 bits 4 %). A wrong rotation does more; at 8 bits, a small bias may do less.
 _LIMITS: Mapping[str, float] = {"f32": 1e-3, "f16": 1e-2, "bf16": 5e-2, "q8_0": 0.1, "int8": 0.1}
 _TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
