@@ -9,7 +9,7 @@ DOCS_READY = $(VENV)/.docs-ready
 # Two processes that use all cores slow each other down many times over; the tests run one thread each.
 WORKERS ?= 2
 
-.PHONY: demo test test-slow test-newest test-clients quality style bench bench-quality bench-calibration bench-real bench-experts bench-gpu bench-scale cards docs release-check clean
+.PHONY: demo test test-slow test-newest test-clients quality style bench bench-quality bench-calibration bench-real bench-experts bench-gpu bench-quantization bench-scale cards docs release-check clean
 
 demo: $(READY)
 	$(BIN)/otprune demo
@@ -95,6 +95,11 @@ bench-real: $(BENCH_REAL_READY)
 bench-experts: NAME = $(if $(MODEL),$(notdir $(patsubst %/,%,$(MODEL)))-experts,experts)
 bench-experts: $(BENCH_READY)
 	$(BIN)/python benchmarks/experts.py $(DATA) --output benchmarks/results/$(NAME).json $(BENCH_ARGS)
+
+# Dense and pruned models, each in several precisions; needs what `make test-clients` installs. BENCH_ARGS names the
+# models, the dense one first, and the text (see benchmarks/quantization.py --help).
+bench-quantization:
+	$(HERE)/python benchmarks/quantization.py --environments $(CLIENTS) --output benchmarks/results/quantization.json $(BENCH_ARGS)
 
 # Pruning of Llama-3-shaped random models on a GPU; BENCH_ARGS adds options (see benchmarks/gpu.py --help).
 bench-gpu: $(READY)
