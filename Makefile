@@ -6,6 +6,7 @@ READY = $(VENV)/.ready
 BENCH_READY = $(VENV)/.bench-ready
 BENCH_REAL_READY = $(VENV)/.bench-real-ready
 DOCS_READY = $(VENV)/.docs-ready
+SLOW_READY = $(VENV)/.slow-ready
 # Two processes that use all cores slow each other down many times over; the tests run one thread each.
 WORKERS ?= 2
 
@@ -17,7 +18,7 @@ demo: $(READY)
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not gpu and not multi_gpu"
 
-test-slow: $(READY)
+test-slow: $(SLOW_READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "slow"
 	OMP_NUM_THREADS=1 LAW_EXAMPLES=200 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/functional
 
@@ -98,6 +99,11 @@ DIST ?= dist
 
 release-check:
 	PYTHON="$(PYTHON)" .ci/release-check "$(DIST)"
+
+# What slow tests alone need: Jupyter's kernel, without its pages.
+$(SLOW_READY): $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[notebooks]"
+	@touch $@
 
 $(DOCS_READY): $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
