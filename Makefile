@@ -10,7 +10,7 @@ SLOW_READY = $(VENV)/.slow-ready
 # Two processes that use all cores slow each other down many times over; the tests run one thread each.
 WORKERS ?= 2
 
-.PHONY: demo test test-slow test-newest quality style bench bench-quality bench-calibration bench-real bench-experts bench-gpu bench-scale cards docs release-check clean
+.PHONY: demo test test-slow test-newest quality style bench bench-quality bench-calibration bench-real bench-experts bench-gpu bench-scale leaderboard cards docs release-check clean
 
 demo: $(READY)
 	$(BIN)/otprune demo
@@ -83,6 +83,10 @@ bench-scale: $(READY)
 	$(BIN)/python benchmarks/scale.py $(BENCH_ARGS)
 
 bench: bench-quality
+
+# One page of all rows of benchmarks/results, sortable by any column; run it after a measurement.
+leaderboard: $(READY)
+	$(BIN)/python benchmarks/leaderboard.py
 
 # The examples in model_cards, from the reports beside them; CARDS_ARGS=--prune prunes the embedded model again first.
 cards: $(READY)
