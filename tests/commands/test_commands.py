@@ -148,17 +148,34 @@ def test_a_failure_is_one_line_and_exits_with_1(tmp_path, capsys):
     assert error.count("\n") == 1
 
 
-def test_memory_that_runs_out_is_one_line(monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError("4 GB wanted"), "memory ran out (4 GB wanted). Close other programs, or use less."),
+        (
+            torch.OutOfMemoryError("CUDA out of memory."),
+            "the memory of the device ran out. Use smaller batches or samples, or a device with more memory.",
+        ),
+    ],
+)
+def test_memory_that_runs_out_is_one_line(error, message, monkeypatch, tmp_path, capsys):
     def fail(args):
-        raise MemoryError("4 GB wanted")
+        raise error
 
     monkeypatch.setattr(actions, "evaluate", fail)
     with pytest.raises(SystemExit) as ended:
         main(["evaluate", str(tmp_path)])
     assert ended.value.code == 1
-    assert capsys.readouterr().err == (
-        "otprune evaluate: error: memory ran out (4 GB wanted). Close other programs, or use less.\n"
-    )
+    assert capsys.readouterr().err == f"otprune evaluate: error: {message}\n"
+
+
+def test_an_error_of_a_bug_keeps_its_traceback(monkeypatch, tmp_path):
+    def fail(args):
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(actions, "evaluate", fail)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        main(["evaluate", str(tmp_path)])
 
 
 def test_debug_shows_the_traceback(tmp_path):
@@ -555,7 +572,7 @@ def test_names_that_no_file_can_have_are_one_line_at_every_door(name, llama_fold
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense"]
 
 
-@pytest.mark.parametrize("name", ["a..b", "-a", "me/a.git", "a/b/c", "näme"])
+@pytest.mark.parametrize("name", ["a..b", "-a", "me/a.git", "a/b/c", "näme", "out"])
 def test_verify_asks_the_hub_for_no_name_that_it_cannot_have(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert run("verify", "--", name) == 1
@@ -564,9 +581,9 @@ def test_verify_asks_the_hub_for_no_name_that_it_cannot_have(name, tmp_path, mon
 
 def test_verify_says_first_that_there_is_no_such_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert run("verify", "nosuch") == 1
+    assert run("verify", "no/such") == 1
     assert (
-        "error: There is no folder 'nosuch' here. The Hub was not asked: offline mode is on."
+        "error: There is no folder 'no/such' here. The Hub was not asked: offline mode is on."
         in capsys.readouterr().err
     )
 

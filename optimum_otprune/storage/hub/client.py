@@ -216,7 +216,7 @@ class HubClient:
             except RemoteEntryNotFoundError:
                 return None
 
-        return with_retries(ask, self.what, self.deadline)
+        return with_retries(ask, self.what, self.deadline, connects_again=True)
 
     def fetch_all(self, files: Collection[str], commit: str, **where: Unpack[Downloading]) -> None:
         """Download some files of a commit."""
@@ -224,4 +224,5 @@ class HubClient:
             lambda: self._api.snapshot_download(self.repo_id, revision=commit, allow_patterns=list(files), **where),
             self.what,
             self.deadline,
+            connects_again=True,
         )

@@ -262,7 +262,7 @@ def verify_saved(name: str, **options: Unpack[HubOptions]) -> str | None:
     if os.path.isdir(name):
         verify_folder(Path(name))
         return None
-    if not is_hub_id(name):
+    if not is_hub_id(name) or "/" not in name:  # `push` gives every repository the name of its user
         raise IntegrityError(
             f"{Path(name).name[:80]!r} is neither a folder nor a valid Hub id of the form 'user/name'."
         )

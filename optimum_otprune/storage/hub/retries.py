@@ -105,13 +105,14 @@ class Deadline:
         return results[0]
 
 
-def with_retries(call: Callable[[], T], what: str, deadline: Deadline) -> T:
+def with_retries(call: Callable[[], T], what: str, deadline: Deadline, connects_again: bool = False) -> T:
     """Call until it works, waiting 1, 2, 4, … seconds or what the server asks for.
 
     Args:
         call: A function that is safe to repeat.
         what: What messages name the repository, such as `"The repository 'user/name'"`.
         deadline: The time limit, after which no attempt starts.
+        connects_again: Whether the client itself tries several times to connect, as it does for downloads.
 
     Raises:
         HubError: If a retry would not help, or did not; the subclass says why.
@@ -125,7 +126,8 @@ def with_retries(call: Callable[[], T], what: str, deadline: Deadline) -> T:
             raise
         except CLIENT_ERRORS as error:
             wait = waiting_time(error, attempt)
-            if not is_transient(error) or attempt == ATTEMPTS - 1:
+            is_final = connects_again and any(isinstance(each, _HTTP.ConnectError) for each in _chain(error))
+            if is_final or not is_transient(error) or attempt == ATTEMPTS - 1:
                 raise explained(error, what) from error
             if wait >= deadline.left:
                 raise _timed_out() from error

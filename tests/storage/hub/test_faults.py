@@ -125,3 +125,10 @@ def test_a_wait_that_would_pass_the_deadline_is_not_begun(hub, worker, saved):
     answer = worker("push", folder=str(saved), repo_id="me/x", deadline=50.0)
     assert "HubTimeoutError" in answer.errors
     assert answer.waits == []
+
+
+def test_a_hub_that_cannot_be_reached_is_not_asked_by_the_client_and_by_us(worker_of):
+    """The client tries six times to connect for a download; six times as often would take minutes."""
+    answer = worker_of(HF_ENDPOINT="http://127.0.0.1:9")("command", arguments=["verify", "me/x"])
+    assert answer.result == 1
+    assert len(answer.waits) == 5
