@@ -45,7 +45,7 @@ SchedulerParameters=sched_interval=2
 GresTypes=gpu
 KillWait=60
 MpiDefault=none
-NodeName=localhost CPUs=64 Gres=gpu:4 RealMemory=400000
+NodeName=localhost CPUs=64 Gres=gpu:4 RealMemory=500000
 PartitionName=main Nodes=localhost Default=YES MaxTime=INFINITE
 """
 
@@ -147,7 +147,7 @@ def asked(tmp_path):
     seen, unseen = documentation_texts("train"), documentation_texts("validation")
     (tmp_path / "seen.txt").write_text("\n\n".join(seen)[:60_000], encoding="utf-8")
     (tmp_path / "unseen.txt").write_text("\n\n".join(unseen)[:20_000], encoding="utf-8")
-    data = ["--calibration-data", tmp_path / "seen.txt", "--eval-data", tmp_path / "unseen.txt"]
+    data = ["--calibration-data", tmp_path / "seen.txt", "--eval", "--eval-data", tmp_path / "unseen.txt"]
     size = ["--num-samples", "8", "--seqlen", "128", "--dtype", "float32"]
 
     def arguments(script: str, output: Path, steps: int) -> list[object]:

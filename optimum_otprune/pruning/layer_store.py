@@ -1,7 +1,7 @@
 """Finished layers: kept nowhere, or in a state folder from which an interrupted run goes on."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple, Protocol, TypeVar
 
 import torch
@@ -12,11 +12,22 @@ from torch import Tensor
 from optimum_otprune.errors import ReportError, StateError, warn_user
 from optimum_otprune.functional.ffn import FFNWeights
 from optimum_otprune.models.distributed import from_main
-from optimum_otprune.pruning.preparation import Expected, Prepared, WrittenText, from_tensors, to_tensors
+from optimum_otprune.models.spill import StoredList, TensorSpill, store
+from optimum_otprune.pruning.preparation import (
+    Expected,
+    LayerPart,
+    Prepared,
+    WrittenText,
+    from_layer,
+    from_shared,
+    layer_tensors,
+    shared_tensors,
+)
 from optimum_otprune.pruning.report import LayerReport
 from optimum_otprune.storage.state_folder import StateFolder, strict_json
 
 Value = TypeVar("Value")
+Shapes = Mapping[str, tuple[int, ...]]
 
 PREPARED_FILE, WRITTEN_FILE = "prepared.safetensors", "written.safetensors"
 _WRITTEN = "input_ids"
@@ -37,7 +48,7 @@ class FinishedLayer(NamedTuple):
 class LayerStore(Protocol):
     """The place where a run finds layers that an earlier one finished, and puts its own."""
 
-    def prepared(self, make: Callable[[], Prepared], expected: Callable[[], Expected]) -> Prepared:
+    def prepared(self, make: Callable[[], Prepared], expected: Callable[[], Expected], spill: TensorSpill) -> Prepared:
         """Return the preparation of an earlier run, or make it now."""
         ...
 
@@ -57,7 +68,7 @@ class LayerStore(Protocol):
 class NoStore:
     """Keeps nothing."""
 
-    def prepared(self, make: Callable[[], Prepared], expected: Callable[[], Expected]) -> Prepared:
+    def prepared(self, make: Callable[[], Prepared], expected: Callable[[], Expected], spill: TensorSpill) -> Prepared:
         """Make the preparation, which is not kept."""
         return make()
 
@@ -98,20 +109,45 @@ class FolderStore:
     def __init__(self, state: StateFolder | None):
         self._state = state
 
-    def prepared(self, make: Callable[[], Prepared], expected: Callable[[], Expected]) -> Prepared:
+    def prepared(self, make: Callable[[], Prepared], expected: Callable[[], Expected], spill: TensorSpill) -> Prepared:
         """Return the preparation in the folder, or make it and put it there."""
-
-        def read(state: StateFolder) -> Prepared:
-            return from_tensors(from_blob(state.read(PREPARED_FILE)), expected())
-
-        found = self._found(read, {PREPARED_FILE}, f"The file {PREPARED_FILE!r} of", "is damaged and made again")
+        found = self._prepared(expected, spill)
         if found is not None:
             return found
         made = make()
         if self._state is not None:
-            # It contains what the model wrote.
-            self._state.write({PREPARED_FILE: to_blob(to_tensors(made))}, instead_of=(WRITTEN_FILE,))
+            self._state.write(_prepared_files(made), instead_of=(WRITTEN_FILE,))  # which it contains
         return made
+
+    def _prepared(self, expected: Callable[[], Expected], spill: TensorSpill) -> Prepared | None:
+        """Return the preparation in the folder, whose layers wait as those of a new one would."""
+        if not from_main(self._state is not None and PREPARED_FILE in self._state.names):
+            return None
+        wanted, problem = expected(), "is damaged and made again"
+
+        def read(state: StateFolder) -> Prepared:
+            return from_shared(from_blob(state.read(PREPARED_FILE)), wanted)
+
+        found, parts = self._found(read, {PREPARED_FILE}, f"The file {PREPARED_FILE!r} of", problem), []
+        for layer, shapes in enumerate(wanted.shapes if found is not None else ()):
+            if not shapes:
+                continue
+            name = prepared_file(layer)
+
+            def read_layer(state: StateFolder, name: str = name, shapes: Shapes = shapes) -> LayerPart:
+                return from_layer(from_blob(state.read(name)), shapes)
+
+            part = self._found(read_layer, {name}, f"The file {name!r} of", problem)
+            if part is None:
+                return None
+            parts.append(store(part, spill))
+        if found is None or not parts:
+            return found
+        has_scores, has_moments = parts[0].scores is not None, parts[0].moments is not None
+        return found._replace(
+            scores=StoredList(part.scores for part in parts) if has_scores else None,
+            moments=StoredList(part.moments for part in parts) if has_moments else None,
+        )
 
     def written(self, make: Callable[[], Tensor], text: WrittenText) -> Tensor:
         """Return the samples in the folder, or let the model write them and put them there."""
@@ -159,6 +195,25 @@ class FolderStore:
             except StateError as error:
                 warn_user(f"{what} the interrupted run {problem}: {error}")
         return from_main(found)
+
+
+def _prepared_files(prepared: Prepared) -> Iterator[tuple[str, bytes]]:
+    """Yield names and bytes of the files of a preparation: what is shared, then each layer's own, one at a time."""
+    yield PREPARED_FILE, to_blob(shared_tensors(prepared))
+    for layer in range(len(prepared.widths)):
+        tensors = layer_tensors(prepared.part(layer))
+        if tensors:
+            yield prepared_file(layer), to_blob(tensors)
+
+
+def prepared_file(layer: int) -> str:
+    """Return the name of the file of a layer's gradient scores and moments.
+
+    Example:
+        >>> prepared_file(17)
+        'prepared-00017.safetensors'
+    """
+    return f"prepared-{layer:05d}.safetensors"
 
 
 def layer_files(layer: int) -> tuple[str, str]:
