@@ -24,8 +24,8 @@ $RUN prune "$MODEL" --output "$OUTPUT" --pruning-ratio 0.5 --dtype bfloat16 --de
 RUNNING=$! STOPPED= CODE=0
 trap 'STOPPED=yes; kill -TERM "$RUNNING"' TERM
 wait "$RUNNING" || wait "$RUNNING" || CODE=$? # a signal ends the first wait, not the run
-# 143: SIGTERM ended it; what was finished is kept in the state beside the output.
-if [[ -n "$STOPPED" && "$CODE" == 143 ]]; then
+# It was told to end before it was done; what was finished is kept in the state beside the output.
+if [[ -n "$STOPPED" && "$CODE" != 0 ]]; then
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$CODE"

@@ -19,6 +19,7 @@ set -euo pipefail
 WAY="${1:-split}"
 MODEL="${2:-meta-llama/Llama-3.1-70B}"
 OUTPUT="${3:-pruned/${MODEL##*/}-0.5}"
+end() { kill -TERM "$RUNNING"; }
 OPTIONS=(--pruning-ratio 0.5 --dtype bfloat16 --resume)
 case "$WAY" in
   split)
@@ -29,6 +30,7 @@ case "$WAY" in
     otprune prune "$MODEL" --output "$OUTPUT" "${OPTIONS[@]}" --device-map auto --offload-folder "$OFFLOAD" "${@:4}" &
     ;;
   copies)
+    end() { scancel --signal=TERM "$SLURM_JOB_ID"; } # the tasks; srun itself would kill them at once
     # The tasks find each other by what torch and accelerate read, as torchrun sets it.
     MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
     export MASTER_ADDR MASTER_PORT="$((20000 + SLURM_JOB_ID % 20000))"
@@ -44,10 +46,10 @@ case "$WAY" in
     ;;
 esac
 RUNNING=$! STOPPED= CODE=0
-trap 'STOPPED=yes; kill -TERM "$RUNNING"' TERM
+trap 'STOPPED=yes; end' TERM
 wait "$RUNNING" || wait "$RUNNING" || CODE=$? # a signal ends the first wait, not the run
-# 143: SIGTERM ended it; what was finished is kept in the state beside the output.
-if [[ -n "$STOPPED" && "$CODE" == 143 ]]; then
+# It was told to end before it was done; what was finished is kept in the state beside the output.
+if [[ -n "$STOPPED" && "$CODE" != 0 ]]; then
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$CODE"

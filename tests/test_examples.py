@@ -74,12 +74,18 @@ def test_a_model_larger_than_the_memory_given_is_pruned_and_saved(tmp_path, monk
 STAND_INS = {
     "otprune": """
 printf '%s\\n' "$*" >> otprune.log
-if [[ "${RUNS:-}" == yes ]]; then trap 'exit 143' TERM; touch started; while true; do sleep 0.1; done; fi
+if [[ "${RUNS:-}" == yes ]]; then 
+  trap 'exit 143' TERM; echo $$ > pid; touch started
+  while true; do sleep 0.1; done
+fi
 exit "${FAILS:-0}"
 """,
     "srun": """
 while [[ "$1" != bash ]]; do shift; done
 SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NTASKS=1 exec "$@"
+""",
+    "scancel": """
+[[ "$*" == "--signal=TERM 7" ]] && kill -TERM "$(cat pid)"
 """,
     "scontrol": """
 if [[ "$1" == show ]]; then echo localhost; else printf '%s\\n' "$*" >> scontrol.log; fi
