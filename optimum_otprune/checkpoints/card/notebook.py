@@ -24,6 +24,7 @@ from optimum_otprune.storage.manifest import TOKENIZER_FILES
 NOTEBOOK_FILE = "notebook.ipynb"
 
 _OLDEST, _OLDEST_OF_NEW_NAMES = "4.57", "5.0"  # transformers that a saved folder is tested with
+_QUANTIZERS = ("torchao", "bitsandbytes")  # that a notebook may install: a report can be a stranger's
 _CODE = re.compile(r"^```python\n(.*?)^```\n", re.DOTALL | re.MULTILINE)
 
 
@@ -76,6 +77,7 @@ def notebook(config: PruningOptions, report: PruningReport, name: str, oldest: s
         base="A local model" if base is None else link(base, f"{HUB}/{base}"),
         share=report.pruning_ratio,
         address=f"{HUB}/{name}",
+        backends=[] if report.quantization is None else _backends(report.quantization.library),
         transformers=(None if uneven is None else uneven.needs_transformers) or oldest,
         name=literal(name),
         base_name=None if base is None else literal(base),
@@ -100,6 +102,10 @@ def notebook(config: PruningOptions, report: PruningReport, name: str, oldest: s
         "nbformat_minor": 5,
     }
     return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+
+
+def _backends(library: str) -> list[str]:
+    return [name for name in _QUANTIZERS if library.split()[:1] == [name]]
 
 
 def _cell(index: int, is_code: bool, text: str) -> dict[str, object]:

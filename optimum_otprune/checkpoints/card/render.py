@@ -7,6 +7,7 @@ from optimum_otprune.checkpoints.card.figures import FIGURES
 from optimum_otprune.checkpoints.card.markdown import escape, fenced, link, plain_text
 from optimum_otprune.checkpoints.card.metadata import card_metadata, copied_metadata
 from optimum_otprune.checkpoints.card.plots import PLOT_FILE
+from optimum_otprune.checkpoints.card.quantization import quantization_facts
 from optimum_otprune.checkpoints.card.recovery import recovery_citations, recovery_facts
 from optimum_otprune.checkpoints.card.reproduction import Rerun, command, literal, make_whole, python_lines
 from optimum_otprune.checkpoints.card.results import (
@@ -69,6 +70,7 @@ def model_card(
         report=report,
         has_tokenizer=has_tokenizer,
         plot=PLOT_FILE if has_plot else None,
+        quantization=None if report is None else quantization_facts(report.quantization),
         **values,
     )
 

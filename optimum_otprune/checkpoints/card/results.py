@@ -7,7 +7,8 @@ from optimum_otprune.checkpoints.card.markdown import escape, link
 from optimum_otprune.config.options import WRITTEN, PruningOptions
 from optimum_otprune.pruning.comparison import Comparison
 from optimum_otprune.pruning.layer_report import LayerReport, named_layers
-from optimum_otprune.pruning.report import ADDED_BIASES, PruningReport
+from optimum_otprune.pruning.report import PruningReport
+from optimum_otprune.pruning.serving import not_read_everywhere
 from optimum_otprune.storage.hub.client import is_hub_id
 
 HUB = "https://huggingface.co"
@@ -111,8 +112,7 @@ def limitations(report: PruningReport) -> list[str]:
     if harmed and (report.rescue_ratio >= 0 or len(harmed) < len(report.layers)):
         layers = _names(harmed)
         found.append(f"The rescue ratio of {layers} is negative: plain dropping would have been better there.")
-    if report.added_biases:
-        found.append(ADDED_BIASES)
+    found += not_read_everywhere(report.added_biases, report.widths, report.config)
     others = [layer for layer in report.outliers if layer.rescue_ratio >= 0]
     if others:
         found.append(

@@ -1,12 +1,14 @@
 """The notebook of a repository: made from the report, plain Python, strings of strangers as strings."""
 
 import ast
+import dataclasses
 import json
 
 import pytest
 
 from optimum_otprune.checkpoints.card.notebook import folder_notebook, notebook
 from optimum_otprune.config.configuration import OTPruningConfig
+from tests.pruning.test_quantization_report import QUANTIZED
 from tests.reports import evaluation, layer_report, make_report
 
 
@@ -54,6 +56,12 @@ def test_code_of_the_repository_is_run_only_where_the_model_needs_it_and_never_f
     assert "load(MODEL, trust_remote_code=True)" in code(found)
     assert "load(BASE)" in code(found)
     assert found[1][1].endswith('"transformers>=5.15"')
+
+
+@pytest.mark.parametrize(("library", "installed"), [("torchao 0.15", "torchao "), ("--index-url=https://x 1", "")])
+def test_a_quantized_model_brings_what_reads_it_and_nothing_of_a_strangers(library, installed):
+    found = cells(quantization=dataclasses.replace(QUANTIZED, library=library))
+    assert found[1][1] == f'%pip install --quiet accelerate {installed}"transformers>=4.57"'
 
 
 @pytest.mark.parametrize("name", ['a"b', "a\n```python\nimport os\n```\n", "<img src=x>"])
