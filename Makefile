@@ -6,10 +6,11 @@ READY = $(VENV)/.ready
 BENCH_READY = $(VENV)/.bench-ready
 BENCH_REAL_READY = $(VENV)/.bench-real-ready
 DOCS_READY = $(VENV)/.docs-ready
+SLOW_READY = $(VENV)/.slow-ready
 # Two processes that use all cores slow each other down many times over; the tests run one thread each.
 WORKERS ?= 2
 
-.PHONY: demo test test-slow test-newest test-clients quality style bench bench-quality bench-calibration bench-real bench-experts bench-gpu bench-quantization bench-scale cards docs release-check clean
+.PHONY: demo test test-slow test-newest test-clients quality style bench bench-quality bench-calibration bench-real bench-experts bench-gpu bench-quantization bench-scale leaderboard cards docs release-check clean
 
 demo: $(READY)
 	$(BIN)/otprune demo
@@ -17,7 +18,7 @@ demo: $(READY)
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not gpu and not multi_gpu"
 
-test-slow: $(READY)
+test-slow: $(SLOW_READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "slow"
 	OMP_NUM_THREADS=1 LAW_EXAMPLES=200 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/functional
 
@@ -111,6 +112,10 @@ bench-scale: $(READY)
 
 bench: bench-quality
 
+# One page of all rows of benchmarks/results, sortable by any column; run it after a measurement.
+leaderboard: $(READY)
+	$(BIN)/python benchmarks/leaderboard.py
+
 # The examples in model_cards, from the reports beside them; CARDS_ARGS=--prune prunes the embedded model again first.
 cards: $(READY)
 	$(BIN)/python model_cards/render.py $(CARDS_ARGS)
@@ -126,6 +131,11 @@ DIST ?= dist
 
 release-check:
 	PYTHON="$(PYTHON)" .ci/release-check "$(DIST)"
+
+# What slow tests alone need: Jupyter's kernel, without its pages.
+$(SLOW_READY): $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[notebooks]"
+	@touch $@
 
 $(DOCS_READY): $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"

@@ -81,6 +81,7 @@ def prune_model(
             lambda: Expected.of(
                 (block.read() for block in blocks), tokens, written, recipe.needs_gradients, recipe.weighs_errors
             ),
+            settings.spill,
         )
         saved_widths(config.non_uniform_format, prepared.widths, prunable.widths)  # as shared; called for its errors
         run = Run.begun(passes, recipe, prepared)

@@ -23,6 +23,9 @@ from optimum_otprune.pruning.report import PruningReport
 from optimum_otprune.pruning.task_results import TaskResult
 
 _TAGS = ("optimum-otprune", "pruning", "structured-pruning", "optimal-transport", "compression")
+# `base_model_relation` stays unset: none of its values (adapter, finetune, merge, quantized) is true; a tag says it.
+# https://huggingface.co/docs/hub/model-cards#specifying-a-base-model
+_PRUNED = "pruned"
 _UNNAMED_TYPE = "custom"
 
 
@@ -58,7 +61,7 @@ def card_metadata(config: PruningOptions, report: PruningReport | None, name: st
         **common,
         datasets=None if dataset is None else [dataset],
         metrics=metrics or None,
-        tags=[*_TAGS, *_architecture(report), *_quantization(report)],
+        tags=[_PRUNED, *_TAGS, *_architecture(report), *_quantization(report)],
         model_name=plain_text(name.rsplit("/", 1)[-1], max_length=96) or "model",
         eval_results=results or None,
         otprune={key: value for key, value in extra.items() if value is not None},

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from optimum_otprune.config.options import WRITTEN
+from optimum_otprune.checkpoints.card.markdown import escape, link
+from optimum_otprune.config.options import WRITTEN, PruningOptions
 from optimum_otprune.pruning.comparison import Comparison
 from optimum_otprune.pruning.layer_report import LayerReport, named_layers
 from optimum_otprune.pruning.report import PruningReport
@@ -29,6 +30,23 @@ _WELL_CALIBRATED = 2  # calibration tokens per channel that a fit of the layers 
 def hub_name(name: object) -> str | None:
     """Return a name if it could be one of the Hub's; None also for what data without a name are called."""
     return name if isinstance(name, str) and name not in UNNAMED_DATA and is_hub_id(name) else None
+
+
+def data_in_words(config: PruningOptions, data: str, split: str) -> str:
+    """Return a data set in the words of a card, in Markdown, with a link if it is one of the Hub's.
+
+    Args:
+        config: The options that the model was pruned with.
+        data: The data's name in a report.
+        split: The part of the data set that was used, or an empty string.
+    """
+    dataset = hub_name(data)
+    if dataset is None:
+        return UNNAMED_DATA.get(data) or f"data named “{escape(data)}”"
+    details = [config.dataset_config] if dataset == config.dataset and config.dataset_config else []
+    details += [f"split {split}"] if split else []
+    suffix = f" ({escape(', '.join(details))})" if details else ""
+    return link(dataset, f"{HUB}/datasets/{dataset}") + suffix
 
 
 def evaluated_on_calibration_data(report: PruningReport, pair: Comparison) -> bool | None:
