@@ -9,7 +9,7 @@ DOCS_READY = $(VENV)/.docs-ready
 # Two processes that use all cores slow each other down many times over; the tests run one thread each.
 WORKERS ?= 2
 
-.PHONY: demo test test-slow test-newest quality style bench bench-quality bench-calibration bench-real bench-experts bench-gpu bench-scale cards docs release-check clean
+.PHONY: demo test test-slow test-newest test-recipes quality style bench bench-quality bench-calibration bench-real bench-experts bench-gpu bench-scale cards docs release-check clean
 
 demo: $(READY)
 	$(BIN)/otprune demo
@@ -37,6 +37,17 @@ test-newest:
 	$(NEWEST_BIN)/python -m pip freeze --exclude-editable
 	OMP_NUM_THREADS=1 $(NEWEST_BIN)/python -m pytest -n $(WORKERS) --dist worksteal \
 	  -m "not slow and not gpu and not multi_gpu" $(addprefix --ignore=,$(NOT_NEWEST))
+
+# The recipes of docs/how-to/fine-tune.md, lm-eval, the notebooks and the page of examples/space (in Chromium, which is to
+# be there), in an environment of its own.
+RECIPES_VENV ?= .venv-recipes
+
+test-recipes:
+	$(PYTHON) -m venv $(RECIPES_VENV)
+	$(RECIPES_VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[eval,plots,recover,tests,tune]" \
+	  trl nbclient ipykernel playwright -r examples/space/requirements.txt
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RECIPES_VENV)/bin/python -m pytest -m "slow" tests/test_docs.py tests/test_space.py \
+	  tests/test_notebooks.py tests/benchmarks/test_lm_eval.py
 
 quality: $(READY)
 	$(BIN)/ruff check .
@@ -121,4 +132,4 @@ $(READY): pyproject.toml setup.py constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(NEWEST_VENV) $(SITE) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NEWEST_VENV) $(RECIPES_VENV) $(SITE) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

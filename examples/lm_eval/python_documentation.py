@@ -1,4 +1,4 @@
-"""The items of the task, read from the file beside this one: a path in the YAML would be from the working directory."""
+"""The items of the task, from the file beside this one: a path in the YAML would start at the working directory."""
 
 from pathlib import Path
 
