@@ -10,7 +10,7 @@ SLOW_READY = $(VENV)/.slow-ready
 # Two processes that use all cores slow each other down many times over; the tests run one thread each.
 WORKERS ?= 2
 
-.PHONY: demo test test-slow test-newest test-clients quality style bench bench-quality bench-calibration bench-real bench-experts bench-gpu bench-quantization bench-scale leaderboard cards docs release-check clean
+.PHONY: demo test test-slow test-newest test-clients test-recipes quality style bench bench-quality bench-calibration bench-real bench-experts bench-gpu bench-quantization bench-scale leaderboard cards docs release-check clean
 
 demo: $(READY)
 	$(BIN)/otprune demo
@@ -61,6 +61,17 @@ test-clients:
 	  "transformers<5.6" "huggingface-hub<1.22" "optimum~=2.3.0" "openvino>=2026.0" "openvino-tokenizers>=2026.0" "nncf>=3.3"
 	$(CLIENTS)/openvino/bin/python -m pip install --quiet --no-deps "optimum-intel>=2.2,<2.3"
 	OMP_NUM_THREADS=1 $(HERE)/python benchmarks/clients.py --environments $(CLIENTS) $(CLIENTS_ARGS)
+
+# The recipes of docs/how-to/fine-tune.md, lm-eval and the page of examples/space (in Chromium, which is to be there), in an
+# environment of its own.
+RECIPES_VENV ?= .venv-recipes
+
+test-recipes:
+	$(PYTHON) -m venv $(RECIPES_VENV)
+	$(RECIPES_VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[eval,plots,recover,tests,tune]" \
+	  trl playwright -r examples/space/requirements.txt
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RECIPES_VENV)/bin/python -m pytest -m "slow" tests/test_docs.py tests/test_space.py \
+	  tests/benchmarks/test_lm_eval.py
 
 quality: $(READY)
 	$(BIN)/ruff check .
@@ -159,4 +170,4 @@ $(READY): pyproject.toml setup.py constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(NEWEST_VENV) $(CLIENTS) $(SITE) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NEWEST_VENV) $(CLIENTS) $(RECIPES_VENV) $(SITE) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -2,7 +2,7 @@
 
 Python blocks of a page run one after the other in one namespace, in an empty folder, with a tiny model under the name
 of the one on the Hub. Lines of `otprune` are read by the real parser, and run after the comment `<!-- run -->`. Blocks
-after `<!-- needs network -->` are compiled only.
+after `<!-- needs network -->` are compiled only, as are those after `<!-- needs trl -->`, which a slow test runs.
 """
 
 import argparse
@@ -18,8 +18,10 @@ from typing import NamedTuple
 
 import datasets
 import pytest
+import torch
+from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from optimum_otprune import errors
 from optimum_otprune.commands.demo_texts import documentation_texts
@@ -38,8 +40,9 @@ from tests.test_layers import DOORS, FLOORS
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+FINE_TUNE = DOCS / "how-to" / "fine-tune.md"  # has a test that asserts more than that it runs
 HUB_ID = "meta-llama/Llama-3.2-1B"
-RUN, NETWORK = "<!-- run -->", "<!-- needs network -->"
+RUN, NETWORK, TRL = "<!-- run -->", "<!-- needs network -->", "<!-- needs trl -->"
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
@@ -133,14 +136,48 @@ def has_code(page: Path) -> bool:
     return any(block.language == "python" or block.mark == RUN for block in blocks(page))
 
 
-@pytest.mark.parametrize("page", names([page for page in PAGES if has_code(page)]))
+@pytest.mark.parametrize("page", names([page for page in PAGES if has_code(page) and page != FINE_TUNE]))
 def test_the_code_of_a_page_runs(page, workplace, registries, capsys):
+    run_page(page, capsys, without=(NETWORK, TRL))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is missing")
+@pytest.mark.filterwarnings("default")  # of libraries that are not this package's
+def test_a_pruned_folder_is_fine_tuned_by_trl_too(workplace, capsys):
+    names = run_page(FINE_TUNE, capsys, without=(NETWORK,))
+    losses = [entry["loss"] for entry in names["trainer"].state.log_history if "loss" in entry]
+    assert len(losses) == 4
+    tuned = AutoModelForCausalLM.from_pretrained("llama-sft")
+    pruned = AutoModelForCausalLM.from_pretrained("llama-half")
+    assert tuned.config.intermediate_size == pruned.config.intermediate_size == 256
+    assert not torch.equal(tuned.model.layers[0].mlp.up_proj.weight, pruned.model.layers[0].mlp.up_proj.weight)
+
+
+def test_a_fine_tuned_folder_is_the_pruned_one_with_other_weights_and_names_it(workplace, capsys):
+    names = run_page(FINE_TUNE, capsys, without=(NETWORK, TRL))
+    assert names["losses"][-1] < names["losses"][0]
+    tuned = AutoModelForCausalLM.from_pretrained("llama-tuned")
+    assert tuned.config.intermediate_size == 256
+    batch = names["batch"]
+    assert torch.allclose(tuned(**batch).logits, names["merged"](**batch).logits, atol=1e-5)
+    assert tuned(**batch, labels=batch["input_ids"]).loss.item() < names["losses"][0]
+    card = ModelCard.load("llama-tuned/README.md")
+    assert card.data.base_model == "you/llama-half"
+    assert card.data.base_model_relation == "finetune"
+    assert "pruning" in card.data.tags
+    assert torch.equal(names["alone"], names["drafted"])
+
+
+def run_page(page: str | Path, capsys, without: tuple[str, ...]) -> dict[str, object]:
+    """Run the code of a page, and return what it named."""
     namespace: dict[str, object] = {"__name__": "__main__"}
     for block in blocks(ROOT / page):
-        if block.language == "python" and block.mark != NETWORK:
+        if block.language == "python" and block.mark not in without:
             code = compile("\n" * (block.line - 1) + block.code, page, "exec")
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", category=UserWarning)
+                warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # PEFT 0.21 asks so
                 exec(code, namespace)
         elif block.language == "bash" and block.mark == RUN:
             for words in commands(block):
@@ -148,6 +185,7 @@ def test_the_code_of_a_page_runs(page, workplace, registries, capsys):
                 with warnings.catch_warnings():
                     warnings.filterwarnings("ignore", category=UserWarning)
                     assert run_command(*words[1:]) == 0, capsys.readouterr().err
+    return namespace
 
 
 def commands(block: Block) -> list[list[str]]:

@@ -198,6 +198,12 @@ def add_benchmark_options(parser: argparse.ArgumentParser) -> None:
         help="also measure DENSE cut to the share of channels that PRUNED kept, rounded to each of these multiples",
     )
     group.add_argument(
+        "--assistant",
+        nargs="*",
+        metavar="TEXT",
+        help="also measure DENSE writing --new-tokens after each text (default: a few) with PRUNED as its assistant",
+    )
+    group.add_argument(
         "--json",
         metavar="FILE",
         help="write everything measured there; an earlier such file is replaced",

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from optimum_otprune.checkpoints.load import load_checkpoint
 from optimum_otprune.commands.arguments import chosen
+from optimum_otprune.commands.assisted import AssistedSpeed, measure_assisted, read_prompts
 from optimum_otprune.commands.checks import BENCHMARK_KEYS
 from optimum_otprune.commands.speed import (
     BenchmarkSettings,
@@ -28,6 +29,7 @@ from optimum_otprune.errors import UsageError
 from optimum_otprune.models.devices import weight_bytes
 from optimum_otprune.models.ffn_block import FFNBlock
 from optimum_otprune.models.find_ffns import ffn_blocks
+from optimum_otprune.pruning.side_by_side import ComparedModel
 from optimum_otprune.pruning.versions import versions
 from optimum_otprune.storage.files import save_text
 from optimum_otprune.storage.hub.options import filled
@@ -53,12 +55,15 @@ def run_benchmark(args: argparse.Namespace) -> None:
         tuple(args.batch_sizes), tuple(args.seqlens), args.new_tokens, args.warm_up, args.repeats
     )
     check_numbers(settings, args.multiple_of)
-    dense = _load(args.dense, args, device, args.dtype)
-    pruned = _load(args.pruned, args, device, str(dense.dtype).removeprefix("torch."))
+    loaded_dense = _load("dense", args, device, args.dtype)
+    dense = loaded_dense.model
+    loaded_pruned = _load("pruned", args, device, str(dense.dtype).removeprefix("torch."))
+    pruned = loaded_pruned.model
     blocks = ffn_blocks(dense), ffn_blocks(pruned)
     check_comparable(*blocks)
     check_settings({"dense": dense, "pruned": pruned}, settings)
     widths = widths_by_multiple(*blocks, args.multiple_of)
+    prompts = None if args.assistant is None else read_prompts(loaded_dense, loaded_pruned, args.assistant, settings)
     models = {"dense": _describe(dense, blocks[0]), "pruned": _describe(pruned, blocks[1])}
     where: dict[str, Any] = {
         "device": device_name(device),
@@ -73,6 +78,9 @@ def run_benchmark(args: argparse.Namespace) -> None:
     comparisons = compare(dense, pruned, settings)
     _print_speeds(comparisons)
     _print_ratios(comparisons)
+    assisted = None if prompts is None else measure_assisted(dense, pruned, prompts, settings)
+    if assisted is not None:
+        _print_assisted(assisted)
     cuts = _measure_multiples(dense, widths, settings)
     if args.json is not None:
         content = {
@@ -80,6 +88,7 @@ def run_benchmark(args: argparse.Namespace) -> None:
             "settings": settings._asdict(),
             "models": models,
             "comparisons": [comparison.to_dict() for comparison in comparisons],
+            "assistant": None if assisted is None else assisted.to_dict(),
             "multiples": cuts,
             "versions": versions(),
         }
@@ -112,10 +121,11 @@ def device_name(device: torch.device) -> str:
     return f"{platform.machine()} CPU" if device.type == "cpu" else str(device)
 
 
-def _load(name: str, args: argparse.Namespace, device: torch.device, dtype: str) -> PreTrainedModel:
+def _load(side: str, args: argparse.Namespace, device: torch.device, dtype: str) -> ComparedModel:
     given = chosen(args, LoadingOptions)
     given |= {"dtype": dtype, "device_map": str(device)}
-    return load_checkpoint(name, filled(LoadingOptions, given)).model.eval()
+    found = load_checkpoint(getattr(args, side), filled(LoadingOptions, given))
+    return ComparedModel(side, found.model.eval(), found.tokenizer)
 
 
 def _describe(model: PreTrainedModel, blocks: Sequence[FFNBlock]) -> dict[str, object]:
@@ -174,6 +184,17 @@ def _print_ratios(comparisons: Sequence[SpeedComparison]) -> None:
         "Speed-ups, pruned against dense. Promised: by operations of FFN, attention and head. Reached: share of that"
     )
     print("speed-up. Time saved: share of the time that the removed operations promise to save.")
+
+
+def _print_assisted(found: AssistedSpeed) -> None:
+    print(f"\n{'dense':<19} {'tokens':>6} {'calls':>6} {'decode':>13}")
+    for name, writing in (("alone", found.alone), ("with its assistant", found.assisted)):
+        rate = writing.tokens / writing.seconds
+        print(f"{name:<19} {writing.tokens:>6} {writing.calls:>6} {rate:>7,.1f} tok/s")
+    print(
+        f"The pruned model as assistant saves {found.share_of_calls_saved:.1%} of the dense model's calls: "
+        f"{found.speedup:.2f} × as fast, the same text after {found.identical} of {len(found.alone.texts)} prompts."
+    )
 
 
 def _measure_multiples(

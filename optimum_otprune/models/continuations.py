@@ -8,13 +8,18 @@ from optimum_otprune.errors import UnsupportedModelError
 from optimum_otprune.models.inputs import input_device
 
 
-def greedy_continuation(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> Tensor:
+def greedy_continuation(
+    model: PreTrainedModel, prompt: Tensor, new_tokens: int, assistant: PreTrainedModel | None = None
+) -> Tensor:
     """Return the tokens that a model writes after a prompt, whatever its own generation settings are.
 
     Args:
         model: The model, which is put into evaluation mode.
         prompt: The prompt's token ids, LongTensor `(seqlen,)`.
         new_tokens: How many tokens are written; fewer where the model writes its end of text before.
+        assistant: A smaller model of the same vocabulary that drafts what `model` might write, in evaluation mode; the
+            tokens stay those of `model`, which checks several drafted ones in one call (speculative decoding, as in
+            https://arxiv.org/abs/2211.17192). None for none.
 
     Returns:
         LongTensor `(new_tokens,)` or shorter, on the CPU, the end of text included.
@@ -32,7 +37,9 @@ def greedy_continuation(model: PreTrainedModel, prompt: Tensor, new_tokens: int)
     ids = prompt[None].to(input_device(model))
     try:
         with torch.no_grad():
-            written = model.eval().generate(input_ids=ids, attention_mask=torch.ones_like(ids))  # type: ignore
+            written = model.eval().generate(  # type: ignore
+                input_ids=ids, attention_mask=torch.ones_like(ids), assistant_model=assistant
+            )
     finally:
         model.generation_config = own
     return written[0, len(prompt) :].cpu()
