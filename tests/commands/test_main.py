@@ -40,5 +40,5 @@ def test_hf_runs_the_command_as_its_extension_with_arguments_and_exit_code(hf):
     assert hf("otprune", "--version").stdout.strip() == f"otprune {version('optimum_otprune')}"
     wrong = hf("otprune", "verify", "no-such-folder")
     assert wrong.returncode == 1
-    assert "otprune verify: error: There is no folder 'no-such-folder' here" in wrong.stderr
+    assert "otprune verify: error: 'no-such-folder' is neither a folder nor a valid Hub id" in wrong.stderr
     assert "structured pruning by optimal transport" in hf("--help").stdout.lower()

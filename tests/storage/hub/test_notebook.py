@@ -26,13 +26,13 @@ def push(worker, folder, repo_id: str) -> int:
     return answer.result
 
 
-def test_a_push_adds_a_notebook_that_the_manifest_lists(hub, worker, pruned):
+def test_a_push_adds_a_notebook_that_the_manifest_lists(hub, worker, pruned, tmp_path):
     assert push(worker, pruned, "x") == 0  # a name alone is the token's own user's
     files = hub.state.files("me/x")
     assert 'MODEL = \\"me/x\\"' in files[NOTEBOOK].decode()
     assert 'from_pretrained("me/x")' in files["README.md"].decode()
     assert NOTEBOOK in json.loads(files["otprune_manifest.json"])["files"]
-    assert worker("verify", repo_id="me/x").errors == []
+    assert worker("verify", repo_id="me/x", cache_dir=str(tmp_path / "cache")).errors == []
     assert NOTEBOOK not in contents(pruned)
     assert push(worker, pruned, "me/x") == 0
     assert len(hub.state.repositories["me/x"].commits) == 2
@@ -47,7 +47,7 @@ def test_a_folder_that_was_pulled_is_pushed_under_another_name(hub, worker, prun
     assert run_command("verify", pulled) == 0
     push(worker, pulled, "me/y")
     assert 'MODEL = \\"me/y\\"' in hub.state.files("me/y")[NOTEBOOK].decode()
-    assert worker("verify", repo_id="me/y").errors == []
+    assert worker("verify", repo_id="me/y", cache_dir=str(tmp_path / "cache")).errors == []
 
 
 def test_a_notebook_of_ones_own_stays_in_the_repository_and_in_the_folder(hub, worker, pruned, tmp_path):
@@ -59,7 +59,7 @@ def test_a_notebook_of_ones_own_stays_in_the_repository_and_in_the_folder(hub, w
         files = hub.state.files("me/x")
         assert files[NOTEBOOK] == b"{}"
         assert NOTEBOOK not in json.loads(files["otprune_manifest.json"])["files"]
-        assert worker("verify", repo_id="me/x").errors == []
+        assert worker("verify", repo_id="me/x", cache_dir=str(tmp_path / "cache")).errors == []
     assert len(hub.state.repositories["me/x"].commits) == 3
     mine.rename(pruned / NOTEBOOK)
     push(worker, pruned, "me/y")

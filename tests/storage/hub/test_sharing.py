@@ -75,7 +75,7 @@ def test_results_that_were_added_are_pushed_shown_under_the_new_name_and_pulled_
     assert files[".eval_results/lm_eval.yaml"] == (pruned / ".eval_results" / "lm_eval.yaml").read_bytes()
     assert "| arc\\_easy | acc ↑ |" in files["README.md"].decode()
     assert "# x\n" in files["README.md"].decode()
-    assert worker("verify", repo_id="me/x").errors == []
+    assert worker("verify", repo_id="me/x", cache_dir=str(tmp_path / "cache")).errors == []
 
 
 def test_a_model_in_memory_is_pushed_and_pulled_verified(hub, worker, tmp_path):
