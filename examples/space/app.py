@@ -61,28 +61,30 @@ def prune(percent: float, method: str, prompt: str) -> Found:
     (data,), (text,) = found.data, found.prompts
     summary = pd.DataFrame(
         [
-            ("perplexity on unseen text, lower is better", f"{data.dense_perplexity:.2f}", f"{data.perplexity:.2f}"),
+            ("perplexity, lower is better", f"{data.dense_perplexity:.2f}", f"{data.perplexity:.2f}"),
             ("parameters", f"{found.dense.parameters:,}", f"{found.pruned.parameters:,}"),
-            ("most likely next token is the dense model's", "100 %", f"{data.agreement:.0%}"),
-            ("rescued of the removed channels' output", "", f"{report.rescue_ratio:.0%}"),
+            ("same next token", "100 %", f"{data.agreement:.0%}"),
+            ("rescued", "", f"{report.rescue_ratio:.0%}"),
         ],
         columns=["", "dense", "pruned"],
     )
     layers = pd.DataFrame(
         {
             "layer": [str(layer.layer) for layer in report.layers],
-            "channels kept": [layer.intermediate_size_after for layer in report.layers],
+            "kept": [layer.intermediate_size_after for layer in report.layers],
             "rescued, %": [round(100 * layer.rescue_ratio, 1) for layer in report.layers],
         }
     )
     return Found(summary, layers, text.prompt + text.dense, text.prompt + text.pruned)
 
 
-def shown(percent: float, method: str, prompt: str) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame, str, str]:
+def shown(percent: float, method: str, prompt: str) -> tuple[pd.DataFrame, gr.BarPlot, pd.DataFrame, str, str]:
     if not prompt.strip():
         raise gr.Error("Give a few words that both models go on with.")
     found = prune(percent, method, prompt)
-    return found.summary, found.layers, found.layers, found.dense_text, found.pruned_text
+    lowest = min(0.0, found.layers["rescued, %"].min())  # below 0 is worse than dropping
+    plot = gr.BarPlot(found.layers, y_lim=[lowest, 100])
+    return found.summary, plot, found.layers, found.dense_text, found.pruned_text
 
 
 def page() -> gr.Blocks:
@@ -99,9 +101,18 @@ def page() -> gr.Blocks:
             prompt = gr.Textbox(PROMPT, label="Both models go on with", max_length=200, elem_id="prompt")
         button = gr.Button("Prune", variant="primary", elem_id="prune")
         with gr.Row():
-            summary = gr.Dataframe(label="Before and after", interactive=False, elem_id="summary")
-            plot = gr.BarPlot(x="layer", y="rescued, %", title="Rescued by each layer, %", height=220, elem_id="plot")
-            layers = gr.Dataframe(label="Layer by layer", interactive=False, elem_id="layers")
+            summary = gr.Dataframe(
+                label="Before and after",
+                interactive=False,
+                column_widths=["44%", "28%", "28%"],
+                scale=5,
+                wrap=True,
+                elem_id="summary",
+            )
+            plot = gr.BarPlot(
+                x="layer", y="rescued, %", title="Rescued by each layer, %", height=220, scale=3, elem_id="plot"
+            )
+            layers = gr.Dataframe(label="Layer by layer", interactive=False, scale=3, elem_id="layers")
         with gr.Row():
             dense_text = gr.Textbox(label="The dense model writes", lines=6, elem_id="dense")
             pruned_text = gr.Textbox(label="The pruned model writes", lines=6, elem_id="pruned")
