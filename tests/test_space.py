@@ -1,7 +1,7 @@
 """The demo page in a browser: `examples/space` is started, a ratio and a method are picked, and what it shows is read.
 
-Needs gradio and playwright, and Chromium by Debian's name, none of which the other tests need: `make test-recipes` has
-an environment of its own. With `SPACE_SCREENSHOT=FILE.png` the picture of the docs is taken.
+Needs gradio and playwright, and Chromium by Debian's name, none of which the other tests need: `make test-recipes`
+makes an environment of its own. With `SPACE_SCREENSHOT=FILE.png` the picture of the docs is taken.
 """
 
 import os

@@ -63,7 +63,7 @@ def prune(percent: float, method: str, prompt: str) -> Found:
         [
             ("perplexity, lower is better", f"{data.dense_perplexity:.2f}", f"{data.perplexity:.2f}"),
             ("parameters", f"{found.dense.parameters:,}", f"{found.pruned.parameters:,}"),
-            ("same next token as dense", "100 %", f"{data.agreement:.0%}"),
+            ("same next token", "100 %", f"{data.agreement:.0%}"),
             ("rescued", "", f"{report.rescue_ratio:.0%}"),
         ],
         columns=["", "dense", "pruned"],
@@ -71,7 +71,7 @@ def prune(percent: float, method: str, prompt: str) -> Found:
     layers = pd.DataFrame(
         {
             "layer": [str(layer.layer) for layer in report.layers],
-            "channels kept": [layer.intermediate_size_after for layer in report.layers],
+            "kept": [layer.intermediate_size_after for layer in report.layers],
             "rescued, %": [round(100 * layer.rescue_ratio, 1) for layer in report.layers],
         }
     )
@@ -104,8 +104,9 @@ def page() -> gr.Blocks:
             summary = gr.Dataframe(
                 label="Before and after",
                 interactive=False,
-                column_widths=["50%", "25%", "25%"],
-                scale=4,
+                column_widths=["44%", "28%", "28%"],
+                scale=5,
+                wrap=True,
                 elem_id="summary",
             )
             plot = gr.BarPlot(
