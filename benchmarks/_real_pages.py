@@ -201,9 +201,15 @@ def cost_table(cells: Mapping[str, Any]) -> str:
     )
 
 
-def _row_name(name: str) -> tuple[str, str]:
+def named(name: str) -> tuple[str, float]:
+    """A cell's method in words, and its ratio; 0 of the dense one."""
     method, _, ratio = name.partition(":")
-    return _LABELS[method], f"{float(ratio):.0%}" if ratio else "–"
+    return _LABELS[method], float(ratio or 0)
+
+
+def _row_name(name: str) -> tuple[str, str]:
+    label, ratio = named(name)
+    return label, f"{ratio:.0%}" if ratio else "–"
 
 
 def _calibration(cell: Mapping[str, Any]) -> str:

@@ -237,7 +237,7 @@ def on_files(files: Any, config: Any) -> Any:
     """Called by mkdocs: add the measured results, which are kept beside the benchmarks, to the site."""
     from mkdocs.structure.files import File
 
-    for path in sorted([*RESULTS.glob("*.md"), *RESULTS.glob("*.png")]):
+    for path in sorted(path for kind in ("md", "png", "html") for path in RESULTS.glob(f"*.{kind}")):
         files.append(File.generated(config, f"benchmarks/results/{path.name}", abs_src_path=str(path)))
     return files
 

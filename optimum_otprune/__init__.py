@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from optimum_otprune.checkpoints.comparison.compare import compare_models
+    from optimum_otprune.checkpoints.quantize import quantize_model
     from optimum_otprune.config.configuration import OTPruningConfig
     from optimum_otprune.errors import OTPruneError
     from optimum_otprune.models.architectures import register_architecture
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from optimum_otprune.pruner import OTPruner
     from optimum_otprune.pruning.dry_run.plan import PruningPlan
     from optimum_otprune.pruning.model_comparison import ModelComparison
+    from optimum_otprune.pruning.quantization_report import QuantizationReport
     from optimum_otprune.pruning.report import LayerReport, PruningReport
 
 __version__ = "0.1.0"
@@ -28,7 +30,9 @@ _HOMES = {
     "ModelComparison": "pruning.model_comparison",
     "PruningPlan": "pruning.dry_run.plan",
     "PruningReport": "pruning.report",
+    "QuantizationReport": "pruning.quantization_report",
     "compare_models": "checkpoints.comparison.compare",
+    "quantize_model": "checkpoints.quantize",
     "register_architecture": "models.architectures",
 }
 
@@ -41,8 +45,10 @@ __all__ = [
     "OTPruningConfig",
     "PruningPlan",
     "PruningReport",
+    "QuantizationReport",
     "__version__",
     "compare_models",
+    "quantize_model",
     "register_architecture",
 ]
 

@@ -95,6 +95,18 @@ class MissingExtraError(OTPruneError, ImportError):
     """An optional library is needed that is not installed."""
 
 
+class ExportError(OTPruneError, RuntimeError):
+    """A program that writes or reads another format is missing or failed, or its result computes something else.
+
+    Attributes:
+        output: All that the program said, if it failed.
+    """
+
+    def __init__(self, *args: object, output: str = ""):
+        super().__init__(*args)
+        self.output = without_credentials(output)
+
+
 class ProcessError(OTPruneError, RuntimeError):
     """Another one of the processes that prune together stopped."""
 

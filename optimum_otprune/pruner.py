@@ -22,7 +22,7 @@ from optimum_otprune.models.agreement import DenseOutputs
 from optimum_otprune.models.changes import all_or_nothing, check_whole, dense_model
 from optimum_otprune.models.defaults import BATCH_SIZE, HIDDEN_MEMORY
 from optimum_otprune.models.devices import model_sizes
-from optimum_otprune.models.distributed import check_launch, check_model, check_single
+from optimum_otprune.models.distributed import check_launch, check_model, check_single, is_main_process
 from optimum_otprune.models.find_ffns import ffn_blocks
 from optimum_otprune.models.pass_settings import PassSettings
 from optimum_otprune.models.passes import Passes
@@ -214,8 +214,6 @@ class OTPruner(SearchMixin, RecoveryMixin, CheckpointMixin):
         settings = pass_settings(check_count("batch_size", batch_size), progress, max_hidden_memory, spill_folder)
         prunable = dense_model(self.model)
         check_model(self.model)
-        if resume_from is not None:
-            check_single("`resume_from`", "Leave it out, or start one.")
         recipe = Recipe.resolve(with_pruning_ratio(self.config, prunable), functions)
         state = state_path(resume_from)
         self._places |= noted_places(calibration_data=calibration_data, state=state, spill_folder=spill_folder)
@@ -226,7 +224,7 @@ class OTPruner(SearchMixin, RecoveryMixin, CheckpointMixin):
             pruned = prune_model(prunable, recipe, data.tokens, settings, store)
             origin = Origin(base_model=self.base_model, base_card=self.base_card, evaluations=tuple(self._evaluations))
             report = pruned.report(self.model, self.config, recipe, data, before, **origin)
-        self._unsaved_states = () if state is None else ((state, run),)
+        self._unsaved_states = () if state is None or not is_main_process() else ((state, run),)
         self._calibrated_on, self.report = data.tokens, report
         return report
 

@@ -114,6 +114,7 @@ def workplace(stand_in, tmp_path, monkeypatch) -> Path:
         return datasets.Dataset.from_dict({"text": [(seen if split == "train" else unseen)[0][:3_000]]})
 
     monkeypatch.setattr(documents.datasets, "load_dataset", of_hub)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -69,25 +70,111 @@ def test_a_model_larger_than_the_memory_given_is_pruned_and_saved(tmp_path, monk
     assert (tmp_path / "pruned" / "model.safetensors").is_file()
 
 
-def test_the_scripts_for_clusters_name_options_that_exist(tmp_path):
+# Programs of a cluster: `otprune` notes its arguments (RUNS=yes: and runs until it is told to end).
+STAND_INS = {
+    "otprune": """
+printf '%s\\n' "$*" >> otprune.log
+if [[ "${RUNS:-}" == yes ]]; then
+  trap 'exit 143' TERM; echo $$ > pid; touch started
+  while true; do sleep 0.1; done
+fi
+exit "${FAILS:-0}"
+""",
+    "srun": """
+while [[ "$1" != bash ]]; do shift; done
+SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NTASKS=1 exec "$@"
+""",
+    "scancel": """
+[[ "$*" == "--signal=TERM 7" ]] && kill -TERM "$(cat pid)"
+""",
+    "scontrol": """
+if [[ "$1" == show ]]; then echo localhost; else printf '%s\\n' "$*" >> scontrol.log; fi
+""",
+}
+OF_SLURM = {
+    **{"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_NUM_NODES": "1"},
+    **{"SLURM_GPUS_ON_NODE": "1", "SLURM_CPUS_ON_NODE": "8"},
+}
+WAYS = (["start.sh"], ["slurm.sh"], ["slurm_multi_gpu.sh", "split"], ["slurm_multi_gpu.sh", "copies"])
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start a script for a cluster among stand-ins, in an empty folder."""
+    for name, text in STAND_INS.items():
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).write_text(f"#!/usr/bin/env bash{text}")
+        (tmp_path / "bin" / name).chmod(0o755)
+    path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
+
+    def start(script: str, *arguments: str, **variables: str) -> subprocess.Popen:
+        environment = {**os.environ, "PATH": path, **OF_SLURM, **variables}
+        with (tmp_path / "errors").open("w") as errors:
+            return subprocess.Popen(
+                ["bash", EXAMPLES / script, *arguments], cwd=tmp_path, env=environment, stderr=errors
+            )
+
+    return start
+
+
+@pytest.mark.parametrize("way", WAYS, ids=" ".join)
+def test_the_scripts_for_clusters_give_options_that_exist_and_can_go_on(start, tmp_path, way):
     from argparse import ArgumentParser
 
     from optimum_otprune.commands.parser import PruneCommand
 
     parser = ArgumentParser()
     PruneCommand.parse_args(parser)
-    for script in ("slurm.sh", "slurm_multi_gpu.sh", "start.sh"):
-        path = EXAMPLES / script
-        assert subprocess.run(["bash", "-n", path]).returncode == 0
-        text = path.read_text()
-        words = text.replace('"${OPTIONS[@]}"', text.partition("OPTIONS=(")[2].partition(")")[0])
-        lines = [line.partition(" prune ")[2] for line in words.splitlines() if " prune " in line and line[0] != "#"]
-        assert lines
-        for line in lines:
-            parser.parse_args(line.replace('"', "").split())
-    usage = subprocess.run(["bash", EXAMPLES / "slurm_multi_gpu.sh", "both"], capture_output=True, text=True)
-    assert usage.returncode == 2
-    assert "usage: sbatch" in usage.stderr
+    for arguments in ([], ["model", "out", "--quality", "fast"]):
+        assert start(*way, *arguments).wait(timeout=30) == 0
+        *planned, line = (tmp_path / "otprune.log").read_text().splitlines()
+        (tmp_path / "otprune.log").unlink()
+        assert all(words.endswith("--dry-run") for words in planned)
+        assert line.startswith("prune ")
+        parsed = parser.parse_args(line.split()[1:])
+        assert parsed.resume is not None
+        assert parsed.pruning_ratio == 0.5
+        if arguments:
+            assert (parsed.model, parsed.output, parsed.quality) == ("model", "out", "fast")
+        else:
+            assert parsed.model.startswith("meta-llama/")
+    assert not (tmp_path / "scontrol.log").exists()
+
+
+@pytest.mark.parametrize("way", WAYS[1:], ids=" ".join)
+def test_a_job_that_is_told_to_end_is_queued_again_and_one_that_fails_is_not(start, tmp_path, way):
+    assert start(*way, "model", "out", FAILS="1").wait(timeout=30) == 1
+    assert not (tmp_path / "scontrol.log").exists()
+    if way[-1] == "split":
+        return  # its dry run comes first, which the stand-in would not end
+    job = start(*way, "model", "out", RUNS="yes")
+    end = time.monotonic() + 30
+    while not (tmp_path / "started").exists():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    job.terminate()
+    assert job.wait(timeout=30) == 143
+    assert (tmp_path / "scontrol.log").read_text() == "requeue 7\n"
+
+
+def test_a_way_that_there_is_not_is_told(start, tmp_path):
+    assert start("slurm_multi_gpu.sh", "both").wait(timeout=30) == 2
+    assert "usage: sbatch" in (tmp_path / "errors").read_text()
+
+
+@pytest.mark.parametrize("recipe", ["otprune.def", "Dockerfile"])
+def test_containers_are_made_of_the_wheel_and_the_constraints_alone(recipe):
+    text = (EXAMPLES / recipe).read_text()
+    lines = [line.strip() for line in text.splitlines() if not line.lstrip().startswith("#")]
+    copied = [line for line in lines if "/opt/otprune" in line and "pip" not in line]
+    assert {word for line in copied for word in line.split()} <= {
+        *("COPY", "dist/*.whl", "constraints.txt", "/opt/otprune/", "/opt/otprune/constraints.txt")
+    }
+    (installed,) = (line for line in lines if "pip install" in line)
+    assert installed.endswith(
+        "pip install --no-cache-dir --constraint /opt/otprune/constraints.txt /opt/otprune/*.whl"
+    )
+    assert (EXAMPLES.parent / "constraints.txt").is_file()
 
 
 def test_the_references_own_command_line_prunes_and_then_evaluates(llama_folder, tokens, tmp_path):

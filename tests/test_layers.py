@@ -35,10 +35,14 @@ DOORS = {
     "evaluate": {"models/perplexity.py"},
     "scipy": {"functional/costs.py"},
     "peft": {"models/low_rank.py"},  # an extra
+    "torchao": {"models/quantizers.py"},  # an extra
     "optuna": {"pruning/tuning/search.py"},  # an extra
     "matplotlib": {"checkpoints/card/plots.py"},  # an extra
     "jinja2": {"checkpoints/card/templates.py", "pruning/calibration/documents.py"},  # what a chat template raises
     "yaml": {"checkpoints/card/base_card.py"},
+    "onnxruntime": {"checkpoints/export/onnx_runtime.py"},  # an extra
+    "openvino": {"checkpoints/export/openvino_runtime.py"},  # an extra
+    "llama_cpp": {"checkpoints/export/llama_runtime.py"},  # an extra
 }
 
 

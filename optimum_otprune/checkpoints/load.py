@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils import cached_file
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from optimum_otprune.checkpoints.card.base_card import read_base_card
 from optimum_otprune.checkpoints.sources import (
@@ -82,12 +83,20 @@ class Checkpoint(NamedTuple):
     base_card: Mapping[str, object]
 
 
-def load_checkpoint(name: str, options: LoadingOptions) -> Checkpoint:
+def load_checkpoint(
+    name: str,
+    options: LoadingOptions,
+    *,
+    may_be_quantized: bool = False,
+    quantization: QuantizationConfigMixin | None = None,
+) -> Checkpoint:
     """Load a model with its tokenizer and the files that pruning left beside it.
 
     Args:
         name: Hub id or local folder.
         options: All options of loading, as `check_loading_options` returns them.
+        may_be_quantized: Whether a model with quantized weights is taken, to be run only.
+        quantization: How transformers quantizes the weights while it loads them; None leaves them as they are.
 
     Raises:
         ModelLoadError: If it cannot be found or read, or tensors are missing.
@@ -97,12 +106,12 @@ def load_checkpoint(name: str, options: LoadingOptions) -> Checkpoint:
     name, options = _expanded(name, options)
     hub = part(HubOptions, options)
     with _loading(name):
-        _check_source(name)
+        _check_source(name, may_be_quantized=may_be_quantized)
     if options["verify"]:
         commit = verify_saved(name, **hub)
         if commit is not None:
             hub["revision"] = commit  # load exactly the verified commit
-    loader = _checked_loader(name, hub)
+    loader = _checked_loader(name, hub, may_be_quantized)
     remote = _remote(options)
     placement: dict[str, Any] = {**part(PlacementOptions, options)}
     device = own_device()
@@ -110,6 +119,8 @@ def load_checkpoint(name: str, options: LoadingOptions) -> Checkpoint:
         placement["device_map"] = {"": device}  # each of several processes has the model on its own accelerator
     if options["load_in_8bit"]:
         placement["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    if quantization is not None:
+        placement["quantization_config"] = quantization
     with _loading(name):
         loaded: Any = loader.from_pretrained(
             name, **hub, **remote, **placement, use_safetensors=True, output_loading_info=True
@@ -217,22 +228,22 @@ def hub_id(name: str | None) -> str | None:
     return name if name and not os.path.exists(name) and is_hub_id(name) else None
 
 
-def _check_source(name: str, needs_weights: bool = True) -> None:
+def _check_source(name: str, needs_weights: bool = True, may_be_quantized: bool = False) -> None:
     path = Path(name)
     if path.is_dir():
-        check_folder(path, needs_weights)
+        check_folder(path, needs_weights, may_be_quantized)
     elif path.is_file():
         check_file(path)
     elif hub_id(name) is None:
         raise ModelLoadError(f"{path.name[:80]!r} is neither a folder nor a valid Hub id of the form 'user/name'.")
 
 
-def _checked_loader(name: str, hub: HubOptions) -> Any:
+def _checked_loader(name: str, hub: HubOptions, may_be_quantized: bool = False) -> Any:
     """Return the auto class that loads a model; the configuration of one of the Hub is checked as that of a folder."""
     with _loading(name):
         config, _ = PreTrainedConfig.get_config_dict(name, **hub)
     if not Path(name).is_dir():
-        check_config(_shown(name), config, _optional_file(name, ADAPTER_FILE, hub) is not None)
+        check_config(_shown(name), config, _optional_file(name, ADAPTER_FILE, hub) is not None, may_be_quantized)
     return getattr(transformers, loading_class(config))
 
 

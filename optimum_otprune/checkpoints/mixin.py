@@ -8,7 +8,7 @@ from typing import Unpack
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from optimum_otprune.checkpoints.push import check_push, push_saved, refuse_push_options
+from optimum_otprune.checkpoints.push import check_push, push_saved, push_saved_once, refuse_push_options
 from optimum_otprune.checkpoints.save import Contents, save_checkpoint
 from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.models.changes import check_whole
@@ -16,7 +16,7 @@ from optimum_otprune.models.distributed import check_single, is_main_process, wa
 from optimum_otprune.pruning.report import PruningReport
 from optimum_otprune.pruning.resume import forget
 from optimum_otprune.storage.hub.options import PushOptions
-from optimum_otprune.storage.hub.push import PushResult, push_folder
+from optimum_otprune.storage.hub.push import PushResult
 from optimum_otprune.storage.outputs import output_path, resolved_output
 
 
@@ -102,7 +102,7 @@ class CheckpointMixin:
         name = check_push(repo_id, options)
         with tempfile.TemporaryDirectory(prefix="otprune-push-") as parent:
             folder = self._save(Path(parent) / name.split("/")[-1], False, max_shard_size, name)
-            return push_folder(folder, name, **options)
+            return push_saved_once(folder, name, **options)
 
     def _save_for_good(self, folder: Path, overwrite: bool, max_shard_size: int | str | None) -> Path:
         """Save the model, and remove the states of runs, which are not needed any more."""

@@ -6,16 +6,19 @@ from pathlib import Path
 from typing import Unpack
 
 from optimum_otprune.checkpoints.card.folder import folder_card
+from optimum_otprune.checkpoints.card.notebook import NOTEBOOK_FILE, folder_notebook
 from optimum_otprune.config.options_file import CONFIG_FILE
 from optimum_otprune.errors import ConfigurationError
 from optimum_otprune.pruning.report import REPORT_FILE, PruningReport
 from optimum_otprune.storage.hub.options import PUSH_OPTION, PushOptions, filled
-from optimum_otprune.storage.hub.preflight import check_hub_access
+from optimum_otprune.storage.hub.preflight import check_hub_access, full_name
 from optimum_otprune.storage.hub.push import PushResult, push_folder
 
 
 def push_saved(folder: Path, repo_id: str, **options: Unpack[PushOptions]) -> PushResult:
     """Push a saved folder, its card naming the repository unless it was edited by hand or cites what no file holds.
+
+    The repository gets a notebook, too, unless it or the folder has one that is not of a push.
 
     Args:
         folder: A folder that `save_pretrained` wrote; it stays as it is.
@@ -26,9 +29,31 @@ def push_saved(folder: Path, repo_id: str, **options: Unpack[PushOptions]) -> Pu
         IntegrityError: If the folder is not as it was saved.
         HubError: If the push fails; the same call may be repeated.
     """
-    has_configuration = (folder / CONFIG_FILE).is_file()
-    own_card = partial(_own_card, folder, repo_id) if has_configuration else None
-    return push_folder(folder, repo_id, own_card=own_card, **options)
+    if not (folder / CONFIG_FILE).is_file():
+        return push_folder(folder, repo_id, **options)
+    name = full_name(repo_id, options.get("token"))
+    card, notebook = partial(_own_card, folder, name), partial(_own_notebook, folder, name)
+    return push_folder(folder, name, own_card=card, added=notebook, **options)
+
+
+def push_saved_once(folder: Path, name: str, **options: Unpack[PushOptions]) -> PushResult:
+    """Push a folder that was saved under the repository's name, with its card as it is, and a notebook.
+
+    Args:
+        folder: A folder that was saved for this push.
+        name: The repository, as `user/name`.
+        **options: The options of pushing.
+
+    Raises:
+        HubError: If the push fails; the same call may be repeated.
+    """
+    return push_folder(folder, name, added=partial(_own_notebook, folder, name), **options)
+
+
+def _own_notebook(folder: Path, name: str) -> dict[str, str]:
+    """Return the notebook by its file's name, where there can be one."""
+    text = folder_notebook(folder, name)
+    return {} if text is None else {NOTEBOOK_FILE: text}
 
 
 def _own_card(folder: Path, name: str) -> str | None:

@@ -60,12 +60,13 @@ _OTHER_WEIGHTS: tuple[tuple[str, str], ...] = (
 )
 
 
-def check_folder(folder: Path, needs_weights: bool = True) -> None:
+def check_folder(folder: Path, needs_weights: bool = True, may_be_quantized: bool = False) -> None:
     """Raise an error if a folder holds no model of text in safetensors files.
 
     Args:
         folder: A folder of this machine.
         needs_weights: Whether weights must be there besides the configuration.
+        may_be_quantized: Whether they may be quantized.
 
     Raises:
         ModelLoadError: If there is none; the message says what the folder holds, and what to do.
@@ -74,7 +75,7 @@ def check_folder(folder: Path, needs_weights: bool = True) -> None:
         _raise_other_folder(folder)
     _check_pointers(folder)
     config = _json(folder / "config.json")
-    check_config(f"The folder {folder.name!r}", config, (folder / ADAPTER_FILE).is_file())
+    check_config(f"The folder {folder.name!r}", config, (folder / ADAPTER_FILE).is_file(), may_be_quantized)
     if not needs_weights:
         return
     if (folder / INDEX_FILE).is_file():
@@ -95,13 +96,14 @@ def check_file(file: Path) -> None:
     raise ModelLoadError(f"{file.name!r} is a file. Give the folder that holds it, with its config.json.")
 
 
-def check_config(what: str, config: Mapping[str, object], has_adapter: bool) -> None:
+def check_config(what: str, config: Mapping[str, object], has_adapter: bool, may_be_quantized: bool = False) -> None:
     """Raise an error if a configuration is not of a model of text with plain weights.
 
     Args:
         what: The words for the model in messages.
         config: The content of config.json.
         has_adapter: Whether `ADAPTER_FILE` lies beside it.
+        may_be_quantized: Whether a model is taken that is only to be run.
 
     Raises:
         ModelLoadError: If it is of another kind; the message names the kind, and what to do.
@@ -113,12 +115,12 @@ def check_config(what: str, config: Mapping[str, object], has_adapter: bool) -> 
         )
     _check_values(what, config)
     quantization = config.get("quantization_config")
-    if quantization:
+    if quantization and not may_be_quantized:
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
         raise ModelLoadError(
             f"{what} is quantized{f' ({visible(method, 60)})' if isinstance(method, str) else ''}, as its "
             "`quantization_config` says; packed weights cannot be pruned. Prune the original model, save it, and "
-            "quantize the pruned one."
+            "quantize the pruned one; `otprune compare` measures what that gives."
         )
     auto = loading_class(config)
     if auto not in TASKS:

@@ -34,7 +34,7 @@ from optimum_otprune.errors import IntegrityError, UsageError
 from optimum_otprune.models.agreement import DenseOutputs
 from optimum_otprune.models.changes import check_dense
 from optimum_otprune.models.devices import weight_bytes
-from optimum_otprune.models.distributed import check_model, check_single, is_main_process, wait_for_all
+from optimum_otprune.models.distributed import check_model, check_single, from_main, is_main_process, wait_for_all
 from optimum_otprune.models.pass_settings import PassSettings
 from optimum_otprune.models.training import check_trainable
 from optimum_otprune.pruner import OTPruner
@@ -58,14 +58,15 @@ def prune(args: argparse.Namespace) -> None:
     spill_path(args.spill_folder)
     output, state = output_path(args.output), state_folder(args)
     config = given_config(args)
-    if state is not None:
-        check_single("`--resume`", "Leave it out, or start one.")
+    if state is not None and args.recover is not None:
+        check_single("`--resume` with `--recover`", "Leave one out and `otprune recover` later, or start one.")
     is_new = args.overwrite or args.dry_run
     if is_main_process() and not args.dry_run:
         recover_folder(output)
-    is_saved = (
-        state is not None and not is_new and _was_saved(args.model, output, state, config, recovery_state_folder(args))
-    )
+    is_saved = False
+    if state is not None and not is_new:
+        recovery = recovery_state_folder(args)
+        is_saved = from_main(is_main_process() and _was_saved(args.model, output, state, config, recovery))
     if not is_saved:
         check_output_folder(output, args.overwrite)
     target = PushOptions(private=args.private or None, token=args.token)
@@ -120,7 +121,7 @@ def saved_report(output: Path, state: Path) -> PruningReport | None:
 
 
 def _prune_and_save(args: argparse.Namespace, config: OTPruningConfig, output: Path, state: Path | None) -> None:
-    if state is not None:
+    if state is not None and is_main_process():
         with StateFolder.opened(state):
             pass  # a folder that cannot be used is an error before a model is loaded
     pruner = OTPruner.from_pretrained(args.model, config, **chosen(args, LoadingOptions))

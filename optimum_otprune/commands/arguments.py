@@ -82,7 +82,7 @@ def _argument(option: Option) -> dict[str, Any]:
         return argument | {"nargs": "*", "type": _by_layer, "metavar": "LAYER=X"}
     if isinstance(option.names, tuple):
         return argument | {"choices": option.names}
-    if option.rules.units is not None:
+    if option.rules.units is not None or option.rules.words is not None:
         return argument | {"metavar": "N", "type": _number_or_text}
     return argument | {"type": option.kind, "metavar": {int: "N", float: "X", str: "NAME"}[option.kind]}
 
@@ -343,9 +343,9 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add_debug_option(group)
 
 
-def add_saved_folder(parser: argparse.ArgumentParser) -> None:
+def add_saved_folder(parser: argparse.ArgumentParser, metavar: str = "OUT") -> None:
     """Add the folder of a command that takes what `otprune prune` wrote."""
-    parser.add_argument("folder", metavar="OUT", help="folder that `otprune prune` wrote")
+    parser.add_argument("folder", metavar=metavar, help="folder that `otprune prune` wrote")
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:

@@ -19,7 +19,7 @@ from optimum_otprune.config.checks import check_count, check_option, check_size
 from optimum_otprune.config.options import BUDGET_FIELDS, OPTIONS_BY_NAME
 from optimum_otprune.config.recovery_options import RecoveryOptions, RecoverySettings
 from optimum_otprune.errors import ConfigurationError, OutputError, UsageError
-from optimum_otprune.models.defaults import SWEEP_FILE, SWEEP_PLOT
+from optimum_otprune.models.defaults import EXPORT_TYPES, SWEEP_FILE, SWEEP_PLOT
 from optimum_otprune.storage.hub.retries import Deadline
 from optimum_otprune.storage.manifest import MANIFEST_FILE
 from optimum_otprune.storage.outputs import (
@@ -179,6 +179,23 @@ def compare(args: argparse.Namespace) -> None:
             check_place(output, noted_places(evaluation_data=data))
         check_output_folder(output, args.overwrite, places=places)
         _check_comparison(output)
+
+
+def export(args: argparse.Namespace) -> None:
+    """Check the arguments of `otprune export`."""
+    if args.type is not None and args.type not in EXPORT_TYPES[args.to]:
+        raise UsageError(
+            f"`--type {args.type}` is not written to {args.to}; want one of {', '.join(EXPORT_TYPES[args.to])}."
+        )
+    output = usage(lambda: output_path(args.output))
+    check_output_folder(output, args.overwrite, places=noted_places(source_model=args.folder))
+
+
+def quantize(args: argparse.Namespace) -> None:
+    """Check the arguments of `otprune quantize`."""
+    output = usage(lambda: output_path(args.output))
+    places = noted_places(source_model=args.folder, offload_folder=args.offload_folder)
+    check_output_folder(output, args.overwrite, places=places)
 
 
 def demo(args: argparse.Namespace) -> None:

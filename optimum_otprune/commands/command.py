@@ -40,8 +40,9 @@ class Command(BaseOptimumCLICommand):
                 action = getattr(_imported(self.actions), self.action or self.COMMAND.name)
                 self._has_begun = True
                 action(self.args)
-        except (OTPruneError, KeyboardInterrupt, MemoryError) as error:
-            if self.args.debug:
+        except (OTPruneError, KeyboardInterrupt, MemoryError, RuntimeError) as error:
+            is_known = not isinstance(error, RuntimeError) or isinstance(error, OTPruneError) or _ran_out(error)
+            if self.args.debug or not is_known:
                 raise
             code, message = _outcome(error)
             print(f"otprune {self.COMMAND.name}: error: {message}{self._advice(error)}", file=sys.stderr)
@@ -72,10 +73,18 @@ def _imported(module: str) -> ModuleType:
         return import_module(module)
 
 
+def _ran_out(error: RuntimeError) -> bool:
+    """Return whether the memory of an accelerator ran out; torch is not imported to find out."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)
+
+
 def _outcome(error: BaseException) -> tuple[int, str]:
     """Return the exit code and the message."""
     if isinstance(error, KeyboardInterrupt):
         return (143, "terminated.") if isinstance(error, Terminated) else (130, "interrupted.")
     if isinstance(error, MemoryError):
         return 1, f"memory ran out{f' ({one_line(error)})' if str(error) else ''}. Close other programs, or use less."
+    if isinstance(error, RuntimeError) and _ran_out(error):
+        return 1, "the memory of the device ran out. Use smaller batches or samples, or a device with more memory."
     return 2 if isinstance(error, UsageError) else 1, one_line(error)

@@ -27,7 +27,8 @@ from optimum_otprune.commands.arguments import (
     add_windows_option,
 )
 from optimum_otprune.commands.command import Command
-from optimum_otprune.models.defaults import SWEEP_RATIOS, TRIALS
+from optimum_otprune.config.loading_options import PlacementOptions
+from optimum_otprune.models.defaults import EXPORT_TYPES, SCHEMES, SWEEP_RATIOS, TRIALS
 from optimum_otprune.storage.hub.options import HubOptions, PushOptions
 
 _READING = "optimum_otprune.commands.reading"
@@ -203,6 +204,54 @@ class CompareCommand(Command):
         add_compare_options(parser)
 
 
+class ExportCommand(Command):
+    """`otprune export`."""
+
+    actions = "optimum_otprune.commands.export"
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        """Options."""
+        add_saved_folder(parser)
+        parser.add_argument("--to", required=True, choices=tuple(EXPORT_TYPES), help="the format to write")
+        add_output_options(parser)
+        parser.add_argument(
+            "--type",
+            choices=tuple(dict.fromkeys(kind for kinds in EXPORT_TYPES.values() for kind in kinds)),
+            help="type of the weights (default: the folder's, or f32 where the format is not written with that)",
+        )
+        parser.add_argument(
+            "--tool",
+            metavar="PROGRAM",
+            help="the program that writes it: llama.cpp's convert_hf_to_gguf.py, or the optimum-cli of an environment "
+            "with optimum-onnx or optimum-intel (default: what is found here)",
+        )
+        add_debug_option(parser)
+
+
+class QuantizeCommand(Command):
+    """`otprune quantize`."""
+
+    actions = "optimum_otprune.commands.quantize"
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        """Options."""
+        add_saved_folder(parser, "FOLDER")
+        add_output_options(parser)
+        parser.add_argument(
+            "--scheme",
+            choices=SCHEMES,
+            default=SCHEMES[0],
+            help="int8 or int4 (torchao, a byte a weight in both), or nf4 (bitsandbytes, half a byte); default: "
+            "%(default)s",
+        )
+        add_options(parser.add_argument_group("loading"), PlacementOptions)
+        parser.add_argument("--trust-remote-code", action="store_true", help="run modeling code from the folder")
+        parser.add_argument("--quiet", action="store_true", help="no progress bars of loading")
+        add_debug_option(parser)
+
+
 class ReportCommand(Command):
     """`otprune report`."""
 
@@ -312,6 +361,8 @@ class OTPruneCommand(BaseOptimumCLICommand):
             "compare", "Show on data and prompts what a pruned model lost beside the dense one.", CompareCommand
         ),
         CommandInfo("benchmark", "Compare speed and memory of a dense and a pruned model.", BenchmarkCommand),
+        CommandInfo("export", "Export a saved model to GGUF, ONNX or OpenVINO, and compare.", ExportCommand),
+        CommandInfo("quantize", "Save a pruned model with weights in 8 or 4 bits.", QuantizeCommand),
         CommandInfo("report", "Print what pruning did to a saved model.", ReportCommand),
         CommandInfo("card", "Make the model card of a saved model again.", CardCommand),
         CommandInfo("push", "Push a saved model to the Hub, in one commit.", PushCommand),

@@ -34,6 +34,8 @@ def report(args: argparse.Namespace) -> None:
     print(calibration_words(saved))
     for recovery in saved.recoveries:
         print(recovery)
+    if saved.quantization is not None:
+        print(saved.quantization)
     for metrics in saved.evaluations:
         print(f"Perplexity of the {metrics['stage']} model: {metrics['perplexity']:.2f} ({protocol(metrics)})")
         tell_agreement(metrics)

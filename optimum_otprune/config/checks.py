@@ -56,6 +56,12 @@ def check_option(option: Option, value: object, is_saved: bool = False) -> Any:
         return _checked_quantity(option, value, problem)
     if option.rules.registry is not None:
         return _checked_function(option, value, problem)
+    if option.rules.words is not None and isinstance(value, str):
+        if value not in option.rules.words:
+            raise ConfigurationError(
+                f"{unknown_name(f'`{option.name}`', value, option.rules.words)} Or give a number."
+            )
+        return value
     if option.kind is not str:
         number = whole_number(value) if option.kind is int else real_number(value)
         if number is None or not _in_range(option, number):
@@ -233,8 +239,9 @@ def _wanted(option: Option) -> str:
         if bound is not None
     ]
     of = f" of {', '.join(option.choices)}" if option.choices else ""
+    words = f", or one of {', '.join(option.rules.words)}" if option.rules.words else ""
     share = ", or a share between 0 and 1 such as '70%' or 0.7" if option.rules.units is not None else ""
-    return kind + of + (" " + " and ".join(bounds) if bounds else "") + share
+    return kind + of + (" " + " and ".join(bounds) if bounds else "") + words + share
 
 
 def hidden_memory(limit: int | float | str) -> int:

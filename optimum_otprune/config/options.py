@@ -12,7 +12,7 @@ from importlib.metadata import version
 from typing import Any, Literal, NamedTuple, TypeAlias, Union, get_args, get_origin, get_type_hints
 
 from optimum_otprune.config.presets import METHODS, QUALITIES
-from optimum_otprune.config.quantities import COUNT_UNITS, LARGEST_COUNT, LARGEST_SEED, SIZE_UNITS
+from optimum_otprune.config.quantities import COUNT_UNITS, LARGEST_COUNT, LARGEST_SEED, MULTIPLES, SIZE_UNITS
 from optimum_otprune.functional.registry import Registry
 from optimum_otprune.models.save_formats import save_formats
 
@@ -32,6 +32,7 @@ class Rules(NamedTuple):
         below: A number that all values are smaller than.
         above: A number that all values are larger than.
         choices: The names that are allowed, where the type does not list them, or the registry that knows them.
+        words: The numbers that names stand for, for integers that may be given by name.
         units: The multipliers by suffix, for numbers that may be given as strings, or as shares of the dense model's.
         registry: The kind of registered function that the field names, as `otprune list` calls it.
         shared: A phrase for what the field decides, if it must be the same in all trials of a search.
@@ -43,6 +44,7 @@ class Rules(NamedTuple):
     below: float | None = None
     above: float | None = None
     choices: tuple[str, ...] | Registry[Any] | None = None
+    words: Mapping[str, int] | None = None
     units: Mapping[str, int] | None = None
     registry: str | None = None
     shared: str | None = None
@@ -159,11 +161,13 @@ class PruningOptions:
         shared="how the result is saved",
     )
     method: str = _field("otprune", "preset of the fields below that are left unset", choices=tuple(METHODS))
-    multiple_of: int = _field(
+    multiple_of: int | Literal["gguf", "int4", "tensor-cores"] = _field(
         128,
-        "round the kept width to a multiple of this (lowered, with a warning, for layers too small for it)",
+        "round the kept width to a multiple of this number (lowered, with a warning, for layers too small for it), or "
+        f"of what a purpose needs: {', '.join(f'{name} ({number})' for name, number in MULTIPLES.items())}",
         minimum=1,
         maximum=LARGEST_COUNT,
+        words=MULTIPLES,
         shared=_SIZE,
     )
     token_weighting: Literal["uniform", "residual"] | None = _decided(
@@ -268,6 +272,11 @@ class PruningOptions:
     seed: int = _field(0, "seed of every random choice", minimum=0, maximum=LARGEST_SEED)
 
     optimum_otprune_version: str = dataclasses.field(default=version("optimum_otprune"), init=False)
+
+    @property
+    def multiple(self) -> int:
+        """The number that `multiple_of` is or stands for."""
+        return MULTIPLES[self.multiple_of] if isinstance(self.multiple_of, str) else self.multiple_of
 
     def to_dict(self) -> dict[str, Any]:
         """Return every option and the version that wrote them, JSON-ready."""

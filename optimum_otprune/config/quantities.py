@@ -21,6 +21,11 @@ SIZE_UNITS: Mapping[str, int] = MappingProxyType(
     }
 )
 
+# The multiples that a width serves a purpose with. gguf: the k-quants of llama.cpp take 256 weights together (QK_K in
+# ggml-common.h); int4: the usual group of GPTQ, AWQ and torchao; tensor-cores: 128 bytes of 16-bit numbers,
+# https://docs.nvidia.com/deeplearning/performance/dl-performance-matrix-multiplication/index.html#requirements-tc
+MULTIPLES: Mapping[str, int] = MappingProxyType({"gguf": 256, "int4": 128, "tensor-cores": 64})
+
 
 def parse_quantity(value: float | str, units: Mapping[str, int]) -> int:
     """Return the whole number that a string such as `"1.2B"` stands for, fractions cut off.

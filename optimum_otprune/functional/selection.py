@@ -7,6 +7,8 @@ from optimum_otprune.errors import ConfigurationError, NumericalError, ShapeErro
 from optimum_otprune.functional.elimination import Elimination, eliminate
 from optimum_otprune.functional.linalg.damped import damped_cholesky
 
+_SIXTEENTHS = 16  # the share of a layer that a multiple may be
+_PREFERRED = (256, 64, 32)  # of GGUF's k-quants, of tensor cores, of blocks of 4 and 8 bits
 _GROUP_DAMPING = 1e-3  # of the mean diagonal of the Gram matrix
 
 
@@ -51,9 +53,36 @@ def sensible_multiple(intermediate_size: int, multiple_of: int) -> int:
     return multiple_of
 
 
+def rounded_multiple(intermediate_size: int, pruning_ratio: float, multiple_of: int) -> int:
+    """Return `sensible_multiple`, or one that more programs like, where it is lowered and the width can have that.
+
+    Preferred are 256 (k-quants of GGUF), 64 (tensor cores) and 32 (blocks of 4 and 8 bits), in this order, where
+    rounding to it moves the width by at most a thirty-second of the layer, too.
+
+    Args:
+        intermediate_size: Number of channels before pruning.
+        pruning_ratio: Share of the channels to remove, in [0, 1).
+        multiple_of: The multiple that was asked for.
+
+    Example:
+        >>> rounded_multiple(8192, 0.5, 128), rounded_multiple(1536, 0.5, 128), rounded_multiple(1536, 0.3, 128)
+        (128, 256, 64)
+    """
+    lowered = sensible_multiple(intermediate_size, multiple_of)
+    if lowered == multiple_of:
+        return lowered
+    wanted = (1 - pruning_ratio) * intermediate_size
+    for preferred in _PREFERRED:
+        if lowered < preferred <= intermediate_size:
+            moved = kept_width(intermediate_size, pruning_ratio, preferred) - wanted
+            if abs(moved) * _SIXTEENTHS * 2 <= intermediate_size:
+                return preferred
+    return lowered
+
+
 def _largest_multiple(intermediate_size: int) -> int:
     """Return a sixteenth of the layer: rounding to the nearest multiple moves a width by at most half of it."""
-    return max(1, intermediate_size // 16)
+    return max(1, intermediate_size // _SIXTEENTHS)
 
 
 def top_channels(importance: Tensor, kept_size: int) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from optimum_otprune.models.devices import read_parameter
+from optimum_otprune.models.distributed import num_processes
 from optimum_otprune.models.inputs import input_device
 from optimum_otprune.pruning.recipe import Recipe
 from optimum_otprune.pruning.versions import versions
@@ -70,6 +71,7 @@ def _surroundings(model: PreTrainedModel) -> dict[str, object]:
         "data type": str(model.dtype).removeprefix("torch."),
         "device type": model.device.type,
         "number of threads": torch.get_num_threads(),
+        **({"number of processes": num_processes()} if num_processes() > 1 else {}),
         **{f"version of {name}": version for name, version in versions().items() if name != "datasets"},
     }
 

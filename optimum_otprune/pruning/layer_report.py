@@ -19,7 +19,6 @@ from optimum_otprune.functional.ratios import (
 from optimum_otprune.storage.untrusted import visible
 
 REPORT_FILE = "otprune_report.json"
-
 _LARGEST_COUNT = 1 << 62
 _LARGEST_NUMBER = 1e150  # the squares of so many layers' numbers still have a finite sum
 _TOLERANCE = 1e-6

@@ -1,8 +1,8 @@
 """Finished layers: kept nowhere, or in a state folder from which an interrupted run goes on."""
 
 import json
-from collections.abc import Callable, Mapping
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -11,9 +11,23 @@ from torch import Tensor
 
 from optimum_otprune.errors import ReportError, StateError, warn_user
 from optimum_otprune.functional.ffn import FFNWeights
-from optimum_otprune.pruning.preparation import Expected, Prepared, WrittenText, from_tensors, to_tensors
+from optimum_otprune.models.distributed import from_main
+from optimum_otprune.models.spill import StoredList, TensorSpill, store
+from optimum_otprune.pruning.preparation import (
+    Expected,
+    LayerPart,
+    Prepared,
+    WrittenText,
+    from_layer,
+    from_shared,
+    layer_tensors,
+    shared_tensors,
+)
 from optimum_otprune.pruning.report import LayerReport
 from optimum_otprune.storage.state_folder import StateFolder, strict_json
+
+Value = TypeVar("Value")
+Shapes = Mapping[str, tuple[int, ...]]
 
 PREPARED_FILE, WRITTEN_FILE = "prepared.safetensors", "written.safetensors"
 _WRITTEN = "input_ids"
@@ -34,7 +48,7 @@ class FinishedLayer(NamedTuple):
 class LayerStore(Protocol):
     """The place where a run finds layers that an earlier one finished, and puts its own."""
 
-    def prepared(self, make: Callable[[], Prepared], expected: Callable[[], Expected]) -> Prepared:
+    def prepared(self, make: Callable[[], Prepared], expected: Callable[[], Expected], spill: TensorSpill) -> Prepared:
         """Return the preparation of an earlier run, or make it now."""
         ...
 
@@ -54,7 +68,7 @@ class LayerStore(Protocol):
 class NoStore:
     """Keeps nothing."""
 
-    def prepared(self, make: Callable[[], Prepared], expected: Callable[[], Expected]) -> Prepared:
+    def prepared(self, make: Callable[[], Prepared], expected: Callable[[], Expected], spill: TensorSpill) -> Prepared:
         """Make the preparation, which is not kept."""
         return make()
 
@@ -86,56 +100,120 @@ class WrittenOnce(NoStore):
 class FolderStore:
     """Keeps everything in a state folder; damaged results are computed again, with a warning.
 
+    Of several processes, the main one has the folder, and the others get from it what it finds there.
+
     Args:
-        state: Opened, and begun with this run's fingerprint.
+        state: Opened, and begun with this run's fingerprint; None in processes that are not the main one.
     """
 
-    def __init__(self, state: StateFolder):
+    def __init__(self, state: StateFolder | None):
         self._state = state
 
-    def prepared(self, make: Callable[[], Prepared], expected: Callable[[], Expected]) -> Prepared:
+    def prepared(self, make: Callable[[], Prepared], expected: Callable[[], Expected], spill: TensorSpill) -> Prepared:
         """Return the preparation in the folder, or make it and put it there."""
-        if PREPARED_FILE in self._state.names:
-            try:
-                return from_tensors(from_blob(self._state.read(PREPARED_FILE)), expected())
-            except StateError as error:
-                _warn(f"The file {PREPARED_FILE!r} of the interrupted run is damaged and made again", error)
+        found = self._prepared(expected, spill)
+        if found is not None:
+            return found
         made = make()
-        self._state.write({PREPARED_FILE: to_blob(to_tensors(made))}, instead_of=(WRITTEN_FILE,))  # which it contains
+        if self._state is not None:
+            self._state.write(_prepared_files(made), instead_of=(WRITTEN_FILE,))  # which it contains
         return made
+
+    def _prepared(self, expected: Callable[[], Expected], spill: TensorSpill) -> Prepared | None:
+        """Return the preparation in the folder, whose layers wait as those of a new one would."""
+        if not from_main(self._state is not None and PREPARED_FILE in self._state.names):
+            return None
+        wanted, problem = expected(), "is damaged and made again"
+
+        def read(state: StateFolder) -> Prepared:
+            return from_shared(from_blob(state.read(PREPARED_FILE)), wanted)
+
+        found, parts = self._found(read, {PREPARED_FILE}, f"The file {PREPARED_FILE!r} of", problem), []
+        for layer, shapes in enumerate(wanted.shapes if found is not None else ()):
+            if not shapes:
+                continue
+            name = prepared_file(layer)
+
+            def read_layer(state: StateFolder, name: str = name, shapes: Shapes = shapes) -> LayerPart:
+                return from_layer(from_blob(state.read(name)), shapes)
+
+            part = self._found(read_layer, {name}, f"The file {name!r} of", problem)
+            if part is None:
+                return None
+            parts.append(store(part, spill))
+        if found is None or not parts:
+            return found
+        has_scores, has_moments = parts[0].scores is not None, parts[0].moments is not None
+        return found._replace(
+            scores=StoredList(part.scores for part in parts) if has_scores else None,
+            moments=StoredList(part.moments for part in parts) if has_moments else None,
+        )
 
     def written(self, make: Callable[[], Tensor], text: WrittenText) -> Tensor:
         """Return the samples in the folder, or let the model write them and put them there."""
-        if WRITTEN_FILE in self._state.names:
-            try:
-                found = from_blob(self._state.read(WRITTEN_FILE)).get(_WRITTEN)
-                if found is None or not text.fits(found):
-                    raise StateError(f"{WRITTEN_FILE!r} holds other samples than this run writes.")
-                return found
-            except StateError as error:
-                _warn("Samples that the model wrote in the interrupted run are damaged and written again", error)
+
+        def read(state: StateFolder) -> Tensor:
+            found = from_blob(state.read(WRITTEN_FILE)).get(_WRITTEN)
+            if found is None or not text.fits(found):
+                raise StateError(f"{WRITTEN_FILE!r} holds other samples than this run writes.")
+            return found
+
+        what = "Samples that the model wrote in"
+        found = self._found(read, {WRITTEN_FILE}, what, "are damaged and written again")
+        if found is not None:
+            return found
         made = make()
-        self._state.write({WRITTEN_FILE: to_blob({_WRITTEN: made})})
+        if self._state is not None:
+            self._state.write({WRITTEN_FILE: to_blob({_WRITTEN: made})})
         return made
 
     def finished(self, layer: int, dense: FFNWeights, width: int) -> FinishedLayer | None:
         """Return a layer's weights and report, or None where they are not there or damaged."""
         weights_file, report_file = layer_files(layer)
-        if not {weights_file, report_file} <= self._state.names:
-            return None
-        try:
-            weights = _weights(from_blob(self._state.read(weights_file)), dense, width)
-            report = _report(strict_json(self._state.read(report_file), report_file), layer, dense, width)
-        except StateError as error:
-            _warn(f"Layer {layer} of the interrupted run is damaged and done again", error)
-            return None
-        return FinishedLayer(weights, report)
+
+        def read(state: StateFolder) -> FinishedLayer:
+            weights = _weights(from_blob(state.read(weights_file)), dense, width)
+            report = _report(strict_json(state.read(report_file), report_file), layer, dense, width)
+            return FinishedLayer(weights, report)
+
+        return self._found(read, {weights_file, report_file}, f"Layer {layer} of", "is damaged and done again")
 
     def save(self, finished: FinishedLayer) -> None:
         """Write a layer's weights and report."""
+        if self._state is None:
+            return
         weights_file, report_file = layer_files(finished.report.layer)
         report = json.dumps(finished.report.to_dict(), sort_keys=True, allow_nan=False) + "\n"
         self._state.write({weights_file: to_blob(dict(finished.weights.items())), report_file: report.encode()})
+
+    def _found(self, read: Callable[[StateFolder], Value], files: set[str], what: str, problem: str) -> Value | None:
+        """Return, in all processes, what the main one reads; None, with a warning if it is damaged."""
+        found = None
+        if self._state is not None and files <= self._state.names:
+            try:
+                found = read(self._state)
+            except StateError as error:
+                warn_user(f"{what} the interrupted run {problem}: {error}")
+        return from_main(found)
+
+
+def _prepared_files(prepared: Prepared) -> Iterator[tuple[str, bytes]]:
+    """Yield names and bytes of the files of a preparation: what is shared, then each layer's own, one at a time."""
+    yield PREPARED_FILE, to_blob(shared_tensors(prepared))
+    for layer in range(len(prepared.widths)):
+        tensors = layer_tensors(prepared.part(layer))
+        if tensors:
+            yield prepared_file(layer), to_blob(tensors)
+
+
+def prepared_file(layer: int) -> str:
+    """Return the name of the file of a layer's gradient scores and moments.
+
+    Example:
+        >>> prepared_file(17)
+        'prepared-00017.safetensors'
+    """
+    return f"prepared-{layer:05d}.safetensors"
 
 
 def layer_files(layer: int) -> tuple[str, str]:
@@ -146,10 +224,6 @@ def layer_files(layer: int) -> tuple[str, str]:
         ('layer-00017.safetensors', 'layer-00017.json')
     """
     return f"layer-{layer:05d}.safetensors", f"layer-{layer:05d}.json"
-
-
-def _warn(what: str, error: StateError) -> None:
-    warn_user(f"{what}: {error}")
 
 
 def to_blob(tensors: Mapping[str, Tensor]) -> bytes:

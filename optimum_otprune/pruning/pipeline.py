@@ -37,7 +37,8 @@ from optimum_otprune.pruning.preparation import Expected, WrittenText, prepare
 from optimum_otprune.pruning.prune_heads import check_recipe, planned_heads, prune_heads
 from optimum_otprune.pruning.prune_layer import Run, prune_layer, untouched
 from optimum_otprune.pruning.recipe import Recipe
-from optimum_otprune.pruning.report import ADDED_BIASES, LayerReport
+from optimum_otprune.pruning.report import LayerReport
+from optimum_otprune.pruning.serving import not_read_everywhere
 from optimum_otprune.pruning.widths import plan_widths
 
 logger = logging.getLogger(__name__)
@@ -80,6 +81,7 @@ def prune_model(
             lambda: Expected.of(
                 (block.read() for block in blocks), tokens, written, recipe.needs_gradients, recipe.weighs_errors
             ),
+            settings.spill,
         )
         saved_widths(config.non_uniform_format, prepared.widths, prunable.widths)  # as shared; called for its errors
         run = Run.begun(passes, recipe, prepared)
@@ -89,7 +91,7 @@ def prune_model(
             finish_heads(model, heads)
     pruned = pruned._replace(written_samples=len(prepared.samples.tokens) - len(tokens))
     probe.check_logits()
-    _tell_of_size(pruned)
+    _tell_of_saved(pruned, config)
     return pruned
 
 
@@ -177,10 +179,11 @@ def _resized(prunable: PrunableModel, reports: list[LayerReport], config: OTPrun
     return PrunedLayers(reports, padding, switches_biases(prunable.model, prunable.spec) and not had_biases)
 
 
-def _tell_of_size(pruned: PrunedLayers) -> None:
-    """Log what the saved model will contain beyond narrower layers."""
-    if pruned.added_biases:
-        logger.warning(ADDED_BIASES)
+def _tell_of_saved(pruned: PrunedLayers, config: OTPruningConfig) -> None:
+    """Log what the saved model will contain beyond narrower layers of one width."""
+    widths = [report.intermediate_size_after for report in pruned.reports]
+    for sentence in not_read_everywhere(pruned.added_biases, widths, config.to_dict()):
+        logger.warning(sentence)
     if pruned.padding_parameters and any(report.pruned_channels == 0 for report in pruned.reports):
         warn_user(
             f"The saved model is as large as the dense one: {pruned.padding_parameters:,} zeros fill up all layers to "

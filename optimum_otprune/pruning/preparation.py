@@ -39,19 +39,38 @@ class Prepared(NamedTuple):
     scores: Sequence[GradientScores] | None
     moments: Sequence[Tensor] | None
 
+    def part(self, layer: int) -> "LayerPart":
+        """Return what one layer needs of it beside its width."""
+        return LayerPart(
+            None if self.scores is None else self.scores[layer], None if self.moments is None else self.moments[layer]
+        )
 
-def to_tensors(prepared: Prepared) -> dict[str, Tensor]:
-    """Return all tensors by name, for a safetensors file."""
-    tensors = {
-        "widths": torch.tensor(prepared.widths),
-        "tokens": prepared.samples.tokens,
-        "is_heldout": prepared.samples.is_heldout,
-    }
-    for layer, scores in enumerate(prepared.scores or ()):
-        for kind, weights in scores._asdict().items():
-            parts = weights._asdict().items()
-            tensors |= {f"scores.{layer}.{kind}.{part}": value for part, value in parts if value is not None}
-    return tensors | {f"moments.{layer}": moment for layer, moment in enumerate(prepared.moments or ())}
+
+class LayerPart(NamedTuple):
+    """What one layer needs of the dense model's passes; None where nothing reads it.
+
+    Attributes:
+        scores: The gradient scores of the layer.
+        moments: The second moments of the loss's gradients by the FFN's outputs.
+    """
+
+    scores: GradientScores | None
+    moments: Tensor | None
+
+
+def shared_tensors(prepared: Prepared) -> dict[str, Tensor]:
+    """Return the tensors of all layers together by name, for a safetensors file."""
+    samples = prepared.samples
+    return {"widths": torch.tensor(prepared.widths), "tokens": samples.tokens, "is_heldout": samples.is_heldout}
+
+
+def layer_tensors(part: LayerPart) -> dict[str, Tensor]:
+    """Return the tensors of one layer by name, for a safetensors file."""
+    tensors = {} if part.moments is None else {"moments": part.moments}
+    for kind, weights in ({} if part.scores is None else part.scores._asdict()).items():
+        parts = weights._asdict().items()
+        tensors |= {f"scores.{kind}.{name}": value for name, value in parts if value is not None}
+    return tensors
 
 
 class WrittenText(NamedTuple):
@@ -89,13 +108,13 @@ class Expected(NamedTuple):
         sizes: Channels of each layer before pruning.
         tokens: The given calibration samples.
         written: The samples that follow them.
-        shapes: Shapes of the scores and moments, by the names that `to_tensors` gives them.
+        shapes: For each layer, the shapes of its scores and moments, by the names that `layer_tensors` gives them.
     """
 
     sizes: list[int]
     tokens: Tensor
     written: WrittenText
-    shapes: Mapping[str, tuple[int, ...]]
+    shapes: list[Mapping[str, tuple[int, ...]]]
 
     @classmethod
     def of(
@@ -103,29 +122,25 @@ class Expected(NamedTuple):
     ) -> "Expected":
         """Compute the expected shapes from the dense FFNs, in order."""
         sizes: list[int] = []
-        shapes: dict[str, tuple[int, ...]] = {}
-        for layer, weights in enumerate(dense):
+        shapes: list[Mapping[str, tuple[int, ...]]] = []
+        for weights in dense:
             n, d = weights.intermediate_size, weights.hidden_size
-            sizes.append(n)
-            if has_moments:
-                shapes[f"moments.{layer}"] = (d, d)
+            own: dict[str, tuple[int, ...]] = {"moments": (d, d)} if has_moments else {}
             if has_scores:
                 parts = [part for part in WeightScores._fields if getattr(weights, part) is not None]
-                shapes |= {
-                    f"scores.{layer}.{kind}.{part}": (n, d) for kind in GradientScores._fields for part in parts
-                }
+                own |= {f"scores.{kind}.{part}": (n, d) for kind in GradientScores._fields for part in parts}
+            sizes.append(n)
+            shapes.append(own)
         return cls(sizes, tokens, written, shapes)
 
 
-def from_tensors(tensors: Mapping[str, Tensor], expected: Expected) -> Prepared:
-    """Return what `to_tensors` wrote.
+def from_shared(tensors: Mapping[str, Tensor], expected: Expected) -> Prepared:
+    """Return what `shared_tensors` wrote, without scores and moments.
 
     Raises:
         StateError: If a tensor is missing, too many, or of another shape or kind.
     """
-    names = {"widths", "tokens", "is_heldout", *expected.shapes}
-    if set(tensors) != names:
-        raise StateError(f"It lacks {sorted(names ^ set(tensors))[0][:80]!r}, or has it too many.")
+    _check_names(tensors, {"widths", "tokens", "is_heldout"})
     widths, tokens, is_heldout = (tensors[name] for name in ("widths", "tokens", "is_heldout"))
     given = expected.tokens
     is_right = (
@@ -136,30 +151,45 @@ def from_tensors(tensors: Mapping[str, Tensor], expected: Expected) -> Prepared:
         and all(1 <= width <= size for width, size in zip(widths.tolist(), expected.sizes))
         and torch.equal(tokens[: len(given)], given)
         and expected.written.fits(tokens[len(given) :])
-        and all(
-            tuple(tensors[name].shape) == shape and tensors[name].is_floating_point()
-            for name, shape in expected.shapes.items()
+    )
+    _check_kinds(is_right)
+    return Prepared(widths.tolist(), Samples(tokens, is_heldout), None, None)
+
+
+def from_layer(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> LayerPart:
+    """Return what `layer_tensors` wrote.
+
+    Args:
+        tensors: The tensors of a file by name.
+        shapes: The shapes that they must have, from `Expected`.
+
+    Raises:
+        StateError: If a tensor is missing, too many, or of another shape or kind.
+    """
+    _check_names(tensors, set(shapes))
+    _check_kinds(
+        all(
+            tuple(tensors[name].shape) == shape and tensors[name].is_floating_point() for name, shape in shapes.items()
         )
     )
+    has_scores = any(name.startswith("scores.") for name in shapes)
+    return LayerPart(_scores(tensors) if has_scores else None, tensors.get("moments"))
+
+
+def _check_names(tensors: Mapping[str, Tensor], names: set[str]) -> None:
+    if set(tensors) != names:
+        raise StateError(f"It lacks {sorted(names ^ set(tensors))[0][:80]!r}, or has it too many.")
+
+
+def _check_kinds(is_right: bool) -> None:
     if not is_right:
         raise StateError("It holds a tensor of another shape or kind than this run writes.")
-    scores = moments = None
-    layers = range(len(widths))
-    if any(name.startswith("scores.") for name in expected.shapes):
-        scores = [_scores(tensors, layer) for layer in layers]
-    if any(name.startswith("moments.") for name in expected.shapes):
-        moments = [tensors[f"moments.{layer}"] for layer in layers]
-    return Prepared(widths.tolist(), Samples(tokens, is_heldout), scores, moments)
 
 
-def _scores(tensors: Mapping[str, Tensor], layer: int) -> GradientScores:
+def _scores(tensors: Mapping[str, Tensor]) -> GradientScores:
     parts = {
         kind: WeightScores(
-            **{
-                part: tensors[name]
-                for part in WeightScores._fields
-                if (name := f"scores.{layer}.{kind}.{part}") in tensors
-            }
+            **{part: tensors[name] for part in WeightScores._fields if (name := f"scores.{kind}.{part}") in tensors}
         )
         for kind in GradientScores._fields
     }

@@ -38,16 +38,12 @@ from optimum_otprune.pruning.layer_report import (
     warn_of_unknown,
     width_range,
 )
+from optimum_otprune.pruning.quantization_report import QuantizationReport
 from optimum_otprune.pruning.recovery_report import RecoveryReport
+from optimum_otprune.pruning.serving import not_read_everywhere
 from optimum_otprune.pruning.task_results import TaskResult
 from optimum_otprune.storage.files import replace_file
 from optimum_otprune.storage.untrusted import read_json
-
-# For a model whose FFNs had no biases: some programs ignore `mlp_bias` without a message.
-ADDED_BIASES = (
-    "The FFNs have gained biases (`mlp_bias`), which transformers reads. SGLang and TGI drop them without a word, and "
-    "the model is worse there; `intercept='never'` adds none."
-)
 
 _WIDTH = 60
 _MOST_LAYERS = 100_000
@@ -90,6 +86,7 @@ class PruningReport:
         tasks: Results on tasks that were added to the saved model, in the order in which they came.
         auto_class: The auto class of transformers that loads the model.
         attention: One report per block whose attention lost heads; channels are columns of its output projection.
+        quantization: The report of quantization, or None for plain weights.
     """
 
     config: Mapping[str, Any]
@@ -114,6 +111,7 @@ class PruningReport:
     tasks: tuple[TaskResult, ...] = ()
     auto_class: str = CAUSAL
     attention: tuple[LayerReport, ...] = ()
+    quantization: QuantizationReport | None = None
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -199,7 +197,8 @@ class PruningReport:
         del values["tasks"]
         if self.auto_class == CAUSAL:  # as in reports that do not say
             del values["auto_class"]
-        del values["attention"]
+        del values["attention"], values["quantization"]
+        values |= {} if self.quantization is None else {"quantization": self.quantization.to_dict()}
         values |= {"attention": [block.to_dict() for block in self.attention]} if self.attention else {}
         values |= {"tasks": [task.to_dict() for task in self.tasks]} if self.tasks else {}
         values["recoveries"] = [recovery.to_dict() for recovery in self.recoveries]
@@ -242,6 +241,8 @@ class PruningReport:
             RecoveryReport.read(entry, f"recoveries[{i}]", unknown) for i, entry in enumerate(recoveries)
         )
         found |= {"layers": tuple(layers), "evaluations": tuple(evaluations)}
+        if found.get("quantization") is not None:
+            found["quantization"] = QuantizationReport.read(found["quantization"], "quantization", unknown)
         if isinstance(found.get("options"), list):
             found["options"] = tuple(found["options"])
         report = cls(**{name: found[name] for name in {*names, "evaluations", "tasks", "recoveries", "attention"}})
@@ -307,6 +308,8 @@ class PruningReport:
             task.check(f"tasks[{index}]")
         for index, recovery in enumerate(self.recoveries):
             recovery.check(f"recoveries[{index}]", is_finite)
+        if self.quantization is not None:
+            self.quantization.check("quantization", is_finite)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the report as JSON."""
@@ -370,7 +373,7 @@ def _summary(report: PruningReport) -> str:
         f"  Pruned channels: {pruned:,} ({report.pruning_ratio:.1%})",
         f"  Kept channels: {kept:,}" + width_range(report.widths),
         f"  Parameters: {_parameters(report)}",
-        *([f"  {ADDED_BIASES}"] if report.added_biases else []),
+        *(f"  {told}" for told in not_read_everywhere(report.added_biases, report.widths, report.config)),
         "Global Rescue Effect",
         f"  Rescued {rescue:.3f} ({rescued_share(rescue)}) of the pruned channels' output energy",
         f"  Median over layers {report.median_rescue_ratio:.3f} ({rescued_share(report.median_rescue_ratio)})",

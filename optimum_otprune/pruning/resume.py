@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from optimum_otprune.errors import OutputError, StateError, warn_user
+from optimum_otprune.models.distributed import is_main_process
 from optimum_otprune.pruning.fingerprint import describe_difference
 from optimum_otprune.pruning.layer_store import FolderStore, LayerStore, NoStore, layer_files
 from optimum_otprune.pruning.report import PruningReport
@@ -21,12 +22,17 @@ _OPAQUE = ("model", "model configuration", "dense model", "calibration samples",
 def resumable(folder: Path | None, fingerprint: Mapping[str, object]) -> Iterator[LayerStore]:
     """Yield the store that keeps the layers of a running run; without a folder, it keeps nothing.
 
+    Of several processes, the main one opens the folder.
+
     Raises:
         StateError: If the folder is in use, damaged, or of another run; names what differs.
         OutputError: If it cannot be written.
     """
     if folder is None:
         yield NoStore()
+        return
+    if not is_main_process():
+        yield FolderStore(None)
         return
     with opened_state(folder, fingerprint, "the model as it was before pruning") as state:
         finished = sum(name.endswith(".json") for name in state.names)

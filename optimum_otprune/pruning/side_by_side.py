@@ -18,6 +18,7 @@ from optimum_otprune.models.continuations import check_can_continue, greedy_cont
 from optimum_otprune.models.devices import model_sizes
 from optimum_otprune.models.find_ffns import ffn_blocks
 from optimum_otprune.models.perplexity import PROTOCOL
+from optimum_otprune.models.quantizers import is_quantized, quantized_sizes, quantized_widths
 from optimum_otprune.pruning.calibration.data import ModelLimits, TokenData, TokenSource, evaluation_tokens
 from optimum_otprune.pruning.calibration.documents import chat_prompt
 from optimum_otprune.pruning.calibration.overlap import seen_windows
@@ -51,14 +52,19 @@ class ComparedModel(NamedTuple):
     @property
     def facts(self) -> ModelFacts:
         """The size of the model."""
-        parameters, size = model_sizes(self.model)
+        packed = is_quantized(self.model)
+        parameters, size = quantized_sizes(self.model) if packed else model_sizes(self.model)
         return ModelFacts(
             name=self.name,
             parameters=parameters,
             weight_bytes=size,
             dtype=str(self.model.dtype).removeprefix("torch."),
-            ffn_widths=tuple(block.intermediate_size for block in ffn_blocks(self.model)),
+            ffn_widths=quantized_widths(self.model) if packed else _widths(self.model),
         )
+
+
+def _widths(model: PreTrainedModel) -> tuple[int, ...]:
+    return tuple(block.intermediate_size for block in ffn_blocks(model))
 
 
 class Exercises(NamedTuple):

@@ -13,13 +13,12 @@ from transformers import PreTrainedModel
 from optimum_otprune.config.configuration import OTPruningConfig
 from optimum_otprune.config.quantities import COUNT_UNITS, SIZE_UNITS, parse_quantity, parse_share
 from optimum_otprune.errors import ConfigurationError
-from optimum_otprune.functional.selection import sensible_multiple
 from optimum_otprune.models.ffn_block import FFNBlock
 from optimum_otprune.models.find_ffns import dense_width
 from optimum_otprune.models.prunable_model import PrunableModel
 from optimum_otprune.models.save_formats import save_format
 from optimum_otprune.pruning.prune_heads import cost_of_heads, planned_heads
-from optimum_otprune.pruning.widths import given_widths, plan_widths
+from optimum_otprune.pruning.widths import given_widths, plan_widths, width_multiple
 
 _LARGE_OFFSET = 10**15  # larger than any weights file
 _LARGEST_RATIO = 999  # thousandths
@@ -87,7 +86,7 @@ def with_pruning_ratio(config: OTPruningConfig, prunable: PrunableModel) -> OTPr
         raise ConfigurationError(
             f"`{name}={given!r}` asks for no pruning: the model has {dense:,} {unit} now. Give a smaller target."
         )
-    multiple = sensible_multiple(width, config.multiple_of)
+    multiple = width_multiple(width, config)
     may_add_biases = config.intercept in ("auto", "always") and prunable.can_hold_intercept
     footprint = _footprint(prunable, unit, may_add_biases, decided)
     footprint = footprint._replace(

@@ -11,11 +11,27 @@ from optimum_otprune.config.options import OPTIONS_BY_NAME
 from optimum_otprune.errors import ConfigurationError, warn_user
 from optimum_otprune.functional.allocation import allocate_widths
 from optimum_otprune.functional.error_metric import metric_root
-from optimum_otprune.functional.selection import kept_width, obs_elimination, sensible_multiple
+from optimum_otprune.functional.selection import kept_width, obs_elimination, rounded_multiple, sensible_multiple
 from optimum_otprune.models.ffn_block import FFNBlock
 from optimum_otprune.models.find_ffns import check_dense
 from optimum_otprune.models.passes import Passes
 from optimum_otprune.pruning.calibration.layer_statistics import LayerData
+
+
+def width_multiple(width: int, config: OTPruningConfig, ratio: float | None = None) -> int:
+    """Return the number that kept widths are a multiple of: that of a purpose as it is, others lowered if they must.
+
+    Args:
+        width: Channels of a layer before pruning.
+        config: The configuration to prune by.
+        ratio: The layer's pruning ratio, by which the default is lowered to a number that more programs like; None
+            where that is not decided.
+    """
+    if isinstance(config.multiple_of, str):
+        return config.multiple
+    if ratio is None or config.multiple_of != OPTIONS_BY_NAME["multiple_of"].default:
+        return sensible_multiple(width, config.multiple_of)
+    return rounded_multiple(width, ratio, config.multiple_of)
 
 
 def given_widths(blocks: list[FFNBlock], config: OTPruningConfig) -> dict[int, int]:
@@ -58,7 +74,7 @@ def _kept(block: FFNBlock, ratio: float, config: OTPruningConfig) -> int:
             f"Experts keep a multiple of {block.least_multiple} channels, since transformers runs them by grouped "
             f"products of matrices, but {block.name} has only {width}. Give `kind_ratios` 0 for its kind."
         )
-    multiple = math.lcm(sensible_multiple(width, config.multiple_of), block.least_multiple)
+    multiple = math.lcm(width_multiple(width, config, ratio), block.least_multiple)
     return block.times * kept_width(width, ratio, multiple)
 
 
@@ -119,12 +135,12 @@ def _check_shared_fields(blocks: list[FFNBlock], widths: list[int]) -> None:
 def _check_multiple(width: int, config: OTPruningConfig) -> None:
     """Raise an error if the given multiple cannot be met, and warn where it is lowered."""
     ratios = [config.pruning_ratio, *config.layer_ratios.values(), *_of_ffns(config).values()]
-    multiple = config.multiple_of
+    multiple = config.multiple
     if not any(ratios):
         return
     if multiple > width and multiple != OPTIONS_BY_NAME["multiple_of"].default:
         kept_width(width, 0.5, multiple)  # called for its error
-    sensible = sensible_multiple(width, multiple)
+    sensible = width_multiple(width, config)
     if sensible != multiple:
         warn_user(
             f"`multiple_of` is lowered from {multiple} to {sensible}: the layers have only {width} channels, and "
@@ -136,7 +152,7 @@ def _warn_of_nothing(width: int, config: OTPruningConfig) -> None:
     if any((config.pruning_ratio, *config.layer_ratios.values(), *_of_ffns(config).values())):
         warn_user(
             f"Nothing is pruned: {config.pruning_ratio} of {width} channels is less than half of `multiple_of` = "
-            f"{sensible_multiple(width, config.multiple_of)}."
+            f"{width_multiple(width, config)}."
         )
 
 
@@ -173,6 +189,6 @@ def adaptive_widths(
         data = LayerData.of(block, dense, stream, is_heldout, config)
         weighed = metric_root(moments[block.layer]).to(block.device) @ data.dense.down
         costs.append(obs_elimination(data.statistics.total.gram, weighed, dense.intermediate_size).costs)
-    multiple = sensible_multiple(blocks[0].intermediate_size, config.multiple_of)
+    multiple = width_multiple(blocks[0].intermediate_size, config)
     shared = iter(allocate_widths([part.cpu() for part in costs], budget, multiple))
     return [given[block.layer] if block.layer in given else next(shared) for block in blocks]

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from optimum_otprune.errors import IntegrityError, OutputError, warn_user
+from optimum_otprune.errors import IntegrityError, OTPruneError, OutputError, warn_user
 from optimum_otprune.storage.manifest import MANIFEST_FILE, verify_folder
 from optimum_otprune.storage.outputs import (
     TOKEN_BYTES,
@@ -328,7 +328,7 @@ def _remove(folder: Path, names: Collection[str]) -> None:
 def _explained(folder: Path) -> Iterator[None]:
     try:
         yield
-    except OutputError:
+    except OTPruneError:  # some of which are errors of the system, too
         raise
     except OSError as error:
         raise OutputError(

@@ -27,10 +27,12 @@ LOCK_FILE = "state.lock"
 
 _FORMAT = 1
 _NAME = re.compile(
-    r"(layer-[0-9]{5}\.(safetensors|json)|(prepared|written|samples)\.safetensors|recovered\.json"
+    r"(layer-[0-9]{5}\.(safetensors|json)|prepared-[0-9]{5}\.safetensors|(prepared|written|samples)\.safetensors"
+    r"|recovered\.json"
     r"|step-[0-9]{7}(-[0-9]{5}\.safetensors|\.json)|logits-[0-9]{5}\.safetensors)"
 )
-_SUPERSEDED = re.compile(r"step-[0-9]{7}.*|written\.safetensors")  # files that others take the place of
+# Files that others take the place of, or that are written anew as a whole.
+_SUPERSEDED = re.compile(r"step-[0-9]{7}.*|written\.safetensors|prepared-[0-9]{5}\.safetensors")
 _TEMPORARY = re.compile(r"\.[a-z0-9-]+\.(safetensors|json)\.tmp")
 _LARGEST_JSON = 1 << 26
 

@@ -148,17 +148,34 @@ def test_a_failure_is_one_line_and_exits_with_1(tmp_path, capsys):
     assert error.count("\n") == 1
 
 
-def test_memory_that_runs_out_is_one_line(monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError("4 GB wanted"), "memory ran out (4 GB wanted). Close other programs, or use less."),
+        (
+            torch.OutOfMemoryError("CUDA out of memory."),
+            "the memory of the device ran out. Use smaller batches or samples, or a device with more memory.",
+        ),
+    ],
+)
+def test_memory_that_runs_out_is_one_line(error, message, monkeypatch, tmp_path, capsys):
     def fail(args):
-        raise MemoryError("4 GB wanted")
+        raise error
 
     monkeypatch.setattr(actions, "evaluate", fail)
     with pytest.raises(SystemExit) as ended:
         main(["evaluate", str(tmp_path)])
     assert ended.value.code == 1
-    assert capsys.readouterr().err == (
-        "otprune evaluate: error: memory ran out (4 GB wanted). Close other programs, or use less.\n"
-    )
+    assert capsys.readouterr().err == f"otprune evaluate: error: {message}\n"
+
+
+def test_an_error_of_a_bug_keeps_its_traceback(monkeypatch, tmp_path):
+    def fail(args):
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(actions, "evaluate", fail)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        main(["evaluate", str(tmp_path)])
 
 
 def test_debug_shows_the_traceback(tmp_path):

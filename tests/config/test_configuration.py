@@ -435,3 +435,21 @@ def test_values_without_bounds_are_refused_in_a_message_that_has_some(options, w
     with pytest.raises(ConfigurationError, match=words) as caught:
         OTPruningConfig(**options)
     assert len(str(caught.value)) < 400
+
+
+def test_a_multiple_may_be_named_by_a_purpose_and_a_file_keeps_the_name(tmp_path):
+    config = OTPruningConfig(multiple_of="gguf")
+    assert config.multiple == 256
+    assert [OTPruningConfig(multiple_of=name).multiple for name in ("int4", "tensor-cores", 96)] == [128, 64, 96]
+    config.save_pretrained(tmp_path)
+    assert '"multiple_of": "gguf"' in (tmp_path / "otprune_config.json").read_text()
+    assert OTPruningConfig.from_pretrained(tmp_path) == config
+    assert config.fewest_options()["multiple_of"] == "gguf"
+    with pytest.raises(
+        ConfigurationError, match="Unknown `multiple_of` 'ggufs'. Did you mean 'gguf'.*Or give a number"
+    ):
+        OTPruningConfig(multiple_of="ggufs")
+    with pytest.raises(
+        ConfigurationError, match="`multiple_of` is 0; want an integer >= 1.*or one of gguf, int4, tensor"
+    ):
+        OTPruningConfig(multiple_of=0)

@@ -9,7 +9,13 @@ from optimum_otprune.errors import ConfigurationError, NumericalError, ShapeErro
 from optimum_otprune.functional import elimination, selection
 from optimum_otprune.functional.gram import gram_statistics
 from optimum_otprune.functional.linalg import symmetric
-from optimum_otprune.functional.selection import kept_width, obs_channels, sensible_multiple, top_channels
+from optimum_otprune.functional.selection import (
+    kept_width,
+    obs_channels,
+    rounded_multiple,
+    sensible_multiple,
+    top_channels,
+)
 from tests.functional.helpers import law, normal, permutation, seeds, untouched
 
 many = st.integers(1, 20_000)
@@ -70,6 +76,31 @@ def test_a_sensible_multiple_moves_the_width_by_at_most_a_thirty_second(n, multi
     assert sensible == 1 or sensible / 2 <= n / 32
     if multiple <= n // 16:
         assert sensible == multiple
+
+
+@law
+@given(n=many, ratio=st.floats(0.01, 0.95))
+def test_a_number_that_programs_like_moves_the_width_by_at_most_a_thirty_second(n, ratio):
+    chosen, lowered = rounded_multiple(n, ratio, 128), sensible_multiple(n, 128)
+    assert chosen % lowered == 0
+    if chosen != lowered:
+        assert chosen in (256, 64, 32)
+        assert lowered < 128
+        assert abs(kept_width(n, ratio, chosen) - (1 - ratio) * n) <= n / 32
+
+
+@law
+@given(n=many, ratios=st.tuples(st.floats(0.01, 0.95), st.floats(0.01, 0.95)))
+def test_with_numbers_that_programs_like_a_higher_ratio_never_keeps_more(n, ratios):
+    fewer, more = (kept_width(n, ratio, rounded_multiple(n, ratio, 128)) for ratio in (max(ratios), min(ratios)))
+    assert fewer <= more
+
+
+@pytest.mark.parametrize(
+    ("n", "ratio", "width"), [(1536, 0.5, 768), (1536, 0.31, 1024), (1536, 0.3, 1088), (400, 0.5, 192), (48, 0.5, 24)]
+)
+def test_the_default_prefers_256_then_64_then_32_where_it_must_be_lowered(n, ratio, width):
+    assert kept_width(n, ratio, rounded_multiple(n, ratio, 128)) == width
 
 
 def test_the_channels_with_the_highest_importance_stay_sorted():

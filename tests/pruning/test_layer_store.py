@@ -14,10 +14,19 @@ from safetensors.torch import save
 from optimum_otprune.errors import StateError
 from optimum_otprune.functional.ffn import FFNWeights
 from optimum_otprune.functional.importance import WeightScores
+from optimum_otprune.models.spill import TensorSpill
 from optimum_otprune.pruning.calibration.gradients import GradientScores
 from optimum_otprune.pruning.calibration.samples import Samples
-from optimum_otprune.pruning.layer_store import PREPARED_FILE, FinishedLayer, FolderStore, NoStore
-from optimum_otprune.pruning.preparation import Expected, Prepared, WrittenText, from_tensors, to_tensors
+from optimum_otprune.pruning.layer_store import PREPARED_FILE, FinishedLayer, FolderStore, NoStore, prepared_file
+from optimum_otprune.pruning.preparation import (
+    Expected,
+    Prepared,
+    WrittenText,
+    from_layer,
+    from_shared,
+    layer_tensors,
+    shared_tensors,
+)
 from optimum_otprune.storage.state_folder import STATE_FILE, StateFolder
 from tests.pruning.test_resume import assert_same, make_pruner, prune
 from tests.reports import layer_report
@@ -93,20 +102,45 @@ WRITTEN = WrittenText(num_samples=1, seqlen=3, vocab_size=6, seed=0)
 EXPECTED = Expected.of([DENSE, DENSE], PREPARED.samples.tokens[:1], WRITTEN, has_scores=True, has_moments=True)
 
 
-def test_a_preparation_comes_back_as_it_was_saved(state):
-    assert FolderStore(state).prepared(lambda: PREPARED, lambda: EXPECTED) is PREPARED
-    found = FolderStore(state).prepared(None, lambda: EXPECTED)
+def tensors_of(prepared):
+    """All tensors of a preparation by name."""
+    layers = [layer_tensors(prepared.part(layer)) for layer in range(len(prepared.widths))]
+    own = {f"{layer}: {name}": tensor for layer, part in enumerate(layers) for name, tensor in part.items()}
+    return {**shared_tensors(prepared), **own}
+
+
+def test_a_preparation_comes_back_as_it_was_saved_a_layer_a_file(state):
+    assert FolderStore(state).prepared(lambda: PREPARED, lambda: EXPECTED, TensorSpill()) is PREPARED
+    assert state.names == {PREPARED_FILE, prepared_file(0), prepared_file(1)}
+    found = FolderStore(state).prepared(None, lambda: EXPECTED, TensorSpill())
     assert (found.widths, len(found.scores), len(found.moments)) == ([2, 4], 2, 2)
-    assert all(torch.equal(tensor, to_tensors(PREPARED)[name]) for name, tensor in to_tensors(found).items())
+    assert tensors_of(found).keys() == tensors_of(PREPARED).keys()
+    assert all(torch.equal(tensor, tensors_of(PREPARED)[name]) for name, tensor in tensors_of(found).items())
+
+
+def test_what_was_found_waits_in_files_where_there_is_no_memory_for_it(state, tmp_path):
+    FolderStore(state).prepared(lambda: PREPARED, lambda: EXPECTED, TensorSpill())
+    spill = TensorSpill(limit=0, folder=tmp_path)
+    found = FolderStore(state).prepared(None, lambda: EXPECTED, spill)
+    own = [tensor for layer in (0, 1) for tensor in layer_tensors(PREPARED.part(layer)).values()]
+    assert spill.spilled_bytes == sum(tensor.numel() * tensor.element_size() for tensor in own)
+    assert torch.equal(found.scores[1].fo.gate, PREPARED.scores[1].fo.gate)
+
+
+def test_a_preparation_of_which_a_layer_is_damaged_is_made_again(state):
+    FolderStore(state).prepared(lambda: PREPARED, lambda: EXPECTED, TensorSpill())
+    (state.folder / prepared_file(1)).write_bytes(b"")
+    made = PREPARED._replace(widths=[1, 1])
+    with pytest.warns(UserWarning, match="'prepared-00001.safetensors' of the interrupted run is damaged"):
+        assert FolderStore(state).prepared(lambda: made, lambda: EXPECTED, TensorSpill()) is made
+    assert FolderStore(state).prepared(None, lambda: EXPECTED, TensorSpill()).widths == [1, 1]
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"moments.1": None}, r"lacks 'moments\.1', or has it too many"),
-        ({"moments.2": torch.eye(3)}, r"lacks 'moments\.2', or has it too many"),
-        ({"moments.0": torch.eye(4)}, "another shape or kind"),
-        ({"scores.1.fo.gate": torch.ones(4, 3).long()}, "another shape or kind"),
+        ({"widths": None}, r"lacks 'widths', or has it too many"),
+        ({"moments.0": torch.eye(3)}, r"lacks 'moments\.0', or has it too many"),  # as earlier versions wrote it
         ({"widths": torch.tensor([2, 5])}, "another shape or kind"),
         ({"widths": torch.tensor([2])}, "another shape or kind"),
         ({"tokens": torch.arange(6).reshape(2, 3) + 1}, "another shape or kind"),
@@ -117,9 +151,25 @@ def test_a_preparation_comes_back_as_it_was_saved(state):
     ],
 )
 def test_a_preparation_that_does_not_fit_is_refused(change, message):
-    tensors = {name: tensor for name, tensor in {**to_tensors(PREPARED), **change}.items() if tensor is not None}
+    tensors = {name: tensor for name, tensor in {**shared_tensors(PREPARED), **change}.items() if tensor is not None}
     with pytest.raises(StateError, match=message):
-        from_tensors(tensors, EXPECTED)
+        from_shared(tensors, EXPECTED)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"moments": None}, r"lacks 'moments', or has it too many"),
+        ({"moment": torch.eye(3)}, r"lacks 'moment', or has it too many"),
+        ({"moments": torch.eye(4)}, "another shape or kind"),
+        ({"scores.fo.gate": torch.ones(4, 3).long()}, "another shape or kind"),
+    ],
+)
+def test_a_layer_of_a_preparation_that_does_not_fit_is_refused(change, message):
+    own = layer_tensors(PREPARED.part(0))
+    tensors = {name: tensor for name, tensor in {**own, **change}.items() if tensor is not None}
+    with pytest.raises(StateError, match=message):
+        from_layer(tensors, EXPECTED.shapes[0])
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,9 @@
 """A run goes on with its own state only, and to the same bits whatever its method asks of the dense model first."""
 
+import json
 import shutil
 from contextlib import suppress
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +15,7 @@ from optimum_otprune.errors import StateError
 from optimum_otprune.pruning import fingerprint, pipeline, preparation
 from tests.conftest import make_llama
 from tests.models.test_contract import build
+from tests.models.test_distributed import run_two
 
 
 class Stopped(Exception):
@@ -246,3 +249,21 @@ def test_the_state_of_another_run_outlives_a_save(tokens, tmp_path):
     pruner._unsaved_states = ((tmp_path / "other", pruner._unsaved_states[0][1]),)
     pruner.save_pretrained(tmp_path / "out")
     assert (tmp_path / "other" / "state.json").is_file()
+
+
+def test_several_processes_go_on_to_the_same_bits(tokens, tmp_path):
+    torch.save(tokens, tmp_path / "tokens.pt")
+    recipes = {
+        "plain": {},
+        "gradients": {"method": "fo_snip", "score_batch_size": 2},
+        "written": {"self_calibration": 0.5},
+    }
+    (tmp_path / "recipes.json").write_text(json.dumps(recipes))
+    run_two(str(Path(__file__).with_name("resume_worker.py")), tmp_path)
+
+
+def test_the_state_of_one_process_is_not_that_of_two(tokens, tmp_path, monkeypatch):
+    interrupt(make_pruner(), tokens, tmp_path, layer=1)
+    monkeypatch.setattr(fingerprint, "num_processes", lambda: 2)
+    with pytest.raises(StateError, match=r"begun with another number of processes \(None, now 2\)"):
+        prune(make_pruner(), tokens, tmp_path)

@@ -16,7 +16,7 @@ from optimum_otprune.models.architectures import ARCHITECTURES, FFNSpec, find_sp
 from optimum_otprune.models.find_ffns import ffn_blocks
 from optimum_otprune.models.modeling_code import MODELING_FILE, modeling_code
 from optimum_otprune.pruning.calibration.samples import heldout_mask
-from optimum_otprune.pruning.widths import adaptive_widths
+from optimum_otprune.pruning.widths import adaptive_widths, plan_widths
 from tests.conftest import make_llama
 from tests.passes import moments_of, passes_of, stream_of
 
@@ -351,3 +351,20 @@ def test_a_target_counts_layers_whose_width_is_given(llama, tokens):
     after = llama.num_parameters()
     assert target - 2 * 3 * 32 < after <= target
     assert pruner.report.widths[0] == 48
+
+
+def test_the_multiple_of_a_purpose_is_never_lowered_and_a_number_is():
+    model = make_llama(intermediate_size=512)
+    named = plan_widths(ffn_blocks(model), OTPruningConfig(multiple_of="gguf", pruning_ratio=0.4))
+    assert named == [256] * 3
+    with pytest.warns(UserWarning, match="`multiple_of` is lowered from 256 to 32"):
+        numbers = plan_widths(ffn_blocks(model), OTPruningConfig(multiple_of=256, pruning_ratio=0.4))
+    assert numbers == [320] * 3
+    with pytest.raises(ConfigurationError, match="`multiple_of` is 256, but the layer has only 48 channels"):
+        plan_widths(ffn_blocks(make_llama()), OTPruningConfig(multiple_of="gguf"))
+
+
+def test_the_default_lowered_for_small_layers_gives_widths_that_programs_like():
+    model = make_llama(intermediate_size=400)
+    with pytest.warns(UserWarning, match="`multiple_of` is lowered from 128 to 16"):
+        assert plan_widths(ffn_blocks(model), OTPruningConfig(pruning_ratio=0.5)) == [192] * 3

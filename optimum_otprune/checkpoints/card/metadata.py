@@ -8,6 +8,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from optimum_otprune.checkpoints.card.base_card import checked_base_card
 from optimum_otprune.checkpoints.card.markdown import plain_text
+from optimum_otprune.checkpoints.card.quantization import quantization_tag
 from optimum_otprune.checkpoints.card.results import (
     HUB,
     UNNAMED_DATA,
@@ -22,6 +23,9 @@ from optimum_otprune.pruning.report import PruningReport
 from optimum_otprune.pruning.task_results import TaskResult
 
 _TAGS = ("optimum-otprune", "pruning", "structured-pruning", "optimal-transport", "compression")
+# `base_model_relation` stays unset: none of its values (adapter, finetune, merge, quantized) is true; a tag says it.
+# https://huggingface.co/docs/hub/model-cards#specifying-a-base-model
+_PRUNED = "pruned"
 _UNNAMED_TYPE = "custom"
 
 
@@ -57,7 +61,7 @@ def card_metadata(config: PruningOptions, report: PruningReport | None, name: st
         **common,
         datasets=None if dataset is None else [dataset],
         metrics=metrics or None,
-        tags=[*_TAGS, *_architecture(report)],
+        tags=[_PRUNED, *_TAGS, *_architecture(report), *_quantization(report)],
         model_name=plain_text(name.rsplit("/", 1)[-1], max_length=96) or "model",
         eval_results=results or None,
         otprune={key: value for key, value in extra.items() if value is not None},
@@ -79,6 +83,10 @@ def copied_metadata(report: PruningReport) -> dict[str, Any]:
 def _architecture(report: PruningReport) -> list[str]:
     known = report.model_type
     return [known] if known is not None and re.fullmatch(r"[a-z0-9_-]{1,50}", known) else []
+
+
+def _quantization(report: PruningReport) -> list[str]:
+    return [] if report.quantization is None else [quantization_tag(report.quantization)]
 
 
 def _results(config: PruningOptions, report: PruningReport, pair: Comparison) -> list[EvalResult]:

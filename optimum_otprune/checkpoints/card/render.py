@@ -7,12 +7,13 @@ from optimum_otprune.checkpoints.card.figures import FIGURES
 from optimum_otprune.checkpoints.card.markdown import escape, fenced, link, plain_text
 from optimum_otprune.checkpoints.card.metadata import card_metadata, copied_metadata
 from optimum_otprune.checkpoints.card.plots import PLOT_FILE
+from optimum_otprune.checkpoints.card.quantization import quantization_facts
 from optimum_otprune.checkpoints.card.recovery import recovery_citations, recovery_facts
 from optimum_otprune.checkpoints.card.reproduction import Rerun, command, literal, make_whole, python_lines
 from optimum_otprune.checkpoints.card.results import (
     HUB,
     PASSAGE,
-    UNNAMED_DATA,
+    data_in_words,
     evaluated_on_calibration_data,
     hub_name,
     limitations,
@@ -69,24 +70,25 @@ def model_card(
         report=report,
         has_tokenizer=has_tokenizer,
         plot=PLOT_FILE if has_plot else None,
+        quantization=None if report is None else quantization_facts(report.quantization),
         **values,
     )
 
 
 def needs_remote_code(config: PruningOptions, report: PruningReport | None) -> bool:
     """Whether plain transformers cannot load the model without code from its repository."""
-    uneven = None if report is None else _uneven_format(config, report)
+    uneven = None if report is None else uneven_format(config, report)
     return uneven is not None and uneven.needs_remote_code
 
 
 def _unknown_format(config: PruningOptions, report: PruningReport | None) -> str | None:
     """The name of the format of such a model where it is not registered here."""
-    uneven = None if report is None else _uneven_format(config, report)
+    uneven = None if report is None else uneven_format(config, report)
     return escape(config.non_uniform_format) if isinstance(uneven, _Unregistered) else None
 
 
-def _uneven_format(config: PruningOptions, report: PruningReport) -> SaveFormat | None:
-    """The save format of a model that was saved with layers of different widths."""
+def uneven_format(config: PruningOptions, report: PruningReport) -> SaveFormat | None:
+    """The save format of a model that was saved with layers of different widths; None for any other."""
     name = config.non_uniform_format
     if name not in save_formats:
         return _Unregistered() if len(set(report.widths)) > 1 else None
@@ -107,7 +109,7 @@ def _facts(config: PruningOptions, report: PruningReport, name: str, older_names
     report.check(is_finite=False)
     pairs = report.comparisons
     cited = citations(config, report.references or {}, report.custom_functions) + recovery_citations(report)
-    base, uneven = hub_name(report.base_model), _uneven_format(config, report)
+    base, uneven = hub_name(report.base_model), uneven_format(config, report)
     before = [layer.intermediate_size_before for layer in report.layers]
     after = [layer.intermediate_size_after for layer in report.layers]
     return {
@@ -116,19 +118,19 @@ def _facts(config: PruningOptions, report: PruningReport, name: str, older_names
         "widths_before": _range(before),
         "widths_after": _range(after),
         "headline": pairs[0] if pairs and pairs[0].factor is not None else None,
-        "headline_data": _data(config, pairs[0].data, config.evaluation_split) if pairs else "",
+        "headline_data": data_in_words(config, pairs[0].data, config.evaluation_split) if pairs else "",
         "evaluations": [_evaluation(config, report, pair) for pair in pairs],
         "has_agreement": any(pair.pruned is not None and "kl" in pair.pruned for pair in pairs),
         "tasks": [_task(pair) for pair in compared_tasks(report.tasks)],
         "task_programs": ", ".join(dict.fromkeys(_measured_by(task) for task in report.tasks)),
-        "calibration_data": _data(config, report.calibration["data"], config.calibration_split),
+        "calibration_data": data_in_words(config, report.calibration["data"], config.calibration_split),
         "written_samples": report.calibration.get("written_samples", 0),
         "limitations": limitations(report),
         "recoveries": recovery_facts(
             report,
             hub_name(report.base_model) or _BASE_PLACEHOLDER,
             plain_text(name.rsplit("/", 1)[-1]) or "pruned",
-            partial(_data, config, split=""),
+            partial(data_in_words, config, split=""),
         ),
         "versions_that_load": tested_versions(
             report.model_type,
@@ -192,7 +194,7 @@ def _reproduction(config: PruningOptions, report: PruningReport, name: str) -> d
     shown = (run.model, run.calibration_data, run.evaluation_data if run.evaluated else None)
     words = {
         _BASE_PLACEHOLDER: "the folder of the dense model",
-        _CALIBRATION_PLACEHOLDER: f"the calibration data ({_data(config, report.calibration['data'], '')})",
+        _CALIBRATION_PLACEHOLDER: f"the calibration data ({data_in_words(config, report.calibration['data'], '')})",
         _EVALUATION_PLACEHOLDER: "the evaluation data",
     }
     options = _options(config, report)
@@ -246,21 +248,10 @@ def _loading(config: PruningOptions, report: PruningReport | None, name: str, ha
     return fenced("\n".join(lines), "python")
 
 
-def _data(config: PruningOptions, data: str, split: str) -> str:
-    """Return a data set in words, with a link if it is one of the Hub's."""
-    dataset = hub_name(data)
-    if dataset is None:
-        return UNNAMED_DATA.get(data) or f"data named “{escape(data)}”"
-    details = [config.dataset_config] if dataset == config.dataset and config.dataset_config else []
-    details += [f"split {split}"] if split else []
-    suffix = f" ({escape(', '.join(details))})" if details else ""
-    return link(dataset, f"{HUB}/datasets/{dataset}") + suffix
-
-
 def _evaluation(config: PruningOptions, report: PruningReport, pair: Comparison) -> dict[str, object]:
     one = pair.one
     return {
-        "data": _data(config, pair.data, config.evaluation_split),
+        "data": data_in_words(config, pair.data, config.evaluation_split),
         "dense": None if pair.dense is None else pair.dense["perplexity"],
         "pruned": None if pair.pruned is None else pair.pruned["perplexity"],
         "factor": pair.factor,

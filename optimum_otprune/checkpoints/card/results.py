@@ -3,10 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from optimum_otprune.config.options import WRITTEN
+from optimum_otprune.checkpoints.card.markdown import escape, link
+from optimum_otprune.config.options import WRITTEN, PruningOptions
 from optimum_otprune.pruning.comparison import Comparison
 from optimum_otprune.pruning.layer_report import LayerReport, named_layers
-from optimum_otprune.pruning.report import ADDED_BIASES, PruningReport
+from optimum_otprune.pruning.report import PruningReport
+from optimum_otprune.pruning.serving import not_read_everywhere
 from optimum_otprune.storage.hub.client import is_hub_id
 
 HUB = "https://huggingface.co"
@@ -28,6 +30,23 @@ _WELL_CALIBRATED = 2  # calibration tokens per channel that a fit of the layers 
 def hub_name(name: object) -> str | None:
     """Return a name if it could be one of the Hub's; None also for what data without a name are called."""
     return name if isinstance(name, str) and name not in UNNAMED_DATA and is_hub_id(name) else None
+
+
+def data_in_words(config: PruningOptions, data: str, split: str) -> str:
+    """Return a data set in the words of a card, in Markdown, with a link if it is one of the Hub's.
+
+    Args:
+        config: The options that the model was pruned with.
+        data: The data's name in a report.
+        split: The part of the data set that was used, or an empty string.
+    """
+    dataset = hub_name(data)
+    if dataset is None:
+        return UNNAMED_DATA.get(data) or f"data named “{escape(data)}”"
+    details = [config.dataset_config] if dataset == config.dataset and config.dataset_config else []
+    details += [f"split {split}"] if split else []
+    suffix = f" ({escape(', '.join(details))})" if details else ""
+    return link(dataset, f"{HUB}/datasets/{dataset}") + suffix
 
 
 def evaluated_on_calibration_data(report: PruningReport, pair: Comparison) -> bool | None:
@@ -93,8 +112,7 @@ def limitations(report: PruningReport) -> list[str]:
     if harmed and (report.rescue_ratio >= 0 or len(harmed) < len(report.layers)):
         layers = _names(harmed)
         found.append(f"The rescue ratio of {layers} is negative: plain dropping would have been better there.")
-    if report.added_biases:
-        found.append(ADDED_BIASES)
+    found += not_read_everywhere(report.added_biases, report.widths, report.config)
     others = [layer for layer in report.outliers if layer.rescue_ratio >= 0]
     if others:
         found.append(

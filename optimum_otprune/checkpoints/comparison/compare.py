@@ -111,20 +111,23 @@ def load_pair(
     one, _, _ = _side(dense, in_memory[0], loading_of_dense(loading))
     like = loading.copy()
     like["dtype"] = one.model.dtype
-    other, config, report = _side(pruned, in_memory[1], like)
+    other, config, report = _side(pruned, in_memory[1], like, may_be_quantized=True)
     check_whole(other.model)
     check_same_text(one.model, other.model, one.tokenizer, other.tokenizer)
     return LoadedPair(one, other._replace(tokenizer=tokenizer or other.tokenizer), config, report)
 
 
 def _side(
-    name: str | os.PathLike | PreTrainedModel, in_memory: PreTrainedModel | None, loading: LoadingOptions
+    name: str | os.PathLike | PreTrainedModel,
+    in_memory: PreTrainedModel | None,
+    loading: LoadingOptions,
+    may_be_quantized: bool = False,
 ) -> tuple[ComparedModel, OTPruningConfig, PruningReport | None]:
     """Return one model, and what pruning left beside it."""
     if in_memory is not None:
         shown = hub_id(in_memory.name_or_path) or type(in_memory).__name__
         return ComparedModel(shown, in_memory, None), OTPruningConfig(), None
     given = os.fspath(name)  # type: ignore[arg-type]
-    found = load_checkpoint(given, loading)
+    found = load_checkpoint(given, loading, may_be_quantized=may_be_quantized)
     shown = hub_id(given) or Path(os.path.expanduser(given)).resolve().name
     return ComparedModel(shown, found.model, found.tokenizer), found.config or OTPruningConfig(), found.report

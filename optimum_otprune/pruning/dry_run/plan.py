@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from optimum_otprune.models.save_formats import save_format, saved_widths
 from optimum_otprune.pruning.calibration.data import ExpectedSamples
+from optimum_otprune.pruning.dry_run.purposes import purpose_text
 
 _MINUTE, _HOUR = 60, 3600
 
@@ -84,6 +85,7 @@ class PruningPlan:
             ("Method", f"{self.config['method']}, quality {self.config['quality']}"),
             ("Widths", "; ".join(self._widths())),
             *([("Attention", f"{self.heads[0]} -> {self.heads[1]} groups of heads a block")] if self.heads else []),
+            *([("Made for", made_for)] if (made_for := self._made_for()) else []),
             ("Parameters", self._parameters()),
             ("Weights", self._weights()),
             ("Calibration", self._calibration()),
@@ -115,6 +117,16 @@ class PruningPlan:
             f"{_layers(layers, len(self.widths_before))}"
             for (before, after, adaptive), layers in by_change.items()
         ]
+
+    def _made_for(self) -> str:
+        """Return which purposes the new widths serve; nothing where widths are not known yet, or none is new."""
+        changes = {(old, new) for old, new in zip(self.widths_before, self.widths_after) if old != new}
+        if self.adaptive_layers or not changes:
+            return ""
+        removed = sum(self.widths_before) - sum(self.widths_after)
+        share = 0.0 if self.heads else (self.parameters_before - self.parameters_after) / removed
+        count = sum(old != new for old, new in zip(self.widths_before, self.widths_after))
+        return purpose_text(sorted({new for _, new in changes}), share * count, self.parameters_after)
 
     def _parameters(self) -> str:
         share = self.parameters_after / self.parameters_before

@@ -26,7 +26,6 @@ from optimum_otprune.errors import (
     StudyError,
 )
 from optimum_otprune.functional.seeds import seed_of
-from optimum_otprune.functional.selection import sensible_multiple
 from optimum_otprune.models.changes import unchanged
 from optimum_otprune.models.faithfulness import measured_factors
 from optimum_otprune.models.find_ffns import dense_width
@@ -50,6 +49,7 @@ from optimum_otprune.pruning.tuning.search_space import (
 )
 from optimum_otprune.pruning.tuning.study_fingerprint import check_same, fingerprint
 from optimum_otprune.pruning.tuning.trials import Trial, TuningResult, TuningSettings, plain_value
+from optimum_otprune.pruning.widths import width_multiple
 from optimum_otprune.storage.untrusted import parse_json, visible, why_no_name
 
 if TYPE_CHECKING:
@@ -233,7 +233,7 @@ def _at_latency(
         kept = width_for_latency(
             prunable,
             settings.target_latency,
-            sensible_multiple(width, base.multiple_of),
+            width_multiple(width, base),
             partial(forward_seconds, shape=settings.latency_shape),
         )
         logger.info("%d of %d channels meet the target latency.", kept, width)

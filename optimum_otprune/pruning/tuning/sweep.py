@@ -25,6 +25,7 @@ from optimum_otprune.models.pass_settings import PassSettings
 from optimum_otprune.models.passes import Passes
 from optimum_otprune.models.perplexity import evaluate_perplexity
 from optimum_otprune.models.prunable_model import PrunableModel
+from optimum_otprune.models.spill import TensorSpill
 from optimum_otprune.pruning.calibration.data import (
     ModelLimits,
     TokenSource,
@@ -268,7 +269,7 @@ class _SharedPreparation(NoStore):
         self.widths: list[int] = []
         self._kept: Prepared | None = None
 
-    def prepared(self, make: Callable[[], Prepared], expected: Callable[[], Expected]) -> Prepared:
+    def prepared(self, make: Callable[[], Prepared], expected: Callable[[], Expected], spill: TensorSpill) -> Prepared:
         """Return what was made at the first ratio, with the widths of this one."""
         if self._kept is None:
             self._kept = make()

@@ -52,6 +52,23 @@ def check_hub_access(
     return client.deadline.run(check)
 
 
+def full_name(repo_id: str, token: str | bool | None = None, deadline: float = 120.0) -> str:
+    """Return the full name of a repository, `user/name`; the Hub is asked only for a name alone.
+
+    Args:
+        repo_id: The repository as `user/name`, or a name alone for the token's own user.
+        token: The Hub token; None and True stand for the saved one.
+        deadline: The time limit, in seconds.
+
+    Raises:
+        HubError: If the name is not valid, or the Hub does not say whose token it is.
+    """
+    if "/" in repo_id:
+        return repo_id
+    client = HubClient(repo_id, token, Deadline(deadline))
+    return client.deadline.run(lambda: f"{client.user()['name']}/{client.repo_id}")
+
+
 def check_visibility(repo_id: str, private: bool | None, is_private: bool | None) -> None:
     """Refuse to publish what was to be private.
 

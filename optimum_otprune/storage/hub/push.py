@@ -70,6 +70,7 @@ class _Push(NamedTuple):
         replaces_weights: Whether weights that are not among the files are deleted.
         options: All options of pushing.
         former: Files that an earlier push sent.
+        added: Files that the folder does not have; they give way to a file of somebody else's in the repository.
     """
 
     repo_id: str
@@ -78,6 +79,20 @@ class _Push(NamedTuple):
     replaces_weights: bool
     options: PushOptions
     former: frozenset[str] = frozenset()
+    added: frozenset[str] = frozenset()
+
+    def giving_way(self, tree: Mapping[str, RepoFile]) -> "_Push":
+        """Return the push without those added files whose names somebody else's files have."""
+        taken = {name for name in self.added if name in tree and name not in self.former}
+        taken = {name for name in taken if not self._same(name, tree[name])}
+        if not taken:
+            return self
+        entries = {name: entry for name, entry in self.entries.items() if name not in {*taken, MANIFEST_FILE}}
+        manifest = manifest_text(entries).encode()
+        files = {name: content for name, content in self.files.items() if name not in taken}
+        return self._replace(
+            files={**files, MANIFEST_FILE: manifest}, entries={**entries, MANIFEST_FILE: _entry(manifest)}
+        )
 
     def holds(self, tree: Mapping[str, RepoFile]) -> bool:
         """Tell whether a tree is what this push wants."""
@@ -110,7 +125,12 @@ class _Push(NamedTuple):
 
 
 def push_folder(
-    folder: Path, repo_id: str, *, own_card: Callable[[], str | None] | None = None, **options: Unpack[PushOptions]
+    folder: Path,
+    repo_id: str,
+    *,
+    own_card: Callable[[], str | None] | None = None,
+    added: Callable[[], Mapping[str, str]] | None = None,
+    **options: Unpack[PushOptions],
 ) -> PushResult:
     """Make a repository hold what a saved folder holds, in one commit; the folder stays as it is.
 
@@ -124,6 +144,8 @@ def push_folder(
         repo_id: `user/name`, or a name alone for the token's own user; made if it does not exist.
         own_card: Makes the card that is sent in place of the folder's README.md where that is as it was saved; None
             leaves it.
+        added: Makes the text of files that the repository gets beside those of the folder, by name. One is left out
+            where the folder has such a file that is not listed, or the repository one that is not of an earlier push.
         **options: The options of pushing.
 
     Returns:
@@ -147,10 +169,14 @@ def push_folder(
             made = own_card()
             card = card if made is None else made.encode()
         files[CARD_FILE], entries[CARD_FILE] = card, _entry(card)
+    made_files = {} if added is None else added()
+    own = {name: text.encode() for name, text in made_files.items() if name in listed or not (folder / name).exists()}
+    files |= own
+    entries |= {name: _entry(content) for name, content in own.items()}
     if entries != listed:
         manifest = manifest_text(entries).encode()
     files[MANIFEST_FILE], entries[MANIFEST_FILE] = manifest, _entry(manifest)
-    return _start(_Push(repo_id, files, entries, True, wanted))
+    return _start(_Push(repo_id, files, entries, True, wanted, added=frozenset(own)))
 
 
 def _checked_content(folder: Path, name: str, entry: FileEntry) -> Path | bytes:
@@ -267,6 +293,9 @@ def _send(client: HubClient, push: _Push) -> PushResult:
         return PushResult(client.repo_id, parent, client.url, changed=False)
     if push.replaces_weights and MANIFEST_FILE in tree:
         push = push._replace(former=_former_files(client, parent))
+    push = push.giving_way(tree)
+    if push.holds(tree):
+        return PushResult(client.repo_id, parent, client.url, changed=False)
     pulls = client.pull_requests() if create_pr else set()
     attempted = False
 

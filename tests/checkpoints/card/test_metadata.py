@@ -26,7 +26,15 @@ def test_a_whole_front_matter():
         "pipeline_tag": "text-generation",
         "datasets": ["Salesforce/wikitext"],
         "metrics": ["perplexity"],
-        "tags": ["optimum-otprune", "pruning", "structured-pruning", "optimal-transport", "compression", "llama"],
+        "tags": [
+            "pruned",
+            "optimum-otprune",
+            "pruning",
+            "structured-pruning",
+            "optimal-transport",
+            "compression",
+            "llama",
+        ],
         "otprune": {
             "method": "otprune",
             "pruning_ratio": 0.5,
@@ -132,6 +140,12 @@ def test_results_on_calibration_data_are_named_so():
         found = metadata(evaluations=(evaluation("pruned", 12.0, seen_windows=seen),))
         metric = found["model-index"][0]["results"][0]["metrics"][0]
         assert metric["name"] == f"Perplexity (pruned, {said})"
+
+
+def test_a_model_that_is_not_pruned_yet_has_no_tag_of_a_pruned_one():
+    tags = card_metadata(OTPruningConfig(pruning_ratio=0.5), None, "x").to_dict()["tags"]
+    assert "pruning" in tags
+    assert "pruned" not in tags
 
 
 def test_widths_that_differ_are_all_given():

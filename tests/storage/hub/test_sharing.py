@@ -91,11 +91,11 @@ def test_a_model_in_memory_is_pushed_and_pulled_verified(hub, worker, tmp_path):
     assert len(hub.state.repositories["me/x"].commits) == 2
 
 
-def assert_pushed(files: dict[str, bytes], folder: Path, repo_id: str) -> None:
+def assert_pushed(files: dict[str, bytes], folder: Path, repo_id: str, *added: str) -> None:
     """The folder's files; only the card, and so the manifest, name the repository in place of the folder."""
     saved = contents(folder)
-    assert files.keys() == saved.keys()
-    assert {name for name in files if files[name] != saved[name]} == {"README.md", "otprune_manifest.json"}
+    assert files.keys() == {*saved, *added}
+    assert {name for name in saved if files[name] != saved[name]} == {"README.md", "otprune_manifest.json"}
     assert f'from_pretrained("{repo_id}")' in files["README.md"].decode()
     listed = json.loads(files["otprune_manifest.json"])["files"]["README.md"]
     assert listed["sha256"] == hashlib.sha256(files["README.md"]).hexdigest()
@@ -297,7 +297,7 @@ def test_the_command_line_prunes_and_pushes_what_it_saved(hub, worker, llama_fol
         "half",
     ]
     assert worker("command", arguments=arguments).result == 0
-    assert_pushed(hub.state.files("me/half"), tmp_path / "out", "me/half")
+    assert_pushed(hub.state.files("me/half"), tmp_path / "out", "me/half", "notebook.ipynb")
     card = hub.state.files("me/half")["README.md"].decode()
     assert "base_model" not in card.split("---")[1]  # a folder of this machine is no model of the Hub
 

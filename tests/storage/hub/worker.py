@@ -12,13 +12,17 @@ from typing import Any
 
 from optimum_otprune.errors import OTPruneError
 from optimum_otprune.storage.hub.preflight import check_hub_access
-from optimum_otprune.storage.hub.push import push_folder, verify_repository
+from optimum_otprune.storage.hub.push import push_file, push_folder, verify_repository
 
 WAITS: list[float] = []
 
 
 def push(folder: str, repo_id: str, **options: Any) -> dict[str, Any]:
     return push_folder(Path(folder), repo_id, **options)._asdict()
+
+
+def put(file: str, repo_id: str) -> dict[str, Any]:
+    return push_file(Path(file), repo_id)._asdict()
 
 
 def push_config(repo_id: str, folder: str | None = None, **options: Any) -> str:
@@ -69,6 +73,7 @@ JOBS = {
     "push": push,
     "push_config": push_config,
     "push_model": push_model,
+    "put": put,
     "save": save,
     "verify": verify_repository,
 }
