@@ -119,9 +119,14 @@ def lm_eval(sample: Sample, folder: Path) -> float:
     return sample.difference(harness._model_call(sample.ids)[0].float().numpy())
 
 
+def converter_in(environments: Path) -> Path:
+    """llama.cpp's converter, out of the source archive that `make test-clients` unpacks."""
+    return next(environments.glob("llama_cpp_python-*/vendor/llama.cpp/convert_hf_to_gguf.py"))
+
+
 def clients(environments: Path) -> dict[str, tuple[str, float, Callable[[Sample, Path], float]]]:
     """Package, the most that a logit may differ, and the check, by the client's name."""
-    converter = next(environments.glob("llama_cpp_python-*/vendor/llama.cpp/convert_hf_to_gguf.py"))
+    converter = converter_in(environments)
     onnx, openvino = (environments / name / "bin" / "optimum-cli" for name in ("onnx", "openvino"))
     return {
         "ONNX Runtime": ("onnxruntime", EXACT, with_tool("onnx", "f32", onnx)),

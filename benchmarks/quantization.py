@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from _cells import Store, digest, environment, table
+from clients import converter_in
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -31,6 +32,7 @@ from optimum_otprune.pruning.calibration.data import evaluation_tokens
 GGUF = {"q8_0": "LLAMA_FTYPE_MOSTLY_Q8_0", "q4_k_m": "LLAMA_FTYPE_MOSTLY_Q4_K_M"}
 SCHEMES = ("float32", "int8", "int4", *GGUF)
 PROMPT, NEW = 8, 64  # tokens
+_FLOAT = torch.float32
 
 
 def mean_nll(logits_of: Callable[[Tensor], Tensor], windows: Tensor) -> float:
@@ -56,9 +58,6 @@ def by_transformers(folder: Path, scheme: str, windows: Tensor) -> dict[str, Any
         model.generate(prompt, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)
         speed = NEW / (time.perf_counter() - start)
     return {"nll": nll, "bytes": size, "tokens_per_second": speed}
-
-
-_FLOAT = torch.float32
 
 
 def by_llama_cpp(folder: Path, scheme: str, windows: Tensor, converter: Path) -> dict[str, Any]:
@@ -116,7 +115,7 @@ def page(content: dict[str, Any]) -> str:
 
 def measured(args: argparse.Namespace, windows: Tensor) -> Iterator[tuple[str, dict[str, Any], Callable]]:
     """Name, settings and work of each cell."""
-    converter = next(args.environments.glob("llama_cpp_python-*/vendor/llama.cpp/convert_hf_to_gguf.py"))
+    converter = converter_in(args.environments)
     for folder, name in zip(args.models, args.names):
         for scheme in SCHEMES:
             work = partial(by_llama_cpp, converter=converter) if scheme in GGUF else by_transformers
